@@ -1,0 +1,201 @@
+"""Strict JSON <-> frozen dataclasses: every key is known, every value has the declared type.
+
+Each part of Lumi declares its dataclass beside its code; this file only loads, overrides and saves them.
+Supported field types: bool, int, float, str, None, Literal, `X | None`, `tuple[X, ...]`, `dict[str, X]`, a dataclass, and a
+union of dataclasses that tell themselves apart by a field `kind: Literal["..."]`.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+Config = TypeVar("Config")
+
+
+class UserError(ValueError):
+    """Something the user can mend. The command line shows it as one line, without a traceback, and exits with 2."""
+
+
+def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Build `cls` from a JSON file and dotted overrides such as `optimizer.peak_lr=3e-4`.
+
+    Raises:
+        UserError: naming the file, the key, the value and, for an unknown key, the nearest known one.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a config must be a JSON object, got {_describe(data)}")
+    for override in overrides:
+        _apply_override(data, override)
+    return from_dict(cls, data, where=str(path))
+
+
+def from_dict(cls: type[Config], data: dict[str, Any], where: str = "config") -> Config:
+    """Build the dataclass `cls` from plain JSON values; `where` starts every error message. Raises UserError."""
+    return _build(cls, data, where, ())
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain JSON values of a config: `from_dict(type(config), to_dict(config)) == config`."""
+    return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON strictly: UTF-8, no duplicate keys, no NaN or Infinity. Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path}: cannot be read: {reason}") from error
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data:
+            raise ValueError(f"duplicate key {key!r}")
+        data[key] = value
+    return data
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that a config may hold")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large for a float")
+    return value
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    keys = dotted.split(".")
+    if not separator or not all(keys):
+        raise UserError(f"an override must look like key.subkey=value, got {override!r}")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string: optimizer.kind=muon
+    except ValueError as error:
+        raise UserError(f"override {override!r}: {error}") from error
+    target: Any = data
+    for depth, key in enumerate(keys):
+        path, last = ".".join(keys[: depth + 1]), depth == len(keys) - 1
+        if isinstance(target, list):
+            if not key.isdigit() or int(key) >= len(target):
+                raise UserError(f"override {override!r}: {path} must be an index below {len(target)}")
+            index: Any = int(key)
+        elif isinstance(target, dict):
+            index = key
+            if not last and target.get(key) is None:
+                target[key] = {}
+        else:
+            raise UserError(f"override {override!r}: {'.'.join(keys[:depth])} holds {_describe(target)}, it has no keys")
+        if last:
+            target[index] = value
+        else:
+            target = target[index]
+
+
+def _build(cls: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
+    if not isinstance(value, dict):
+        raise _error(where, path, f"must be an object, got {_describe(value)}")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    for key in value:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise _error(where, (*path, key), f"unknown key (value {json.dumps(value[key])[:60]}); {hint}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in value:
+            arguments[name] = _coerce(hints[name], value[name], where, (*path, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise _error(where, (*path, name), "is required, but missing")
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise _error(where, path, str(error)) from error
+
+
+def _coerce(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in arguments and isinstance(value, type(arguments[arguments.index(value)])):
+            return value
+        raise _error(where, path, f"must be one of {', '.join(map(json.dumps, arguments))}, got {_describe(value)}")
+    if origin in (Union, types.UnionType):
+        return _coerce_union(arguments, value, where, path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _error(where, path, f"must be a list, got {_describe(value)}")
+        return tuple(_coerce(arguments[0], item, where, (*path, str(i))) for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _error(where, path, f"must be an object, got {_describe(value)}")
+        return {key: _coerce(arguments[1], item, where, (*path, key)) for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise _error(where, path, f"must be {_TYPE_NAMES.get(hint, hint.__name__)}, got {_describe(value)}")
+
+
+def _coerce_union(options: tuple[Any, ...], value: Any, where: str, path: tuple[str, ...]) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    if len(options) == 1:
+        return _coerce(options[0], value, where, path)
+    classes = {typing.get_args(typing.get_type_hints(option)["kind"])[0]: option for option in options if dataclasses.is_dataclass(option)}
+    if classes:
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if kind not in classes:
+            raise _error(where, (*path, "kind"), f"must be one of {', '.join(map(json.dumps, classes))}, got {_describe(kind)}")
+        return _build(classes[kind], value, where, path)
+    for option in options:
+        if type(value) is option:
+            return value
+    names = " or ".join(_TYPE_NAMES.get(option, str(option)) for option in options)
+    raise _error(where, path, f"must be {names}, got {_describe(value)}")
+
+
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def _error(where: str, path: tuple[str, ...], message: str) -> UserError:
+    prefix = f"{where}: " if where else ""
+    return UserError(f"{prefix}{'.'.join(path)}{' ' if path else ''}{message}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return "a list"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,107 @@
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from lumi.config import UserError, from_dict, load_config, read_json, to_dict, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle:
+    kind: Literal["circle"] = "circle"
+    radius: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    kind: Literal["square"] = "square"
+    side: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    name: str
+    steps: int = 3
+    ratio: float | None = None
+    flag: bool = False
+    mode: Literal["a", "b"] = "a"
+    shapes: tuple[Circle | Square, ...] = ()
+    weights: dict[str, float] = field(default_factory=dict)
+    circle: Circle = field(default_factory=Circle)
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+def load(tmp_path, text, overrides=()):
+    path = tmp_path / "c.json"
+    path.write_text(text, encoding="utf-8")
+    return load_config(Tree, path, overrides)
+
+
+def test_round_trip():
+    data = {"name": "x", "ratio": 1, "shapes": [{"kind": "square", "side": 2}, {"kind": "circle"}], "weights": {"a": 0.5}}
+    tree = from_dict(Tree, data)
+    assert tree.shapes == (Square(side=2), Circle())
+    assert tree.ratio == 1.0
+    assert isinstance(tree.ratio, float)
+    assert from_dict(Tree, to_dict(tree)) == tree
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"name": "x", "stepz": 4}', r"c\.json: stepz unknown key \(value 4\); did you mean 'steps'\?"),
+        ('{"name": "x", "circle": {"raduis": 4}}', r"circle\.raduis unknown key .* did you mean 'radius'"),
+        ('{"name": "x", "steps": "4"}', r'steps must be an integer, got "4"'),
+        ('{"name": "x", "steps": true}', r"steps must be an integer, got true"),
+        ('{"name": "x", "steps": 4.0}', r"steps must be an integer, got 4\.0"),
+        ('{"name": "x", "flag": 1}', r"flag must be true or false, got 1"),
+        ('{"name": "x", "ratio": NaN}', r"not valid JSON: NaN is not a number"),
+        ('{"name": "x", "ratio": 1e999}', r"1e999 is too large"),
+        ('{"name": "x", "name": "y"}', r"duplicate key 'name'"),
+        ('{"name": "x", "mode": "c"}', r'mode must be one of "a", "b", got "c"'),
+        ('{"name": "x", "shapes": [{"kind": "hexagon"}]}', r'shapes\.0\.kind must be one of "circle", "square", got "hexagon"'),
+        ('{"name": "x", "shapes": [{"kind": "square"}]}', r"shapes\.0\.side is required, but missing"),
+        ('{"name": "x", "steps": 0}', r"steps must be at least 1, got 0"),
+        ('{"steps": 1}', r"name is required, but missing"),
+        ("[]", r"a config must be a JSON object, got a list"),
+        ('{"name": ', r"not valid JSON: Expecting value: line 1 column 10"),
+    ],
+)
+def test_refuses(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text)
+
+
+def test_overrides(tmp_path):
+    overrides = ["circle.radius=3e-1", "mode=b", "shapes.0.side=7", "weights.new=2"]
+    tree = load(tmp_path, '{"name": "x", "shapes": [{"kind": "square", "side": 1}]}', overrides)
+    assert (tree.circle.radius, tree.mode, tree.shapes[0].side, tree.weights) == (0.3, "b", 7, {"new": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps", "must look like key.subkey=value"),
+        ("circle.radiu=1", "did you mean 'radius'"),
+        ("name.inner=1", 'name holds "x", it has no keys'),
+        ("steps=NaN", "NaN is not a number"),
+        ("shapes.3.side=1", "must be an index below 0"),
+    ],
+)
+def test_refuses_overrides(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, '{"name": "x", "shapes": []}', [override])
+
+
+def test_files(tmp_path):
+    write_json(tmp_path / "a.json", {"é": 1})
+    assert read_json(tmp_path / "a.json") == {"é": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(UserError, match=r"missing\.json: cannot be read: No such file"):
+        read_json(tmp_path / "missing.json")
+    (tmp_path / "bad.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"bad\.json: cannot be read: it is not UTF-8"):
+        read_json(tmp_path / "bad.json")
