@@ -1,0 +1,69 @@
+"""Held-out loss: nats per token and bits per byte.
+
+Protocol: the documents of a split in order, in windows of `sequence_length` tokens without overlap; a document cut by a window's
+edge goes on without context. Every target counts, each document's EOS included, and the bytes are those of the text that the
+targets stand for: so the figure does not depend on the tokenizer, and compares with a compressor's output over the same bytes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lumi.batches import IGNORE, BatchConfig, validation_batches
+from lumi.model import Transformer
+from lumi.parallel import World
+from lumi.token_store import Split
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The result: `loss` in nats per token, `bits_per_byte`, and how many of both were read."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Transformer, splits: Sequence[Split], token_bytes: np.ndarray, config: BatchConfig, world: World, max_tokens: int | None = None
+) -> HeldOut:
+    """Loss over whole splits, shared among the processes.
+
+    Args:
+        token_bytes: (V,) int, the UTF-8 bytes that each token stands for.
+        max_tokens: of each split; None: all.
+    """
+    bytes_V = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(world.device)
+    nats, tokens, num_bytes = 0.0, 0, 0
+    with evaluating(model):
+        for split in splits:
+            for batch in validation_batches(split, config, world.rank, world.size, max_tokens):
+                batch = batch.to(world.device)
+                nats += model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens).item()
+                targets = batch.targets[batch.targets != IGNORE]
+                tokens += targets.numel()
+                num_bytes += int(bytes_V[targets].sum())
+    total_nats, total_tokens, total_bytes = world.sum(nats, tokens, num_bytes)
+    return HeldOut(
+        loss=total_nats / max(total_tokens, 1),
+        bits_per_byte=total_nats / math.log(2) / max(total_bytes, 1),
+        tokens=int(total_tokens),
+        bytes=int(total_bytes),
+    )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,178 @@
+"""Text from a model: a KV cache, sampling, batched decoding and a stream of whole characters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lumi.config import UserError
+from lumi.model import Transformer
+from lumi.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0  # nucleus: the smallest set of tokens with this much probability (Holtzman et al. 2020, arXiv:1904.09751)
+    repetition_penalty: float = 1.0  # of tokens already there (Keskar et al. 2019, arXiv:1909.05858)
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 is off), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+
+
+class LayerCache:
+    """Keys and values of one layer, at their positions in a tensor of fixed size."""
+
+    def __init__(self, batch: int, length: int, model: Transformer, device: torch.device):
+        shape = (batch, length, model.config.kv_heads, model.config.per_head)
+        self.k_BSGK, self.v_BSGK = (torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in range(2))
+
+    def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Store at `positions_BT`; what a shorter prompt's padding left there before is overwritten when its turn comes."""
+        rows = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
+        self.k_BSGK[rows, positions_BT] = k_BTGK
+        self.v_BSGK[rows, positions_BT] = v_BTGK
+        return self.k_BSGK, self.v_BSGK
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    *,
+    stop_ids: frozenset[int],
+    pad_id: int,
+    use_cache: bool = True,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt until a stop token, `max_new_tokens`, or the model's `max_positions`.
+
+    Args:
+        prompts: token ids, at least one each; different lengths are fine.
+        stop_ids: end a row; they are not part of what is returned.
+        use_cache: False computes every step from the start: slow, the definition that the cache is tested against.
+        on_token: called with (row, token) as each comes.
+
+    Returns:
+        The new tokens of each row. A row's sample depends on the seed and the row's number, not on the rows beside it.
+
+    Raises:
+        UserError: for an empty prompt, or one as long as the model's positions.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise UserError("a prompt must hold at least one token, got an empty one")
+    if max(lengths) >= model.config.max_positions:
+        raise UserError(f"a prompt must be shorter than the model's {model.config.max_positions} positions, got {max(lengths)} tokens")
+    device = model.output_weight.device
+    capacity = min(max(lengths) + config.max_new_tokens, model.config.max_positions)
+    tokens = torch.full((len(prompts), capacity), pad_id, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    length_B = torch.tensor(lengths, device=device)
+    rows = torch.arange(len(prompts), device=device)
+    generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(prompts))]
+    cache = [LayerCache(len(prompts), capacity, model, device) for _ in model.layers] if use_cache else None
+
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    for new in range(config.max_new_tokens):
+        if cache is None or new == 0:
+            block = tokens[:, : int(length_B.max())]
+            hidden_BTD = model.hidden(block, _positions(block), cache=cache)
+            hidden_BD = hidden_BTD[rows, length_B - 1]
+        else:
+            last_B = length_B - 1
+            hidden_BD = model.hidden(tokens[rows, last_B][:, None], last_B[:, None], cache=cache)[:, 0]
+        next_B = sample(model.logits(hidden_BD), tokens, length_B, config, generators)
+        for row, token in enumerate(next_B.tolist()):
+            if running[row] and token not in stop_ids:
+                outputs[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                running[row] = lengths[row] + len(outputs[row]) < capacity and len(outputs[row]) < config.max_new_tokens
+            else:
+                running[row] = False
+        if not any(running):
+            break
+        growing_B = torch.tensor(running, device=device)
+        tokens[rows[growing_B], length_B[growing_B]] = next_B[growing_B]
+        length_B = length_B + growing_B  # a finished row computes its last token again: the shapes stay, the result is not used
+    return outputs
+
+
+def _positions(block: Tensor) -> Tensor:
+    return torch.arange(block.shape[1], device=block.device).expand(block.shape)
+
+
+def sample(logits: Tensor, tokens: Tensor, lengths: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
+    """Choose a token per row.
+
+    Args:
+        logits: (B, V) float32.
+        tokens: (B, S) int64, of which row b has `lengths[b]`; they are what the repetition penalty looks at.
+        generators: one per row, on the CPU, so that a seed means the same sample on every device.
+
+    Returns:
+        (B,) int64.
+    """
+    if config.repetition_penalty != 1.0:
+        seen = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        mentioned = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(1, tokens, seen.long()) > 0
+        penalised = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+        logits = torch.where(mentioned, penalised, logits)
+    if config.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], float("-inf"))
+    if config.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        outside = probabilities.cumsum(dim=-1) - probabilities >= config.top_p  # the token that crosses the line stays
+        logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
+    probabilities = logits.softmax(dim=-1).cpu()
+    picks = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators, strict=True)]
+    return torch.cat(picks).to(logits.device)
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """Continue texts. `on_text` gets (row, piece of text) as it comes, whole UTF-8 characters only.
+
+    Returns:
+        The continuations, without the prompts.
+    """
+    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+
+    def on_token(row: int, token: int) -> None:
+        if on_text is not None and (text := decoders[row].feed(token)):
+            on_text(row, text)
+
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    outputs = generate_ids(model, ids, config, stop_ids=frozenset({tokenizer.eos_id}), pad_id=tokenizer.pad_id, on_token=on_token)
+    for row, decoder in enumerate(decoders):
+        if on_text is not None and (text := decoder.flush()):
+            on_text(row, text)
+    return [tokenizer.decode(output) for output in outputs]

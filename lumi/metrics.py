@@ -1,0 +1,135 @@
+"""What a run says of itself: the plan before step 1, a live progress line, `metrics.jsonl` and `loss.png`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lumi.batches import BatchConfig
+from lumi.config import UserError
+from lumi.model import ModelConfig
+
+# Dense bf16 peak in FLOP/s of the GPUs people train on, from NVIDIA's data sheets; MFU is shown where the device is listed.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known (CPUs among them)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def memory_estimate(model: ModelConfig, batches: BatchConfig, optimizer: str, compute_bytes: int, checkpointing: bool) -> dict[str, int]:
+    """Bytes one process needs to train, by part; arithmetic, not a measurement.
+
+    Weights, gradients and optimizer state are float32. A layer keeps about 8D + 2(H+G)K + 3F values a token for backward, or with
+    checkpointing its input D; the loss holds float32 logits for at most 2048 rows at a time, and their gradient.
+    """
+    tokens = batches.micro_batch_size * batches.sequence_length
+    per_layer = 8 * model.model_dim + 2 * (model.num_heads + model.kv_heads) * model.per_head + 3 * model.mlp_dim
+    kept = model.num_layers * model.model_dim + per_layer if checkpointing else model.num_layers * per_layer
+    embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
+    states = 2 * model.num_parameters if optimizer == "adamw" else model.num_parameters + embeddings
+    parts = {
+        "weights": 4 * model.num_parameters,
+        "gradients": 4 * model.num_parameters,
+        "optimizer": 4 * states,
+        "activations": compute_bytes * tokens * kept,
+        "loss": 2 * 4 * min(tokens, 2048) * model.vocab_size,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def human(value: float, unit: str = "") -> str:
+    """1234567 -> '1.23M'; three digits and a decimal prefix."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}" if unit else f"{value / size:.3g}{prefix}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, each with `step` and `kind` ("train" or "validation")."""
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if path.exists() else []
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")  # what a resumed run does over
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """Append a record."""
+        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that a kill cut short is left out. Raises UserError for any other bad line."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+    return records
+
+
+def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
+    """A live line on stderr: twice a second on a terminal, four times a minute in a log file."""
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, initial=initial, desc=description, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+
+
+class Meter:
+    """Tokens per second since the last reading."""
+
+    def __init__(self):
+        self.start, self.tokens = time.perf_counter(), 0
+
+    def add(self, tokens: int) -> None:
+        """Count tokens."""
+        self.tokens += tokens
+
+    def read(self) -> float:
+        """Tokens per second since the last call, and begin anew."""
+        now = time.perf_counter()
+        rate = self.tokens / max(now - self.start, 1e-9)
+        self.start, self.tokens = now, 0
+        return rate
+
+
+def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
+    """`metrics.jsonl` -> a PNG: training loss (thin: every step; thick: smoothed) and validation loss, nats per token."""
+    import matplotlib.figure  # here, because it takes longer to import than everything else
+
+    records = read_metrics(metrics)
+    train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
+    validation = [(r["step"], r["loss"]) for r in records if r["kind"] == "validation"]
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        smooth, average = [], losses[0]
+        for loss in losses:
+            average = 0.95 * average + 0.05 * loss
+            smooth.append(average)
+        axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training")
+        axes.plot(steps, smooth, color="#2171b5", linewidth=1.8, label="training, smoothed")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color="#d94801", markersize=4, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if train or validation:
+        axes.legend()
+    figure.savefig(picture)

@@ -1,0 +1,163 @@
+"""Parameter groups, AdamW and Muon (torch's own), gradient clipping, and the learning rate as a function of the step."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lumi.config import UserError
+from lumi.kernels.global_norm import global_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule:
+    """Linear warm-up, then half a cosine down to `final_lr_ratio` (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.1
+
+    def __post_init__(self):
+        _check_schedule(self.warmup_steps, self.final_lr_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay:
+    """Linear warm-up, a plateau, then linear decay over the last `decay_fraction` of the steps (Hu et al. 2024, arXiv:2404.06395)."""
+
+    kind: Literal["wsd"] = "wsd"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_lr_ratio: float = 0.0
+
+    def __post_init__(self):
+        _check_schedule(self.warmup_steps, self.final_lr_ratio)
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """`adamw` (Loshchilov & Hutter 2019, arXiv:1711.05101) for everything, or `muon` (Jordan et al. 2024) for the matrices of the
+    layers, scaled to AdamW's update size (Liu et al. 2025, arXiv:2502.16982), and AdamW for the rest."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    peak_lr: float = 1e-3
+    weight_decay: float = 0.1  # on matrices only; norms have none
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    muon_momentum: float = 0.95
+    max_grad_norm: float = 1.0
+    schedule: CosineSchedule | WarmupStableDecay = field(default_factory=CosineSchedule)
+
+    def __post_init__(self):
+        for name in ("peak_lr", "eps", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+def lr_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of step `step`, counted from 1 to `num_steps`."""
+    schedule = config.schedule
+    warmup = min(schedule.warmup_steps, num_steps)
+    if step <= warmup:
+        return config.peak_lr * step / warmup
+    if isinstance(schedule, CosineSchedule):
+        progress = (step - warmup) / max(1, num_steps - warmup)
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        decay_steps = max(1, min(round(num_steps * schedule.decay_fraction), num_steps - warmup))
+        shape = min(1.0, (num_steps - step) / decay_steps)
+    return config.peak_lr * (schedule.final_lr_ratio + (1 - schedule.final_lr_ratio) * shape)
+
+
+class Optimizer:
+    """The optimizers of one model behind one `step`; their states have names, so that a checkpoint needs no pickle."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig):
+        self.config = config
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = {name: p for name, p in self.named.items() if p.ndim >= 2}
+        vectors = [p for p in self.named.values() if p.ndim < 2]
+        hidden = {name: p for name, p in matrices.items() if name.startswith("layers.")} if config.kind == "muon" else {}
+        rest = [p for name, p in matrices.items() if name not in hidden]
+        groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=config.peak_lr,
+                betas=(config.beta1, config.beta2),
+                eps=config.eps,
+                fused=True,
+            )
+        ]
+        if hidden:
+            self.optimizers.append(
+                torch.optim.Muon(
+                    list(hidden.values()),
+                    lr=config.peak_lr,
+                    weight_decay=config.weight_decay,
+                    momentum=config.muon_momentum,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+
+    def clip_gradients(self) -> float:
+        """Scale all gradients so that their joint L2 norm is at most `max_grad_norm`; returns the norm before (may be inf or nan)."""
+        gradients = [p.grad for p in self.named.values() if p.grad is not None]
+        norm = float(global_norm(gradients))
+        if math.isfinite(norm) and norm > self.config.max_grad_norm:
+            torch._foreach_mul_(gradients, self.config.max_grad_norm / norm)
+        return norm
+
+    def step(self, lr: float) -> None:
+        """One update with learning rate `lr`."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every state tensor as `parameter name/state name`."""
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.named.items()
+            for optimizer in self.optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave. Raises UserError where the names do not belong to this model and optimizer."""
+        owners = {id(p): optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        remedy = "resume with the config that wrote it"
+        for key, value in tensors.items():
+            name, _, state = key.partition("/")
+            parameter = self.named.get(name)
+            optimizer = owners.get(id(parameter))
+            known = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+            if parameter is None or optimizer is None or state not in known:
+                raise UserError(f"the checkpoint's optimizer state {key!r} does not belong to this model and optimizer; {remedy}")
+            optimizer.state[parameter][state] = value.to(parameter.device)
+        missing = [name for name, parameter in self.named.items() if tensors and not owners[id(parameter)].state[parameter]]
+        if missing:
+            raise UserError(f"the checkpoint holds no optimizer state for {missing[0]} ({len(missing)} parameters in all); {remedy}")
+
+
+def _check_schedule(warmup_steps: int, final_lr_ratio: float) -> None:
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+    if not 0 <= final_lr_ratio <= 1:
+        raise ValueError(f"final_lr_ratio must be in [0, 1], got {final_lr_ratio}")

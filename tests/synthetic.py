@@ -1,0 +1,29 @@
+"""A small language of our own: enough structure to learn in seconds, the same on every machine."""
+
+import json
+import random
+from pathlib import Path
+
+_NOUNS = ["river", "stone", "garden", "letter", "engine", "window", "teacher", "forest", "bridge", "market", "winter", "signal"]
+_VERBS = ["finds", "carries", "opens", "measures", "follows", "paints", "repairs", "remembers"]
+_PLACES = ["near the harbour", "behind a wall", "under the old roof", "at noon", "in silence", "after the storm"]
+
+
+def sentence(rng: random.Random) -> str:
+    """'The river opens a stone at noon.'"""
+    return f"The {rng.choice(_NOUNS)} {rng.choice(_VERBS)} a {rng.choice(_NOUNS)} {rng.choice(_PLACES)}."
+
+
+def document(seed: int) -> str:
+    """Some sentences, a list, and a line of code."""
+    rng = random.Random(seed)
+    text = " ".join(sentence(rng) for _ in range(rng.randint(3, 12)))
+    items = "\n".join(f"  - {rng.choice(_NOUNS)}: {rng.randint(0, 999)}" for _ in range(rng.randint(1, 4)))
+    return f"{text}\n\n{items}\n\nif {rng.choice(_NOUNS)}:\n    return {rng.randint(0, 99)}\n"
+
+
+def write_jsonl(path: Path, count: int, first_seed: int = 0) -> Path:
+    """`count` documents, one JSON object a line."""
+    lines = [json.dumps({"text": document(first_seed + i)}) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+from lumi.batches import BatchConfig
+from lumi.config import UserError
+from lumi.metrics import Meter, MetricsLog, draw_loss, human, memory_estimate, read_metrics
+from lumi.model import ModelConfig
+
+
+def test_a_resumed_log_drops_what_will_be_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in range(1, 6):
+        log.write(step, "train", loss=float(step))
+    log.write(4, "validation", loss=0.5)
+    log.close()
+    log = MetricsLog(path, resume_step=3)
+    log.write(4, "train", loss=40.0)
+    log.close()
+    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_a_line_cut_by_a_kill_is_left_out_but_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    path.write_text('{"step": 1, "ki\n{"step": 2, "kind": "train"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not valid JSON"):
+        read_metrics(path)
+
+
+def test_picture(tmp_path):
+    records = [{"step": s, "kind": "train", "loss": None if s == 3 else 5 / s} for s in range(1, 9)]
+    records.append({"step": 8, "kind": "validation", "loss": 0.7})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    draw_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", "a run")
+    data = (tmp_path / "loss.png").read_bytes()
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    assert (width, height) == (960, 540)
+
+
+def test_human():
+    assert [human(v) for v in (0, 12.345, 1234, 9_438_336, 2e12)] == ["0", "12.3", "1.23k", "9.44M", "2T"]
+    assert human(1.5e9, "FLOP/s") == "1.5 GFLOP/s"
+    assert human(3, "B") == "3 B"
+
+
+def test_memory_by_hand():
+    model = ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
+    batches = BatchConfig(sequence_length=10, batch_tokens=30, micro_batch_size=3)
+    parameters = 2 * 100 * 8 + 2 * (4 * 64 + 3 * 8 * 16 + 16) + 8
+    per_layer = 8 * 8 + 2 * 4 * 4 + 3 * 16
+    adamw = memory_estimate(model, batches, "adamw", compute_bytes=2, checkpointing=False)
+    assert adamw["weights"] == adamw["gradients"] == 4 * parameters
+    assert adamw["optimizer"] == 8 * parameters
+    assert adamw["activations"] == 2 * 30 * 2 * per_layer
+    assert adamw["loss"] == 2 * 4 * 30 * 100
+    assert adamw["total"] == sum(value for key, value in adamw.items() if key != "total")
+    assert memory_estimate(model, batches, "muon", 2, False)["optimizer"] == 4 * (parameters + 2 * 100 * 8)
+    assert memory_estimate(model, batches, "adamw", 2, True)["activations"] == 2 * 30 * (2 * 8 + per_layer)
+
+
+def test_meter(monkeypatch):
+    times = iter([0.0, 2.0, 3.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    meter = Meter()
+    meter.add(100)
+    meter.add(300)
+    assert meter.read() == 200.0
+    meter.add(50)
+    assert meter.read() == 50.0

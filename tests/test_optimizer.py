@@ -1,0 +1,153 @@
+import math
+
+import pytest
+import torch
+
+from lumi.config import UserError
+from lumi.kernels.bundle import REFERENCE
+from lumi.model import ModelConfig, Transformer
+from lumi.optimizer import CosineSchedule, Optimizer, OptimizerConfig, WarmupStableDecay, lr_at
+
+MODEL = ModelConfig(vocab_size=17, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24)
+
+
+def build(**changes):
+    model = Transformer(MODEL, REFERENCE).init_weights(0)
+    return model, Optimizer(model, OptimizerConfig(**changes))
+
+
+def fill_gradients(model, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def test_cosine_by_hand():
+    config = OptimizerConfig(peak_lr=2.0, schedule=CosineSchedule(warmup_steps=4, final_lr_ratio=0.1))
+    assert [lr_at(step, 12, config) for step in (1, 2, 4)] == [0.5, 1.0, 2.0]
+    assert lr_at(8, 12, config) == pytest.approx(2 * (0.1 + 0.9 * 0.5))
+    assert lr_at(6, 12, config) == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
+    assert lr_at(12, 12, config) == pytest.approx(0.2)
+
+
+def test_warmup_stable_decay_by_hand():
+    config = OptimizerConfig(peak_lr=1.0, schedule=WarmupStableDecay(warmup_steps=2, decay_fraction=0.4, final_lr_ratio=0.0))
+    assert [lr_at(step, 10, config) for step in range(1, 11)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule(warmup_steps=9), WarmupStableDecay(warmup_steps=9)])
+def test_a_run_shorter_than_its_warmup_only_warms_up(schedule):
+    config = OptimizerConfig(peak_lr=1.0, schedule=schedule)
+    assert [lr_at(step, 4, config) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_weight_decay_reaches_matrices_only():
+    for kind in ("adamw", "muon"):
+        model, optimizer = build(kind=kind, weight_decay=0.5)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(0.1)
+        for name, parameter in model.named_parameters():
+            expected = before[name] * (1 - 0.1 * 0.5) if parameter.ndim == 2 else before[name]
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-7, msg=f"{kind} {name}")
+
+
+def test_adamw_step_by_hand():
+    model, optimizer = build(weight_decay=0.0, beta1=0.5, beta2=0.75, eps=1e-3, peak_lr=1.0)
+    norm = model.final_norm.weight
+    fill_gradients(model, 1)
+    first = norm.grad.clone().double()
+    optimizer.step(0.1)
+    expected = 1 - 0.1 * first / (first.abs() + 1e-3)
+    torch.testing.assert_close(norm.detach().double(), expected, rtol=1e-6, atol=1e-6)
+    fill_gradients(model, 2)
+    second = norm.grad.clone().double()
+    optimizer.step(0.1)
+    mean = (0.25 * first + 0.5 * second) / (1 - 0.25)
+    square = (0.75 * 0.25 * first**2 + 0.25 * second**2) / (1 - 0.75**2)
+    torch.testing.assert_close(norm.detach().double(), expected - 0.1 * mean / (square.sqrt() + 1e-3), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_makes_them_orthogonal():
+    model, optimizer = build(kind="muon", weight_decay=0.0, muon_momentum=0.9)
+    states = optimizer.state_tensors
+    before = model.layers[0].attention.q_proj.weight.detach().clone()
+    fill_gradients(model, 1)
+    optimizer.step(1.0)
+    kinds = {name: {key.split("/")[1] for key in states() if key.startswith(name + "/")} for name in optimizer.named}
+    for name, found in kinds.items():
+        muon = name.startswith("layers.") and name.endswith("proj.weight")
+        assert found == ({"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}), name
+    singular = torch.linalg.svdvals(before - model.layers[0].attention.q_proj.weight.detach()) / (0.2 * math.sqrt(16))
+    assert singular.min() > 0.5  # five Newton-Schulz steps bring them to about 0.7 - 1.2
+    assert singular.max() < 1.3
+
+
+def test_clip_scales_the_joint_norm():
+    model, optimizer = build(max_grad_norm=0.5)
+    fill_gradients(model, 3)
+    exact = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    before = model.lm_head.weight.grad.clone()
+    assert optimizer.clip_gradients() == pytest.approx(exact, rel=1e-6)
+    torch.testing.assert_close(model.lm_head.weight.grad, before * (0.5 / exact), rtol=1e-5, atol=0)
+    small = model.lm_head.weight.grad.clone()
+    assert optimizer.clip_gradients() == pytest.approx(0.5, rel=1e-5)
+    torch.testing.assert_close(model.lm_head.weight.grad, small, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_clip_reports_what_is_not_finite_and_leaves_the_rest(bad):
+    model, optimizer = build()
+    fill_gradients(model, 3)
+    model.final_norm.weight.grad[2] = bad
+    before = model.lm_head.weight.grad.clone()
+    assert not math.isfinite(optimizer.clip_gradients())
+    assert torch.equal(model.lm_head.weight.grad, before)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_round_trip_continues_bit_for_bit(kind):
+    def run(model, optimizer, seeds):
+        for seed in seeds:
+            fill_gradients(model, seed)
+            optimizer.step(0.01)
+
+    model, optimizer = build(kind=kind)
+    run(model, optimizer, range(3))
+    weights, states = ({k: v.clone() for k, v in d.items()} for d in (model.state_dict(), optimizer.state_tensors()))
+    run(model, optimizer, range(3, 6))
+    resumed, resumed_optimizer = build(kind=kind)
+    resumed.load_state_dict(weights)
+    resumed_optimizer.load_state_tensors(states)
+    run(resumed, resumed_optimizer, range(3, 6))
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refuses_states_of_another_optimizer():
+    model, optimizer = build(kind="muon")
+    fill_gradients(model, 0)
+    optimizer.step(0.1)
+    states = optimizer.state_tensors()
+    with pytest.raises(UserError, match=r"'layers\.0\.attention\.q_proj\.weight/momentum_buffer' does not belong"):
+        build(kind="adamw")[1].load_state_tensors(states)
+    del states["final_norm.weight/step"], states["final_norm.weight/exp_avg"], states["final_norm.weight/exp_avg_sq"]
+    with pytest.raises(UserError, match=r"no optimizer state for final_norm\.weight \(1 parameters in all\)"):
+        build(kind="muon")[1].load_state_tensors(states)
+
+
+@pytest.mark.parametrize(
+    ("build_it", "message"),
+    [
+        (lambda: OptimizerConfig(peak_lr=0.0), "peak_lr must be positive, got 0.0"),
+        (lambda: OptimizerConfig(weight_decay=-1.0), "weight_decay must be at least 0, got -1.0"),
+        (lambda: OptimizerConfig(beta2=1.0), r"beta2 must be in \[0, 1\), got 1.0"),
+        (lambda: CosineSchedule(warmup_steps=-1), "warmup_steps must be at least 0, got -1"),
+        (lambda: CosineSchedule(final_lr_ratio=1.5), r"final_lr_ratio must be in \[0, 1\], got 1.5"),
+        (lambda: WarmupStableDecay(decay_fraction=0.0), r"decay_fraction must be in \(0, 1\], got 0.0"),
+    ],
+)
+def test_refuses(build_it, message):
+    with pytest.raises(ValueError, match=message):
+        build_it()

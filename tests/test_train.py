@@ -1,0 +1,312 @@
+"""The loop, in this process and as users start it: torchrun, kill -9, resume."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lumi.train
+from lumi.checkpoint import list_checkpoints, load_checkpoint
+from lumi.config import UserError, from_dict
+from lumi.metrics import read_metrics
+from lumi.train import Paths, TrainConfig, Trainer, train
+
+SCRIPT = Path(lumi.train.__file__)
+CONFIG = {
+    "model": {"vocab_size": 384, "num_layers": 2, "model_dim": 32, "num_heads": 2, "mlp_dim": 64, "max_positions": 128},
+    "batches": {"sequence_length": 32, "batch_tokens": 256, "micro_batch_size": 2},
+    "optimizer": {"kind": "muon", "peak_lr": 0.01, "schedule": {"kind": "cosine", "warmup_steps": 4}},
+    "num_steps": 12,
+    "dtype": "float32",
+    "validate_every": 4,
+    "save_every": 4,
+    "keep_last": 2,
+}
+
+
+def merged(changes, base=CONFIG):
+    data = dict(base)
+    for key, value in changes.items():
+        data[key] = merged(value, data.get(key, {})) if isinstance(value, dict) else value
+    return data
+
+
+@pytest.fixture
+def start(store_dir, tokenizer_dir, tmp_path):
+    """Train in this process; returns the run folder."""
+
+    def start(name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, **changes):
+        paths = Paths([str(d) for d in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume)
+        assert train(from_dict(TrainConfig, merged(changes)), paths, "cpu") == expect
+        return tmp_path / name
+
+    return start
+
+
+@pytest.fixture
+def command(store_dir, tokenizer_dir, tmp_path):
+    """The command line of a training, for a process of its own."""
+
+    def command(name, *arguments, processes=None, **changes):
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps(merged(changes)))
+        launcher = [sys.executable]
+        if processes:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        paths = ["--data_dirs", str(store_dir), "--tokenizer-dir", str(tokenizer_dir), "--output-dir", str(tmp_path / name)]
+        return [*launcher, str(SCRIPT), "--config", str(config), *paths, *arguments, "--device", "cpu"]
+
+    return command
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launch(command, expect=0):
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+def losses(folder):
+    return [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+
+
+def final_weights(folder):
+    return (folder / "final" / "model.safetensors").read_bytes()
+
+
+def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):
+    folder = start(num_steps=60, validate_every=20, save_every=20)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "final"}
+    curve = losses(folder)
+    assert len(curve) == 60
+    assert curve[0] == pytest.approx(torch.tensor(384.0).log().item(), rel=0.02)  # untrained: uniform over the vocabulary
+    assert curve[-1] < 0.6 * curve[0]
+    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert from_dict(TrainConfig, json.loads((folder / "config.json").read_text())).num_steps == 60
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-00000040", "step-00000060"]
+    validation = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"]
+    assert [record["step"] for record in validation] == [20, 40, 60]
+    assert validation[-1]["bits_per_byte"] < validation[0]["bits_per_byte"]
+    printed = capsys.readouterr().out
+    for line in ("45,216 parameters", "60 of 256 tokens: 1 process x 4 micro-steps x 2 rows x 32", "FLOPs", "MiB", "epochs"):
+        assert line in printed
+    assert printed.index("parameters") < printed.index("validation loss")
+
+
+def test_micro_batches_and_processes_change_rounding_only(start, command, tmp_path):
+    whole = losses(start("whole", batches={"micro_batch_size": 8}))
+    assert losses(start("slices", batches={"micro_batch_size": 1})) == pytest.approx(whole, rel=2e-5)
+    launch(command("two", processes=2))
+    assert losses(tmp_path / "two") == pytest.approx(whole, rel=2e-5)
+    assert losses(start("other seed", seed=1)) != pytest.approx(whole, rel=2e-3)
+
+
+def kill_after(command, metrics, step, number):
+    """Start a training, send it a signal once it has logged `step`; returns its exit code."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and any(record["step"] >= step for record in read_metrics(metrics))):
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, number)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_and_resumed_is_bit_identical(dtype, command, tmp_path):
+    changes = {"num_steps": 40, "save_every": 4, "dtype": dtype}
+    launch(command("straight", **changes))
+    killed = command("killed", "--resume-from-checkpoint", "auto", **changes)
+    assert kill_after(killed, tmp_path / "killed" / "metrics.jsonl", 10, signal.SIGKILL) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final").exists()
+    assert "resumed from" in launch(killed).stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "straight")
+
+
+def test_resumed_with_another_number_of_processes(start, command, tmp_path):
+    straight = losses(start("straight"))
+    start("half", save_every=6, keep_last=9)
+    launch(command("half", "--resume-from-checkpoint", str(tmp_path / "half" / "checkpoints" / "step-00000006"), processes=2))
+    assert losses(tmp_path / "half")[:6] == straight[:6]
+    assert losses(tmp_path / "half") == pytest.approx(straight, rel=2e-5)
+
+
+def test_sigterm_saves_and_says_so(command, tmp_path):
+    straight = command("straight", num_steps=40, save_every=40)
+    launch(straight)
+    stopped = command("stopped", "--resume-from-checkpoint", "auto", num_steps=40, save_every=40)
+    assert kill_after(stopped, tmp_path / "stopped" / "metrics.jsonl", 7, signal.SIGTERM) == 128 + signal.SIGTERM
+    (checkpoint,) = list_checkpoints(tmp_path / "stopped" / "checkpoints")
+    assert 7 <= load_checkpoint(checkpoint).state["step"] < 40
+    launch(stopped)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    assert final_weights(tmp_path / "stopped") == final_weights(tmp_path / "straight")
+
+
+def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
+    results = iter([3.0, 1.0, 2.0, 2.5, 2.2])
+    real = lumi.train.held_out_loss
+
+    def scripted(*arguments):
+        return type(real(*arguments))(loss=next(results), bits_per_byte=1.0, tokens=1, bytes=1)
+
+    monkeypatch.setattr(lumi.train, "held_out_loss", scripted)
+    folder = start(num_steps=10, validate_every=2, save_every=2, keep_last=2)
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-00000004", "step-00000008", "step-00000010"]
+    assert load_checkpoint(folder / "checkpoints" / "step-00000010").state["best"] == {"step": 4, "loss": 1.0}
+
+
+def spoil(monkeypatch, bad_steps, value):
+    """Make the training loss of some steps `value`."""
+    real, micro_batches = lumi.train.Transformer.forward, itertools.count(4)  # four micro-batches a step
+
+    def forward(self, *arguments):
+        loss = real(self, *arguments)
+        bad = torch.is_grad_enabled() and next(micro_batches) // 4 in bad_steps
+        return loss * value if bad else loss
+
+    monkeypatch.setattr(lumi.train.Transformer, "forward", forward)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_named(start, monkeypatch, capsys, store_dir, value):
+    spoil(monkeypatch, {5}, value)
+    folder = start()
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert [record["step"] for record in records if record["skipped"]] == [5]
+    assert records[4]["loss"] is None
+    assert all(record["loss"] < 7 for record in records[5:])
+    printed = capsys.readouterr().out
+    assert f"step 5 skipped: loss {value}" in printed
+    assert f"{store_dir} documents [" in printed
+
+
+def test_many_of_them_stop_the_run_with_a_checkpoint(start, monkeypatch, tmp_path):
+    spoil(monkeypatch, range(6, 99), float("nan"))
+    with pytest.raises(UserError, match=r"not finite in 3 steps running, up to step 8; to inspect: .*step-00000008"):
+        start(max_skipped_steps=3)
+    tensors = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000008").tensors
+    assert all(tensor.isfinite().all() for tensor in tensors["model"].values())
+
+
+def test_switches_reach_the_run(start, monkeypatch):
+    seen = {}
+    real = Trainer.run
+
+    def spy(self):
+        seen.update(compute_dtype=self.model.compute_dtype, checkpointing=self.model.gradient_checkpointing, ops=self.ops.name)
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "run", spy)
+    plain = losses(start("plain"))
+    assert seen == {"compute_dtype": torch.float32, "checkpointing": False, "ops": "reference"}
+    assert losses(start("recomputing", gradient_checkpointing=True)) == plain
+    assert seen["checkpointing"]
+    narrow = losses(start("narrow", dtype="bfloat16"))
+    assert seen["compute_dtype"] == torch.bfloat16
+    assert narrow != plain
+    assert narrow == pytest.approx(plain, rel=0.02)
+    assert losses(start("triton", kernels="triton", num_steps=2, optimizer={"schedule": {"kind": "cosine", "warmup_steps": 4}}))[0] == (
+        pytest.approx(plain[0], rel=1e-5)
+    )
+    assert seen["ops"] == "triton"
+
+
+def test_compile_changes_rounding_only(start):
+    short = {"num_steps": 2, "model": {"num_layers": 1}}
+    plain = losses(start("plain", **short))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert losses(start("compiled", compile=True, **short)) == pytest.approx(plain, rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+def test_several_stores_are_mixed_by_weight(start, store_dir, tmp_path):
+    other = tmp_path / "other store"
+    other.symlink_to(store_dir)
+    folder = start(data_dirs=(store_dir, other), weights=[3.0, 1.0])
+    validation = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"]
+    assert validation[-1]["mix"] == [0.75, 0.25]
+
+
+def test_a_corpus_folder_is_tokenized_once(start, corpus_dir, capfd):
+    start("first", data_dirs=(corpus_dir,), num_steps=2)
+    assert "tokenizing" in capfd.readouterr().err
+    start("second", data_dirs=(corpus_dir,), num_steps=2)
+    assert "tokenizing" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"vocab_size": 300}}, "model.vocab_size must be at least the tokenizer's 384 pieces, got 300"),
+        ({"kernels": "tritn"}, 'kernels must be one of "auto", "reference", "triton", got "tritn"'),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"batches": {"sequence_length": 256, "batch_tokens": 512}}, "sequence_length must be at most model.max_positions = 128, got 256"),
+        ({"weights": [1.0, 2.0]}, "one weight per data folder, got 2 for 1"),
+    ],
+    ids=str,
+)
+def test_refuses(start, changes, message):
+    with pytest.raises(UserError, match=message):
+        start(**changes)
+
+
+def test_a_run_is_not_overwritten_nor_continued_with_other_settings(start, tmp_path):
+    folder = start()
+    before = final_weights(folder)
+    with pytest.raises(
+        UserError, match=r"--output-dir must be new, got .*run, which holds a run; go on with it by --resume-from-checkpoint auto"
+    ):
+        start()
+    with pytest.raises(UserError, match=r"cannot go on from here: seed was 0 and is 5 now"):
+        start(resume="auto", seed=5)
+    with pytest.raises(UserError, match=r"cannot go on from here: batch_tokens was 256 and is 512 now"):
+        start(resume="auto", batches={"batch_tokens": 512})
+    assert final_weights(folder) == before
+    with pytest.raises(UserError, match=r"nowhere: must be a checkpoint folder"):
+        start("new", resume=str(tmp_path / "nowhere"))
+
+
+def test_a_corrupt_checkpoint_is_an_error_not_a_fresh_start(start, capsys):
+    folder = start()
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=rf"{newest.name}/model\.safetensors: SHA-256 must be"):
+        start(resume="auto")
+    assert len(losses(folder)) == 12  # nothing was thrown away
+
+
+def test_auto_with_nothing_to_resume_says_so(start, capsys):
+    start(resume="auto")
+    assert "starting at step 0" in capsys.readouterr().out
+
+
+def test_litter_of_an_interrupted_save_is_swept(start, tmp_path, capsys):
+    litter = tmp_path / "run" / "checkpoints" / ".tmp-step-00000003-1"
+    litter.mkdir(parents=True)
+    start()
+    assert not litter.exists()
+    assert "removed" in capsys.readouterr().out
+
+
+def test_user_errors_are_one_line_and_exit_code_2(command, tmp_path):
+    done = launch(command("bad", "optimizer.peek_lr=1"), expect=2)
+    assert done.stderr.strip() == f"error: {tmp_path / 'bad.json'}: optimizer.peek_lr unknown key (value 1); did you mean 'peak_lr'?"
+    done = launch([*command("worse"), "--no-such-option"], expect=2)
+    assert "--no-such-option" in done.stderr
+    assert "Traceback" not in done.stderr
