@@ -1,0 +1,143 @@
+"""What became of the records of one source, on disk in parts: a run that was interrupted goes on behind the last one."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumi.config import UserError, read_json, write_json
+from lumi.corpus.deduplication import Fingerprint
+from lumi.corpus.processing import Outcome
+
+PART = re.compile(r"part-(\d{6})-([0-9a-f]{64})\.parquet")  # number and SHA-256
+SCHEMA = pa.schema(
+    [
+        ("text", pa.large_string()),
+        ("digest", pa.binary()),
+        ("signature", pa.binary()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+class SourceCache:
+    """One folder: parts named by number and SHA-256, `facts.json`, and `complete.json` once the source is exhausted."""
+
+    def __init__(self, folder: Path, *, writable: bool) -> None:
+        self.folder, self.writable = folder, writable
+        self._num_parts = 0
+
+    def clear(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def read(self) -> Iterator[list[Outcome]]:
+        """The parts that are there, in order and verified; a damaged one ends them and is removed, if this cache is writable."""
+        self._num_parts = 0
+        if self.facts() is not None:
+            for path in self._list_parts():
+                outcomes = _read_part(path)
+                if outcomes is None:
+                    redone = "it is made again" if self.writable else "it is left out"
+                    print(f"lumi: {path}: this part of the cache is damaged, {redone}", file=sys.stderr)
+                    break
+                self._num_parts += 1
+                yield outcomes
+        self._forget_rest()
+
+    def write(self, outcomes: Sequence[Outcome]) -> None:
+        """Add the next part."""
+        if not self.writable:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = _serialize(outcomes)
+        path = self.folder / f"part-{self._num_parts:06d}-{hashlib.sha256(data).hexdigest()}.parquet"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+        self._num_parts += 1
+
+    def is_complete(self) -> bool:
+        """Whether the parts that were read or written are all of the source."""
+        return self._load("complete.json") == {"parts": self._num_parts}
+
+    def finish(self) -> None:
+        """Say that the source is exhausted."""
+        self._save("complete.json", {"parts": self._num_parts})
+
+    def facts(self) -> dict[str, Any] | None:
+        """What was found out when the source was opened, None if it never was; there are no parts without facts."""
+        return self._load("facts.json")
+
+    def save_facts(self, facts: dict[str, Any]) -> None:
+        """Keep what was found out when the source was opened."""
+        self._save("facts.json", facts)
+
+    def _save(self, name: str, data: dict[str, Any]) -> None:
+        if self.writable:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / name, data)
+
+    def _load(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            data = read_json(path)
+        except UserError as error:
+            print(f"lumi: {error}; this part of the cache is made again", file=sys.stderr)
+            return None
+        return data if isinstance(data, dict) else None
+
+    def _list_parts(self) -> list[Path]:
+        """The parts 0, 1, 2 ... up to the first gap."""
+        found = {int(match[1]): path for path in self.folder.glob("part-*.parquet") if (match := PART.fullmatch(path.name))}
+        return [found[number] for number in range(len(found)) if set(range(number + 1)) <= found.keys()]
+
+    def _forget_rest(self) -> None:
+        """Remove what lies behind the parts that were read, and half-written parts."""
+        rest = [path for path in self.folder.glob("part-*") if not (match := PART.fullmatch(path.name)) or int(match[1]) >= self._num_parts]
+        if self.writable and rest:
+            (self.folder / "complete.json").unlink(missing_ok=True)
+            for path in rest:
+                path.unlink()
+
+
+def cache_key(identity: Any) -> str:
+    """A short hash of plain JSON values."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _serialize(outcomes: Sequence[Outcome]) -> bytes:
+    columns = {
+        "text": [outcome.text for outcome in outcomes],
+        "digest": [outcome.fingerprint and outcome.fingerprint.digest for outcome in outcomes],
+        "signature": [outcome.fingerprint and outcome.fingerprint.signature for outcome in outcomes],
+        "reason": [outcome.reason for outcome in outcomes],
+        "detail": [outcome.detail.encode("utf-8", "replace").decode() for outcome in outcomes],
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _read_part(path: Path) -> list[Outcome] | None:
+    data = path.read_bytes()
+    match = PART.fullmatch(path.name)
+    assert match is not None
+    if hashlib.sha256(data).hexdigest() != match[2]:
+        return None
+    rows = zip(*(column.to_pylist() for column in pq.read_table(pa.BufferReader(data)).columns), strict=True)
+    return [
+        Outcome(text, None if text is None else Fingerprint(digest, signature), reason, detail)
+        for text, digest, signature, reason, detail in rows
+    ]

@@ -1,0 +1,74 @@
+"""Repair of broken text that leaves prose, code and emoji as they were written."""
+
+import functools
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+import ftfy
+
+TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# Everything of Unicode's category Cc but tab and newline, and the byte order mark.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleaningConfig:
+    """`repair_text`: undo mojibake (ftfy); `unescape_html`: &amp; -> &; `normalization`: Unicode form."""
+
+    repair_text: bool = True
+    unescape_html: bool = False
+    normalization: Literal["none", "NFC", "NFKC"] = "NFC"
+
+
+def clean_text(text: str, config: CleaningConfig) -> str:
+    """The text with line ends as \\n, without control characters (but \\n and \\t) and lone surrogates, and repaired.
+
+    Quotes, ligatures, tabs, spaces and line breaks stay: a file of code comes out byte for byte.
+
+    Source: ftfy (Speer 2019) for the repair of text that was decoded with the wrong encoding.
+    """
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if text.isascii() and not (config.unescape_html and "&" in text):
+        return _remove_controls(text)
+    text = _mend_surrogates(text)
+    if config.repair_text or config.unescape_html:
+        settings = _ftfy_settings(config)
+        # ftfy works line by line; lines of ASCII are left alone by everything that is switched on, but cost time.
+        lines = text.split("\n")
+        text = "\n".join(line if line.isascii() and not config.unescape_html else ftfy.fix_text(line, settings) for line in lines)
+    text = _remove_controls(text)
+    return text if config.normalization == "none" else unicodedata.normalize(config.normalization, text)
+
+
+def _remove_controls(text: str) -> str:
+    return CONTROL.sub("", TERMINAL_ESCAPE.sub("", text))
+
+
+def _mend_surrogates(text: str) -> str:
+    """Pairs of surrogates become their character, a lone one U+FFFD: neither can be written as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+@functools.cache
+def _ftfy_settings(config: CleaningConfig) -> ftfy.TextFixerConfig:
+    return ftfy.TextFixerConfig(
+        unescape_html=config.unescape_html,
+        remove_terminal_escapes=False,
+        fix_encoding=config.repair_text,
+        fix_c1_controls=config.repair_text,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        fix_line_breaks=False,
+        fix_surrogates=False,
+        remove_control_chars=False,
+        normalization=None,
+        explain=False,
+    )

@@ -1,0 +1,189 @@
+"""Exact and near duplicates across all sources: SHA-256 and MinHash-LSH (Broder 1997; Lee et al. 2022, arXiv:2107.06499)."""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import rensa
+
+RECALL = 0.99  # the share of pairs exactly at the threshold that the bands must find
+RECENT_BANDS = 1 << 18  # entries of the dictionary of recent documents (some 200 bytes each) before they are packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeduplicationConfig:
+    """Of duplicates the first in the order of the sources stays.
+
+    `threshold`: estimated Jaccard similarity, in (0, 1], of the sets of `shingle_words` successive words from which two
+    documents are near duplicates; the estimate's standard error is sqrt(threshold (1 - threshold) / num_permutations).
+    """
+
+    exact: bool = True
+    near: bool = True
+    threshold: float = 0.8
+    num_permutations: int = 128
+    shingle_words: int = 5
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be within (0, 1], got {self.threshold}")
+        if not 16 <= self.num_permutations <= 4096:
+            raise ValueError(f"num_permutations must be between 16 and 4096, got {self.num_permutations}")
+        if self.shingle_words < 1:
+            raise ValueError(f"shingle_words must be at least 1, got {self.shingle_words}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
+
+
+class Fingerprint(NamedTuple):
+    """`digest`: SHA-256, or b""; `signature`: MinHash as little-endian uint32, or b""."""
+
+    digest: bytes
+    signature: bytes
+
+
+def fingerprint(texts: Sequence[str], config: DeduplicationConfig) -> list[Fingerprint]:
+    """What duplicates are recognized by, from the text in lower case, NFC, with runs of white space as one space."""
+    words = [unicodedata.normalize("NFC", text).lower().split() for text in texts]
+    digests = [hashlib.sha256(" ".join(document).encode()).digest() if config.exact else b"" for document in words]
+    if not config.near or not texts:
+        return [Fingerprint(digest, b"") for digest in digests]
+    shingles = [shingle(document, config.shingle_words) for document in words]
+    signatures = rensa.RMinHash.digests_from_token_sets(shingles, config.num_permutations, config.seed)
+    rows = np.array(signatures, dtype="<u4")
+    return [Fingerprint(digest, row.tobytes()) for digest, row in zip(digests, rows, strict=True)]
+
+
+def shingle(words: Sequence[str], size: int) -> list[str]:
+    """Every `size` successive words, joined; all words of a shorter text."""
+    if len(words) <= size:
+        return [" ".join(words)]
+    return list(map(" ".join, zip(*(words[start:] for start in range(size)), strict=False)))
+
+
+def choose_bands(threshold: float, num_permutations: int) -> int:
+    """The fewest bands that find a pair at the threshold with probability RECALL: 1 - (1 - t^(n/b))^b."""
+    divisors = [bands for bands in range(1, num_permutations + 1) if num_permutations % bands == 0]
+    for bands in divisors:
+        if 1 - (1 - threshold ** (num_permutations // bands)) ** bands >= RECALL:
+            return bands
+    return num_permutations
+
+
+class Deduplicator:
+    """Remembers the documents that were kept: 32 bytes for exact, about 4 `num_permutations` + 12 bands bytes for near."""
+
+    def __init__(self, config: DeduplicationConfig) -> None:
+        self.config = config
+        self._digests: set[bytes] = set()
+        self._bands = BandIndex(choose_bands(config.threshold, config.num_permutations), config.num_permutations)
+        self._num_kept = 0
+        self._signatures = np.empty((1024, config.num_permutations), dtype="<u4")
+
+    def decide(self, fingerprints: Sequence[Fingerprint | None]) -> Iterator[str]:
+        """The reason to drop each document, or "" to keep it; None stands for one that is dropped already.
+
+        Documents are remembered one by one, as the answers are taken.
+        """
+        self._bands.pack_if_large()
+        present = [item for item in fingerprints if item is not None]
+        hashes = self._bands.hash_rows(_stack(present, self.config)) if self.config.near else None
+        packed = iter(self._bands.find_packed(hashes)) if hashes is not None else iter(())
+        rows = iter(hashes.tolist() if hashes is not None else ())
+        for item in fingerprints:
+            if item is None:
+                yield ""
+                continue
+            yield self._decide(item, next(rows, None), next(packed, []))
+
+    def _decide(self, item: Fingerprint, hashes: list[int] | None, packed: list[int]) -> str:
+        if self.config.exact:
+            if item.digest in self._digests:
+                return "exact_duplicate"
+            self._digests.add(item.digest)
+        if hashes is None:
+            return ""
+        signature = np.frombuffer(item.signature, dtype="<u4")
+        candidates = sorted({*packed, *self._bands.find_recent(hashes)})
+        if candidates:
+            agreements = (self._signatures[candidates] == signature).sum(axis=1)
+            if agreements.max() >= self.config.threshold * self.config.num_permutations - 1e-6:  # float rounding
+                return "near_duplicate"
+        if self._num_kept == len(self._signatures):
+            self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])
+        self._signatures[self._num_kept] = signature
+        self._bands.add(hashes, self._num_kept)
+        self._num_kept += 1
+        return ""
+
+
+class BandIndex:
+    """band of a signature -> documents: a dictionary for recent ones, sorted arrays of 12 bytes an entry for the others.
+
+    rensa's own index takes only its live objects, which cross a process or a file solely as pickles; signatures do not.
+    """
+
+    def __init__(self, num_bands: int, num_permutations: int) -> None:
+        self.num_bands, self.width = num_bands, num_permutations // num_bands
+        self._recent: dict[int, list[int]] = {}
+        self._num_recent = 0
+        self._packed: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]] = []
+
+    def hash_rows(self, signatures: "npt.NDArray[np.uint32]") -> "npt.NDArray[np.uint64]":
+        """(documents, bands) hashes of 64 bits; bands differ in their start value, so one table serves them all."""
+        columns = signatures.reshape(len(signatures), self.num_bands, self.width).astype(np.uint64)
+        hashes = np.broadcast_to(np.arange(1, self.num_bands + 1, dtype=np.uint64), columns.shape[:2])
+        for index in range(self.width):
+            hashes = (hashes ^ columns[:, :, index]) * np.uint64(0x9E3779B97F4A7C15)
+            hashes = hashes ^ (hashes >> np.uint64(29))
+        return hashes
+
+    def find_packed(self, hashes: "npt.NDArray[np.uint64]") -> list[list[int]]:
+        """For each row of hashes the packed documents that share a band with it."""
+        found: list[list[int]] = [[] for _ in range(len(hashes))]
+        for keys, documents in self._packed:
+            first = np.searchsorted(keys, hashes, side="left")
+            for row, band in zip(*np.nonzero(keys[np.minimum(first, len(keys) - 1)] == hashes), strict=True):
+                last = np.searchsorted(keys, hashes[row, band], side="right")
+                found[row].extend(documents[first[row, band] : last].tolist())
+        return found
+
+    def find_recent(self, hashes: list[int]) -> list[int]:
+        """The recent documents that share a band with one row of hashes."""
+        recent = self._recent
+        return [document for key in hashes if key in recent for document in recent[key]]
+
+    def add(self, hashes: list[int], document: int) -> None:
+        """Remember a document under its row of hashes."""
+        for key in hashes:
+            self._recent.setdefault(key, []).append(document)
+        self._num_recent += len(hashes)
+
+    def pack(self) -> None:
+        """Move the recent documents to sorted arrays; arrays of like size are merged, so there are few."""
+        if not self._num_recent:
+            return
+        pairs = [(key, document) for key, documents in self._recent.items() for document in documents]
+        keys = np.array([key for key, _ in pairs], dtype=np.uint64)
+        documents = np.array([document for _, document in pairs], dtype=np.uint32)
+        self._recent, self._num_recent = {}, 0
+        while self._packed and len(self._packed[-1][0]) <= 2 * len(keys):
+            more_keys, more_documents = self._packed.pop()
+            keys, documents = np.concatenate([more_keys, keys]), np.concatenate([more_documents, documents])
+        order = np.argsort(keys, kind="stable")
+        self._packed.append((keys[order], documents[order]))
+
+    def pack_if_large(self) -> None:
+        """Pack between two batches, when the dictionary has grown to RECENT_BANDS entries."""
+        if self._num_recent >= RECENT_BANDS:
+            self.pack()
+
+
+def _stack(fingerprints: Sequence[Fingerprint], config: DeduplicationConfig) -> "npt.NDArray[np.uint32]":
+    data = b"".join(item.signature for item in fingerprints)
+    return np.frombuffer(data, dtype="<u4").reshape(len(fingerprints), config.num_permutations)

@@ -1,0 +1,147 @@
+"""Quality filters after Gopher (Rae et al. 2021, appendix A.1.1) and C4 (Raffel et al. 2020, section 2.2).
+
+Each filter can be switched off with null. A document is dropped by the first that it fails, in the order of the fields.
+"""
+
+import functools
+import importlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lumi.config import UserError
+
+LANGUAGE_CHARS = 4_000  # what a language is judged by; the whole of a long document would take longer than all else together
+SYMBOLS = ("#", "...", "…")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Limits of a document that is kept; the defaults suit web pages and prose."""
+
+    min_chars: int = 200
+    max_chars: int = 1_000_000
+    blocked_phrases: tuple[str, ...] = ("lorem ipsum",)
+    max_symbol_to_word_ratio: float | None = 0.1
+    max_duplicate_line_fraction: float | None = 0.3
+    max_duplicate_line_char_fraction: float | None = 0.2
+    top_ngram_words: int = 2
+    max_top_ngram_char_fraction: float | None = 0.2
+    duplicate_ngram_words: int = 5
+    max_duplicate_ngram_char_fraction: float | None = 0.15
+    languages: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_chars < 1:
+            raise ValueError(f"min_chars must be at least 1, got {self.min_chars}")
+        if self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars must be at least min_chars ({self.min_chars}), got {self.max_chars}")
+        if any(not phrase.strip() for phrase in self.blocked_phrases):
+            raise ValueError(f"blocked_phrases must not be empty texts, got {list(self.blocked_phrases)}")
+        if self.max_symbol_to_word_ratio is not None and self.max_symbol_to_word_ratio < 0:
+            raise ValueError(f"max_symbol_to_word_ratio must be at least 0, got {self.max_symbol_to_word_ratio}")
+        for key in ("duplicate_line", "duplicate_line_char", "top_ngram_char", "duplicate_ngram_char"):
+            value = getattr(self, f"max_{key}_fraction")
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"max_{key}_fraction must be within 0 and 1, or null to switch it off, got {value}")
+        for key in ("top_ngram_words", "duplicate_ngram_words"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.languages is not None and (not self.languages or not all(code.isalpha() and code.islower() for code in self.languages)):
+            raise ValueError(f'languages must be codes such as "en", or null, got {list(self.languages)}')
+
+
+def find_fault(text: str, config: FilterConfig) -> str:
+    """The reason to drop a cleaned text, or "" to keep it.
+
+    Raises:
+        UserError: `languages` is given and py3langid is not installed.
+    """
+    if len(text) < config.min_chars:
+        return "too_short"
+    if len(text) > config.max_chars:
+        return "too_long"
+    if config.blocked_phrases:
+        lowered = text.lower()
+        if any(phrase.lower() in lowered for phrase in config.blocked_phrases):
+            return "blocked_phrase"
+    words = text.split()
+    ratio = config.max_symbol_to_word_ratio
+    if ratio is not None and sum(map(text.count, SYMBOLS)) > ratio * len(words):
+        return "symbol_to_word_ratio"
+    fault = _find_repetition(text, words, config)
+    if not fault and config.languages is not None and classifier(config.languages)(text) not in config.languages:
+        return "language"
+    return fault
+
+
+def _find_repetition(text: str, words: list[str], config: FilterConfig) -> str:
+    line_share, char_share = duplicate_line_fractions(text)
+    if config.max_duplicate_line_fraction is not None and line_share > config.max_duplicate_line_fraction:
+        return "duplicate_lines"
+    if config.max_duplicate_line_char_fraction is not None and char_share > config.max_duplicate_line_char_fraction:
+        return "duplicate_line_chars"
+    limit = config.max_top_ngram_char_fraction
+    if limit is not None and top_ngram_char_fraction(words, config.top_ngram_words) > limit:
+        return "top_ngram"
+    limit = config.max_duplicate_ngram_char_fraction
+    if limit is not None and duplicate_ngram_char_fraction(words, config.duplicate_ngram_words) > limit:
+        return "duplicate_ngrams"
+    return ""
+
+
+def duplicate_line_fractions(text: str) -> tuple[float, float]:
+    """The share of lines that repeat an earlier line, and the share of characters in them; empty lines do not count."""
+    lines = [line for line in (line.strip() for line in text.split("\n")) if line]
+    if not lines:
+        return 0.0, 0.0
+    repeats = [(line, count - 1) for line, count in Counter(lines).items() if count > 1]
+    num_chars = sum(map(len, lines))
+    return sum(count for _, count in repeats) / len(lines), sum(len(line) * count for line, count in repeats) / num_chars
+
+
+def top_ngram_char_fraction(words: list[str], size: int) -> float:
+    """The share of the characters of all words that lie in the most frequent n-gram of `size` words; 0 if none repeats."""
+    if len(words) < size:
+        return 0.0
+    counts = Counter(zip(*(words[start:] for start in range(size)), strict=False))
+    most = max(counts.values())
+    if most == 1:
+        return 0.0
+    longest = max(sum(map(len, ngram)) for ngram, count in counts.items() if count == most)
+    return min(1.0, longest * most / sum(map(len, words)))  # overlapping n-grams ("a a a") would count twice
+
+
+def duplicate_ngram_char_fraction(words: list[str], size: int) -> float:
+    """The share of the characters of all words that lie in n-grams of `size` words seen before, overlaps counted once."""
+    ngrams = list(zip(*(words[start:] for start in range(size)), strict=False))
+    if len(set(ngrams)) == len(ngrams):
+        return 0.0
+    seen: set[tuple[str, ...]] = set()
+    covered, num_chars = 0, 0  # `covered`: words before this index are counted already
+    for start, ngram in enumerate(ngrams):
+        if ngram in seen:
+            num_chars += sum(map(len, words[max(start, covered) : start + size]))
+            covered = start + size
+        seen.add(ngram)
+    return num_chars / sum(map(len, words))
+
+
+@functools.cache
+def classifier(languages: tuple[str, ...]) -> Callable[[str], str]:
+    """text -> the code of its language, the likeliest among all that py3langid knows.
+
+    Raises:
+        UserError: py3langid is not installed, or does not know one of `languages`.
+    """
+    try:
+        py3langid = importlib.import_module("py3langid")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"filters.languages must be null where py3langid is not installed, got {list(languages)}; run: pip install 'lumi-train[langid]'"
+        ) from error
+    known = {str(code) for code, _ in py3langid.rank("")}
+    unknown = sorted(set(languages) - known)
+    if unknown:
+        raise UserError(f"filters.languages must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return lambda text: str(py3langid.classify(text[:LANGUAGE_CHARS])[0])

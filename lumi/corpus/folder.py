@@ -1,0 +1,212 @@
+"""The corpus folder on disk: Parquet shards and `manifest.json`, written whole or not at all, verified when read."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumi.config import UserError, read_json, write_json
+
+KIND = "lumi-corpus"
+FORMAT = 1
+ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
+SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
+MAKE_ONE = "lumi prepare --config CONFIG --output-dir"
+
+Manifest = dict[str, Any]
+
+
+class CorpusBatch(NamedTuple):
+    """Successive documents: their texts, and the name of the source of each."""
+
+    texts: list[str]
+    sources: list[str]
+
+
+class CorpusReader:
+    """A finished corpus folder; the sizes of its shards are checked when it is opened, their SHA-256 before they are read."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    def __len__(self) -> int:
+        return int(self.manifest["documents"])
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for batch in self.iter_batches():
+            yield from zip(batch.texts, batch.sources, strict=True)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards are read independently of each other, in processes of their own if that is wanted."""
+        return len(self.manifest["shards"])
+
+    def iter_batches(self, batch_documents: int = 1024) -> Iterator[CorpusBatch]:
+        """All documents in order, at most `batch_documents` at a time.
+
+        Raises:
+            UserError: a shard is damaged: which, what was expected, what came.
+        """
+        for index in range(self.num_shards):
+            yield from self.iter_shard(index, batch_documents)
+
+    def iter_shard(self, index: int, batch_documents: int = 1024) -> Iterator[CorpusBatch]:
+        """The documents of shard `index` (from 0) in order. Raises UserError as `iter_batches`."""
+        if batch_documents < 1:
+            raise ValueError(f"batch_documents must be at least 1, got {batch_documents}")
+        shard = self.manifest["shards"][index]
+        _check_shard(self.folder, shard, read=True)
+        with pq.ParquetFile(self.folder / shard["file"]) as file:
+            for batch in file.iter_batches(batch_size=batch_documents, columns=["text", "source"]):
+                yield CorpusBatch(batch.column(0).to_pylist(), batch.column(1).to_pylist())
+
+    def verify(self) -> None:
+        """Read every shard and compare its SHA-256. Raises UserError as `iter_batches`."""
+        for shard in self.manifest["shards"]:
+            _check_shard(self.folder, shard, read=True)
+
+
+def read_corpus(folder: str | Path) -> CorpusReader:
+    """Open a corpus folder that `lumi prepare` wrote.
+
+    Raises:
+        UserError: it is not one, it is not finished, or a shard is missing or has another size.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        got = "a folder without the manifest.json of a corpus" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        raise UserError(f"{folder} must be a corpus folder, got {got}; make one: {MAKE_ONE} {folder}")
+    for shard in manifest["shards"]:
+        _check_shard(folder, shard, read=False)
+    return CorpusReader(folder, manifest)
+
+
+def is_corpus(folder: str | Path) -> bool:
+    """Whether a folder holds a finished corpus; its shards are not looked at."""
+    return read_manifest(Path(folder)) is not None
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a corpus, or None if the folder holds none (or that of another stage).
+
+    Raises:
+        UserError: the manifest is damaged, or of a later version of Lumi.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        return None
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: format must be {FORMAT}, got {manifest.get('format')}; make the corpus again with this version of lumi")
+    keys = {"file", "documents", "bytes", "sha256"}
+    shards = manifest.get("shards")
+    if not isinstance(manifest.get("documents"), int) or not isinstance(shards, list):
+        raise UserError(f"{path}: must hold documents and shards; the file is damaged, make the corpus again: {MAKE_ONE} {folder}")
+    for shard in shards:
+        # A name with a folder in it could point anywhere.
+        if not isinstance(shard, dict) or not keys <= shard.keys() or Path(str(shard["file"])).name != shard["file"]:
+            raise UserError(f"{path}: shards must hold {', '.join(sorted(keys))}; the file is damaged, make the corpus again")
+    return manifest
+
+
+class CorpusWriter:
+    """Writes shards beside their final place, and puts them there all at once in `commit`; used as a context.
+
+    The same documents give the same bytes: shards and row groups end where the bytes of text say so.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.shards: list[dict[str, Any]] = []
+        self._building = folder / ".building"
+        self._texts: list[str] = []
+        self._sources: list[str] = []
+        self._group_bytes = self._file_bytes = self._file_documents = 0
+        self._file: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "CorpusWriter":
+        shutil.rmtree(self._building, ignore_errors=True)
+        self._building.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        shutil.rmtree(self._building, ignore_errors=True)
+
+    def add(self, text: str, source: str, num_bytes: int) -> None:
+        """Append a document of `num_bytes` bytes of UTF-8."""
+        self._texts.append(text)
+        self._sources.append(source)
+        self._group_bytes += num_bytes
+        if self._group_bytes >= min(ROW_GROUP_BYTES, self.shard_bytes - self._file_bytes):
+            self._flush()
+        if self._file_bytes >= self.shard_bytes:
+            self._close()
+
+    def commit(self, manifest: Manifest, card: str) -> Manifest:
+        """Finish: shards and card into the folder, the manifest last. Shards of an earlier corpus go only after that."""
+        self._flush()
+        self._close()
+        manifest = {"kind": KIND, "format": FORMAT, **manifest, "columns": SCHEMA.names, "shards": self.shards}
+        for shard in self.shards:
+            os.replace(self._building / shard["file"], self.folder / shard["file"])
+        temporary = self._building / "DATA_CARD.md"
+        temporary.write_text(card, encoding="utf-8")
+        os.replace(temporary, self.folder / "DATA_CARD.md")
+        write_json(self.folder / "manifest.json", manifest)
+        names = {shard["file"] for shard in self.shards}
+        for path in self.folder.glob("shard-*-????????.parquet"):
+            if path.name not in names:
+                path.unlink()
+        return manifest
+
+    def _flush(self) -> None:
+        if not self._texts:
+            return
+        if self._file is None:
+            self._file = pq.ParquetWriter(self._building / "shard.parquet", SCHEMA, compression="zstd")
+        self._file.write_table(pa.Table.from_pydict({"text": self._texts, "source": self._sources}, schema=SCHEMA))
+        self._file_bytes += self._group_bytes
+        self._file_documents += len(self._texts)
+        self._texts, self._sources, self._group_bytes = [], [], 0
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        path = self._building / "shard.parquet"
+        digest = _hash_file(path)
+        # The hash in the name keeps the shards of an earlier corpus whole until the new manifest is in place.
+        name = f"shard-{len(self.shards):05d}-{digest[:8]}.parquet"
+        self.shards.append({"file": name, "documents": self._file_documents, "bytes": path.stat().st_size, "sha256": digest})
+        os.replace(path, self._building / name)
+        self._file_bytes = self._file_documents = 0
+
+
+def _check_shard(folder: Path, shard: dict[str, Any], *, read: bool) -> None:
+    path = folder / shard["file"]
+    expected, got = f"{shard['bytes']} bytes", "no file"
+    if path.is_file():
+        got = f"{path.stat().st_size} bytes"
+        if got == expected and read:
+            expected, got = f"SHA-256 {shard['sha256']}", f"SHA-256 {_hash_file(path)}"
+    if got != expected:
+        raise UserError(
+            f"{path} must have {expected}, got {got}: the shard is damaged; copy it again from where it came,"
+            f" or make it again: {MAKE_ONE} {folder} --use-cache"
+        )
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,311 @@
+"""The stage `prepare`: sources -> cleaned, filtered, de-duplicated documents in a corpus folder."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lumi.config import UserError, to_dict
+from lumi.corpus import processing
+from lumi.corpus.cache import SourceCache, cache_key
+from lumi.corpus.cleaning import CleaningConfig
+from lumi.corpus.deduplication import DeduplicationConfig, Deduplicator
+from lumi.corpus.filters import FilterConfig, classifier
+from lumi.corpus.folder import CorpusReader, CorpusWriter, Manifest, read_manifest
+from lumi.corpus.processing import Outcome, Recipe, Workers, make_batches
+from lumi.corpus.reading import open_source
+from lumi.corpus.report import SourceCounts, data_card, find_warnings, summary_table
+from lumi.corpus.sources import HubSource, JsonlSource, ParquetSource, PythonDocsSource, Source, TextSource, describe, identify
+
+CACHE_FORMAT = 1  # raise it when cleaning, filters or fingerprints change their results
+OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """`bytes_per_token`: the estimate behind budgets and reports; `shard_bytes`: text in one shard, before compression.
+
+    A source is read until its budget of documents that are kept (`max_tokens` estimated, `max_documents`) is reached.
+    """
+
+    sources: tuple[HubSource | JsonlSource | ParquetSource | TextSource | PythonDocsSource, ...]
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    deduplication: DeduplicationConfig = field(default_factory=DeduplicationConfig)
+    bytes_per_token: float = 4.2
+    shard_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources must hold at least one source, got none")
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"sources must have different names, got {', '.join(map(repr, twice))} more than once")
+        if not self.bytes_per_token > 0:
+            raise ValueError(f"bytes_per_token must be above 0, got {self.bytes_per_token}")
+        if self.shard_bytes < 1024:
+            raise ValueError(f"shard_bytes must be at least 1024, got {self.shard_bytes}")
+
+
+def prepare(
+    config: PrepareConfig,
+    output_dir: str | Path,
+    *,
+    use_cache: bool = False,
+    analyze_only: bool = False,
+    num_workers: int | None = None,
+) -> Manifest:
+    """Make a corpus folder; its shards are the same bytes for any number of workers.
+
+    Args:
+        config: sources, filters, budgets.
+        output_dir: a new or empty folder, or a corpus folder of the same config (with `use_cache`: of any config).
+        use_cache: reuse what an earlier or interrupted run left in `output_dir/.cache`; without it everything is done anew.
+        analyze_only: print what would be kept and dropped, and write nothing.
+        num_workers: processes for cleaning, filters and fingerprints; None: one for each usable core.
+
+    Returns:
+        The manifest; with `analyze_only` what it would say, without shards.
+
+    Raises:
+        UserError: a source cannot be read, the folder holds something else, no document is kept, the disk is full.
+    """
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers < 1:
+        raise UserError(f"--num-workers must be at least 1, got {num_workers}")
+    folder = Path(output_dir)
+    if config.filters.languages is not None:
+        classifier(config.filters.languages)
+    keys = {source.name: _source_key(source, config) for source in config.sources}
+    caches = {name: SourceCache(folder / ".cache" / f"{name}-{key}", writable=not analyze_only) for name, key in keys.items()}
+    with _interruptible(writes=not analyze_only), Workers(num_workers) as workers:
+        if analyze_only:
+            return _analyze(config, caches if use_cache else {}, workers)
+        old = _check_output(folder, config, use_cache)
+        try:
+            return _write(config, folder, keys, caches, workers, old if use_cache else None, use_cache)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(
+                f"{error.filename or folder} cannot be written: {reason}; finished batches are kept:"
+                " mend this, then run again with --use-cache"
+            ) from error
+
+
+def _analyze(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers) -> Manifest:
+    manifest = _summarize(config, _run(config, caches, workers, None))
+    print(summary_table(manifest["sources"]))
+    print(f"nothing was written; {manifest['documents']:,} documents would be")
+    return manifest
+
+
+def _write(
+    config: PrepareConfig,
+    folder: Path,
+    keys: dict[str, str],
+    caches: dict[str, SourceCache],
+    workers: Workers,
+    old: Manifest | None,
+    use_cache: bool,
+) -> Manifest:
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs_key = cache_key([to_dict(config), keys])
+    with _lock(folder):
+        if old is not None and old.get("inputs_key") == inputs_key and _is_whole(folder, old):
+            print(summary_table(old["sources"]))
+            print(f"{folder} is up to date: {old['documents']:,} documents")
+            return old
+        if not use_cache:
+            if not (folder / "manifest.json").exists() and any(cache.folder.exists() for cache in caches.values()):
+                print(f"lumi: {folder}: what an interrupted run left is discarded; --use-cache goes on from it", file=sys.stderr)
+            for cache in caches.values():
+                cache.clear()
+        with CorpusWriter(folder, config.shard_bytes) as writer:
+            manifest = _summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs_key}
+            if not manifest["documents"]:
+                raise UserError(
+                    "sources must give at least one document that is kept, got none: "
+                    + "; ".join(manifest["warnings"])
+                    + "; see what each filter drops with --analyze-only, and loosen it"
+                )
+            manifest = writer.commit(manifest, data_card(manifest))
+        for path in (folder / ".cache").iterdir():  # what other configs left: the cache holds what the last run used
+            if path.is_dir() and path not in [cache.folder for cache in caches.values()]:
+                shutil.rmtree(path)
+    print(summary_table(manifest["sources"]))
+    print(f"{manifest['documents']:,} documents in {len(manifest['shards'])} shards: {folder} ({folder}/.cache may be deleted)")
+    return manifest
+
+
+def _run(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers, writer: CorpusWriter | None) -> list[SourceCounts]:
+    """Take every source in order until its budget is reached; decisions about duplicates are made here, one by one."""
+    deduplicator = Deduplicator(config.deduplication)
+    recipe = Recipe(config.cleaning, config.filters, config.deduplication)
+    all_counts = []
+    for source in config.sources:
+        counts = SourceCounts(source.name, describe(source))
+        batches = _process_source(source, recipe, caches.get(source.name), workers, counts)
+        seconds = 0.5 if sys.stderr.isatty() else 15.0
+        with closing(batches), tqdm(desc=source.name, unit=" documents", mininterval=seconds, file=sys.stderr) as bar:
+            for outcomes in batches:
+                before = counts.read
+                _take(outcomes, source, config, counts, deduplicator, writer)
+                bar.set_postfix(kept=counts.kept, refresh=False)
+                bar.update(counts.read - before)
+                if counts.budget_reached:
+                    break
+        all_counts.append(counts)
+    return all_counts
+
+
+def _take(
+    outcomes: Sequence[Outcome],
+    source: Source,
+    config: PrepareConfig,
+    counts: SourceCounts,
+    deduplicator: Deduplicator,
+    writer: CorpusWriter | None,
+) -> None:
+    """Count and write a batch; stops in the middle of it when the budget is reached."""
+    duplicates = deduplicator.decide([outcome.fingerprint for outcome in outcomes])
+    for outcome, duplicate in zip(outcomes, duplicates, strict=True):
+        counts.read += 1
+        if outcome.text is None or duplicate:
+            counts.drop(outcome.reason or duplicate, outcome.detail)
+            continue
+        num_bytes = len(outcome.text.encode())
+        counts.kept += 1
+        counts.num_bytes += num_bytes
+        if writer is not None:
+            writer.add(outcome.text, source.name, num_bytes)
+        enough_tokens = source.max_tokens is not None and counts.num_bytes >= source.max_tokens * config.bytes_per_token
+        if enough_tokens or counts.kept == source.max_documents:
+            counts.budget_reached = True
+            return
+
+
+def _process_source(
+    source: Source, recipe: Recipe, cache: SourceCache | None, workers: Workers, counts: SourceCounts
+) -> Generator[list[Outcome], None, None]:
+    """The outcomes of a source in batches: first what the cache holds, then the rest, which is added to the cache."""
+    num_cached = 0
+    if cache is not None:
+        counts.facts = cache.facts() or {}
+        for outcomes in cache.read():
+            num_cached += len(outcomes)
+            yield outcomes
+        if cache.is_complete():
+            return
+    opened = open_source(source, recipe.filters.max_chars, skip=num_cached)
+    counts.facts = opened.facts
+    if cache is not None:
+        cache.save_facts(opened.facts)
+    for outcomes in workers.process(make_batches(opened.records), recipe):
+        if cache is not None:
+            cache.write(outcomes)
+        yield outcomes
+    if cache is not None:
+        cache.finish()
+
+
+def _summarize(config: PrepareConfig, all_counts: list[SourceCounts]) -> Manifest:
+    sources = [counts.to_json(config.bytes_per_token) for counts in all_counts]
+    budgets = [source.max_tokens is not None or source.max_documents is not None for source in config.sources]
+    warnings = find_warnings(sources, budgets)
+    for warning in warnings:
+        print(f"lumi: warning: {warning}", file=sys.stderr)
+    return {
+        "documents": sum(source["kept"] for source in sources),
+        "bytes": sum(source["bytes"] for source in sources),
+        "estimated_tokens": sum(source["estimated_tokens"] for source in sources),
+        "config": to_dict(config),
+        "sources": sources,
+        "warnings": warnings,
+        "environment": {"python": ".".join(map(str, sys.version_info[:3])), **_versions(config)},
+    }
+
+
+def _versions(config: PrepareConfig) -> dict[str, str]:
+    packages = ["ftfy", "rensa", "pyarrow", *(["py3langid"] if config.filters.languages else [])]
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def _source_key(source: Source, config: PrepareConfig) -> str:
+    """Everything that decides the outcomes of a source: not its budget, nor the threshold of near duplicates."""
+    fingerprints = {key: value for key, value in to_dict(config.deduplication).items() if key != "threshold"}
+    batches = [processing.BATCH_DOCUMENTS, processing.BATCH_CHARS]
+    recipe = [to_dict(config.cleaning), to_dict(config.filters), fingerprints, batches, _versions(config)]
+    return cache_key([CACHE_FORMAT, identify(source), *recipe])
+
+
+def _check_output(folder: Path, config: PrepareConfig, use_cache: bool) -> Manifest | None:
+    """The manifest of the corpus that is already there, if this run may replace it. Raises UserError if it may not."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir must be a folder, got a file: {folder}")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)) if folder.exists() else []
+        if foreign:
+            raise UserError(f"--output-dir must be new, empty or a corpus folder, got {folder} with {', '.join(foreign[:3])} in it")
+    elif manifest.get("config") != to_dict(config) and not use_cache:
+        changed = sorted(key for key, value in to_dict(config).items() if manifest.get("config", {}).get(key) != value)
+        raise UserError(
+            f"--output-dir must not hold a corpus of another config, got {folder} (made with other {', '.join(changed)});"
+            " choose another folder, or add --use-cache to replace it, reusing the sources that did not change"
+        )
+    return manifest
+
+
+def _is_whole(folder: Path, manifest: Manifest) -> bool:
+    try:
+        CorpusReader(folder, manifest).verify()
+    except UserError as error:
+        print(f"lumi: {error}; it is made again", file=sys.stderr)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One run at a time in a folder; the kernel drops the lock of a process that was killed."""
+    (folder / ".cache").mkdir(exist_ok=True)
+    with open(folder / ".cache" / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output-dir must be used by one run at a time, got {folder}, where another one is at work") from error
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible(writes: bool) -> Iterator[None]:
+    """SIGTERM ends the run like Ctrl-C, through every `finally`; a second one ends it at once."""
+
+    def terminate(signum: int, _frame: object) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        raise SystemExit(128 + signum)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        kept = "finished batches are kept, run again with --use-cache to go on" if writes else "nothing was written"
+        print(f"lumi: interrupted; {kept}", file=sys.stderr)
+        raise
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)

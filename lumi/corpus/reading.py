@@ -1,0 +1,177 @@
+"""Sources -> records, in a fixed order: every piece of a source is a text, or a reason why there is none."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumi.config import UserError
+from lumi.corpus.python_docs import read_python_docs
+from lumi.corpus.sources import HubSource, JsonlSource, ParquetSource, PythonDocsSource, Source, TextSource, find_files
+
+CHUNK_BYTES = 1 << 20
+
+
+class Record(NamedTuple):
+    """`text`, or None with the reason and, in `detail`, the place and what is wrong there."""
+
+    text: str | None
+    reason: str = ""
+    detail: str = ""
+
+
+class OpenSource(NamedTuple):
+    """The records of a source, and facts about it that belong in the manifest."""
+
+    facts: dict[str, Any]
+    records: Iterator[Record]
+
+
+def open_source(source: Source, max_chars: int, skip: int = 0) -> OpenSource:
+    """Begin to read a source behind its first `skip` records; pieces far longer than `max_chars` are never held in memory.
+
+    Raises:
+        UserError: a path matches no file, a file cannot be read, the hub cannot be reached.
+    """
+    if isinstance(source, HubSource):
+        return OpenSource({}, _read_hub(source, skip))
+    if isinstance(source, PythonDocsSource):
+        facts, documents = read_python_docs(source.packages)
+        return OpenSource(facts, map(Record, islice(documents, skip, None)))
+    return OpenSource({}, islice(_read_files(source, max_chars), skip, None))
+
+
+def _read_files(source: JsonlSource | ParquetSource | TextSource, max_chars: int) -> Iterator[Record]:
+    for path in find_files(source):
+        try:
+            if isinstance(source, JsonlSource):
+                yield from _read_jsonl(path, source.text_field, max_chars)
+            elif isinstance(source, ParquetSource):
+                yield from _read_parquet(path, source)
+            else:
+                yield from _read_text(path, source.separator, max_chars)
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"source {source.name!r}: {path} must be a readable {source.kind} file, got: {message}") from error
+
+
+def _open(path: str) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
+
+
+def _read_jsonl(path: str, text_field: str, max_chars: int) -> Iterator[Record]:
+    # One character is at most 12 bytes in JSON ("\\ud83d\\ude00"); the rest of the line may be other fields.
+    limit = 12 * max_chars + CHUNK_BYTES
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(limit):
+            number += 1
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if len(line) >= limit and not line.endswith(b"\n"):
+                while (rest := file.readline(CHUNK_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                yield Record(None, "too_long", f"{path}:{number}: a line of more than {limit} bytes")
+            elif line.strip():
+                yield _parse_line(line, text_field, f"{path}:{number}")
+
+
+def _parse_line(line: bytes, text_field: str, place: str) -> Record:
+    try:
+        data = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Record(None, "invalid_utf8", f"{place}: invalid UTF-8 at byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return Record(None, "malformed_json", f"{place}: {error}")
+    return _pick_text(data, text_field, place)
+
+
+def _pick_text(data: Any, text_field: str, place: str) -> Record:
+    if not isinstance(data, dict):
+        return Record(None, "malformed_json", f"{place}: must be an object, got {type(data).__name__}")
+    if data.get(text_field) is None:
+        return Record(None, "missing_text", f"{place}: no field {text_field!r}; it has {', '.join(map(repr, data)) or 'no fields'}"[:300])
+    if not isinstance(data[text_field], str):
+        return Record(None, "wrong_type", f"{place}: {text_field!r} must be a string, got {type(data[text_field]).__name__}")
+    return Record(data[text_field])
+
+
+def _read_parquet(path: str, source: ParquetSource) -> Iterator[Record]:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        if source.text_field not in schema.names:
+            raise UserError(
+                f"source {source.name!r}: text_field must be a column of {path} ({', '.join(schema.names)}), got {source.text_field!r}"
+            )
+        kind = schema.field(source.text_field).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise UserError(f"source {source.name!r}: column {source.text_field!r} of {path} must hold strings, got {kind}")
+        row = 0
+        for batch in file.iter_batches(batch_size=256, columns=[source.text_field]):
+            # As bytes: Arrow does not check that a string column is UTF-8.
+            for value in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
+                row += 1
+                yield _decode(value, f"{path}:row {row}") if value is not None else Record(None, "missing_text", f"{path}:row {row}: null")
+
+
+def _decode(data: bytes, place: str) -> Record:
+    try:
+        return Record(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Record(None, "invalid_utf8", f"{place}: invalid UTF-8 at byte {error.start}")
+
+
+def _read_text(path: str, separator: str | None, max_chars: int) -> Iterator[Record]:
+    limit = 4 * max_chars  # bytes; UTF-8 has at most four for a character
+    for number, piece in _split(path, separator, limit):
+        if piece is None:
+            yield Record(None, "too_long", f"{path}:{number}: more than {limit} bytes in one document")
+        elif separator is None:
+            yield _decode(piece.removeprefix(b"\xef\xbb\xbf"), path)
+        elif stripped := piece.removeprefix(b"\xef\xbb\xbf").strip(b"\n"):  # separators in a row hold nothing between them
+            yield _decode(stripped, f"{path}:{number + len(piece) - len(piece.lstrip(bytes([10])))}")
+
+
+def _split(path: str, separator: str | None, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """(line number, piece) for the pieces between separators; None for a piece of more than `limit` bytes."""
+    mark = separator.encode() if separator else None
+    number, passed_lines, buffer, too_long = 1, 0, b"", False
+    with _open(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            if mark and b"\r" in chunk:
+                chunk += file.read(1) if chunk.endswith(b"\r") else b""
+                chunk = chunk.replace(b"\r\n", b"\n")
+            buffer += chunk
+            if mark:
+                *pieces, buffer = buffer.split(mark)
+                for piece in pieces:
+                    yield number, None if too_long or len(piece) > limit else piece
+                    number += passed_lines + (piece + mark).count(b"\n")
+                    passed_lines, too_long = 0, False
+            if len(buffer) > limit:  # forget it, but for the first half of a separator that was cut in two
+                keep = len(buffer) - len(mark) + 1 if mark else len(buffer)
+                passed_lines += buffer.count(b"\n", 0, keep)
+                buffer, too_long = buffer[keep:], True
+    yield number, None if too_long or len(buffer) > limit else buffer
+
+
+def _read_hub(source: HubSource, skip: int) -> Iterator[Record]:
+    import datasets  # takes seconds to import, and only this kind of source needs it
+
+    address = f"{source.dataset}{f' ({source.subset})' if source.subset else ''}, split {source.split!r}"
+    try:
+        stream = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True)
+        for number, example in enumerate(stream.skip(skip) if skip else stream, start=skip + 1):
+            yield _pick_text(example, source.text_field, f"{source.dataset}:row {number}")
+    except Exception as error:  # network, server, file formats: datasets raises the errors of a dozen libraries
+        message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"source {source.name!r}: cannot read the hub dataset {address}: {message}; check its name and your network"
+            " (behind a gate: `hf auth login`), then run again with --use-cache, or use a local source"
+        ) from error

@@ -1,0 +1,60 @@
+import unicodedata
+
+import pytest
+
+from lumi.corpus import CleaningConfig, clean_text
+
+PYTHON_FILE = '''#!/usr/bin/env python3
+"""Docstring with “curly” quotes — and a dash."""
+
+def f(x):\t# tab, trailing spaces\x20\x20
+\tif x == "ﬁ":  # a ligature
+\t\treturn 'it\\'s &amp; fine' + "\\u00e9"
+
+
+class C:
+    pass
+'''
+MARKDOWN = (
+    "# Title\n\n\n* item\twith tab\n  * nested — “quoted” ’apostrophe’  \n\n```c\nint\tx = a<b>>c;\n```\n| a | b |\n|---|---|\n\n…end\n"
+)
+
+
+def clean(text, **options):
+    return clean_text(text, CleaningConfig(**options))
+
+
+@pytest.mark.parametrize("text", [PYTHON_FILE, MARKDOWN, "👩‍👩‍👧 ❤️ 🇩🇪", "日本語　全角ＡＢＣ", "  indented\n\n\n", "naïve café Straße"])
+def test_text_that_is_not_broken_stays_byte_for_byte(text):
+    assert clean(text) == text
+
+
+def test_repair_text_undoes_mojibake_and_can_be_switched_off():
+    assert clean("It costs 5 â‚¬, donâ€™t worry\n\tcode") == "It costs 5 €, don’t worry\n\tcode"
+    assert clean("5 â‚¬", repair_text=False) == "5 â‚¬"
+
+
+def test_unescape_html_is_an_option():
+    assert clean("a &amp; b &lt;c&gt;") == "a &amp; b &lt;c&gt;"
+    assert clean("a &amp; b &lt;c&gt;", unescape_html=True) == "a & b <c>"
+
+
+def test_normalization():
+    decomposed = unicodedata.normalize("NFD", "é")
+    assert clean(decomposed) == "é"
+    assert clean(decomposed, normalization="none") == decomposed
+    assert clean("ﬁ é", normalization="NFKC") == "fi é"
+
+
+def test_control_characters_go_but_newline_and_tab_stay():
+    assert clean("a\x00b\x07\tc\x1b[31md\x1b[0m\x7f\n\x0ce\ufeff") == "ab\tcd\ne"
+    assert clean("é\x00b\x08\n\té") == "éb\n\té"
+
+
+def test_line_ends_become_newlines():
+    assert clean("a\r\nb\rc\n\r\n") == "a\nb\nc\n\n"
+
+
+def test_lone_surrogates_become_replacement_characters_and_pairs_their_character():
+    assert clean("a\ud83d\ude00b \ud800c\udfff") == "a😀b \ufffdc\ufffd"
+    assert clean("x\ud800").encode() == "x\ufffd".encode()

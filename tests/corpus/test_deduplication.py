@@ -1,0 +1,115 @@
+import random
+
+import numpy as np
+import pytest
+
+from lumi.config import UserError, from_dict
+from lumi.corpus import DeduplicationConfig
+from lumi.corpus import deduplication as module
+from lumi.corpus.deduplication import Deduplicator, choose_bands, fingerprint, shingle
+
+
+def decide(texts, **options):
+    config = DeduplicationConfig(**options)
+    return list(Deduplicator(config).decide(fingerprint(texts, config)))
+
+
+def pair(shared, different):
+    """Two texts of words of their own; with single-word shingles their Jaccard is shared / (shared + 2 different)."""
+    common = [f"word{i}" for i in range(shared)]
+    return [" ".join(common + [f"{side}{i}" for i in range(different)]) for side in ("left", "right")]
+
+
+def test_exact_ignores_case_white_space_and_unicode_form():
+    assert decide(["Hello  World\n", "hello world", "é", "e\u0301", "other"], near=False) == [
+        "",
+        "exact_duplicate",
+        "",
+        "exact_duplicate",
+        "",
+    ]
+
+
+def test_exact_and_near_can_be_switched_off():
+    texts = ["a b c d e f g h", "a b c d e f g h"]
+    assert decide(texts, exact=False, near=False) == ["", ""]
+    assert decide(texts, exact=False) == ["", "near_duplicate"]
+    assert decide(pair(95, 2), near=False) == ["", ""]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
+def test_threshold_is_honoured_just_above_and_just_below(threshold):
+    for jaccard, expected in [(threshold + 0.04, "near_duplicate"), (threshold - 0.04, "")]:
+        shared = round(1000 * jaccard)
+        texts = pair(shared, (1000 - shared) // 2)
+        assert decide(texts, threshold=threshold, num_permutations=1024, shingle_words=1) == ["", expected]
+
+
+def test_threshold_one_takes_only_equal_sets_of_shingles():
+    assert decide([*pair(999, 1), pair(999, 1)[0] + "!"], threshold=1.0, shingle_words=1) == ["", "", ""]
+    assert decide(["a b a b a b", "a b a b a b a b"], threshold=1.0, shingle_words=2) == ["", "near_duplicate"]
+
+
+def test_shingle_words_counts():
+    words = [f"w{i}" for i in range(200)]
+    shuffled = words[::-1]
+    assert decide([" ".join(words), " ".join(shuffled)], shingle_words=1) == ["", "near_duplicate"]
+    assert decide([" ".join(words), " ".join(shuffled)], shingle_words=3) == ["", ""]
+    assert shingle(["a", "b", "c", "d"], 3) == ["a b c", "b c d"]
+    assert shingle(["a"], 3) == ["a"]
+
+
+def test_num_permutations_and_seed_reach_the_signature():
+    (one,) = fingerprint(["a b c"], DeduplicationConfig())
+    (other,) = fingerprint(["a b c"], DeduplicationConfig(seed=2))
+    (longer,) = fingerprint(["a b c"], DeduplicationConfig(num_permutations=256))
+    assert len(one.signature) == 4 * 128
+    assert one.signature != other.signature
+    assert one.digest == other.digest
+    assert len(longer.signature) == 4 * 256
+
+
+def test_a_chain_of_near_duplicates_is_compared_with_what_is_kept():
+    words = [f"w{i}" for i in range(100)]
+    texts = [" ".join(words[shift : shift + 60]) for shift in range(0, 40, 5)]
+    config = {"shingle_words": 1, "threshold": 0.7, "num_permutations": 1024}
+    # shift 5: 55 / 65 = 0.85, 10: 50 / 70 = 0.71, 15: 45 / 75 = 0.6: every third stays
+    assert decide(texts, **config) == ["", *["near_duplicate"] * 2, "", *["near_duplicate"] * 2, "", "near_duplicate"]
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8, 0.95, 1.0])
+def test_bands_find_pairs_at_the_threshold(threshold):
+    bands = choose_bands(threshold, 128)
+    assert 128 % bands == 0
+    assert bands == 128 or 1 - (1 - threshold ** (128 / bands)) ** bands >= 0.99
+
+
+def test_packing_old_bands_changes_nothing(monkeypatch):
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices([f"w{i}" for i in range(400)], k=40)) for _ in range(150)]
+    texts += [texts[generator.randrange(150)] + f" extra{i}" for i in range(100)]
+    config = DeduplicationConfig(shingle_words=1, threshold=0.6)
+    prints = fingerprint(texts, config)
+    expected = list(Deduplicator(config).decide(prints))
+    monkeypatch.setattr(module, "RECENT_BANDS", 200)
+    deduplicator = Deduplicator(config)
+    got = [reason for start in range(0, len(prints), 10) for reason in deduplicator.decide(prints[start : start + 10])]
+    assert len(deduplicator._bands._packed) > 1
+    assert got == expected
+    assert got == [""] * 150 + ["near_duplicate"] * 100
+    assert all(np.all(np.diff(keys.astype(object)) >= 0) for keys, _ in deduplicator._bands._packed)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"threshold": 0.0}, r"threshold must be within \(0, 1\], got 0.0"),
+        ({"threshold": 1.1}, r"threshold must be within \(0, 1\], got 1.1"),
+        ({"num_permutations": 8}, "num_permutations must be between 16 and 4096, got 8"),
+        ({"shingle_words": 0}, "shingle_words must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be between 0 and"),
+    ],
+)
+def test_impossible_values_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(DeduplicationConfig, values)

@@ -1,0 +1,53 @@
+"""Every shipped config loads, and says what its name promises."""
+
+from pathlib import Path
+
+import pytest
+
+import lumi.configs
+from lumi.config import load_config, read_json
+from lumi.corpus import PrepareConfig
+from lumi.model import ModelConfig
+from lumi.tokenizer_training import TokenizerConfig
+from lumi.train import TrainConfig
+
+FOLDER = Path(lumi.configs.__file__).parent
+PARAMETERS = {"micro": 9_438_336, "tiny": 23_072_000, "small": 41_686_656, "medium": 83_898_880, "base": 276_861_696}
+CLASSES = {"corpus": PrepareConfig, "tokenizer": TokenizerConfig, "pretrain": TrainConfig}
+DEMO = {"prepare": PrepareConfig, "tokenizer": TokenizerConfig, "train": TrainConfig}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_it_loads(path):
+    load_config(DEMO[path.stem] if path.parent.name == "demo" else CLASSES[path.parent.name], path)
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_the_five_sizes_have_chinchilla_budgets(size):
+    config = load_config(TrainConfig, FOLDER / "pretrain" / f"{size}.json")
+    assert config.model.num_parameters == PARAMETERS[size]
+    budget = 20 * PARAMETERS[size]
+    assert budget <= config.num_tokens < budget + config.batches.batch_tokens
+    for processes in (1, 2, 4, 8):
+        assert config.batches.micro_steps(processes) * processes * config.batches.micro_batch_size == config.batches.rows
+    corpus = load_config(PrepareConfig, FOLDER / "corpus" / f"{size}.json")
+    assert sum(source.max_tokens for source in corpus.sources) >= config.num_tokens
+    names = {source.dataset for source in corpus.sources}
+    assert names == {"HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia", "allenai/c4", "Salesforce/wikitext"}
+
+
+def test_the_vocabularies_fit():
+    tokenizer = load_config(TokenizerConfig, FOLDER / "tokenizer" / "32k.json")
+    assert all(
+        load_config(TrainConfig, FOLDER / "pretrain" / f"{size}.json").model.vocab_size == tokenizer.vocab_size for size in PARAMETERS
+    )
+    demo = load_config(TokenizerConfig, FOLDER / "demo" / "tokenizer.json")
+    assert load_config(TrainConfig, FOLDER / "demo" / "train.json").model.vocab_size == demo.vocab_size
+
+
+def test_training_defaults_are_spelt_out():
+    """A reader of a config sees the whole shape of the model and the run."""
+    for path in sorted((FOLDER / "pretrain").glob("*.json")):
+        data = read_json(path)
+        assert {"model", "batches", "optimizer", "num_steps", "seed", "dtype", "validate_every", "save_every"} <= data.keys()
+        assert ModelConfig(**data["model"]).num_parameters == PARAMETERS[path.stem]
