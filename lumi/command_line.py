@@ -36,6 +36,8 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # whoever was at work has said what it leaves
+        return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 141

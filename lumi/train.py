@@ -231,11 +231,10 @@ class Trainer:
         self.meter.read()
 
     def _open_stores(self) -> list[TokenStore]:
-        """One store per data folder; a corpus folder is tokenized by the main process, the others wait."""
-        if self.world.is_main:
-            stores = [open_or_tokenize(folder, self.tokenizer) for folder in self.paths.data_dirs]
+        """One store per data folder. The main process tokenizes corpus folders and checks every hash; the others wait for it."""
+        stores = [open_or_tokenize(folder, self.tokenizer) for folder in self.paths.data_dirs] if self.world.is_main else []
         self.world.barrier()
-        return stores if self.world.is_main else [open_or_tokenize(folder, self.tokenizer) for folder in self.paths.data_dirs]
+        return stores or [open_or_tokenize(folder, self.tokenizer, verify="size") for folder in self.paths.data_dirs]
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""

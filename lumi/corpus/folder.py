@@ -1,6 +1,5 @@
 """The corpus folder on disk: Parquet shards and `manifest.json`, written whole or not at all, verified when read."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumi.config import UserError, read_json, write_json
+from lumi.storage import sha256_file
 
 KIND = "lumi-corpus"
 FORMAT = 1
@@ -185,7 +185,7 @@ class CorpusWriter:
         self._file.close()
         self._file = None
         path = self._building / "shard.parquet"
-        digest = _hash_file(path)
+        digest = sha256_file(path)
         # The hash in the name keeps the shards of an earlier corpus whole until the new manifest is in place.
         name = f"shard-{len(self.shards):05d}-{digest[:8]}.parquet"
         self.shards.append({"file": name, "documents": self._file_documents, "bytes": path.stat().st_size, "sha256": digest})
@@ -199,14 +199,9 @@ def _check_shard(folder: Path, shard: dict[str, Any], *, read: bool) -> None:
     if path.is_file():
         got = f"{path.stat().st_size} bytes"
         if got == expected and read:
-            expected, got = f"SHA-256 {shard['sha256']}", f"SHA-256 {_hash_file(path)}"
+            expected, got = f"SHA-256 {shard['sha256']}", f"SHA-256 {sha256_file(path)}"
     if got != expected:
         raise UserError(
             f"{path} must have {expected}, got {got}: the shard is damaged; copy it again from where it came,"
             f" or make it again: {MAKE_ONE} {folder} --use-cache"
         )
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

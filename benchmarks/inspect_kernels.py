@@ -1,0 +1,196 @@
+"""What the Triton kernels become: compiles them ahead of time for several GPUs, none of which need be present, and reads the machine code.
+
+    python benchmarks/inspect_kernels.py [--arch 90] [--dtype bf16] [--kernel rms_norm] [--json]
+
+One line for each kernel, dtype, size and architecture: registers, shared memory, spills, 16-byte accesses, float64 instructions, and the
+share of a multiprocessor's threads that can be resident. `tests/kernels/test_machine_code.py` asserts on the same figures.
+
+Spills are counted as instructions (LDL, STL) and as stack: the LOCAL field of the resource report reads 0 even when a kernel spills.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("TRITON_INTERPRET must be unset or 0 to compile kernels, got 1")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHES = (80, 89, 90, 100)
+DTYPES = ("fp32", "fp16", "bf16")
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes that one block may ask for
+THREADS_PER_SM = {80: 2048, 89: 1536, 90: 2048, 100: 2048}
+SHARED_PER_SM = {80: 167_936, 89: 102_400, 90: 233_472, 100: 233_472}  # bytes
+REGISTERS_PER_SM = 65_536
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel at one size. `signature` types every run-time argument, where T stands for the dtype under inspection."""
+
+    name: str
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, int]
+    num_warps: int
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as Triton finds at launch; pointers always are
+    expects: tuple[str, ...] = field(default=("LDG.128", "STG.128"))  # instructions that must be there
+
+
+def entries() -> list[Entry]:
+    """The registry: a further kernel is further entries here, with the block sizes that its launcher would choose."""
+    from lumi.kernels.rms_norm import backward_config, forward_config
+
+    forward = {
+        "x_ptr": "*T", "weight_ptr": "*fp32", "y_ptr": "*T", "rstd_ptr": "*fp32",
+        "stride_xn": "i32", "stride_yn": "i32", "N": "i32", "D": "i32", "eps": "fp32",
+    }  # fmt: skip
+    wide = {
+        "dy_ptr": "*T", "x_ptr": "*T", "weight_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": "*T", "dweight_partial_ptr": "*fp32",
+        "stride_dyn": "i32", "stride_xn": "i32", "stride_dxn": "i32", "N": "i32", "D": "i32",
+    }  # fmt: skip
+    backward = wide | {"num_tiles": "i32"}
+
+    result = []
+    for D in (64, 8192, 16_384):  # rows that share a program, the most registers, the looped backward
+        narrow = "BLOCK_N" in backward_config(D)
+        for name, kernel, signature, config in (
+            ("rms_norm_fwd", "_rms_norm_fwd_kernel", forward, forward_config(D)),
+            ("rms_norm_bwd", "_rms_norm_bwd_kernel", backward, backward_config(D))
+            if narrow
+            else ("rms_norm_bwd_wide", "_rms_norm_bwd_wide_kernel", wide, backward_config(D)),
+        ):
+            num_warps = config.pop("num_warps")
+            aligned = tuple(argument for argument in signature if argument == "D" or argument.startswith("stride_"))
+            result.append(Entry(f"{name} D={D}", "lumi.kernels.rms_norm", kernel, signature, config, num_warps, aligned=aligned))
+    return result
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compilation came to. `occupancy` is an upper bound from registers, shared memory and threads, 0 to 1."""
+
+    kernel: str
+    dtype: str
+    arch: int
+    num_warps: int
+    registers: int
+    shared_bytes: int
+    shared_limit: int
+    stack_bytes: int
+    spill_instructions: int
+    ldg_128: int
+    stg_128: int
+    fp64_instructions: int
+    mma_instructions: int
+    occupancy: float
+    missing: tuple[str, ...]
+
+
+def inspect(entry: Entry, dtype: str, arch: int) -> Report:
+    """Compile one entry for one dtype and architecture, and read its machine code."""
+    function = getattr(importlib.import_module(entry.module), entry.kernel)
+    signature = {name: kind.replace("T", dtype) for name, kind in entry.signature.items()}
+    signature |= dict.fromkeys(entry.constexprs, "constexpr")
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in entry.aligned]
+    attrs = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    # Triton matches the arguments by position, so the signature follows the function's order.
+    source = ASTSource(function, {name: signature[name] for name in function.arg_names}, entry.constexprs, attrs)
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    if not opcodes or resources.keys() != {"REG", "STACK", "SHARED"}:
+        raise RuntimeError(f"{entry.name}: could not read the disassembler's output")
+    counts = {
+        "LDG.128": sum(op.startswith("LDG") and ".128" in op for op in opcodes),
+        "STG.128": sum(op.startswith("STG") and ".128" in op for op in opcodes),
+        "MMA": sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA|QGMMA)", op)) for op in opcodes),
+    }
+    shared = max(resources["SHARED"], compiled.metadata.shared)  # dynamic shared memory is not in the resource report
+    return Report(
+        kernel=entry.name,
+        dtype=dtype,
+        arch=arch,
+        num_warps=entry.num_warps,
+        registers=resources["REG"],
+        shared_bytes=shared,
+        shared_limit=SHARED_LIMIT[arch],
+        stack_bytes=resources["STACK"],
+        spill_instructions=sum(bool(re.match(r"(LDL|STL)(\.|$)", op)) for op in opcodes),
+        ldg_128=counts["LDG.128"],
+        stg_128=counts["STG.128"],
+        fp64_instructions=sum(_is_float64(op) for op in opcodes),
+        mma_instructions=counts["MMA"],
+        occupancy=_occupancy(resources["REG"], shared, 32 * entry.num_warps, arch),
+        missing=tuple(name for name in entry.expects if not counts[name]),
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """The resource report and the machine code, from the tools inside Triton's wheel."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = lambda flag: subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
+        return run("-res-usage"), run("-sass")
+
+
+def _is_float64(opcode: str) -> bool:
+    return bool(re.match(r"(DADD|DMUL|DFMA|DSETP|DMNMX|DMMA)", opcode)) or ".F64" in opcode or opcode.startswith("MUFU.RCP64")
+
+
+def _occupancy(registers: int, shared_bytes: int, threads: int, arch: int) -> float:
+    per_warp = -(-registers * 32 // 256) * 256  # registers are handed to warps in units of 256
+    blocks = min(REGISTERS_PER_SM // (per_warp * threads // 32), THREADS_PER_SM[arch] // threads, 32 if arch in (80, 90, 100) else 24)
+    blocks = min(blocks, SHARED_PER_SM[arch] // (shared_bytes + 1024))  # the driver keeps 1 KiB of each block's for itself
+    return round(blocks * threads / THREADS_PER_SM[arch], 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHES, default=ARCHES)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--kernel", default="", help="only entries whose name contains this")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+
+    chosen = [entry for entry in entries() if args.kernel in entry.name]
+    if not chosen:
+        parser.error(f"--kernel must be part of one of {sorted(entry.name for entry in entries())}, got {args.kernel!r}")
+    jobs = list(itertools.product(chosen, args.dtype, args.arch))
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        reports = list(pool.map(inspect, *zip(*jobs, strict=True)))
+    if args.json:
+        print(json.dumps([asdict(report) for report in reports], indent=1))
+        return
+    print(
+        f"{'kernel':<25} {'dtype':<5} sm  {'warps':>5} {'regs':>4} {'shared':>6} {'stack':>5} {'spills':>6} LDG.128 STG.128 fp64 occupancy"
+    )
+    for r in reports:
+        print(
+            f"{r.kernel:<25} {r.dtype:<5} {r.arch:<3} {r.num_warps:>5} {r.registers:>4} {r.shared_bytes:>6} {r.stack_bytes:>5} "
+            f"{r.spill_instructions:>6} {r.ldg_128:>7} {r.stg_128:>7} {r.fp64_instructions:>4} {r.occupancy:>9.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

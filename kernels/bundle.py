@@ -1,0 +1,76 @@
+"""The operators that a model is built with, as one frozen bundle.
+
+The model never asks which device it is on: it calls what it was given. Parity is the same weights under two bundles.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from lumi.kernels.attention import attention_plan_reference, attention_reference
+from lumi.kernels.decode_attention import decode_attention_reference
+from lumi.kernels.linear_cross_entropy import linear_cross_entropy_reference
+from lumi.kernels.optional_triton import HAS_TRITON
+from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
+from lumi.kernels.rope import rope_reference
+from lumi.kernels.swiglu import swiglu_reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """One implementation of every operator. Each field has the signature of the `*_reference` of its file.
+
+    `attention_plan` makes what `attention` takes; the two always come from one implementation.
+    """
+
+    name: str
+    rms_norm: Callable
+    rope: Callable
+    attention_plan: Callable
+    attention: Callable
+    decode_attention: Callable
+    swiglu: Callable
+    linear_cross_entropy: Callable
+
+
+REFERENCE = Ops(
+    name="reference",
+    rms_norm=rms_norm_reference,
+    rope=rope_reference,
+    attention_plan=attention_plan_reference,
+    attention=attention_reference,
+    decode_attention=decode_attention_reference,
+    swiglu=swiglu_reference,
+    linear_cross_entropy=linear_cross_entropy_reference,
+)
+
+# An operator without a Triton kernel yet is its reference here.
+TRITON = replace(REFERENCE, name="triton", rms_norm=rms_norm)
+
+
+def select(name: str, device: torch.device | str) -> Ops:
+    """The bundle called `name` for a model on `device`.
+
+    Args:
+        name: "reference", "triton", or "auto": triton on CUDA, reference elsewhere.
+        device: where the model will run.
+
+    Returns:
+        `REFERENCE` or `TRITON`.
+
+    Raises:
+        ValueError: for another name; for "triton" where Triton is not installed, or on a device other than CUDA without
+            TRITON_INTERPRET=1 (Triton's interpreter: slow, for tests).
+    """
+    device_type = torch.device(device).type
+    if name not in ("auto", "reference", "triton"):
+        raise ValueError(f"kernels must be 'auto', 'reference' or 'triton', got {name!r}")
+    if name == "reference" or (name == "auto" and device_type != "cuda"):
+        return REFERENCE
+    if not HAS_TRITON:
+        raise ValueError(f"kernels must be 'reference' where Triton is not installed, got {name!r} on {device_type}")
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"kernels must be 'reference' or 'auto' on {device_type} (Triton needs CUDA), got {name!r}")
+    return TRITON

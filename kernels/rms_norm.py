@@ -1,0 +1,260 @@
+"""RMSNorm, fused over the last dimension.
+
+    y = x * rstd * weight,   rstd = 1 / sqrt(mean(x^2) + eps)
+
+    dx      = rstd * (dy * weight - x_hat * mean(dy * weight * x_hat)),   x_hat = x * rstd
+    dweight = sum over rows of dy * x_hat
+
+Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
+
+Shape letters: N rows (all leading dims flattened), D model dim, P programs of the backward.
+Precision: statistics and all arithmetic are float32 (the reference keeps float64 as float64); every output is cast once. Outputs take
+the dtype of `x`, the weight gradient the dtype of `weight`.
+Cost: forward reads x once and writes y once; backward reads x and dy once and writes dx once.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lumi.kernels.optional_triton import tl, triton
+
+MAX_D = 16_384  # the forward holds a row in registers
+_WIDE_D = 8192  # above this the backward's row does not fit in registers, and it walks the row in pieces
+_WIDE_BLOCK_D = 4096
+_TILE = 2048  # elements that a program should at least have to do: narrow rows share a program
+_INTERPRETER_PROGRAMS = 3  # few, so that the interpreter's tests walk the backward's loop more than once
+
+
+# --- reference: the definition. Slow, obvious, any device, any dtype. ---
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """y (..., D) from x (..., D), weight (D,), in float32 (float64 stays float64) and cast back once at the end."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide = x.to(wide)
+    rstd = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (x_wide * rstd * weight.to(wide)).to(x.dtype)
+
+
+# --- Triton kernels: a tile of BLOCK_N whole rows at a time ---
+
+
+@triton.jit(do_not_specialize=["N"])  # one compilation for every number of rows
+def _rms_norm_fwd_kernel(
+    x_ptr, weight_ptr, y_ptr, rstd_ptr,
+    stride_xn, stride_yn,
+    N, D, eps,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: N * D can exceed 2**31
+    cols = tl.arange(0, BLOCK_D)
+    mask = (rows < N)[:, None] & (cols < D)[None, :]
+
+    x = tl.load(x_ptr + rows[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
+    y = x * rstd[:, None] * weight[None, :]
+
+    tl.store(y_ptr + rows[:, None] * stride_yn + cols[None, :], y, mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N", "num_tiles"])
+def _rms_norm_bwd_kernel(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
+    stride_dyn, stride_xn, stride_dxn,
+    N, D, num_tiles,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)  # and with it `tile` and `rows`
+    cols = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)  # summed over BLOCK_N once, after the loop
+
+    for tile in range(program, num_tiles, tl.num_programs(0)):
+        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (rows < N)[:, None] & (cols < D)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dyn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)[:, None]
+
+        x_hat = x * rstd
+        dx_hat = dy * weight[None, :]
+        dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1) / D)[:, None])
+        dweight += dy * x_hat
+        tl.store(dx_ptr + rows[:, None] * stride_dxn + cols[None, :], dx, mask=mask)
+
+    tl.store(dweight_partial_ptr + program * D + cols, tl.sum(dweight, axis=0), mask=cols < D)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _rms_norm_bwd_wide_kernel(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
+    stride_dyn, stride_xn, stride_dxn,
+    N, D,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Two walks over each row; the second finds x and dy in the L1 cache. dweight_partial starts as zeros and stays in the L2 cache.
+    program = tl.program_id(0).to(tl.int64)  # and with it `row`
+    partial_ptr = dweight_partial_ptr + program * D
+
+    for row in range(program, N, tl.num_programs(0)):
+        rstd = tl.load(rstd_ptr + row)
+        products = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        for start in range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            x = tl.load(x_ptr + row * stride_xn + cols, mask=cols < D, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + row * stride_dyn + cols, mask=cols < D, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+            products += dy * weight * (x * rstd)
+        mean = tl.sum(products, axis=0) / D
+
+        for start in range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            x_hat = tl.load(x_ptr + row * stride_xn + cols, mask=cols < D, other=0.0).to(tl.float32) * rstd
+            dy = tl.load(dy_ptr + row * stride_dyn + cols, mask=cols < D, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+            dweight = tl.load(partial_ptr + cols, mask=cols < D, other=0.0)
+            tl.store(partial_ptr + cols, dweight + dy * x_hat, mask=cols < D)
+            tl.store(dx_ptr + row * stride_dxn + cols, rstd * (dy * weight - x_hat * mean), mask=cols < D)
+
+
+# --- launchers: allocate, pick block sizes, launch. Never autograd. ---
+
+
+def forward_config(D: int) -> dict[str, int]:
+    """BLOCK_N, BLOCK_D and num_warps for rows of D elements: 16 elements per thread, at least _TILE elements per program."""
+    block_d = triton.next_power_of_2(D)
+    block_n = max(_TILE // block_d, 1)
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": block_n * block_d // 512}
+
+
+def backward_config(D: int) -> dict[str, int]:
+    """As `forward_config`; rows wider than _WIDE_D have no BLOCK_N and are for `_rms_norm_bwd_wide_kernel`."""
+    return forward_config(D) if D <= _WIDE_D else {"BLOCK_D": _WIDE_BLOCK_D, "num_warps": 8}
+
+
+@cache
+def _max_programs(device: torch.device, num_warps: int) -> int:
+    """Programs of the backward at most: 16 warps on every SM, which are resident together at the 128 registers a thread may take.
+
+    Each program writes one row of dweight, so more would lengthen the second stage's sum and gain nothing.
+    """
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count * max(16 // num_warps, 1)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., D) as (N, D) with unit stride inside a row: a view where one stride can walk the rows, else a copy."""
+    t_ND = t.reshape(-1, t.shape[-1])
+    return t_ND if t_ND.stride(1) == 1 or t_ND.shape[1] == 1 else t_ND.contiguous()
+
+
+def rms_norm_fwd(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns y_ND in x's dtype and rstd_N in float32. `x_ND` may have any row stride; within a row the stride is 1."""
+    N, D = x_ND.shape
+    y_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
+    rstd_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
+    config = forward_config(D)
+    with torch.cuda.device_of(x_ND):  # Triton launches on the current device, which need not be x's
+        _rms_norm_fwd_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
+            x_ND, weight_D, y_ND, rstd_N, x_ND.stride(0), y_ND.stride(0), N, D, eps, **config
+        )
+    return y_ND, rstd_N
+
+
+def rms_norm_bwd(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns dx_ND in x's dtype and dweight_D in weight's dtype. Writes to no input."""
+    N, D = x_ND.shape
+    dx_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
+    config = backward_config(D)
+    num_tiles = triton.cdiv(N, config.get("BLOCK_N", 1))
+    num_programs = min(num_tiles, _max_programs(x_ND.device, config["num_warps"]))
+    dweight_PD = torch.empty(num_programs, D, dtype=torch.float32, device=x_ND.device)
+    tensors = (dy_ND, x_ND, weight_D, rstd_N, dx_ND, dweight_PD)
+    strides = (dy_ND.stride(0), x_ND.stride(0), dx_ND.stride(0))
+    with torch.cuda.device_of(x_ND):
+        if D <= _WIDE_D:
+            _rms_norm_bwd_kernel[(num_programs,)](*tensors, *strides, N, D, num_tiles, **config)
+        else:
+            dweight_PD.zero_()
+            _rms_norm_bwd_wide_kernel[(num_programs,)](*tensors, *strides, N, D, **config)
+    return dx_ND, dweight_PD.sum(dim=0).to(weight_D.dtype)  # two-stage sum: deterministic, no atomics
+
+
+# --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
+
+
+@torch.library.custom_op("lumi::rms_norm", mutates_args=())
+def _rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y_ND, rstd_N = rms_norm_fwd(_rows(x), weight.contiguous(), eps)
+    return y_ND.view(x.shape), rstd_N
+
+
+@torch.library.custom_op("lumi::rms_norm_backward", mutates_args=())
+def _rms_norm_backward_op(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx_ND, dweight_D = rms_norm_bwd(_rows(dy), _rows(x), weight.contiguous(), rstd)
+    return dx_ND.view(x.shape), dweight_D
+
+
+@_rms_norm_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows = x.shape[:-1].numel()
+    return x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
+
+
+@_rms_norm_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, _ = inputs
+    _, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(x, weight, rstd)
+
+
+def _backward(ctx, dy: Tensor, _) -> tuple[Tensor, Tensor, None]:
+    dx, dweight = _rms_norm_backward_op(dy, *ctx.saved_tensors)
+    return dx, dweight, None
+
+
+_rms_norm_op.register_autograd(_backward, setup_context=_save)
+
+
+# --- public function: the only name other packages import ---
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """RMS-normalise the last dimension of `x` and scale it by `weight`.
+
+    Args:
+        x: activations (..., D), float32 / bfloat16 / float16, any strides. 1 <= D <= 16,384.
+        weight: gain (D,), float32 / bfloat16 / float16 (not necessarily the dtype of `x`), same device as `x`.
+        eps: added to mean(x^2) before the root; dimensionless.
+
+    Returns:
+        y (..., D), dtype of `x`, contiguous. Differentiable once, in `x` and `weight`.
+
+    Raises:
+        ValueError: if `weight` is not (D,), devices differ, a dtype is none of the three, or D is out of range.
+
+    Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
+    """
+    D = x.shape[-1] if x.ndim > 0 else 0
+    if not 1 <= D <= MAX_D:
+        raise ValueError(f"the last dimension of x must be between 1 and {MAX_D} (a row is held in registers), got {D}")
+    if weight.shape != (D,):
+        raise ValueError(f"weight must have shape ({D},) to match x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on the device of x, {x.device}, got {weight.device}")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    y, _ = _rms_norm_op(x, weight, eps)
+    return y

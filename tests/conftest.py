@@ -1,0 +1,60 @@
+"""Settings for all tests. The interpreter is chosen here because Triton reads the variable when a kernel is defined."""
+
+import os
+
+import pytest
+import torch
+from synthetic import write_jsonl
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before any kernel import
+
+
+@pytest.fixture
+def device() -> str:
+    """ "cuda" where there is one; "cpu" means Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory):
+    """A corpus folder of 400 synthetic documents."""
+    from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    source = JsonlSource(name="synthetic", paths=(str(write_jsonl(folder / "raw.jsonl", 400)),))
+    prepare(PrepareConfig(sources=(source,), deduplication=DeduplicationConfig(near=False)), folder / "corpus", num_workers=1)
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus_dir, tmp_path_factory):
+    """A tokenizer of 384 pieces, trained on `corpus_dir`; its folder is `tokenizer_dir`."""
+    from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
+
+    return train_tokenizer(TokenizerConfig(vocab_size=384), [corpus_dir], tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tokenizer, tmp_path_factory):
+    """A folder that holds `tokenizer`."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store_dir(corpus_dir, tokenizer, tmp_path_factory):
+    """A token store of `corpus_dir`, a tenth of its documents held out."""
+    from lumi.shards import tokenize
+
+    folder = tmp_path_factory.mktemp("store") / "tokens"
+    tokenize([corpus_dir], tokenizer, folder, validation_fraction=0.1, num_workers=1)
+    return folder

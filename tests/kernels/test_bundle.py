@@ -1,0 +1,70 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lumi.kernels.bundle import REFERENCE, TRITON, select
+from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
+
+
+def test_auto_follows_the_device():
+    assert select("auto", "cpu") is REFERENCE
+    assert select("auto", "mps") is REFERENCE
+    assert select("auto", torch.device("cuda", 0)) is TRITON
+
+
+def test_by_name(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select("reference", "cuda") is REFERENCE
+    assert select("triton", "cpu") is TRITON
+    assert select("triton", "cuda") is TRITON
+
+
+def test_triton_needs_cuda_or_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert select("triton", "cuda") is TRITON
+    with pytest.raises(ValueError, match=r"kernels must be 'reference' or 'auto' on cpu .*, got 'triton'"):
+        select("triton", "cpu")
+
+
+def test_rejects_another_name():
+    with pytest.raises(ValueError, match="kernels must be 'auto', 'reference' or 'triton', got 'fast'"):
+        select("fast", "cpu")
+
+
+def test_bundles_are_frozen_and_differ_where_kernels_exist():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        REFERENCE.rms_norm = None
+    assert REFERENCE.rms_norm is rms_norm_reference
+    assert TRITON.rms_norm is rms_norm
+    assert (REFERENCE.name, TRITON.name) == ("reference", "triton")
+
+
+WITHOUT_TRITON = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+sys.meta_path.insert(0, Missing())
+import torch
+from lumi.kernels.bundle import REFERENCE, select
+from lumi.kernels.rms_norm import rms_norm
+assert select("auto", "cpu") is REFERENCE
+REFERENCE.rms_norm(torch.ones(2, 4), torch.ones(4))
+for attempt in (lambda: select("triton", "cpu"), lambda: rms_norm(torch.ones(2, 4), torch.ones(4))):
+    try:
+        attempt()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_without_triton_the_references_work_and_kernels_say_so():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == "kernels must be 'reference' where Triton is not installed, got 'triton' on cpu"
+    assert second == "kernels must be 'reference' on a machine without Triton, got a launch of _rms_norm_fwd_kernel"

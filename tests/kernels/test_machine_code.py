@@ -1,0 +1,60 @@
+"""What the compiler made of each kernel, for GPUs that need not be here. The compiling runs in a child process without the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inspect_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def reports():
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, SCRIPT, "--json"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def names(reports):
+    return [f"{r['kernel']} {r['dtype']} sm_{r['arch']}" for r in reports]
+
+
+def test_every_dtype_and_architecture_is_there(reports):
+    assert {r["arch"] for r in reports} == {80, 89, 90, 100}
+    assert {r["dtype"] for r in reports} == {"fp32", "fp16", "bf16"}
+    kernels = {r["kernel"] for r in reports}
+    assert {name.split()[0] for name in kernels} == {"rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_wide"}
+    assert len(reports) == len(set(names(reports))) == 12 * len(kernels)
+
+
+def test_nothing_spills(reports):
+    assert names(r for r in reports if r["stack_bytes"] or r["spill_instructions"]) == []
+
+
+def test_shared_memory_fits(reports):
+    assert names(r for r in reports if r["shared_bytes"] > r["shared_limit"]) == []
+
+
+def test_memory_is_read_and_written_16_bytes_at_a_time(reports):
+    assert names(r for r in reports if r["missing"]) == []
+
+
+def test_no_float64_instructions(reports):
+    assert names(r for r in reports if r["fp64_instructions"]) == []
+
+
+def test_blocks_can_be_resident(reports):
+    assert names(r for r in reports if not 0 < r["occupancy"] <= 1) == []
+
+
+def test_refuses_to_run_under_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "TRITON_INTERPRET must be unset or 0" in result.stderr
