@@ -110,7 +110,7 @@ def demo(argv: list[str]) -> int:
 
     arguments = parser("lumi demo", _summary(demo))
     arguments.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    arguments.add_argument("--minutes", type=float, default=2.5, help="training is cut to fit; 0: all steps of the config")
+    arguments.add_argument("--minutes", type=float, default=2.3, help="training is cut to fit; 0: all steps of the config")
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = arguments.parse_args(argv)
     return pipeline.demo(options.output_dir, options.minutes, options.device)
