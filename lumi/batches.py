@@ -1,8 +1,9 @@
 """Token stores -> training batches, as pure functions of (seed, step).
 
-Each store is an endless stream: its documents in a new order every epoch, one after the other. Row `i` of a store is the tokens
-[i*T, (i+1)*T] of its stream (T inputs and, shifted by one, T targets), so every token is trained exactly once an epoch, and no
-state but the step is needed to resume, with any number of processes. Rows of several stores are interleaved by their weights.
+Every epoch of a store puts its documents in a new order, one after the other, cuts that stream into rows of T inputs and, shifted
+by one, T targets, and shuffles the rows, so that a long document does not fill a batch. Every token is trained once an epoch, but
+for the fewer than T + 1 at the end. No state but the step is needed to resume, with any number of processes. Rows of several stores
+are interleaved by their weights.
 
 Documents in a row never see each other: `cu_seqlens` marks where each begins, positions restart there, and no target crosses it.
 """
@@ -11,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ _WEIGHT_UNITS = 1_000_000  # mixing weights are rounded to millionths, so that i
 
 
 Result = TypeVar("Result")
+
+
+class Row(NamedTuple):
+    """T + 1 tokens (int64), True (bool) where a document begins, and the ids of the documents touched."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    documents: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,46 +91,45 @@ class Batch:
 
 
 class Stream:
-    """One split of a store as an endless stream of documents, reshuffled every epoch (or in order, with `shuffle=False`)."""
+    """One split of a store as rows of `length` + 1 tokens: row by row without end, each epoch shuffled anew."""
 
-    def __init__(self, split: Split, seed: int = 0, *, shuffle: bool = True):
-        self.split, self.seed, self.shuffle = split, seed, shuffle
+    def __init__(self, split: Split, length: int, seed: int):
+        self.split, self.length, self.seed = split, length, seed
         self.lengths = np.diff(np.asarray(split.offsets).astype(np.int64))
         self.num_tokens = int(self.lengths.sum())
-        if self.num_tokens == 0:
-            raise UserError("a token store must hold at least one token, got an empty split")
-        self._epoch = functools.lru_cache(maxsize=2)(self._order)
+        self.rows_per_epoch = (self.num_tokens - 1) // length
+        if self.rows_per_epoch < 1:
+            raise UserError(f"a token store must hold more than sequence_length = {length} training tokens, got {self.num_tokens}")
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Document ids in this epoch's order, and where each ends in the epoch's stream."""
-        count = len(self.lengths)
-        order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        return order, np.cumsum(self.lengths[order])
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document ids in this epoch's order, where each ends in the epoch's stream, and the order of the rows."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths))
+        return order, np.cumsum(self.lengths[order]), rng.permutation(self.rows_per_epoch)
 
-    def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Tokens [start, start + length) of the stream.
+    def row(self, index: int) -> Row:
+        """Row `index`, counted from 0 through all epochs."""
+        epoch, place = divmod(index, self.rows_per_epoch)
+        order, ends, rows = self._epoch(epoch)
+        return read_row(self.split, order, ends, int(rows[place]) * self.length, self.length + 1)
 
-        Returns:
-            tokens (length,) int64; starts (length,) bool, True where a document begins; the ids of the documents touched.
-        """
-        tokens, starts, documents = np.empty(length, dtype=np.int64), np.zeros(length, dtype=bool), []
-        filled = 0
-        while filled < length:
-            epoch, place = divmod(start + filled, self.num_tokens)
-            order, ends = self._epoch(epoch)
-            index = int(np.searchsorted(ends, place, side="right"))
-            while filled < length and index < len(order):
-                document = int(order[index])
-                skip = place - int(ends[index] - self.lengths[document])
-                begin = int(self.split.offsets[document]) + skip
-                count = min(int(self.lengths[document]) - skip, length - filled)
-                if count > 0:
-                    tokens[filled : filled + count] = self.split.tokens[begin : begin + count]
-                    starts[filled] = skip == 0
-                    documents.append(document)
-                    filled, place = filled + count, place + count
-                index += 1
-        return tokens, starts, documents
+
+def read_row(split: Split, order: np.ndarray, ends: np.ndarray, start: int, count: int) -> Row:
+    """Tokens [start, start + count) of the stream of the documents `order`, of which each ends at `ends`."""
+    tokens, starts, documents = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), []
+    filled, index = 0, int(np.searchsorted(ends, start, side="right"))
+    while filled < count:
+        document = int(order[index])
+        begin, end = int(split.offsets[document]), int(split.offsets[document + 1])
+        skip = start + filled - (int(ends[index]) - (end - begin))  # not 0 for the first document alone
+        piece = split.tokens[begin + skip : min(end, begin + skip + count - filled)]
+        if len(piece):
+            tokens[filled : filled + len(piece)] = piece
+            starts[filled] = skip == 0
+            documents.append(document)
+        filled, index = filled + len(piece), index + 1
+    return Row(tokens, starts, documents)
 
 
 class Batches:
@@ -136,7 +144,7 @@ class Batches:
 
     def __init__(self, splits: Sequence[Split], weights: Sequence[float] | None, config: BatchConfig, seed: int):
         self.config = config
-        self.streams = [Stream(split, seed + index) for index, split in enumerate(splits)]
+        self.streams = [Stream(split, config.sequence_length, seed + index) for index, split in enumerate(splits)]
         sizes = [float(stream.num_tokens) for stream in self.streams]
         weights = sizes if weights is None else list(weights)
         if len(weights) != len(splits):
@@ -158,14 +166,11 @@ class Batches:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of optimizer step `step` (counted from 1)."""
-        length = self.config.sequence_length
-        picked = self._rows(step, start, stop)
-        return collate([self.streams[store].read(row * length, length + 1)[:2] for store, row in picked])
+        return collate([self.streams[store].row(row) for store, row in self._rows(step, start, stop)])
 
     def documents(self, step: int) -> list[tuple[int, list[int]]]:
         """Which (store index, document ids) the rows of a step are made of; names a bad batch."""
-        length = self.config.sequence_length
-        return [(store, self.streams[store].read(row * length, length + 1)[2]) for store, row in self._rows(step, 0, self.config.rows)]
+        return [(store, self.streams[store].row(row).documents) for store, row in self._rows(step, 0, self.config.rows)]
 
     def mix(self, step: int) -> list[float]:
         """The share of the rows that each store has had after `step` steps."""
@@ -213,17 +218,16 @@ def _counts_before(units: np.ndarray, place: int) -> list[int]:
 def validation_batches(split: Split, config: BatchConfig, rank: int, world_size: int, max_tokens: int | None) -> Iterator[Batch]:
     """One process's share of a split, in order, in rows of `sequence_length`, without wrapping round; the last row is filled with
     untrained zeros. `max_tokens` bounds what all processes read together."""
-    stream = Stream(split, shuffle=False)
-    length = config.sequence_length
-    total = min(stream.num_tokens, max_tokens or stream.num_tokens)
+    length, total = config.sequence_length, min(len(split.tokens), max_tokens or len(split.tokens))
+    order, ends = np.arange(len(split.offsets) - 1), np.asarray(split.offsets[1:]).astype(np.int64)
     rows = range(rank, -(-(total - 1) // length), world_size)
     for first in range(0, len(rows), config.micro_batch_size):
         pieces = []
-        for row in rows[first : first + config.micro_batch_size]:
-            tokens, starts, _ = stream.read(row * length, min(length + 1, total - row * length))
-            padding = length + 1 - len(tokens)
-            starts = np.pad(starts, (0, padding), constant_values=True)  # a padding token is a document of its own: no target
-            pieces.append((np.pad(tokens, (0, padding)), starts))
+        for index in rows[first : first + config.micro_batch_size]:
+            row = read_row(split, order, ends, index * length, min(length + 1, total - index * length))
+            padding = length + 1 - len(row.tokens)
+            starts = np.pad(row.starts, (0, padding), constant_values=True)  # a padding token is a document of its own: no target
+            pieces.append(Row(np.pad(row.tokens, (0, padding)), starts, row.documents))
         yield collate(pieces)
 
 
@@ -240,14 +244,10 @@ def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tu
             yield ready, result.result()
 
 
-def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    """Rows of T+1 tokens and document starts -> a batch of (B, T); this is where targets are shifted, once.
-
-    Args:
-        rows: per row, tokens (T+1,) int64 and starts (T+1,) bool.
-    """
-    tokens_BU = np.stack([tokens for tokens, _ in rows])
-    starts_BU = np.stack([starts for _, starts in rows])
+def collate(rows: Sequence[Row]) -> Batch:
+    """Rows of T + 1 tokens -> a batch of (B, T); this is where targets are shifted, once."""
+    tokens_BU = np.stack([row.tokens for row in rows])
+    starts_BU = np.stack([row.starts for row in rows])
     targets = np.where(starts_BU[:, 1:], IGNORE, tokens_BU[:, 1:])
     starts = starts_BU[:, :-1].copy()
     starts[:, 0] = True  # a document that began in an earlier row begins anew here

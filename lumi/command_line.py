@@ -1,6 +1,7 @@
 """What all commands share: options spelt with - or _, dotted overrides, and user errors as one line with exit code 2."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,6 +32,8 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call `main` with normalised arguments; a UserError becomes one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is written, in order with the progress
     try:
         return main(normalize(sys.argv[1:] if argv is None else argv))
     except UserError as error:

@@ -64,6 +64,25 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
+class LossScale:
+    """The factor that keeps float16 gradients above underflow (Micikevicius et al. 2018, arXiv:1710.03740): halved when a step
+    overflows, doubled after `patience` steps that did not. Always 1 for other dtypes, whose range is that of float32."""
+
+    def __init__(self, dtype: str, patience: int = 1000):
+        self.enabled, self.patience = dtype == "float16", patience
+        self.value, self.good_steps = (2.0**15 if self.enabled else 1.0), 0
+
+    def update(self, finite: bool) -> None:
+        """Learn from a step."""
+        if not self.enabled:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good_steps % self.patience == 0:
+            self.value *= 2
+
+
 def lr_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
     """The learning rate of step `step`, counted from 1 to `num_steps`."""
     schedule = config.schedule
@@ -110,12 +129,17 @@ class Optimizer:
                 )
             )
 
-    def clip_gradients(self) -> float:
-        """Scale all gradients so that their joint L2 norm is at most `max_grad_norm`; returns the norm before (may be inf or nan)."""
+    def clip_gradients(self, loss_scale: float = 1.0) -> float:
+        """Take `loss_scale` out of all gradients and scale them so that their joint L2 norm is at most `max_grad_norm`.
+
+        Returns:
+            The norm before clipping; where it is not finite the gradients are left as they are, for nobody to use.
+        """
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = float(global_norm(gradients))
-        if math.isfinite(norm) and norm > self.config.max_grad_norm:
-            torch._foreach_mul_(gradients, self.config.max_grad_norm / norm)
+        norm = float(global_norm(gradients)) / loss_scale
+        factor = min(1.0, self.config.max_grad_norm / norm if norm > 0 else 1.0) / loss_scale
+        if math.isfinite(norm) and factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
         return norm
 
     def step(self, lr: float) -> None:

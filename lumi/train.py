@@ -26,7 +26,7 @@ from lumi.hf_format import save_model
 from lumi.kernels.bundle import select
 from lumi.metrics import Meter, MetricsLog, draw_loss, human, memory_estimate, peak_flops, progress_bar
 from lumi.model import ModelConfig, Transformer
-from lumi.optimizer import Optimizer, OptimizerConfig, lr_at
+from lumi.optimizer import LossScale, Optimizer, OptimizerConfig, lr_at
 from lumi.parallel import World, data_parallel, gradient_sync, process_group
 from lumi.shards import TokenStore, open_or_tokenize
 from lumi.storage import sweep_temporaries
@@ -42,7 +42,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     num_steps: int
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations and products; master weights are float32
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of activations and products; master weights are float32
     kernels: Literal["auto", "reference", "triton"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -128,6 +128,7 @@ class Trainer:
         self.model = Transformer(config.model, self.ops, compute_dtype=dtype, gradient_checkpointing=config.gradient_checkpointing)
         self.model.init_weights(config.seed).to(world.device)
         self.optimizer = Optimizer(self.model, config.optimizer)
+        self.loss_scale = LossScale(config.dtype)
         self.state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "best": None}
         if paths.resume is not None:
             self._resume(paths.resume)
@@ -152,14 +153,16 @@ class Trainer:
                 batch = batch.to(world.device)
                 with gradient_sync(self.parallel_model, enabled=index == len(micro_batches) - 1):
                     loss = self.parallel_model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens)
-                    (loss * (world.size / num_targets)).backward()  # DDP takes a mean over processes: the loss is sum / all targets
+                    # DDP takes a mean over processes; the loss is the sum over all of them / all targets.
+                    (loss * (self.loss_scale.value * world.size / num_targets)).backward()
                 nats += loss.detach()
             mean_loss = world.sum(nats.item())[0] / num_targets
-            gradient_norm, lr = self.optimizer.clip_gradients(), lr_at(step, config.num_steps, config.optimizer)
+            gradient_norm, lr = self.optimizer.clip_gradients(self.loss_scale.value), lr_at(step, config.num_steps, config.optimizer)
             finite = math.isfinite(mean_loss) and math.isfinite(gradient_norm)
             if finite:
                 self.optimizer.step(lr)
             self.optimizer.zero_grad()
+            self.loss_scale.update(finite)
 
             self.state |= {"step": step, "skipped_in_a_row": 0 if finite else self.state["skipped_in_a_row"] + 1}
             self._log_step(mean_loss, gradient_norm, lr)
@@ -184,7 +187,8 @@ class Trainer:
             rate = self.meter.read()
             measured = {"loss": loss, "gradient_norm": gradient_norm, "lr": lr, "tokens_per_second": round(rate, 1)}
             values = {key: value if math.isfinite(value) else None for key, value in measured.items()}  # JSON has no nan
-            self.log.write(step, "train", **values, tokens=step * config.batches.batch_tokens, skipped=not finite)
+            mix = {"mix": [round(share, 6) for share in self.batches.mix(step)]} if len(self.stores) > 1 else {}
+            self.log.write(step, "train", **values, tokens=step * config.batches.batch_tokens, skipped=not finite, **mix)
             self.bar.set_postfix_str(f"loss {loss:.3f}, {human(rate)} tokens/s", refresh=False)
             self.bar.update()
         if self.state["skipped_in_a_row"]:
@@ -209,8 +213,7 @@ class Trainer:
         )
         self.state["validation"] = {"step": step, **asdict(result)}
         if self.world.is_main:
-            mix = [round(share, 6) for share in self.batches.mix(step)]
-            self.log.write(step, "validation", **asdict(result), mix=mix)
+            self.log.write(step, "validation", **asdict(result))
             self._say(f"step {step}: validation loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte")
             draw_loss(self.log.path, self.paths.output_dir / "loss.png", f"{self.paths.output_dir.name}: loss")
         self.meter.read()  # the time that validation took is not training's
@@ -223,7 +226,7 @@ class Trainer:
             best = self.state["best"] = {"step": step, "loss": validation["loss"]}
         if self.world.is_main:
             tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors()}
-            state = {**self.state, "identity": self._identity(), "config": to_dict(self.config)}
+            state = {**self.state, "loss_scale": vars(self.loss_scale), "identity": self._identity(), "config": to_dict(self.config)}
             path = save_checkpoint(self.paths.checkpoints, step, Checkpoint(tensors, state))
             prune_checkpoints(self.paths.checkpoints, self.config.keep_last, best and f"step-{best['step']:08d}")
             self._say(f"step {step}: saved {path}")
@@ -264,7 +267,9 @@ class Trainer:
                 raise UserError(f"{source}: cannot go on from here: {key} was {saved} and is {value} now; use what the run began with")
         self.model.load_state_dict(checkpoint.tensors["model"])
         self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
-        self.state = {key: value for key, value in checkpoint.state.items() if key not in ("identity", "config")}
+        if self.loss_scale.enabled and checkpoint.state["loss_scale"]["enabled"]:
+            vars(self.loss_scale).update(checkpoint.state["loss_scale"])
+        self.state = {key: value for key, value in checkpoint.state.items() if key not in ("loss_scale", "identity", "config")}
         self._say(f"resumed from {source} at step {self.state['step']}")
 
     def _say(self, line: str) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumi.batches import IGNORE, BatchConfig, Batches, Stream, collate, interleave, validation_batches
+from lumi.batches import IGNORE, BatchConfig, Batches, Row, Stream, collate, interleave, read_row, validation_batches
 from lumi.config import UserError
 
 
@@ -25,8 +25,8 @@ CONFIG = BatchConfig(sequence_length=4, batch_tokens=16, micro_batch_size=2)
 
 def test_collate_by_hand():
     rows = [
-        (np.array([1, 5, 6, 2, 1]), np.array([True, False, False, False, True])),
-        (np.array([7, 2, 1, 8, 9]), np.array([False, False, True, False, False])),
+        Row(np.array([1, 5, 6, 2, 1]), np.array([True, False, False, False, True]), [0, 1]),
+        Row(np.array([7, 2, 1, 8, 9]), np.array([False, False, True, False, False]), [1, 2]),
     ]
     batch = collate(rows)
     assert batch.tokens.tolist() == [[1, 5, 6, 2], [7, 2, 1, 8]]
@@ -36,19 +36,37 @@ def test_collate_by_hand():
     assert batch.num_targets == 6
 
 
-def test_an_epoch_trains_every_target_once():
-    lengths = [5, 1, 9, 3, 2, 12]
-    stream = Stream(make_split(lengths), seed=3)
-    total = sum(lengths)
-    tokens, starts, documents = stream.read(0, total)
-    assert sorted(tokens.tolist()) == sorted(make_split(lengths).tokens.tolist())
-    assert sorted(documents) == list(range(len(lengths)))
-    assert starts.sum() == len(lengths)
-    again, _, order = stream.read(total, total)  # the next epoch: another order
-    assert sorted(again.tolist()) == sorted(tokens.tolist())
-    assert order != documents
-    across = np.concatenate([stream.read(p, 1)[0] for p in range(2 * total)])
-    assert across.tolist() == tokens.tolist() + again.tolist()
+def test_an_epoch_reads_every_target_once():
+    lengths = [5, 1, 9, 3, 2, 12, 1]
+    split = make_split(lengths)
+    stream = Stream(split, length=4, seed=3)
+    assert stream.rows_per_epoch == 8
+    epochs = [[stream.row(epoch * 8 + row) for row in range(8)] for epoch in range(2)]
+    for rows in epochs:
+        targets = np.concatenate([row.tokens[1:] for row in rows]).tolist()
+        everything = split.tokens.tolist()
+        assert len(targets) == 32
+        assert all(targets.count(token) <= everything.count(token) for token in targets)
+        assert sum(row.starts[1:].sum() for row in rows) == len(lengths) - 1  # all but the first, which is no target
+        assert {document for row in rows for document in row.documents} == set(range(len(lengths)))
+    assert [row.tokens.tolist() for row in epochs[0]] != [row.tokens.tolist() for row in epochs[1]]
+    again = Stream(split, length=4, seed=3)
+    assert again.row(13).tokens.tolist() == epochs[1][5].tokens.tolist()
+
+
+def test_the_rows_of_a_long_document_are_scattered():
+    stream = Stream(make_split([400, 400]), length=4, seed=0)
+    documents = [stream.row(i).documents[0] for i in range(100)]
+    assert 25 < sum(documents) < 75
+
+
+def test_read_row_by_hand():
+    split = make_split([3, 1, 4])  # 0 1 2 | 1000 | 2000 2001 2002 2003
+    order = np.array([2, 0, 1])
+    row = read_row(split, order, np.array([4, 7, 8]), 2, 6)
+    assert row.tokens.tolist() == [2002, 2003, 0, 1, 2, 1000]
+    assert row.starts.tolist() == [False, False, True, False, False, True]
+    assert row.documents == [2, 0, 1]
 
 
 def test_batches_are_pure_functions_of_the_step():
@@ -117,9 +135,9 @@ def test_validation_reads_each_token_once_whatever_the_processes():
         (lambda: BatchConfig(micro_batch_size=0), "micro_batch_size must be at least 1, got 0"),
         (lambda: BatchConfig(sequence_length=4, batch_tokens=18, micro_batch_size=2), "must be a multiple of .* = 8, got 18"),
         (lambda: CONFIG.micro_steps(3), "4 x 2 x 3, got 16"),
-        (lambda: Batches([make_split([4])], [1, 2], CONFIG, 0), "one weight per data folder, got 2 for 1"),
-        (lambda: Batches([make_split([4])], [0], CONFIG, 0), "must be positive numbers"),
-        (lambda: Stream(make_split([])), "at least one token, got an empty split"),
+        (lambda: Batches([make_split([40])], [1, 2], CONFIG, 0), "one weight per data folder, got 2 for 1"),
+        (lambda: Batches([make_split([40])], [0], CONFIG, 0), "must be positive numbers"),
+        (lambda: Stream(make_split([3, 1]), length=4, seed=0), "more than sequence_length = 4 training tokens, got 4"),
     ],
 )
 def test_refuses(build, message):

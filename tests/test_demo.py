@@ -58,6 +58,11 @@ def test_all_stages_and_a_second_call(small_configs, tmp_path, capsys):
 
 def test_training_is_cut_to_the_minutes_it_may_take(small_configs, tmp_path, monkeypatch):
     monkeypatch.setattr(lumi.demo, "_step_seconds", lambda config: 2.0 if config.dtype == "float32" else 1.0)
-    config = lumi.demo._train_config(tmp_path / "none", 0.95, "cpu")
-    assert (config.num_steps, config.dtype) == (57, "bfloat16")
-    assert lumi.demo._train_config(tmp_path / "none", 9.0, "cpu").num_steps == 60
+    monkeypatch.setattr(lumi.demo, "LEAST_STEPS", 40)
+
+    def steps(minutes):
+        config = lumi.demo._train_config(tmp_path / "none", minutes, "cpu")
+        assert config.dtype == "bfloat16"
+        return config.num_steps
+
+    assert [steps(minutes) for minutes in (0.1, 0.95, 9.0, 0)] == [40, 57, 60, 60]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lumi.batches import IGNORE, collate
+from lumi.batches import IGNORE, Row, collate
 from lumi.kernels.bundle import REFERENCE
 from lumi.model import ModelConfig, Transformer
 
@@ -98,7 +98,7 @@ def test_trained_on_counting_it_predicts_the_next_number(tied):
         starts = torch.randint(0, 61, (16, 1), generator=generator)
         sequences = ((starts + torch.arange(17)) % 61).numpy()
         no_starts = torch.zeros(17, dtype=torch.bool).numpy()
-        batch = collate([(row, no_starts) for row in sequences])
+        batch = collate([Row(row, no_starts, []) for row in sequences])
         loss = model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens) / batch.num_targets
         loss.backward()
         optimizer.step()

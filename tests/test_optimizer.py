@@ -6,7 +6,7 @@ import torch
 from lumi.config import UserError
 from lumi.kernels.bundle import REFERENCE
 from lumi.model import ModelConfig, Transformer
-from lumi.optimizer import CosineSchedule, Optimizer, OptimizerConfig, WarmupStableDecay, lr_at
+from lumi.optimizer import CosineSchedule, LossScale, Optimizer, OptimizerConfig, WarmupStableDecay, lr_at
 
 MODEL = ModelConfig(vocab_size=17, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24)
 
@@ -94,6 +94,27 @@ def test_clip_scales_the_joint_norm():
     small = model.lm_head.weight.grad.clone()
     assert optimizer.clip_gradients() == pytest.approx(0.5, rel=1e-5)
     torch.testing.assert_close(model.lm_head.weight.grad, small, rtol=1e-5, atol=0)
+
+
+def test_clip_takes_the_loss_scale_out():
+    model, optimizer = build(max_grad_norm=1e9)
+    fill_gradients(model, 3)
+    exact = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    before = model.lm_head.weight.grad.clone()
+    assert optimizer.clip_gradients(loss_scale=8.0) == pytest.approx(exact / 8, rel=1e-6)
+    assert torch.equal(model.lm_head.weight.grad, before / 8)
+
+
+def test_loss_scale():
+    scale = LossScale("float16", patience=3)
+    seen = []
+    for finite in (False, False, True, True, True, True, True, False, True, True, True):
+        scale.update(finite)
+        seen.append(math.log2(scale.value))
+    assert seen == [14, 13, 13, 13, 14, 14, 14, 13, 13, 13, 14]
+    other = LossScale("bfloat16")
+    other.update(False)
+    assert other.value == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -16,7 +16,7 @@ import lumi.train
 from lumi.checkpoint import list_checkpoints, load_checkpoint
 from lumi.config import UserError, from_dict
 from lumi.metrics import read_metrics
-from lumi.train import Paths, TrainConfig, Trainer, train
+from lumi.train import Paths, StopSignal, TrainConfig, Trainer, train
 
 SCRIPT = Path(lumi.train.__file__)
 CONFIG = {
@@ -155,6 +155,21 @@ def test_sigterm_saves_and_says_so(command, tmp_path):
     assert final_weights(tmp_path / "stopped") == final_weights(tmp_path / "straight")
 
 
+def test_a_second_signal_stops_at_once(monkeypatch):
+    exits, now = [], iter([10.0, 10.2, 12.0])
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)  # a fifth of a second later: the same Ctrl-C, handed on by torchrun
+        assert exits == []
+        signal.raise_signal(signal.SIGINT)
+        assert exits == [128 + signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
     results = iter([3.0, 1.0, 2.0, 2.5, 2.2])
     real = lumi.train.held_out_loss
@@ -214,10 +229,11 @@ def test_switches_reach_the_run(start, monkeypatch):
     assert seen == {"compute_dtype": torch.float32, "checkpointing": False, "ops": "reference"}
     assert losses(start("recomputing", gradient_checkpointing=True)) == plain
     assert seen["checkpointing"]
-    narrow = losses(start("narrow", dtype="bfloat16"))
-    assert seen["compute_dtype"] == torch.bfloat16
-    assert narrow != plain
-    assert narrow == pytest.approx(plain, rel=0.02)
+    for dtype in ("bfloat16", "float16"):
+        narrow = losses(start(dtype, dtype=dtype))
+        assert seen["compute_dtype"] == getattr(torch, dtype)
+        assert narrow != plain
+        assert narrow == pytest.approx(plain, rel=0.02)
     assert losses(start("triton", kernels="triton", num_steps=2, optimizer={"schedule": {"kind": "cosine", "warmup_steps": 4}}))[0] == (
         pytest.approx(plain[0], rel=1e-5)
     )
@@ -237,8 +253,9 @@ def test_several_stores_are_mixed_by_weight(start, store_dir, tmp_path):
     other = tmp_path / "other store"
     other.symlink_to(store_dir)
     folder = start(data_dirs=(store_dir, other), weights=[3.0, 1.0])
-    validation = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"]
-    assert validation[-1]["mix"] == [0.75, 0.25]
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert all(sum(record["mix"]) == pytest.approx(1) and abs(record["mix"][0] - 0.75) < 1 / record["step"] for record in records)
+    assert records[-1]["mix"] == [0.75, 0.25]
 
 
 def test_a_corpus_folder_is_tokenized_once(start, corpus_dir, capfd):
