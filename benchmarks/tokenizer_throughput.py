@@ -36,7 +36,7 @@ def write_corpus(files: list[str], folder: Path) -> None:
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    from lumi.shards import num_cores
+    from lumi.workers import num_cores
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*")

@@ -2,21 +2,13 @@
 
 import hashlib
 import itertools
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
 
-from lumi.config import UserError
 from lumi.tokenizer import Tokenizer, utf8
+from lumi.workers import Workers
 
 TASK_CHARACTERS = 1 << 20  # a task takes some 0.2 s: long beside its transfer, short beside a run
 _INLINE_TASKS = 4  # below this, starting processes takes longer than the work
@@ -94,31 +86,16 @@ def encode_all(
     Raises:
         UserError: a text is not valid Unicode, or a worker process died.
     """
-    if num_workers < 1:
-        raise UserError(f"--num-workers must be at least 1, got {num_workers}")
     tasks = make_tasks(batches)
     head = list(itertools.islice(tasks, _INLINE_TASKS))
-    tasks = itertools.chain(head, tasks)
-    if num_workers == 1 or len(head) < _INLINE_TASKS:
-        for task in tasks:
-            yield encode_documents(tokenizer, task, validation_fraction)
-        return
-    spawn = multiprocessing.get_context("spawn")  # not fork: this process has threads, whose locks a child would inherit
-    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=(tokenizer, validation_fraction))
-    pending: deque[Future[dict[str, Encoded]]] = deque()
-    try:
-        for task in tasks:
-            pending.append(pool.submit(_encode_task, task))
-            if len(pending) >= num_workers + 2:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"--num-workers must leave each process enough memory, got {num_workers}: a worker process died; use fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    if len(head) < _INLINE_TASKS:
+        num_workers = min(num_workers, 1)
+    with Workers(_encode_task, (tokenizer, validation_fraction), num_workers) as workers:
+        yield from workers.map(itertools.chain(head, tasks))
+
+
+def _encode_task(shared: tuple[Tokenizer, float], task: Texts) -> dict[str, Encoded]:
+    return encode_documents(shared[0], task, shared[1])
 
 
 def make_tasks(batches: Iterable[Texts]) -> Iterator[Texts]:
@@ -136,27 +113,3 @@ def make_tasks(batches: Iterable[Texts]) -> Iterator[Texts]:
                 texts, sources, size = [], [], 0
     if texts:
         yield Texts(texts, sources)
-
-
-_worker: tuple[Tokenizer, float] | None = None  # of a worker process: set once, when it starts
-
-
-def _start_worker(tokenizer: Tokenizer, validation_fraction: float) -> None:
-    global _worker
-    _worker = tokenizer, validation_fraction
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    # A parent that was killed cannot end its workers, which would wait for work for ever.
-    threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_after(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-
-def _encode_task(task: Texts) -> dict[str, Encoded]:
-    assert _worker is not None
-    tokenizer, validation_fraction = _worker
-    return encode_documents(tokenizer, task, validation_fraction)

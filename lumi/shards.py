@@ -18,6 +18,7 @@ from lumi.encoder_pool import Texts, encode_all
 from lumi.storage import TEMPORARY_PREFIX, atomic_folder
 from lumi.token_store import TOKENIZE_COMMAND, Split, StoreManifest, StoreWriter, TokenStore, is_token_store, read_store_manifest
 from lumi.tokenizer import Tokenizer
+from lumi.workers import num_cores
 
 __all__ = ["Split", "StoreManifest", "StoreWriter", "TokenStore", "open_or_tokenize", "token_cache", "tokenize"]
 
@@ -120,11 +121,6 @@ def open_or_tokenize(
         shutil.rmtree(cache)
     tokenize([folder], tokenizer, cache, validation_fraction=validation_fraction, num_workers=num_workers)
     return TokenStore.open(cache, tokenizer_fingerprint=tokenizer.fingerprint, verify=verify)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _read_batches(readers: Sequence[CorpusReader]) -> Iterator[Texts]:

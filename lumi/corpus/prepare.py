@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import importlib.metadata
-import os
 import re
 import shutil
 import signal
@@ -23,10 +22,11 @@ from lumi.corpus.cleaning import CleaningConfig
 from lumi.corpus.deduplication import DeduplicationConfig, Deduplicator
 from lumi.corpus.filters import FilterConfig, classifier
 from lumi.corpus.folder import CorpusReader, CorpusWriter, Manifest, read_manifest
-from lumi.corpus.processing import Outcome, Recipe, Workers, make_batches
+from lumi.corpus.processing import Outcome, Recipe, make_batches
 from lumi.corpus.reading import open_source
 from lumi.corpus.report import SourceCounts, data_card, find_warnings, summary_table
 from lumi.corpus.sources import HubSource, JsonlSource, ParquetSource, PythonDocsSource, Source, TextSource, describe, identify
+from lumi.workers import Workers, num_cores
 
 CACHE_FORMAT = 1  # raise it when cleaning, filters or fingerprints change their results
 OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")
@@ -82,16 +82,14 @@ def prepare(
     Raises:
         UserError: a source cannot be read, the folder holds something else, no document is kept, the disk is full.
     """
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_workers < 1:
-        raise UserError(f"--num-workers must be at least 1, got {num_workers}")
+    recipe = Recipe(config.cleaning, config.filters, config.deduplication)
+    all_workers = Workers(processing.process_batch, recipe, num_cores() if num_workers is None else num_workers)
     folder = Path(output_dir)
     if config.filters.languages is not None:
         classifier(config.filters.languages)
     keys = {source.name: _source_key(source, config) for source in config.sources}
     caches = {name: SourceCache(folder / ".cache" / f"{name}-{key}", writable=not analyze_only) for name, key in keys.items()}
-    with _interruptible(writes=not analyze_only), Workers(num_workers) as workers:
+    with _interruptible(writes=not analyze_only), all_workers as workers:
         if analyze_only:
             return _analyze(config, caches if use_cache else {}, workers)
         old = _check_output(folder, config, use_cache)
@@ -146,18 +144,18 @@ def _write(
             if path.is_dir() and path not in [cache.folder for cache in caches.values()]:
                 shutil.rmtree(path)
     print(summary_table(manifest["sources"]))
-    print(f"{manifest['documents']:,} documents in {len(manifest['shards'])} shards: {folder} ({folder}/.cache may be deleted)")
+    shards = f"{len(manifest['shards'])} shard{'s' * (len(manifest['shards']) > 1)}"
+    print(f"{manifest['documents']:,} documents in {shards}: {folder} ({folder}/.cache may be deleted)")
     return manifest
 
 
 def _run(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers, writer: CorpusWriter | None) -> list[SourceCounts]:
     """Take every source in order until its budget is reached; decisions about duplicates are made here, one by one."""
     deduplicator = Deduplicator(config.deduplication)
-    recipe = Recipe(config.cleaning, config.filters, config.deduplication)
     all_counts = []
     for source in config.sources:
         counts = SourceCounts(source.name, describe(source))
-        batches = _process_source(source, recipe, caches.get(source.name), workers, counts)
+        batches = _process_source(source, config.filters.max_chars, caches.get(source.name), workers, counts)
         seconds = 0.5 if sys.stderr.isatty() else 15.0
         with closing(batches), tqdm(desc=source.name, unit=" documents", mininterval=seconds, file=sys.stderr) as bar:
             for outcomes in batches:
@@ -198,7 +196,7 @@ def _take(
 
 
 def _process_source(
-    source: Source, recipe: Recipe, cache: SourceCache | None, workers: Workers, counts: SourceCounts
+    source: Source, max_chars: int, cache: SourceCache | None, workers: Workers, counts: SourceCounts
 ) -> Generator[list[Outcome], None, None]:
     """The outcomes of a source in batches: first what the cache holds, then the rest, which is added to the cache."""
     num_cached = 0
@@ -209,11 +207,11 @@ def _process_source(
             yield outcomes
         if cache.is_complete():
             return
-    opened = open_source(source, recipe.filters.max_chars, skip=num_cached)
+    opened = open_source(source, max_chars, skip=num_cached)
     counts.facts = opened.facts
     if cache is not None:
         cache.save_facts(opened.facts)
-    for outcomes in workers.process(make_batches(opened.records), recipe):
+    for outcomes in workers.map(make_batches(opened.records)):
         if cache is not None:
             cache.write(outcomes)
         yield outcomes

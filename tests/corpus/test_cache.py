@@ -39,9 +39,9 @@ def processed(monkeypatch):
     texts = []
     process_batch = processing.process_batch
 
-    def count(records, recipe):
+    def count(recipe, records):
         texts.extend(record.text for record in records)
-        return process_batch(records, recipe)
+        return process_batch(recipe, records)
 
     monkeypatch.setattr(processing, "process_batch", count)
     return texts
@@ -181,10 +181,10 @@ from lumi.corpus import PrepareConfig, prepare, processing
 processing.BATCH_DOCUMENTS = 4
 process_batch = processing.process_batch
 
-def slow(records, recipe):
+def slow(recipe, records):
     (Path(sys.argv[3]) / str(os.getpid())).touch()
     time.sleep(0.1)
-    return process_batch(records, recipe)
+    return process_batch(recipe, records)
 
 processing.process_batch = slow
 if __name__ == "__main__":

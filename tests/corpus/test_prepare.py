@@ -65,7 +65,7 @@ def test_counts_add_up_and_malformed_lines_are_named(mixed, tmp_path, capsys):
     assert [text for text, source in documents if source == "first"] == [prose(seed) for seed in range(40)]
     printed = capsys.readouterr().out
     assert "dropped: near_duplicate" in printed
-    assert "50 documents in 1 shards" in printed
+    assert "50 documents in 1 shard:" in printed
     card = (tmp_path / "c" / "DATA_CARD.md").read_text()
     assert "50 documents" in card
     assert "first.jsonl:48" in card
