@@ -21,13 +21,15 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-def _chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose logits fit a CPU's cache (8 MB; measured fastest) or a modest share of a GPU (512 MB), in float32.
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """Rows whose logits exist at once: as many as fit a CPU's cache (8 MB; measured fastest) or a modest share of a GPU (512 MB), in
+    float32; at least 256, since every chunk adds a whole (V, D) to dweight."""
+    elements = 2**21 if device_type == "cpu" else 2**27
+    return max(elements // vocab_size, 256)
 
-    At least 256 rows, since every chunk adds a whole (V, D) to dweight.
-    """
-    elements = 2**21 if device.type == "cpu" else 2**27
-    rows = max(elements // vocab_size, 256)
+
+def _chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    rows = chunk_rows(vocab_size, device.type)
     return (slice(start, start + rows) for start in range(0, num_rows, rows))
 
 

@@ -94,6 +94,8 @@ class Stream:
     """One split of a store as rows of `length` + 1 tokens: row by row without end, each epoch shuffled anew."""
 
     def __init__(self, split: Split, length: int, seed: int):
+        if split.mask is not None:
+            raise UserError("--data-dirs must hold text for pre-training, got a token store with a loss mask, which is not read yet")
         self.split, self.length, self.seed = split, length, seed
         self.lengths = np.diff(np.asarray(split.offsets).astype(np.int64))
         self.num_tokens = int(self.lengths.sum())
@@ -168,9 +170,9 @@ class Batches:
         """Rows [start, stop) of optimizer step `step` (counted from 1)."""
         return collate([self.streams[store].row(row) for store, row in self._rows(step, start, stop)])
 
-    def documents(self, step: int) -> list[tuple[int, list[int]]]:
-        """Which (store index, document ids) the rows of a step are made of; names a bad batch."""
-        return [(store, self.streams[store].row(row).documents) for store, row in self._rows(step, 0, self.config.rows)]
+    def documents(self, step: int, start: int, stop: int) -> list[tuple[int, list[int]]]:
+        """Which (store index, document ids) the rows [start, stop) of a step are made of; names a bad batch."""
+        return [(store, self.streams[store].row(row).documents) for store, row in self._rows(step, start, stop)]
 
     def mix(self, step: int) -> list[float]:
         """The share of the rows that each store has had after `step` steps."""

@@ -7,6 +7,7 @@
 Safetensors and JSON only: nothing on the load path can run code.
 """
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
-from lumi.storage import atomic_folder, check_file, file_record
+from lumi.storage import TEMPORARY_PREFIX, atomic_folder, check_file, file_record
 
 _NAME = re.compile(r"step-(\d{8})")
 _REMEDY = "delete this checkpoint and resume from an older one: --resume-from-checkpoint PATH"
@@ -72,12 +73,23 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found)
 
 
-def prune_checkpoints(folder: str | Path, keep_last: int, best: str | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the one called `best`."""
+def step_of(path: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def prune_checkpoints(folder: str | Path, keep_last: int, best: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the one of step `best`."""
     for path in list_checkpoints(folder)[:-keep_last]:
-        if path.name != best:
-            (path / "manifest.json").unlink()  # first: what is half deleted must not look like a checkpoint
-            shutil.rmtree(path)
+        if step_of(path) != best:
+            discard_checkpoint(path)
+
+
+def discard_checkpoint(path: Path) -> None:
+    """Delete a checkpoint: at any moment it is whole, or litter that is swept."""
+    litter = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-discarded")
+    os.rename(path, litter)
+    shutil.rmtree(litter)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

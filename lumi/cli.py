@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from lumi import __version__
-from lumi.command_line import add_config, parser, run
+from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, load_config
 
 
@@ -18,7 +18,7 @@ def prepare(argv: list[str]) -> int:
     arguments.add_argument("--use-cache", action="store_true", help="reuse finished work, go on after an interruption")
     arguments.add_argument("--analyze-only", action="store_true", help="print the plan, write nothing")
     arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
-    options = arguments.parse_args(argv)
+    options = parse(arguments, argv)
     config = load_config(corpus.PrepareConfig, options.config, options.overrides)
     corpus.prepare(
         config, options.output_dir, use_cache=options.use_cache, analyze_only=options.analyze_only, num_workers=options.num_workers
@@ -34,7 +34,7 @@ def tokenizer(argv: list[str]) -> int:
     add_config(arguments)
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
     arguments.add_argument("--output-dir", required=True, type=Path)
-    options = arguments.parse_args(argv)
+    options = parse(arguments, argv)
     train_tokenizer(load_config(TokenizerConfig, options.config, options.overrides), options.corpus_dirs, options.output_dir)
     return 0
 
@@ -66,7 +66,7 @@ def generate(argv: list[str]) -> int:
     import torch
 
     from lumi import generate as generation
-    from lumi.hf_format import load_model
+    from lumi.hf_format import load_model, model_folder
     from lumi.kernels.bundle import select
     from lumi.tokenizer import Tokenizer
 
@@ -89,9 +89,9 @@ def generate(argv: list[str]) -> int:
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 2)}") from error
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu"))
-    folder = options.model_path / "final" if (options.model_path / "final").is_dir() else options.model_path
-    model = load_model(folder, select("auto", device)).to(device).eval()
+    folder = model_folder(options.model_path)
     tokenizer = Tokenizer.load(options.tokenizer_path or folder)
+    model = load_model(folder, select("auto", device), tokenizer=tokenizer).to(device).eval()
     single = len(options.prompt) == 1
     if single:
         print(options.prompt[0], end="", flush=True)

@@ -12,7 +12,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -45,6 +45,22 @@ def from_dict(cls: type[Config], data: dict[str, Any], where: str = "config") ->
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain JSON values of a config: `from_dict(type(config), to_dict(config)) == config`."""
     return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two JSON objects, as "key.subkey was X, is Y now"; long values are cut."""
+    flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
+    keys = [key for key in flat_old | flat_new if flat_old.get(key) != flat_new.get(key)]
+    return [f"{key} was {_describe(flat_old.get(key))}, is {_describe(flat_new.get(key))} now" for key in keys]
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list | tuple) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            yield from _flatten(item, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def read_json(path: str | Path) -> Any:
@@ -94,7 +110,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise UserError(f"an override must look like key.subkey=value, got {override!r}")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float)
     except json.JSONDecodeError:
         value = text  # a bare word is a string: optimizer.kind=muon
     except ValueError as error:

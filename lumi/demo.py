@@ -28,10 +28,10 @@ PROMPT = "Return the number of"
 
 
 def demo(output_dir: Path, minutes: float, device: str) -> int:
-    """Run every stage under `output_dir`; finished stages are reused, an interrupted training is resumed.
+    """Run every stage under `output_dir`; finished work is reused, an interrupted training goes on as it was begun.
 
     Args:
-        minutes: how long training may take; its number of steps is cut to fit the machine. 0: all steps of the config.
+        minutes: how long training should take: on a slow machine its number of steps is cut, but not below LEAST_STEPS. 0: all steps.
         device: "auto", "cpu" or "cuda".
 
     Returns:

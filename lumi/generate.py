@@ -31,6 +31,8 @@ class SamplingConfig:
             raise ValueError(f"top_k must be at least 0 (0 is off), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
 
@@ -58,6 +60,7 @@ def generate_ids(
     *,
     stop_ids: frozenset[int],
     pad_id: int,
+    vocab_size: int | None = None,
     use_cache: bool = True,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
@@ -66,6 +69,7 @@ def generate_ids(
     Args:
         prompts: token ids, at least one each; different lengths are fine.
         stop_ids: end a row; they are not part of what is returned.
+        vocab_size: ids from here on are never chosen: a model's vocabulary may be padded beyond its tokenizer's.
         use_cache: False computes every step from the start: slow, the definition that the cache is tested against.
         on_token: called with (row, token) as each comes.
 
@@ -100,7 +104,7 @@ def generate_ids(
         else:
             last_B = length_B - 1
             hidden_BD = model.hidden(tokens[rows, last_B][:, None], last_B[:, None], cache=cache)[:, 0]
-        next_B = sample(model.logits(hidden_BD), tokens, length_B, config, generators)
+        next_B = sample(model.logits(hidden_BD)[:, :vocab_size], tokens, length_B, config, generators)
         for row, token in enumerate(next_B.tolist()):
             if running[row] and token not in stop_ids:
                 outputs[row].append(token)
@@ -171,7 +175,10 @@ def generate(
             on_text(row, text)
 
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    outputs = generate_ids(model, ids, config, stop_ids=frozenset({tokenizer.eos_id}), pad_id=tokenizer.pad_id, on_token=on_token)
+    stop_ids = frozenset({tokenizer.eos_id})
+    outputs = generate_ids(
+        model, ids, config, stop_ids=stop_ids, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size, on_token=on_token
+    )
     for row, decoder in enumerate(decoders):
         if on_text is not None and (text := decoder.flush()):
             on_text(row, text)

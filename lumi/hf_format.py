@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lumi.checkpoint import load_tensors, save_tensors
-from lumi.config import UserError, read_json, write_json
+from lumi.config import UserError, from_dict, read_json, write_json
 from lumi.kernels.bundle import Ops
 from lumi.model import ModelConfig, Transformer
 from lumi.storage import atomic_folder
@@ -38,16 +38,37 @@ def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer, dty
         save_tensors(temporary / "model.safetensors", tensors)
 
 
-def load_model(folder: str | Path, ops: Ops, compute_dtype: torch.dtype = torch.float32) -> Transformer:
+def model_folder(path: str | Path) -> Path:
+    """The model folder that a path means: itself, or the `final/` of a run folder. Raises UserError where there is no model."""
+    path = Path(path)
+    if (path / "final").is_dir():
+        return path / "final"
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: must be a finished run, but has no final/ yet; finish it with --resume-from-checkpoint auto")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: must be a model folder with a config.json; pass a run folder or its final/")
+    return path
+
+
+def load_model(folder: str | Path, ops: Ops, compute_dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None) -> Transformer:
     """Read a Llama or Qwen3 folder, ours or anybody's.
 
+    Args:
+        tokenizer: checked against the fingerprint that our folders carry.
+
     Raises:
-        UserError: where the folder is none, or asks for something this model does not compute; names the key.
+        UserError: where the folder is none, asks for something this model does not compute (names the key), or was trained with
+            another tokenizer.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: must be a model folder with a config.json; pass a run's final/ folder")
-    model = Transformer(model_config(read_json(folder / "config.json"), str(folder / "config.json")), ops, compute_dtype=compute_dtype)
+    folder = model_folder(folder)
+    data = read_json(folder / "config.json")
+    expected_tokenizer = data.get("tokenizer_fingerprint")
+    if tokenizer is not None and expected_tokenizer not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{folder}: the tokenizer must be the one it was trained with, of fingerprint {expected_tokenizer}, got "
+            f"{tokenizer.fingerprint}; leave out --tokenizer-path to use the one in the folder"
+        )
+    model = Transformer(model_config(data, str(folder / "config.json")), ops, compute_dtype=compute_dtype)
     index = folder / "model.safetensors.index.json"
     files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
@@ -124,17 +145,18 @@ def model_config(data: dict[str, Any], where: str) -> ModelConfig:
     required = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     if missing := [key for key in required if key not in data]:
         raise UserError(f"{where}: {missing[0]} is missing; this is not the config of a Llama model")
-    return ModelConfig(
-        vocab_size=data["vocab_size"],
-        num_layers=data["num_hidden_layers"],
-        model_dim=data["hidden_size"],
-        num_heads=data["num_attention_heads"],
-        mlp_dim=data["intermediate_size"],
-        num_kv_heads=data.get("num_key_value_heads"),
-        head_dim=data.get("head_dim"),
-        max_positions=data.get("max_position_embeddings", 2048),
-        rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 10_000.0))),
-        norm_eps=data.get("rms_norm_eps", 1e-6),
-        tied_embeddings=data.get("tie_word_embeddings", False),
-        qk_norm=data["model_type"] == "qwen3",
-    )
+    ours = {
+        "vocab_size": data["vocab_size"],
+        "num_layers": data["num_hidden_layers"],
+        "model_dim": data["hidden_size"],
+        "num_heads": data["num_attention_heads"],
+        "mlp_dim": data["intermediate_size"],
+        "num_kv_heads": data.get("num_key_value_heads"),
+        "head_dim": data.get("head_dim"),
+        "max_positions": data.get("max_position_embeddings", 2048),
+        "rope_theta": rope.get("rope_theta", data.get("rope_theta", 10_000.0)),
+        "norm_eps": data.get("rms_norm_eps", 1e-6),
+        "tied_embeddings": data.get("tie_word_embeddings", False),
+        "qk_norm": data["model_type"] == "qwen3",
+    }
+    return from_dict(ModelConfig, ours, where)

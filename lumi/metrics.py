@@ -1,6 +1,9 @@
 """What a run says of itself: the plan before step 1, a live progress line, `metrics.jsonl` and `loss.png`."""
 
 import json
+import math
+import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,37 +14,54 @@ from tqdm import tqdm
 
 from lumi.batches import BatchConfig
 from lumi.config import UserError
+from lumi.kernels.linear_cross_entropy import chunk_rows
 from lumi.model import ModelConfig
 
 # Dense bf16 peak in FLOP/s of the GPUs people train on, from NVIDIA's data sheets; MFU is shown where the device is listed.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None where it is not known (CPUs among them)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    return named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def memory_estimate(model: ModelConfig, batches: BatchConfig, optimizer: str, compute_bytes: int, checkpointing: bool) -> dict[str, int]:
+def named_peak_flops(name: str) -> float | None:
+    """The peak of a device by its name, such as "NVIDIA H100 80GB HBM3"."""
+    return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+def memory_estimate(
+    model: ModelConfig, batches: BatchConfig, optimizer: str, compute_bytes: int, checkpointing: bool, device_type: str
+) -> dict[str, int]:
     """Bytes one process needs to train, by part; arithmetic, not a measurement.
 
-    Weights, gradients and optimizer state are float32. A layer keeps about 8D + 2(H+G)K + 3F values a token for backward, or with
-    checkpointing its input D; the loss holds float32 logits for at most 2048 rows at a time, and their gradient.
+    Weights, gradients and optimizer states are float32; backward also keeps a copy of the layers' weights in a narrower compute dtype.
+    For it a layer keeps about 10D + 3(H+G)K + 4F values a token, or with checkpointing its input D; the loss holds the logits of one
+    chunk of rows thrice (as they are, their float32 log-softmax, their gradient) and the float32 gradient of its matrix.
     """
     tokens = batches.micro_batch_size * batches.sequence_length
-    per_layer = 8 * model.model_dim + 2 * (model.num_heads + model.kv_heads) * model.per_head + 3 * model.mlp_dim
+    per_layer = 10 * model.model_dim + 3 * (model.num_heads + model.kv_heads) * model.per_head + 4 * model.mlp_dim
     kept = model.num_layers * model.model_dim + per_layer if checkpointing else model.num_layers * per_layer
     embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
     states = 2 * model.num_parameters if optimizer == "adamw" else model.num_parameters + embeddings
+    copies = model.num_parameters - embeddings if compute_bytes < 4 else 0
+    rows = min(tokens, chunk_rows(model.vocab_size, device_type))
     parts = {
-        "weights": 4 * model.num_parameters,
+        "weights": 4 * model.num_parameters + compute_bytes * copies,
         "gradients": 4 * model.num_parameters,
         "optimizer": 4 * states,
         "activations": compute_bytes * tokens * kept,
-        "loss": 2 * 4 * min(tokens, 2048) * model.vocab_size,
+        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + 4 * model.vocab_size * model.model_dim,
     }
     return {**parts, "total": sum(parts.values())}
 
@@ -49,7 +69,7 @@ def memory_estimate(model: ModelConfig, batches: BatchConfig, optimizer: str, co
 def human(value: float, unit: str = "") -> str:
     """1234567 -> '1.23M'; three digits and a decimal prefix."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:  # what would be rounded up to 1000 of the smaller unit
             return f"{value / size:.3g} {prefix}{unit}" if unit else f"{value / size:.3g}{prefix}"
     return f"{value:.3g} {unit}".rstrip()
 
@@ -59,13 +79,17 @@ class MetricsLog:
 
     def __init__(self, path: Path, resume_step: int = 0):
         self.path = path
-        kept = [record for record in read_metrics(path) if record["step"] <= resume_step] if path.exists() else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")  # what a resumed run does over
+        if path.exists():
+            kept = [record for record in read_metrics(path) if record["step"] <= resume_step]  # the rest is done over
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(temporary, path)
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """Append a record."""
-        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        """Append a record; floats that are not finite become null, for JSON has none."""
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        self.file.write(json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -115,7 +139,7 @@ def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
 
     records = read_metrics(metrics)
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
-    validation = [(r["step"], r["loss"]) for r in records if r["kind"] == "validation"]
+    validation = [(r["step"], r["loss"]) for r in records if r["kind"] == "validation" and r["loss"] is not None]
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if train:

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup  # on the CPU, without the time limit of a step: for what takes the main process hours
 
     @property
     def is_main(self) -> bool:
@@ -33,9 +35,28 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do something in the main process while the others wait, however long it takes.
+
+        Raises:
+            UserError: what `work` raised. The others then leave with exit code 2: one message is enough.
+        """
+        message: list[str | None] = [None]
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                message = [str(error)]
+        dist.broadcast_object_list(message, src=0, group=self.patient)
+        if message[0] is not None:
+            if self.is_main:
+                raise UserError(message[0])
+            raise SystemExit(2)
+
+    def all_equal(self, value: int) -> bool:
+        """Whether all processes hold the same integer."""
+        total, squares = self.sum(value, value * value)
+        return total * total == squares * self.size
 
 
 @contextlib.contextmanager
@@ -63,7 +84,8 @@ def process_group(device: str = "auto") -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), torch.device(f"cuda:{local_rank}" if device == "cuda" else "cpu"))
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        yield World(dist.get_rank(), dist.get_world_size(), torch.device(f"cuda:{local_rank}" if device == "cuda" else "cpu"), patient)
     finally:
         dist.destroy_process_group()
 

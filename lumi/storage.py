@@ -11,6 +11,7 @@ from typing import Any
 from lumi.config import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
+_DISPLACED = "-displaced"
 
 
 def sha256_file(path: str | Path) -> str:
@@ -58,7 +59,7 @@ def atomic_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path
             _fsync(path)
         _fsync(temporary)
         if replace and folder.exists():
-            displaced = temporary.with_name(temporary.name + "-old")
+            displaced = temporary.with_name(temporary.name + _DISPLACED)
             os.rename(folder, displaced)
             os.rename(temporary, folder)
             shutil.rmtree(displaced)
@@ -71,11 +72,20 @@ def atomic_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path
 
 
 def sweep_temporaries(parent: str | Path) -> list[str]:
-    """Remove what interrupted `atomic_folder` calls left in `parent`; returns the names removed."""
-    litter = sorted(path for path in Path(parent).glob(f"{TEMPORARY_PREFIX}*") if path.is_dir())
-    for path in litter:
-        shutil.rmtree(path)
-    return [path.name for path in litter]
+    """Remove what interrupted `atomic_folder` calls left in `parent`; returns the names removed.
+
+    A folder that was moved aside for a new one that never came is put back.
+    """
+    swept = []
+    for path in sorted(path for path in Path(parent).glob(f"{TEMPORARY_PREFIX}*") if path.is_dir()):
+        name = path.name.removeprefix(TEMPORARY_PREFIX)
+        original = path.with_name(name.removesuffix(_DISPLACED).rpartition("-")[0])
+        if name.endswith(_DISPLACED) and not original.exists():
+            os.rename(path, original)
+        else:
+            shutil.rmtree(path)
+            swept.append(path.name)
+    return swept
 
 
 def _fsync(path: Path) -> None:

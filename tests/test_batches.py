@@ -12,6 +12,7 @@ from lumi.config import UserError
 class FakeSplit:
     tokens: np.ndarray
     offsets: np.ndarray
+    mask: np.ndarray | None = None
 
 
 def make_split(lengths, first=0):
@@ -112,7 +113,7 @@ def test_mix():
     tokens = torch.cat([batches[step].tokens for step in range(1, 9)])
     assert (tokens[:, 0] >= 500).float().mean() == 0.25
     assert batches.mix(8) == [0.75, 0.25]
-    assert {store for store, _ in batches.documents(1)} == {0, 1}
+    assert {store for store, _ in batches.documents(1, 0, 4)} == {0, 1}
     assert Batches(splits, None, CONFIG, seed=0).weights == [0.5, 0.5]
 
 
@@ -137,6 +138,7 @@ def test_validation_reads_each_token_once_whatever_the_processes():
         (lambda: CONFIG.micro_steps(3), "4 x 2 x 3, got 16"),
         (lambda: Batches([make_split([40])], [1, 2], CONFIG, 0), "one weight per data folder, got 2 for 1"),
         (lambda: Batches([make_split([40])], [0], CONFIG, 0), "must be positive numbers"),
+        (lambda: Stream(FakeSplit(np.zeros(9), np.array([0, 9]), mask=np.zeros(2)), 4, 0), "a loss mask, which is not read yet"),
         (lambda: Stream(make_split([3, 1]), length=4, seed=0), "more than sequence_length = 4 training tokens, got 4"),
     ],
 )

@@ -69,7 +69,7 @@ def test_not_safetensors(tmp_path):
 def test_prune_keeps_the_last_and_the_best(tmp_path):
     for step in range(1, 7):
         save_checkpoint(tmp_path, step, make(step))
-    prune_checkpoints(tmp_path, keep_last=2, best="step-00000003")
+    prune_checkpoints(tmp_path, keep_last=2, best=3)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000005", "step-00000006"]
 
 

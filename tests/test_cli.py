@@ -11,7 +11,7 @@ from synthetic import write_jsonl
 
 import lumi
 from lumi.cli import COMMANDS, dispatch
-from lumi.command_line import normalize, run
+from lumi.command_line import add_config, normalize, parse, parser, run
 
 BIN = Path(sys.executable).parent
 TRAIN = Path(lumi.__file__).parent / "train.py"
@@ -68,6 +68,20 @@ def test_raw_text_to_generated_text(tmp_path):
 def test_normalize():
     given = ["--data_dirs", "a_b", "--x-y_z=p_q", "key_a.b_c=1", "-x_y"]
     assert normalize(given) == ["--data-dirs", "a_b", "--x-y-z=p_q", "key_a.b_c=1", "-x_y"]
+
+
+def test_overrides_stand_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    arguments = parser("x", "")
+    add_config(arguments)
+    arguments.add_argument("--data-dirs", nargs="+")
+    for argv in (
+        ["seed=1", "--config", "c.json", "--data-dirs", "S", "a=b", "model.dim=2"],
+        ["--data-dirs", "S", "seed=1", "a=b", "--config", "c.json", "model.dim=2"],
+    ):
+        options = parse(arguments, argv)
+        assert (options.config, options.data_dirs, options.overrides) == ("c.json", ["S", "a=b"], ["seed=1", "model.dim=2"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from lumi.config import UserError, from_dict, load_config, read_json, to_dict, write_json
+from lumi.config import UserError, differences, from_dict, load_config, read_json, to_dict, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +88,20 @@ def test_overrides(tmp_path):
         ("circle.radiu=1", "did you mean 'radius'"),
         ("name.inner=1", 'name holds "x", it has no keys'),
         ("steps=NaN", "NaN is not a number"),
+        ('circle={"radius": 1, "radius": 2}', "duplicate key 'radius'"),
         ("shapes.3.side=1", "must be an index below 0"),
     ],
 )
 def test_refuses_overrides(tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, '{"name": "x", "shapes": []}', [override])
+
+
+def test_differences():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": "x" * 100, "e": 1}
+    new = {"a": {"b": 1, "c": [1, 3]}, "d": "y", "f": None}
+    assert differences(old, new) == ["a.c.1 was 2, is 3 now", f'd was "{"x" * 56}..., is "y" now', "e was 1, is null now"]
+    assert differences(old, old) == []
 
 
 def test_files(tmp_path):

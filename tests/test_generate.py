@@ -70,6 +70,13 @@ def test_positions_end_a_row():
         generate_ids(model, [[1], []], greedy(1), **NO_STOP)
 
 
+def test_ids_beyond_the_tokenizer_are_never_chosen():
+    model = build()
+    wide = generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP)
+    narrow = generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP, vocab_size=20)
+    assert max(map(max, wide)) >= 20 > max(map(max, narrow))
+
+
 def test_the_seed_decides():
     model = build()
     one, same, other = (generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=20, seed=seed), **NO_STOP) for seed in (1, 1, 2))

@@ -8,7 +8,7 @@ import transformers
 
 from lumi.config import UserError
 from lumi.generate import SamplingConfig, generate_ids
-from lumi.hf_format import load_model, save_model
+from lumi.hf_format import load_model, model_folder, save_model
 from lumi.kernels.bundle import REFERENCE
 from lumi.model import ModelConfig, Transformer
 
@@ -109,6 +109,8 @@ def corrupt(folder, **changes):
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
+        ({"head_dim": 7}, r"config\.json: head_dim must be even .* got 7"),
+        ({"head_dim": "16"}, r'config\.json: head_dim must be an integer, got "16"'),
         ({"hidden_size": 128}, r"model\.embed_tokens\.weight must have shape \(384, 128\), got \(384, 64\)"),
         ({"num_hidden_layers": 4}, r"model\.layers\.3\.\S+ must have shape .*, got nothing"),
         ({"num_hidden_layers": 2}, r"a weight that this model has no place for: model\.layers\.2\.\S+ \(9 in all\)"),
@@ -134,6 +136,20 @@ def test_missing_and_damaged_folders(tokenizer, tmp_path):
     (tmp_path / "final" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(UserError, match=r"model\.safetensors: is missing; only safetensors weights are read"):
         load_model(tmp_path / "final", REFERENCE)
+
+
+def test_a_run_without_a_final_model_and_another_tokenizer(tokenizer, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run: must be a finished run, but has no final/ yet; finish it with --resume"):
+        model_folder(tmp_path / "run")
+    save_model(tmp_path / "run" / "final", build(tokenizer), tokenizer)
+    assert model_folder(tmp_path / "run") == model_folder(tmp_path / "run" / "final") == tmp_path / "run" / "final"
+    load_model(tmp_path / "run" / "final", REFERENCE, tokenizer=tokenizer)
+    corrupt(tmp_path / "run" / "final", tokenizer_fingerprint="0" * 64)
+    with pytest.raises(
+        UserError, match=rf"the tokenizer must be the one it was trained with, of fingerprint 0{{64}}, got {tokenizer.fingerprint}"
+    ):
+        load_model(tmp_path / "run" / "final", REFERENCE, tokenizer=tokenizer)
 
 
 def test_saving_again_replaces_the_folder(tokenizer, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from lumi.batches import BatchConfig
 from lumi.config import UserError
-from lumi.metrics import Meter, MetricsLog, draw_loss, human, memory_estimate, read_metrics
+from lumi.metrics import Meter, MetricsLog, draw_loss, human, memory_estimate, named_peak_flops, read_metrics
 from lumi.model import ModelConfig
 
 
@@ -41,7 +41,7 @@ def test_picture(tmp_path):
 
 
 def test_human():
-    assert [human(v) for v in (0, 12.345, 1234, 9_438_336, 2e12)] == ["0", "12.3", "1.23k", "9.44M", "2T"]
+    assert [human(v) for v in (0, 12.345, 1234, 999_700, 9_438_336, 2e12)] == ["0", "12.3", "1.23k", "1M", "9.44M", "2T"]
     assert human(1.5e9, "FLOP/s") == "1.5 GFLOP/s"
     assert human(3, "B") == "3 B"
 
@@ -50,15 +50,29 @@ def test_memory_by_hand():
     model = ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
     batches = BatchConfig(sequence_length=10, batch_tokens=30, micro_batch_size=3)
     parameters = 2 * 100 * 8 + 2 * (4 * 64 + 3 * 8 * 16 + 16) + 8
-    per_layer = 8 * 8 + 2 * 4 * 4 + 3 * 16
-    adamw = memory_estimate(model, batches, "adamw", compute_bytes=2, checkpointing=False)
-    assert adamw["weights"] == adamw["gradients"] == 4 * parameters
+    per_layer = 10 * 8 + 3 * 4 * 4 + 4 * 16
+    adamw = memory_estimate(model, batches, "adamw", 2, False, "cpu")
+    assert adamw["weights"] == 4 * parameters + 2 * (parameters - 2 * 100 * 8)
+    assert adamw["gradients"] == 4 * parameters
     assert adamw["optimizer"] == 8 * parameters
     assert adamw["activations"] == 2 * 30 * 2 * per_layer
-    assert adamw["loss"] == 2 * 4 * 30 * 100
+    assert adamw["loss"] == (4 + 2 + 2) * 30 * 100 + 4 * 100 * 8
     assert adamw["total"] == sum(value for key, value in adamw.items() if key != "total")
-    assert memory_estimate(model, batches, "muon", 2, False)["optimizer"] == 4 * (parameters + 2 * 100 * 8)
-    assert memory_estimate(model, batches, "adamw", 2, True)["activations"] == 2 * 30 * (2 * 8 + per_layer)
+    assert memory_estimate(model, batches, "muon", 2, False, "cpu")["optimizer"] == 4 * (parameters + 2 * 100 * 8)
+    assert memory_estimate(model, batches, "adamw", 2, True, "cpu")["activations"] == 2 * 30 * (2 * 8 + per_layer)
+    assert memory_estimate(model, batches, "adamw", 4, False, "cpu")["weights"] == 4 * parameters
+
+
+def test_peak_flops_by_name():
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA L40S": 362e12, "NVIDIA L40": 181e12, "NVIDIA L4": 121e12, "NVIDIA RTX A1000": None}
+    assert {name: named_peak_flops(name) for name in peaks} == peaks
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.write(1, "train", loss=float("nan"), norm=float("inf"), lr=0.5, tokens=3)
+    log.close()
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1, "kind": "train", "loss": None, "norm": None, "lr": 0.5, "tokens": 3}]
 
 
 def test_meter(monkeypatch):

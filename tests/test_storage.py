@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,27 @@ def test_sweep(tmp_path):
     (tmp_path / "step-1").mkdir()
     assert sweep_temporaries(tmp_path) == [".tmp-step-1-99"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_sweep_puts_back_what_was_moved_aside_for_a_folder_that_never_came(tmp_path, monkeypatch):
+    """A kill between the two renames of `replace`."""
+    with atomic_folder(tmp_path / "f-1") as temporary:
+        (temporary / "x").write_text("old")
+    real = os.rename
+
+    def killed_at_the_second(source, target):
+        if Path(target).name == "f-1":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "f-1", replace=True) as temporary:
+        (temporary / "x").write_text("new")
+    monkeypatch.undo()
+    assert not (tmp_path / "f-1").exists()
+    sweep_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["f-1"]
+    assert (tmp_path / "f-1" / "x").read_text() == "old"
 
 
 def test_check_file(tmp_path):

@@ -1,9 +1,12 @@
 """The loop, in this process and as users start it: torchrun, kill -9, resume."""
 
+import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +18,10 @@ import torch
 import lumi.train
 from lumi.checkpoint import list_checkpoints, load_checkpoint
 from lumi.config import UserError, from_dict
+from lumi.interruption import StopSignal
 from lumi.metrics import read_metrics
-from lumi.train import Paths, StopSignal, TrainConfig, Trainer, train
+from lumi.optimizer import LossScale
+from lumi.train import Paths, TrainConfig, Trainer, train
 
 SCRIPT = Path(lumi.train.__file__)
 CONFIG = {
@@ -205,7 +210,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(start, monkeypatch, caps
     assert all(record["loss"] < 7 for record in records[5:])
     printed = capsys.readouterr().out
     assert f"step 5 skipped: loss {value}" in printed
-    assert f"{store_dir} documents [" in printed
+    assert printed.count(f"step 5: loss {value} in a micro-batch of {store_dir} documents [") == 4
 
 
 def test_many_of_them_stop_the_run_with_a_checkpoint(start, monkeypatch, tmp_path):
@@ -270,6 +275,7 @@ def test_a_corpus_folder_is_tokenized_once(start, corpus_dir, capfd):
     [
         ({"model": {"vocab_size": 300}}, "model.vocab_size must be at least the tokenizer's 384 pieces, got 300"),
         ({"kernels": "tritn"}, 'kernels must be one of "auto", "reference", "triton", got "tritn"'),
+        ({"seed": -1}, "seed must be between 0"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"batches": {"sequence_length": 256, "batch_tokens": 512}}, "sequence_length must be at most model.max_positions = 128, got 256"),
         ({"weights": [1.0, 2.0]}, "one weight per data folder, got 2 for 1"),
@@ -288,10 +294,17 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(start, tmp_p
         UserError, match=r"--output-dir must be new, got .*run, which holds a run; go on with it by --resume-from-checkpoint auto"
     ):
         start()
-    with pytest.raises(UserError, match=r"cannot go on from here: seed was 0 and is 5 now"):
+    with pytest.raises(UserError, match=r"cannot go on from here: seed was 0, is 5 now"):
         start(resume="auto", seed=5)
-    with pytest.raises(UserError, match=r"cannot go on from here: batch_tokens was 256 and is 512 now"):
+    with pytest.raises(UserError, match=r"cannot go on from here: batch_tokens was 256, is 512 now"):
         start(resume="auto", batches={"batch_tokens": 512})
+    with pytest.raises(UserError, match=r"num_steps must be at least the checkpoint's step 12, got 5"):
+        start(resume="auto", num_steps=5)
+    with pytest.raises(UserError, match=r"--output-dir must be new, got .*other, which holds a run"):
+        start("other", resume=str(start("other") / ".." / "run" / "checkpoints" / "step-00000012"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output-dir must be a folder, got a file: .*file"):
+        start("file")
     assert final_weights(folder) == before
     with pytest.raises(UserError, match=r"nowhere: must be a checkpoint folder"):
         start("new", resume=str(tmp_path / "nowhere"))
@@ -306,6 +319,113 @@ def test_a_corrupt_checkpoint_is_an_error_not_a_fresh_start(start, capsys):
     with pytest.raises(UserError, match=rf"{newest.name}/model\.safetensors: SHA-256 must be"):
         start(resume="auto")
     assert len(losses(folder)) == 12  # nothing was thrown away
+
+
+def test_from_an_older_checkpoint_the_newer_ones_make_way(start, capsys):
+    folder = start(keep_last=1, save_every=3)
+    straight, weights = losses(folder), final_weights(folder)
+    folder = start("again", keep_last=9, save_every=3)
+    older = folder / "checkpoints" / "step-00000003"
+    start("again", resume=str(older), keep_last=1, save_every=3)
+    printed = capsys.readouterr().out
+    assert "removed step-00000012: this run goes on from before it" in printed
+    assert "changed since the checkpoint: keep_last was 9, is 1 now" in printed
+    assert losses(folder) == straight
+    assert final_weights(folder) == weights
+    assert "step-00000012" in [path.name for path in list_checkpoints(folder / "checkpoints")]
+
+
+def test_another_runs_checkpoint_starts_a_new_run(start):
+    folder = start()
+    other = start("other", resume=str(folder / "checkpoints" / "step-00000008"))
+    assert losses(other) == losses(folder)[8:]
+    assert final_weights(other) == final_weights(folder)
+
+
+def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
+    """Replacing a whole checkpoint by the same one would open a moment in which a kill finds none."""
+    real = Trainer._save
+    saves = []
+
+    def save(self):
+        saves.append(self.state["step"])
+        real(self)
+        if self.state["step"] == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_save", save)
+    start(expect=128 + signal.SIGTERM)
+    assert saves == [4]
+
+
+def test_a_validation_loss_that_is_not_finite_ends_nothing(start, monkeypatch):
+    real = lumi.train.held_out_loss
+    monkeypatch.setattr(lumi.train, "held_out_loss", lambda *arguments: dataclasses.replace(real(*arguments), loss=math.nan))
+    folder = start()
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"]
+    assert [record["loss"] for record in records] == [None] * 3
+    assert load_checkpoint(folder / "checkpoints" / "step-00000012").state["best"] is None
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone(start, monkeypatch):
+    real = lumi.train.Transformer.forward
+    monkeypatch.setattr(lumi.train.Transformer, "forward", lambda self, *arguments: real(self, *arguments) * (1 + 0.1 * torch.rand(())))
+    straight = losses(start())
+    folder = start("resumed", keep_last=9)
+    torch.rand(7)
+    start("resumed", resume=str(folder / "checkpoints" / "step-00000004"))
+    assert losses(folder) == straight
+    assert losses(start("other", seed=1)) != straight
+
+
+def test_float16_resumes_with_its_loss_scale(start, monkeypatch):
+    monkeypatch.setattr(lumi.train, "LossScale", lambda dtype: LossScale(dtype, patience=3))
+    folder = start(dtype="float16", keep_last=9)
+    last = folder / "checkpoints" / "step-00000012"
+    straight = load_checkpoint(last).state["loss_scale"]
+    assert straight["value"] > 2.0**15
+    weights = final_weights(folder)
+    start(dtype="float16", keep_last=9, resume=str(folder / "checkpoints" / "step-00000008"))
+    assert load_checkpoint(last).state["loss_scale"] == straight
+    assert final_weights(folder) == weights
+
+
+def two_processes(command, tmp_path):
+    """Ranks 0 and 1 without torchrun, so that each can be signalled and its exit code read."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            command, env={**group, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(command, tmp_path):
+    processes = two_processes(command("run", num_steps=4000, save_every=4000), tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and len(read_metrics(metrics)) > 5):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert load_checkpoint(checkpoint).state["step"] == len(losses(tmp_path / "run"))
+
+
+def test_an_error_of_the_main_process_is_said_once(command, start, tmp_path):
+    start("used")
+    processes = two_processes(command("used"), tmp_path)
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "error: --output-dir must be new" in errors[0]
+    assert "Traceback" not in errors[0] + errors[1]
+    assert "error:" not in errors[1]
 
 
 def test_auto_with_nothing_to_resume_says_so(start, capsys):

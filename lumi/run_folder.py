@@ -1,0 +1,77 @@
+"""The folder of one run: `config.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `final/`."""
+
+from pathlib import Path
+from typing import Any
+
+from lumi.checkpoint import Checkpoint, discard_checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint, step_of
+from lumi.config import UserError
+from lumi.storage import sweep_temporaries
+
+
+class RunFolder:
+    """Where a run keeps what it makes; one run to a folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.picture = self.path / "loss.png"
+        self.final = self.path / "final"
+
+    def claim(self, resume: str | None) -> list[str]:
+        """Make the folder ready for a run, and sweep what an interrupted one left half written.
+
+        Args:
+            resume: None, "auto", or the path of a checkpoint.
+
+        Returns:
+            What was swept, for a line in the log.
+
+        Raises:
+            UserError: the folder holds a run, and this is not its continuation.
+        """
+        for folder in (self.path, self.checkpoints):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"--output-dir must be a folder, got a file: {folder}")
+        used = bool(list_checkpoints(self.checkpoints)) or self.metrics.exists()
+        if used and not (resume == "auto" or (resume is not None and self._owns(Path(resume)))):
+            raise UserError(
+                f"--output-dir must be new, got {self.path}, which holds a run; "
+                f"go on with it by --resume-from-checkpoint auto, or choose another folder"
+            )
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        return [str(folder / name) for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)]
+
+    def find(self, resume: str | None) -> Path | None:
+        """The checkpoint to go on from: a path as it is given; for "auto" the newest of this run, or None where there is none."""
+        if resume == "auto":
+            return max(list_checkpoints(self.checkpoints), default=None)
+        return Path(resume) if resume is not None else None
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read a checkpoint; one of another run brings its weights and its step, but not its best."""
+        checkpoint = load_checkpoint(path)
+        if not self._owns(path):
+            checkpoint.state["best"] = None
+        return checkpoint
+
+    def abandon_after(self, step: int) -> list[str]:
+        """Remove this run's checkpoints of later steps: it was resumed from before them and will write them anew."""
+        later = [path for path in list_checkpoints(self.checkpoints) if step_of(path) > step]
+        for path in later:
+            discard_checkpoint(path)
+        return [path.name for path in later]
+
+    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any], keep_last: int) -> Path:
+        """Write a checkpoint and prune the old ones; `state["best"]["step"]`, where there is one, is kept."""
+        path = save_checkpoint(self.checkpoints, step, Checkpoint(tensors, state))
+        prune_checkpoints(self.checkpoints, keep_last, state["best"] and state["best"]["step"])
+        return path
+
+    def has(self, step: int) -> bool:
+        """Whether a complete checkpoint of `step` is here."""
+        return any(step_of(path) == step for path in list_checkpoints(self.checkpoints))
+
+    def _owns(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
