@@ -43,15 +43,17 @@ def named_peak_flops(name: str) -> float | None:
 def memory_estimate(
     model: ModelConfig, batches: BatchConfig, optimizer: str, compute_bytes: int, checkpointing: bool, device_type: str
 ) -> dict[str, int]:
-    """Bytes one process needs to train, by part; arithmetic, not a measurement.
+    """Bytes one process needs to train, by part; arithmetic, not a measurement, and without what torch itself takes.
 
-    Weights, gradients and optimizer states are float32; backward also keeps a copy of the layers' weights in a narrower compute dtype.
-    For it a layer keeps about 10D + 3(H+G)K + 4F values a token, or with checkpointing its input D; the loss holds the logits of one
-    chunk of rows thrice (as they are, their float32 log-softmax, their gradient) and the float32 gradient of its matrix.
+    Weights, gradients and optimizer state are float32; backward also keeps a copy of the layers' weights in a narrower compute dtype.
+    For it a layer of the reference operators keeps about 4D + 2(H+G)K + 3F values a token in the compute dtype and 6D + 2(H+G)K + 3F
+    in float32 (norms, rotation, SwiGLU); with checkpointing only its input D. The loss holds the logits of one chunk of rows thrice (as
+    they are, their float32 log-softmax, their gradient) and its matrix's float32 gradient twice.
     """
     tokens = batches.micro_batch_size * batches.sequence_length
-    per_layer = 10 * model.model_dim + 3 * (model.num_heads + model.kv_heads) * model.per_head + 4 * model.mlp_dim
-    kept = model.num_layers * model.model_dim + per_layer if checkpointing else model.num_layers * per_layer
+    heads, dim, mlp = 2 * (model.num_heads + model.kv_heads) * model.per_head, model.model_dim, model.mlp_dim
+    per_layer = compute_bytes * (4 * dim + heads + 3 * mlp) + 4 * (6 * dim + heads + 3 * mlp)
+    kept = compute_bytes * model.num_layers * dim + per_layer if checkpointing else model.num_layers * per_layer
     embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
     states = 2 * model.num_parameters if optimizer == "adamw" else model.num_parameters + embeddings
     copies = model.num_parameters - embeddings if compute_bytes < 4 else 0
@@ -60,8 +62,8 @@ def memory_estimate(
         "weights": 4 * model.num_parameters + compute_bytes * copies,
         "gradients": 4 * model.num_parameters,
         "optimizer": 4 * states,
-        "activations": compute_bytes * tokens * kept,
-        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + 4 * model.vocab_size * model.model_dim,
+        "activations": tokens * kept,
+        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + 8 * model.vocab_size * dim,
     }
     return {**parts, "total": sum(parts.values())}
 

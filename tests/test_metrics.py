@@ -50,16 +50,17 @@ def test_memory_by_hand():
     model = ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
     batches = BatchConfig(sequence_length=10, batch_tokens=30, micro_batch_size=3)
     parameters = 2 * 100 * 8 + 2 * (4 * 64 + 3 * 8 * 16 + 16) + 8
-    per_layer = 10 * 8 + 3 * 4 * 4 + 4 * 16
+    narrow, wide = 4 * 8 + 2 * 4 * 4 + 3 * 16, 6 * 8 + 2 * 4 * 4 + 3 * 16  # values a token in a layer
+    per_layer = 2 * narrow + 4 * wide
     adamw = memory_estimate(model, batches, "adamw", 2, False, "cpu")
     assert adamw["weights"] == 4 * parameters + 2 * (parameters - 2 * 100 * 8)
     assert adamw["gradients"] == 4 * parameters
     assert adamw["optimizer"] == 8 * parameters
-    assert adamw["activations"] == 2 * 30 * 2 * per_layer
-    assert adamw["loss"] == (4 + 2 + 2) * 30 * 100 + 4 * 100 * 8
+    assert adamw["activations"] == 30 * 2 * per_layer
+    assert adamw["loss"] == (4 + 2 + 2) * 30 * 100 + 8 * 100 * 8
     assert adamw["total"] == sum(value for key, value in adamw.items() if key != "total")
     assert memory_estimate(model, batches, "muon", 2, False, "cpu")["optimizer"] == 4 * (parameters + 2 * 100 * 8)
-    assert memory_estimate(model, batches, "adamw", 2, True, "cpu")["activations"] == 2 * 30 * (2 * 8 + per_layer)
+    assert memory_estimate(model, batches, "adamw", 2, True, "cpu")["activations"] == 30 * (2 * 2 * 8 + per_layer)
     assert memory_estimate(model, batches, "adamw", 4, False, "cpu")["weights"] == 4 * parameters
 
 
