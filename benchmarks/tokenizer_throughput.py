@@ -5,10 +5,9 @@
 Without files the text is the documentation inside this Python. Files are JSON lines with a "text", or plain text. The two
 encoders run in turn, so that other load on the machine meets both; the ratios are those of the fastest runs, of time and, for
 machines with other load, of CPU time. Ours does more: it reads Parquet, hashes every text, deals it to a split, counts, and writes
-a whole token store, process start (some 0.4 s) included.
+a whole token store.
 """
 
-# Lumi is imported inside the functions: every worker process imports this file anew, as it does the `lumi` command.
 import argparse
 import json
 import os

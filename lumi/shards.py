@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lumi.config import UserError
 from lumi.corpus import CorpusReader, is_corpus, read_corpus
-from lumi.encoder_pool import Texts, encode_all
+from lumi.encoding import Texts, encode_all
 from lumi.storage import TEMPORARY_PREFIX, atomic_folder
 from lumi.token_store import TOKENIZE_COMMAND, Split, StoreManifest, StoreWriter, TokenStore, is_token_store, read_store_manifest
 from lumi.tokenizer import Tokenizer

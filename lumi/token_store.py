@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from lumi.config import UserError, from_dict, read_json, to_dict, write_json
-from lumi.encoder_pool import token_dtype
+from lumi.encoding import token_dtype
 from lumi.storage import check_file, file_record
 
 KIND: Literal["lumi-token-store"] = "lumi-token-store"

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -91,9 +90,6 @@ class Tokenizer:
         template = template_file.read_text(encoding="utf-8") if template_file.is_file() else tokenizer_files.CHAT_TEMPLATE
         return cls(model, where=str(file), chat_template=template)
 
-    def __reduce__(self) -> Any:
-        return _restore, (self._model, self._where, self.chat_template)
-
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; never a special id, no BOS. Raises UserError naming the place of a lone surrogate."""
         return self.encode_utf8(utf8(text))
@@ -171,10 +167,6 @@ def _load_processor(model: bytes, where: str) -> sentencepiece.SentencePieceProc
     if not loaded:
         raise UserError(f"{where}: must be a SentencePiece model, but cannot be parsed; make a tokenizer with `{TRAIN_COMMAND}`")
     return processor
-
-
-def _restore(model: bytes, where: str, chat_template: str) -> Tokenizer:
-    return Tokenizer(model, where=where, chat_template=chat_template)
 
 
 def utf8(text: str) -> bytes:

@@ -1,6 +1,6 @@
-"""Work in other processes: a function over items, results in the items' order, a bounded number in memory.
+"""Work in other processes or threads: a function over items, results in the items' order, a bounded number in memory.
 
-Spawned, not forked: this process has threads (Arrow, progress, torch), and a forked child would inherit their locks.
+Processes are spawned, not forked: this one has threads (Arrow, progress, torch), and a forked child would inherit their locks.
 """
 
 import multiprocessing
@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, TypeVar
 
@@ -21,19 +21,20 @@ Result = TypeVar("Result")
 
 
 class Workers(Generic[Item, Result]):
-    """`num_workers` processes that call `function(shared, item)`; with one, it is called in this process.
+    """`num_workers` processes, or threads, that call `function(shared, item)`; with one, it is called right here.
 
     Args:
-        function: a module's function; its module is imported in every worker, so it should import little.
-        shared: sent to each worker once.
-        num_workers: at least 1. The processes start when they are first needed and end with the `with` block.
+        function: a module's function; its module is imported in every process, so it should import little.
+        shared: sent to each process once.
+        num_workers: at least 1. They start when they are first needed and end with the `with` block.
+        threads: for functions that spend their time outside the interpreter's lock: threads start at once and copy nothing.
     """
 
-    def __init__(self, function: Callable[[Any, Item], Result], shared: Any, num_workers: int):
+    def __init__(self, function: Callable[[Any, Item], Result], shared: Any, num_workers: int, *, threads: bool = False):
         if num_workers < 1:
             raise UserError(f"--num-workers must be at least 1, got {num_workers}")
-        self.function, self.shared, self.num_workers = function, shared, num_workers
-        self._pool: ProcessPoolExecutor | None = None
+        self.function, self.shared, self.num_workers, self.threads = function, shared, num_workers, threads
+        self._pool: Executor | None = None
 
     def __enter__(self) -> "Workers[Item, Result]":
         return self
@@ -49,12 +50,11 @@ class Workers(Generic[Item, Result]):
                 yield self.function(self.shared, item)
             return
         if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.num_workers, spawn, initializer=_start, initargs=(self.function, self.shared))
+            self._pool = self._start_pool()
         pending: deque[Future[Result]] = deque()
         try:
             for item in items:
-                pending.append(self._pool.submit(_call, item))
+                pending.append(self._submit(item))
                 if len(pending) >= self.num_workers + 2:
                     yield pending.popleft().result()
             while pending:
@@ -66,6 +66,16 @@ class Workers(Generic[Item, Result]):
         finally:
             for future in pending:
                 future.cancel()
+
+    def _start_pool(self) -> Executor:
+        if self.threads:
+            return ThreadPoolExecutor(self.num_workers)
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.num_workers, spawn, initializer=_start, initargs=(self.function, self.shared))
+
+    def _submit(self, item: Item) -> Future[Result]:
+        assert self._pool is not None
+        return self._pool.submit(self.function, self.shared, item) if self.threads else self._pool.submit(_call, item)
 
 
 def num_cores() -> int:

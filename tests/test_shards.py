@@ -1,6 +1,5 @@
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -10,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from lumi import encoder_pool, shards, token_store
+from lumi import encoding, shards, token_store
 from lumi.config import UserError, read_json, write_json
 from lumi.corpus.folder import CorpusWriter
-from lumi.encoder_pool import Texts, encode_all, make_tasks, split_of, token_dtype
+from lumi.encoding import Texts, encode_all, make_tasks, split_of, token_dtype
 from lumi.shards import StoreWriter, TokenStore, open_or_tokenize, token_cache, tokenize
 from lumi.tokenizer import Tokenizer
 from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
@@ -116,7 +115,7 @@ def test_equal_texts_share_a_side_and_the_share_is_as_asked():
 
 
 def test_any_number_of_workers_gives_the_same_bytes(corpus, tokenizer, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder_pool, "TASK_CHARACTERS", 500)  # some fifty tasks: real processes
+    monkeypatch.setattr(encoding, "TASK_CHARACTERS", 500)  # some fifty tasks: real processes
     for workers in (1, 2):
         tokenize([corpus], tokenizer, tmp_path / str(workers), validation_fraction=FRACTION, num_workers=workers)
         assert file_bytes(tmp_path / str(workers)) == file_bytes(finished)
@@ -133,7 +132,7 @@ def test_several_corpora_follow_each_other(corpus, tokenizer, tmp_path):
 
 
 def test_tasks_keep_documents_and_order(monkeypatch):
-    monkeypatch.setattr(encoder_pool, "TASK_CHARACTERS", 10)
+    monkeypatch.setattr(encoding, "TASK_CHARACTERS", 10)
     batches = [Texts(["aaaa", "b" * 30], ["x", "y"]), Texts([], []), Texts(["cccc", "cccc", "dddd"], ["x", "x", "z"])]
     tasks = list(make_tasks(batches))
     assert [task.texts for task in tasks] == [["aaaa", "b" * 30], ["cccc", "cccc", "dddd"]]
@@ -141,19 +140,8 @@ def test_tasks_keep_documents_and_order(monkeypatch):
     assert list(make_tasks([])) == []
 
 
-def test_a_worker_that_dies_is_a_user_error(tokenizer, monkeypatch):
-    monkeypatch.setattr(encoder_pool, "TASK_CHARACTERS", 10)
-    batches = [Texts(["some text, long enough"] * 20, ["x"] * 20)]
-    encoded = encode_all(batches, tokenizer, validation_fraction=0, num_workers=2)
-    next(encoded)
-    for process in multiprocessing.active_children():
-        process.kill()
-    with pytest.raises(UserError, match="--num-workers must leave each process enough memory, got 2: a worker process died"):
-        list(encoded)
-
-
 def test_a_lone_surrogate_is_refused_in_a_worker_too(tokenizer, monkeypatch):
-    monkeypatch.setattr(encoder_pool, "TASK_CHARACTERS", 10)
+    monkeypatch.setattr(encoding, "TASK_CHARACTERS", 10)
     batches = [Texts(["some text, long enough"] * 20 + ["a\ud800"], ["x"] * 21)]
     with pytest.raises(UserError, match=r"lone surrogate U\+D800 at character 1"):
         list(encode_all(batches, tokenizer, validation_fraction=0, num_workers=2))
@@ -445,11 +433,6 @@ def test_tokenizers_travel_to_processes(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert isinstance(copy, Tokenizer)
     assert copy.fingerprint == tokenizer.fingerprint
-
-
-def test_the_worker_module_imports_no_corpus():
-    code = "import sys, lumi.encoder_pool; print(sorted({'torch', 'pyarrow', 'lumi.corpus'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_check_in_pieces(finished, monkeypatch):
