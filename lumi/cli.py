@@ -35,7 +35,8 @@ def tokenizer(argv: list[str]) -> int:
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
     arguments.add_argument("--output-dir", required=True, type=Path)
     options = parse(arguments, argv)
-    train_tokenizer(load_config(TokenizerConfig, options.config, options.overrides), options.corpus_dirs, options.output_dir)
+    trained = train_tokenizer(load_config(TokenizerConfig, options.config, options.overrides), options.corpus_dirs, options.output_dir)
+    print(f"{options.output_dir}: {trained.vocab_size:,} pieces, fingerprint {trained.fingerprint}")
     return 0
 
 
@@ -51,13 +52,15 @@ def tokenize(argv: list[str]) -> int:
     arguments.add_argument("--validation-fraction", type=float, default=0.005, help="share of the documents that is held out")
     arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
     options = arguments.parse_args(argv)
-    shards.tokenize(
+    manifest = shards.tokenize(
         options.corpus_dirs,
         Tokenizer.load(options.tokenizer_dir),
         options.output_dir,
         validation_fraction=options.validation_fraction,
         num_workers=options.num_workers,
     )
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes / split.tokens:.2f} bytes per token")
     return 0
 
 

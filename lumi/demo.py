@@ -2,6 +2,8 @@
 
 import dataclasses
 import lzma
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -49,7 +51,8 @@ def demo(output_dir: Path, minutes: float, device: str) -> int:
     _title(4, "pre-train", "tokens -> a language model")
     if not (run / "final").is_dir():
         config = _train_config(run, minutes, device)
-        code = train(config, Paths([str(tokens)], str(tokenizer_dir), run, resume="auto"), device)
+        resume = "auto" if run.exists() else None
+        code = train(config, Paths([str(tokens)], str(tokenizer_dir), run, resume=resume), device)
         if code:
             return code
     else:
@@ -130,4 +133,5 @@ def _summary(output_dir: Path, tokens: Path, run: Path, tokenizer: Tokenizer, se
         ("model", run / "final"),
     ]
     print("\n" + "\n".join(f"  {name:<14} {value}" for name, value in rows))
-    print(f"\n  more text:     lumi generate --model-path {run} --prompt 'class Path'\n")
+    command = os.path.relpath(Path(sys.executable).with_name("lumi"))
+    print(f"\n  more text:     {command} generate --model-path {run} --prompt 'class Path'\n")

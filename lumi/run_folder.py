@@ -20,7 +20,7 @@ class RunFolder:
         self.final = self.path / "final"
 
     def claim(self, resume: str | None) -> list[str]:
-        """Make the folder ready for a run, and sweep what an interrupted one left half written.
+        """Check that the folder is this run's to write to, and sweep what an interrupted one left half written.
 
         Args:
             resume: None, "auto", or the path of a checkpoint.
@@ -40,7 +40,6 @@ class RunFolder:
                 f"--output-dir must be new, got {self.path}, which holds a run; "
                 f"go on with it by --resume-from-checkpoint auto, or choose another folder"
             )
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
         return [str(folder / name) for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)]
 
     def find(self, resume: str | None) -> Path | None:

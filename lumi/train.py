@@ -306,6 +306,7 @@ class Trainer:
         """Plan, train, and leave `final/`. Returns the process's exit code: 0, or 128 + the signal that ended it."""
         folder, main = self.folder, self.world.is_main
         if main:
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(folder.config, to_dict(self.config))
             self.log = MetricsLog(folder.metrics, self.state["step"])
             self._say(f"plan\n{self.plan()}")

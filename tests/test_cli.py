@@ -50,7 +50,10 @@ def test_raw_text_to_generated_text(tmp_path):
     assert (tmp_path / "corpus" / "DATA_CARD.md").exists()
     call(tmp_path, lumi_command, "tokenizer", "--config", "tokenizer.json", "--corpus-dirs", "corpus", "--output-dir", "tokenizer")
     stage = ("tokenize", "--corpus-dirs", "corpus", "--tokenizer-dir", "tokenizer/tokenizer.model", "--output-dir", "tokens")
-    call(tmp_path, lumi_command, *stage, "--validation-fraction", "0.1")
+    counted = call(tmp_path, lumi_command, *stage, "--validation-fraction", "0.1").stdout.splitlines()
+    assert [line.split(":")[0] for line in counted] == ["train", "validation"]
+    documents = [int(line.split()[1].replace(",", "")) for line in counted]
+    assert sum(documents) == manifest["documents"]
     torchrun = (BIN / "torchrun", "--standalone", "--nproc-per-node", "2", TRAIN, "--config", "train.json", "--device", "cpu")
     done = call(tmp_path, *torchrun, "--data-dirs", "tokens", "--tokenizer-dir", "tokenizer", "--output-dir", "run", "seed=3")
     assert "2 processes" in done.stdout
