@@ -120,8 +120,7 @@ class Trainer:
         for step, micro_batches in prefetch(self._micro_batches, range(self.state["step"] + 1, config.num_steps + 1)):
             num_targets, stopping = world.sum(sum(batch.num_targets for batch in micro_batches), self.stop.received)
             if stopping:
-                if not self.folder.has(self.state["step"]):
-                    self._save()
+                self._save()
                 return False
             torch.manual_seed(_step_seed(config.seed, step, world.rank))  # what a step draws depends on nothing before it
             nats: list[Tensor] = []
@@ -204,13 +203,18 @@ class Trainer:
         self.meter.read()  # the time that validation took is not training's
 
     def _save(self) -> None:
-        """A checkpoint of now, by the main process. Best is the lowest validation loss among the saved."""
+        """A checkpoint of now, by the main process, if there is none yet. Best is the lowest validation loss among the saved."""
         step, best, validation = self.state["step"], self.state["best"], self.state["validation"]
         if validation and validation["step"] == step and (best is None or validation["loss"] < best["loss"]):
             self.state["best"] = {"step": step, "loss": validation["loss"]}
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors()}
         state = {**self.state, "loss_scale": vars(self.loss_scale), "identity": self._identity(), "config": to_dict(self.config)}
-        self.world.on_main(lambda: self._say(f"step {step}: saved {self.folder.save(step, tensors, state, self.config.keep_last)}"))
+
+        def write() -> None:
+            if not self.folder.has(step):  # a signal during a step that saved comes here again
+                self._say(f"step {step}: saved {self.folder.save(step, tensors, state, self.config.keep_last)}")
+
+        self.world.on_main(write)
         self.meter.read()
 
     def _claim_folder(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lumi.run_folder
 import lumi.train
 from lumi.checkpoint import list_checkpoints, load_checkpoint
 from lumi.config import UserError, from_dict
@@ -344,16 +345,15 @@ def test_another_runs_checkpoint_starts_a_new_run(start):
 
 def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
     """Replacing a whole checkpoint by the same one would open a moment in which a kill finds none."""
-    real = Trainer._save
-    saves = []
+    real, saves = lumi.run_folder.save_checkpoint, []
 
-    def save(self):
-        saves.append(self.state["step"])
-        real(self)
-        if self.state["step"] == 4:
+    def save(folder, step, checkpoint):
+        saves.append(step)
+        if step == 4:
             signal.raise_signal(signal.SIGTERM)
+        return real(folder, step, checkpoint)
 
-    monkeypatch.setattr(Trainer, "_save", save)
+    monkeypatch.setattr(lumi.run_folder, "save_checkpoint", save)
     start(expect=128 + signal.SIGTERM)
     assert saves == [4]
 
