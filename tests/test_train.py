@@ -131,7 +131,7 @@ def kill_after(command, metrics, step, number):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_killed_and_resumed_is_bit_identical(dtype, command, tmp_path):
-    changes = {"num_steps": 40, "save_every": 4, "dtype": dtype}
+    changes = {"num_steps": 100, "save_every": 4, "validate_every": 50, "dtype": dtype}
     launch(command("straight", **changes))
     killed = command("killed", "--resume-from-checkpoint", "auto", **changes)
     assert kill_after(killed, tmp_path / "killed" / "metrics.jsonl", 10, signal.SIGKILL) == -signal.SIGKILL
@@ -150,12 +150,12 @@ def test_resumed_with_another_number_of_processes(start, command, tmp_path):
 
 
 def test_sigterm_saves_and_says_so(command, tmp_path):
-    straight = command("straight", num_steps=40, save_every=40)
+    straight = command("straight", num_steps=100, save_every=100, validate_every=50)
     launch(straight)
-    stopped = command("stopped", "--resume-from-checkpoint", "auto", num_steps=40, save_every=40)
+    stopped = command("stopped", "--resume-from-checkpoint", "auto", num_steps=100, save_every=100, validate_every=50)
     assert kill_after(stopped, tmp_path / "stopped" / "metrics.jsonl", 7, signal.SIGTERM) == 128 + signal.SIGTERM
     (checkpoint,) = list_checkpoints(tmp_path / "stopped" / "checkpoints")
-    assert 7 <= load_checkpoint(checkpoint).state["step"] < 40
+    assert 7 <= load_checkpoint(checkpoint).state["step"] < 100
     launch(stopped)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     assert final_weights(tmp_path / "stopped") == final_weights(tmp_path / "straight")
