@@ -18,10 +18,11 @@ from lumi.hf_format import load_model
 from lumi.kernels.bundle import select
 from lumi.metrics import human, read_metrics
 from lumi.model import Transformer
+from lumi.run_config import Paths, TrainConfig
 from lumi.shards import TokenStore, tokenize
 from lumi.tokenizer import Tokenizer
 from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
-from lumi.train import Paths, TrainConfig, train
+from lumi.train import train
 
 CONFIGS = Path(lumi.configs.__file__).parent / "demo"
 VALIDATION_FRACTION = 0.03

@@ -1,4 +1,4 @@
-"""What a run says of itself: the plan before step 1, a live progress line, `metrics.jsonl` and `loss.png`."""
+"""What a run says of itself: a live progress line, `metrics.jsonl` and `loss.png`."""
 
 import json
 import math
@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lumi.batches import BatchConfig
 from lumi.config import UserError
-from lumi.kernels.linear_cross_entropy import chunk_rows
-from lumi.model import ModelConfig
 
 # Dense bf16 peak in FLOP/s of the GPUs people train on, from NVIDIA's data sheets; MFU is shown where the device is listed.
 PEAK_FLOPS = {
@@ -38,34 +35,6 @@ def peak_flops(device: torch.device) -> float | None:
 def named_peak_flops(name: str) -> float | None:
     """The peak of a device by its name, such as "NVIDIA H100 80GB HBM3"."""
     return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
-
-
-def memory_estimate(
-    model: ModelConfig, batches: BatchConfig, optimizer: str, compute_bytes: int, checkpointing: bool, device_type: str
-) -> dict[str, int]:
-    """Bytes one process needs to train, by part; arithmetic, not a measurement, and without what torch itself takes.
-
-    Weights, gradients and optimizer state are float32; backward also keeps a copy of the layers' weights in a narrower compute dtype.
-    For it a layer of the reference operators keeps about 4D + 2(H+G)K + 3F values a token in the compute dtype and 6D + 2(H+G)K + 3F
-    in float32 (norms, rotation, SwiGLU); with checkpointing only its input D. The loss holds the logits of one chunk of rows thrice (as
-    they are, their float32 log-softmax, their gradient) and its matrix's float32 gradient twice.
-    """
-    tokens = batches.micro_batch_size * batches.sequence_length
-    heads, dim, mlp = 2 * (model.num_heads + model.kv_heads) * model.per_head, model.model_dim, model.mlp_dim
-    per_layer = compute_bytes * (4 * dim + heads + 3 * mlp) + 4 * (6 * dim + heads + 3 * mlp)
-    kept = compute_bytes * model.num_layers * dim + per_layer if checkpointing else model.num_layers * per_layer
-    embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
-    states = 2 * model.num_parameters if optimizer == "adamw" else model.num_parameters + embeddings
-    copies = model.num_parameters - embeddings if compute_bytes < 4 else 0
-    rows = min(tokens, chunk_rows(model.vocab_size, device_type))
-    parts = {
-        "weights": 4 * model.num_parameters + compute_bytes * copies,
-        "gradients": 4 * model.num_parameters,
-        "optimizer": 4 * states,
-        "activations": tokens * kept,
-        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + 8 * model.vocab_size * dim,
-    }
-    return {**parts, "total": sum(parts.values())}
 
 
 def human(value: float, unit: str = "") -> str:

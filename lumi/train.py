@@ -6,78 +6,31 @@ torchrun --nproc-per-node 8 lumi/train.py --config C --data-dirs S... --tokenize
 import math
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lumi.batches import Batch, BatchConfig, Batches, prefetch
+from lumi.batches import Batch, Batches, prefetch
 from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, differences, load_config, to_dict, write_json
 from lumi.evaluation import held_out_loss
 from lumi.hf_format import save_model
 from lumi.interruption import StopSignal
 from lumi.kernels.bundle import Ops, select
-from lumi.metrics import Meter, MetricsLog, draw_loss, human, memory_estimate, peak_flops, progress_bar
-from lumi.model import ModelConfig, Transformer
-from lumi.optimizer import LossScale, Optimizer, OptimizerConfig, lr_at
+from lumi.metrics import Meter, MetricsLog, draw_loss, human, peak_flops, progress_bar
+from lumi.model import Transformer
+from lumi.optimizer import LossScale, Optimizer, lr_at
 from lumi.parallel import World, data_parallel, gradient_sync, process_group
+from lumi.plan import describe_plan
+from lumi.run_config import Paths, TrainConfig
 from lumi.run_folder import RunFolder
 from lumi.shards import TokenStore, open_or_tokenize
 from lumi.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A whole run. Paths are not in it: they come from the command line."""
-
-    model: ModelConfig
-    batches: BatchConfig = field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    num_steps: int
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of activations and products; master weights are float32
-    kernels: Literal["auto", "reference", "triton"] = "auto"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    validate_every: int = 250
-    validation_tokens: int | None = 1_000_000  # of each data folder; null: the whole split
-    save_every: int = 1000
-    keep_last: int = 2  # checkpoints; the best one is kept beside them
-    max_skipped_steps: int = 5  # in a row, for a loss or gradient that is not finite, before the run stops
-
-    def __post_init__(self):
-        for name in ("num_steps", "validate_every", "save_every", "keep_last", "max_skipped_steps", "validation_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
-        if self.batches.sequence_length > self.model.max_positions:
-            raise ValueError(
-                f"batches.sequence_length must be at most model.max_positions = {self.model.max_positions}, "
-                f"got {self.batches.sequence_length}"
-            )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.num_steps * self.batches.batch_tokens
-
-
-@dataclass(frozen=True)
-class Paths:
-    """What the command line says. `resume`: None, "auto", or a checkpoint folder."""
-
-    data_dirs: Sequence[str]
-    tokenizer_dir: str
-    output_dir: Path
-    data_weights: Sequence[float] | None = None
-    resume: str | None = None
 
 
 class Trainer:
@@ -278,33 +231,11 @@ class Trainer:
         if self.world.is_main:
             tqdm.write(line)
 
-    def plan(self) -> str:
-        """What this run is about to do, before step 1."""
-        config, world = self.config, self.world
-        flops = self.flops_per_token * config.num_tokens
-        at_peak = f", {flops / self.peak_flops / 3600:.2f} h at peak" if self.peak_flops else ""
-        compute_bytes, device = torch.finfo(getattr(torch, config.dtype)).bits // 8, world.device.type
-        memory = memory_estimate(config.model, config.batches, config.optimizer.kind, compute_bytes, config.gradient_checkpointing, device)
-        epochs = [
-            f"{name}: {weight:.1%} of the rows, {stream.num_tokens:,} tokens, {weight * config.num_tokens / stream.num_tokens:.2f} epochs"
-            for name, weight, stream in zip(self.paths.data_dirs, self.batches.weights, self.batches.streams, strict=True)
-        ]
-        processes = "1 process" if world.size == 1 else f"{world.size} processes"
-        shares = f"{processes} x {self.micro_steps} micro-steps x {config.batches.micro_batch_size} rows x {config.batches.sequence_length}"
-        rows = {
-            "model": f"{config.model.num_parameters:,} parameters, {config.model.num_layers} layers of {config.model.model_dim}",
-            "device": f"{world.size} x {world.device.type}, {config.dtype}, {self.ops.name} kernels",
-            "tokens": f"{config.num_tokens:,} ({config.num_tokens / config.model.num_parameters:.1f} per parameter)",
-            "steps": f"{config.num_steps:,} of {config.batches.batch_tokens:,} tokens: {shares}",
-            "compute": f"{flops:.3g} FLOPs{at_peak}",
-            "memory": ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in memory.items()) + " (a process, estimated)",
-            "data": "; ".join(epochs),
-            "validation": f"{sum(len(split.tokens) for split in self.validation):,} tokens"
-            if self.validation
-            else "none: no validation split",
-        }
-        width = max(map(len, rows))
-        return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows.items())
+    def _plan(self) -> str:
+        tokens = [stream.num_tokens for stream in self.batches.streams]
+        data = list(zip(self.paths.data_dirs, self.batches.weights, tokens, strict=True))
+        num_validation_tokens = sum(split.num_tokens for split in self.validation)
+        return describe_plan(self.config, data, num_validation_tokens, self.world.size, self.world.device, self.ops.name, self.peak_flops)
 
     def run(self) -> int:
         """Plan, train, and leave `final/`. Returns the process's exit code: 0, or 128 + the signal that ended it."""
@@ -313,7 +244,7 @@ class Trainer:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(folder.config, to_dict(self.config))
             self.log = MetricsLog(folder.metrics, self.state["step"])
-            self._say(f"plan\n{self.plan()}")
+            self._say(f"plan\n{self._plan()}")
             self.bar = progress_bar(self.config.num_steps, "train", "step", initial=self.state["step"])
         with self.stop:
             finished = self.train()

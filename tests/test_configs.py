@@ -8,8 +8,8 @@ import lumi.configs
 from lumi.config import load_config, read_json
 from lumi.corpus import PrepareConfig
 from lumi.model import ModelConfig
+from lumi.run_config import TrainConfig
 from lumi.tokenizer_training import TokenizerConfig
-from lumi.train import TrainConfig
 
 FOLDER = Path(lumi.configs.__file__).parent
 PARAMETERS = {"micro": 9_438_336, "tiny": 23_072_000, "small": 41_686_656, "medium": 83_898_880, "base": 276_861_696}

@@ -2,10 +2,8 @@ import json
 
 import pytest
 
-from lumi.batches import BatchConfig
 from lumi.config import UserError
-from lumi.metrics import Meter, MetricsLog, draw_loss, human, memory_estimate, named_peak_flops, read_metrics
-from lumi.model import ModelConfig
+from lumi.metrics import Meter, MetricsLog, draw_loss, human, named_peak_flops, read_metrics
 
 
 def test_a_resumed_log_drops_what_will_be_done_again(tmp_path):
@@ -44,24 +42,6 @@ def test_human():
     assert [human(v) for v in (0, 12.345, 1234, 999_700, 9_438_336, 2e12)] == ["0", "12.3", "1.23k", "1M", "9.44M", "2T"]
     assert human(1.5e9, "FLOP/s") == "1.5 GFLOP/s"
     assert human(3, "B") == "3 B"
-
-
-def test_memory_by_hand():
-    model = ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
-    batches = BatchConfig(sequence_length=10, batch_tokens=30, micro_batch_size=3)
-    parameters = 2 * 100 * 8 + 2 * (4 * 64 + 3 * 8 * 16 + 16) + 8
-    narrow, wide = 4 * 8 + 2 * 4 * 4 + 3 * 16, 6 * 8 + 2 * 4 * 4 + 3 * 16  # values a token in a layer
-    per_layer = 2 * narrow + 4 * wide
-    adamw = memory_estimate(model, batches, "adamw", 2, False, "cpu")
-    assert adamw["weights"] == 4 * parameters + 2 * (parameters - 2 * 100 * 8)
-    assert adamw["gradients"] == 4 * parameters
-    assert adamw["optimizer"] == 8 * parameters
-    assert adamw["activations"] == 30 * 2 * per_layer
-    assert adamw["loss"] == (4 + 2 + 2) * 30 * 100 + 8 * 100 * 8
-    assert adamw["total"] == sum(value for key, value in adamw.items() if key != "total")
-    assert memory_estimate(model, batches, "muon", 2, False, "cpu")["optimizer"] == 4 * (parameters + 2 * 100 * 8)
-    assert memory_estimate(model, batches, "adamw", 2, True, "cpu")["activations"] == 30 * (2 * 2 * 8 + per_layer)
-    assert memory_estimate(model, batches, "adamw", 4, False, "cpu")["weights"] == 4 * parameters
 
 
 def test_peak_flops_by_name():

@@ -22,7 +22,8 @@ from lumi.config import UserError, from_dict
 from lumi.interruption import StopSignal
 from lumi.metrics import read_metrics
 from lumi.optimizer import LossScale
-from lumi.train import Paths, TrainConfig, Trainer, train
+from lumi.run_config import Paths, TrainConfig
+from lumi.train import Trainer, train
 
 SCRIPT = Path(lumi.train.__file__)
 CONFIG = {

@@ -1,0 +1,74 @@
+"""What a run is about to do: parameters, tokens, steps, FLOPs and memory, by arithmetic, before step 1."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lumi.batches import BatchConfig
+from lumi.kernels.linear_cross_entropy import chunk_rows
+from lumi.model import ModelConfig
+from lumi.run_config import TrainConfig
+
+
+def describe_plan(
+    config: TrainConfig,
+    data: Sequence[tuple[str, float, int]],
+    num_validation_tokens: int,
+    num_processes: int,
+    device: torch.device,
+    kernels: str,
+    peak_flops: float | None,
+) -> str:
+    """The plan as a table.
+
+    Args:
+        data: per data folder its name, its share of the rows and its training tokens.
+        kernels: the name of the operators in use.
+        peak_flops: of all devices together, in FLOP/s; None where it is not known.
+    """
+    model, batches, narrow = config.model, config.batches, torch.finfo(getattr(torch, config.dtype)).bits // 8
+    flops = model.flops_per_token(batches.sequence_length) * config.num_tokens
+    memory = memory_estimate(model, batches, config.optimizer.kind, narrow, config.gradient_checkpointing, device.type)
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    shares = f"{processes} x {batches.micro_steps(num_processes)} micro-steps x {batches.micro_batch_size} rows x {batches.sequence_length}"
+    epochs = [f"{name}: {w:.1%} of the rows, {n:,} tokens, {w * config.num_tokens / n:.2f} epochs" for name, w, n in data]
+    rows = {
+        "model": f"{model.num_parameters:,} parameters, {model.num_layers} layers of {model.model_dim}",
+        "device": f"{num_processes} x {device.type}, {config.dtype}, {kernels} kernels",
+        "tokens": f"{config.num_tokens:,} ({config.num_tokens / model.num_parameters:.1f} per parameter)",
+        "steps": f"{config.num_steps:,} of {batches.batch_tokens:,} tokens: {shares}",
+        "compute": f"{flops:.3g} FLOPs" + (f", {flops / peak_flops / 3600:.2f} h at peak" if peak_flops else ""),
+        "memory": ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in memory.items()) + " (a process, estimated)",
+        "data": "; ".join(epochs),
+        "validation": f"{num_validation_tokens:,} tokens" if num_validation_tokens else "none: no validation split",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows.items())
+
+
+def memory_estimate(
+    model: ModelConfig, batches: BatchConfig, optimizer: str, compute_bytes: int, checkpointing: bool, device_type: str
+) -> dict[str, int]:
+    """Bytes one process needs to train, by part; arithmetic, not a measurement, and without what torch itself takes.
+
+    Weights, gradients and optimizer state are float32; backward also keeps a copy of the layers' weights in a narrower compute dtype.
+    For it a layer of the reference operators keeps about 4D + 2(H+G)K + 3F values a token in the compute dtype and 6D + 2(H+G)K + 3F
+    in float32 (norms, rotation, SwiGLU); with checkpointing only its input D. The loss holds the logits of one chunk of rows thrice (as
+    they are, their float32 log-softmax, their gradient) and its matrix's float32 gradient twice.
+    """
+    tokens = batches.micro_batch_size * batches.sequence_length
+    heads, dim, mlp = 2 * (model.num_heads + model.kv_heads) * model.per_head, model.model_dim, model.mlp_dim
+    per_layer = compute_bytes * (4 * dim + heads + 3 * mlp) + 4 * (6 * dim + heads + 3 * mlp)
+    kept = compute_bytes * model.num_layers * dim + per_layer if checkpointing else model.num_layers * per_layer
+    embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
+    states = 2 * model.num_parameters if optimizer == "adamw" else model.num_parameters + embeddings
+    copies = model.num_parameters - embeddings if compute_bytes < 4 else 0
+    rows = min(tokens, chunk_rows(model.vocab_size, device_type))
+    parts = {
+        "weights": 4 * model.num_parameters + compute_bytes * copies,
+        "gradients": 4 * model.num_parameters,
+        "optimizer": 4 * states,
+        "activations": tokens * kept,
+        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + 8 * model.vocab_size * dim,
+    }
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,58 @@
+"""What a training run is told: its config, the parts' configs put together, and its paths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lumi.batches import BatchConfig
+from lumi.model import ModelConfig
+from lumi.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run. Paths are not in it: they come from the command line."""
+
+    model: ModelConfig
+    batches: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    num_steps: int
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of activations and products; master weights are float32
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    validate_every: int = 250
+    validation_tokens: int | None = 1_000_000  # of each data folder; null: the whole split
+    save_every: int = 1000
+    keep_last: int = 2  # checkpoints; the best one is kept beside them
+    max_skipped_steps: int = 5  # in a row, for a loss or gradient that is not finite, before the run stops
+
+    def __post_init__(self):
+        for name in ("num_steps", "validate_every", "save_every", "keep_last", "max_skipped_steps", "validation_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        if self.batches.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"batches.sequence_length must be at most model.max_positions = {self.model.max_positions}, "
+                f"got {self.batches.sequence_length}"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.num_steps * self.batches.batch_tokens
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What the command line says. `resume`: None, "auto", or a checkpoint folder."""
+
+    data_dirs: Sequence[str]
+    tokenizer_dir: str
+    output_dir: Path
+    data_weights: Sequence[float] | None = None
+    resume: str | None = None
