@@ -7,6 +7,7 @@ import torch
 from synthetic import write_jsonl
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before any kernel import
+torch.set_num_threads(1)  # the tests' tensors are tiny: threads that wait for each other cost far more than they bring
 
 
 @pytest.fixture
