@@ -50,7 +50,7 @@ def tokenize(argv: list[str]) -> int:
     arguments.add_argument("--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file")
     arguments.add_argument("--output-dir", required=True, type=Path)
     arguments.add_argument("--validation-fraction", type=float, default=0.005, help="share of the documents that is held out")
-    arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
+    arguments.add_argument("--num-workers", type=int, help="threads; default: one per core")
     options = arguments.parse_args(argv)
     manifest = shards.tokenize(
         options.corpus_dirs,
@@ -66,11 +66,10 @@ def tokenize(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """continue a text, streamed"""
-    import torch
-
     from lumi import generate as generation
     from lumi.hf_format import load_model, model_folder
     from lumi.kernels.bundle import select
+    from lumi.parallel import choose_device
     from lumi.tokenizer import Tokenizer
 
     defaults = generation.SamplingConfig()
@@ -91,7 +90,7 @@ def generate(argv: list[str]) -> int:
         config = generation.SamplingConfig(**{name: getattr(options, name) for name in names})
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 2)}") from error
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu"))
+    device = choose_device(options.device)
     folder = model_folder(options.model_path)
     tokenizer = Tokenizer.load(options.tokenizer_path or folder)
     model = load_model(folder, select("auto", device), tokenizer=tokenizer).to(device).eval()

@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import lumi.configs
@@ -18,6 +17,7 @@ from lumi.hf_format import load_model
 from lumi.kernels.bundle import select
 from lumi.metrics import human, read_metrics
 from lumi.model import Transformer
+from lumi.parallel import choose_device
 from lumi.run_config import Paths, TrainConfig
 from lumi.shards import TokenStore, tokenize
 from lumi.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def _train_config(run: Path, minutes: float, device: str) -> TrainConfig:
     if (run / "config.json").is_file():
         return load_config(TrainConfig, run / "config.json")
     config = load_config(TrainConfig, CONFIGS / "train.json")
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+    if choose_device(device) == "cuda":
         return config
     choices = [dataclasses.replace(config, dtype="float32"), dataclasses.replace(config, dtype="bfloat16")]
     seconds = [_step_seconds(choice) for choice in choices]
@@ -109,8 +109,7 @@ def _sample(final: Path, tokenizer: Tokenizer) -> None:
 def held_out_text(tokens: Path, tokenizer: Tokenizer) -> bytes:
     """The validation documents of a token store, one after the other, in UTF-8."""
     split = TokenStore.open(tokens).split("validation")
-    ends = zip(split.offsets[:-1], split.offsets[1:], strict=True)
-    return b"".join(tokenizer.decode(np.asarray(split.tokens[int(a) : int(b)]).tolist()).encode() for a, b in ends)
+    return b"".join(tokenizer.decode(split.document(index).tolist()).encode() for index in range(split.num_documents))
 
 
 def _summary(output_dir: Path, tokens: Path, run: Path, tokenizer: Tokenizer, seconds: float) -> None:

@@ -1,16 +1,14 @@
-"""What a run says of itself: a live progress line, `metrics.jsonl` and `loss.png`."""
+"""What a run says of itself: `metrics.jsonl` and `loss.png`."""
 
 import json
 import math
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from lumi.config import UserError
 
@@ -78,12 +76,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
     return records
-
-
-def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
-    """A live line on stderr: twice a second on a terminal, four times a minute in a log file."""
-    interval = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, initial=initial, desc=description, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
 
 
 class Meter:

@@ -59,6 +59,13 @@ class World:
         return total * total == squares * self.size
 
 
+def choose_device(name: str) -> str:
+    """ "cpu" or "cuda"; "auto" is CUDA where there is one. Raises UserError if CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError('--device must be "cpu" or "auto" on this machine, got "cuda": torch sees no CUDA device')
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 @contextlib.contextmanager
 def process_group(device: str = "auto") -> Iterator[World]:
     """Join the group that torchrun describes in the environment, or make a group of one; leave it at the end.
@@ -69,10 +76,7 @@ def process_group(device: str = "auto") -> Iterator[World]:
     Raises:
         UserError: if CUDA is asked for and absent, or a node starts more processes than it has GPUs.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError('--device must be "cpu" or "auto" on this machine, got "cuda": torch sees no CUDA device')
+    device = choose_device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():

@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from lumi.config import UserError
 from lumi.corpus import CorpusReader, is_corpus, read_corpus
 from lumi.encoding import Texts, encode_all
+from lumi.progress import progress_bar
 from lumi.storage import TEMPORARY_PREFIX, atomic_folder
 from lumi.token_store import TOKENIZE_COMMAND, Split, StoreManifest, StoreWriter, TokenStore, is_token_store, read_store_manifest
 from lumi.tokenizer import Tokenizer
@@ -41,7 +40,7 @@ def tokenize(
         output_dir: new, empty, or a token store of the same inputs.
         validation_fraction: expected share of the documents that go to the validation split, 0 <= fraction < 1; a document's
             side is decided by the hash of its text alone.
-        num_workers: processes; None: one for each core that this process may use. The result does not depend on it.
+        num_workers: threads; None: one for each core that this process may use. The result does not depend on it.
 
     Raises:
         UserError: an argument out of range, a split without documents, or something else in `output_dir`.
@@ -124,9 +123,8 @@ def open_or_tokenize(
 
 
 def _read_batches(readers: Sequence[CorpusReader]) -> Iterator[Texts]:
-    interval = 0.5 if sys.stderr.isatty() else 15
     total = sum(len(reader) for reader in readers)
-    with tqdm(total=total, desc="tokenizing", unit=" documents", mininterval=interval) as progress:
+    with progress_bar("tokenizing", " documents", total=total) as progress:
         for reader in readers:
             for batch in reader.iter_batches():
                 yield Texts(batch.texts, batch.sources)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tqdm import tqdm
 
 from lumi import tokenizer_files
 from lumi.config import UserError, to_dict
 from lumi.corpus import CorpusReader, read_corpus
+from lumi.progress import progress_bar
 from lumi.storage import atomic_folder
 from lumi.tokenizer import BOS_ID, EOS_ID, FIRST_LEARNED_ID, MODEL_FILE, PAD_ID, SPECIAL_PIECES, UNK_ID, Tokenizer
 
@@ -72,8 +72,7 @@ def train_tokenizer(config: TokenizerConfig, corpus_dirs: Sequence[str | Path], 
     existing = _existing_tokenizer(output_dir)
     readers = [read_corpus(folder) for folder in corpus_dirs]
     texts = (text for reader in readers for batch in reader.iter_batches() for text in batch.texts)
-    interval = 0.5 if sys.stderr.isatty() else 15
-    progress = tqdm(texts, desc="sampling", unit=" documents", mininterval=interval)
+    progress = progress_bar("sampling", " documents", iterable=texts)
     sample = sample_chunks((chunk for text in progress for chunk in split_chunks(text)), config.max_training_bytes, config.seed)
     tokenizer = Tokenizer(_train_model(config, sample), where=str(output_dir))
     if existing is not None:

@@ -22,11 +22,12 @@ from lumi.evaluation import held_out_loss
 from lumi.hf_format import save_model
 from lumi.interruption import StopSignal
 from lumi.kernels.bundle import Ops, select
-from lumi.metrics import Meter, MetricsLog, draw_loss, human, peak_flops, progress_bar
+from lumi.metrics import Meter, MetricsLog, draw_loss, human, peak_flops
 from lumi.model import Transformer
 from lumi.optimizer import LossScale, Optimizer, lr_at
 from lumi.parallel import World, data_parallel, gradient_sync, process_group
 from lumi.plan import describe_plan
+from lumi.progress import progress_bar
 from lumi.run_config import Paths, TrainConfig
 from lumi.run_folder import RunFolder
 from lumi.shards import TokenStore, open_or_tokenize
@@ -245,7 +246,7 @@ class Trainer:
             write_json(folder.config, to_dict(self.config))
             self.log = MetricsLog(folder.metrics, self.state["step"])
             self._say(f"plan\n{self._plan()}")
-            self.bar = progress_bar(self.config.num_steps, "train", "step", initial=self.state["step"])
+            self.bar = progress_bar("train", "step", total=self.config.num_steps, initial=self.state["step"])
         with self.stop:
             finished = self.train()
         if main:

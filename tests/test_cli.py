@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from synthetic import write_jsonl
 
 import lumi
@@ -111,6 +112,11 @@ def test_usage_version_and_unknown_commands(capsys):
         (["prepare", "--config", "none.json", "--output-dir", "x"], "none.json: cannot be read: No such file or directory"),
         (["tokenize", "--corpus-dirs", "none", "--tokenizer-dir", "none", "--output-dir", "x"], "none: must be a tokenizer folder"),
         (["generate", "--model-path", "none", "--prompt", "x"], "none: must be a model folder with a config.json"),
+        pytest.param(
+            ["generate", "--model-path", "none", "--prompt", "x", "--device", "cuda"],
+            '--device must be "cpu" or "auto" on this machine, got "cuda"',
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

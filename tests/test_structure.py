@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # Data flows from left to right, imports from right to left. `kernels` and `_csrc` stand before everything.
 ORDER = """
-    config command_line interruption storage workers corpus tokenizer_files tokenizer tokenizer_training chat
+    config command_line interruption progress storage workers corpus tokenizer_files tokenizer tokenizer_training chat
     encoding token_store shards batches model lora optimizer run_config plan parallel checkpoint run_folder hf_format
     generate evaluation metrics train demo serve cli
 """.split()

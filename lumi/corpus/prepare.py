@@ -13,8 +13,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lumi.config import UserError, to_dict
 from lumi.corpus import processing
 from lumi.corpus.cache import SourceCache, cache_key
@@ -26,6 +24,7 @@ from lumi.corpus.processing import Outcome, Recipe, make_batches
 from lumi.corpus.reading import open_source
 from lumi.corpus.report import SourceCounts, data_card, find_warnings, summary_table
 from lumi.corpus.sources import HubSource, JsonlSource, ParquetSource, PythonDocsSource, Source, TextSource, describe, identify
+from lumi.progress import progress_bar
 from lumi.workers import Workers, num_cores
 
 CACHE_FORMAT = 1  # raise it when cleaning, filters or fingerprints change their results
@@ -156,8 +155,7 @@ def _run(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers
     for source in config.sources:
         counts = SourceCounts(source.name, describe(source))
         batches = _process_source(source, config.filters.max_chars, caches.get(source.name), workers, counts)
-        seconds = 0.5 if sys.stderr.isatty() else 15.0
-        with closing(batches), tqdm(desc=source.name, unit=" documents", mininterval=seconds, file=sys.stderr) as bar:
+        with closing(batches), progress_bar(source.name, " documents") as bar:
             for outcomes in batches:
                 before = counts.read
                 _take(outcomes, source, config, counts, deduplicator, writer)
