@@ -1,26 +1,32 @@
-"""Stage 1: raw text -> a corpus folder of cleaned, filtered, de-duplicated documents."""
+"""Stage 1: raw text, or chat data -> a corpus folder of cleaned, filtered, de-duplicated documents, or conversations."""
 
 from lumi.corpus.cleaning import CleaningConfig, clean_text
+from lumi.corpus.conversation_filters import ConversationFilterConfig
 from lumi.corpus.deduplication import DeduplicationConfig
 from lumi.corpus.docstrings import Entry
 from lumi.corpus.filters import FilterConfig
-from lumi.corpus.folder import CorpusBatch, CorpusReader, is_corpus, read_corpus
-from lumi.corpus.prepare import PrepareConfig, prepare
+from lumi.corpus.folder import ConversationBatch, CorpusBatch, CorpusReader, is_corpus, read_corpus
+from lumi.corpus.prepare import prepare
+from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.python_docs import read_entries
-from lumi.corpus.sources import HubSource, JsonlSource, ParquetSource, PythonDocsSource, TextSource
+from lumi.corpus.sources import HubSource, JsonlSource, JsonSource, ParquetSource, PythonDocsSource, PythonQuestionsSource, TextSource
 
 __all__ = [
     "CleaningConfig",
+    "ConversationBatch",
+    "ConversationFilterConfig",
     "CorpusBatch",
     "CorpusReader",
     "DeduplicationConfig",
     "Entry",
     "FilterConfig",
     "HubSource",
+    "JsonSource",
     "JsonlSource",
     "ParquetSource",
     "PrepareConfig",
     "PythonDocsSource",
+    "PythonQuestionsSource",
     "TextSource",
     "clean_text",
     "is_corpus",

@@ -23,6 +23,7 @@ SCHEMA = pa.schema(
         ("text", pa.large_string()),
         ("digest", pa.binary()),
         ("signature", pa.binary()),
+        ("num_bytes", pa.int64()),
         ("reason", pa.string()),
         ("detail", pa.string()),
     ]
@@ -122,6 +123,7 @@ def _serialize(outcomes: Sequence[Outcome]) -> bytes:
         "text": [outcome.text for outcome in outcomes],
         "digest": [outcome.fingerprint and outcome.fingerprint.digest for outcome in outcomes],
         "signature": [outcome.fingerprint and outcome.fingerprint.signature for outcome in outcomes],
+        "num_bytes": [outcome.num_bytes for outcome in outcomes],
         "reason": [outcome.reason for outcome in outcomes],
         "detail": [outcome.detail.encode("utf-8", "replace").decode() for outcome in outcomes],
     }
@@ -137,7 +139,4 @@ def _read_part(path: Path) -> list[Outcome] | None:
     if hashlib.sha256(data).hexdigest() != match[2]:
         return None
     rows = zip(*(column.to_pylist() for column in pq.read_table(pa.BufferReader(data)).columns), strict=True)
-    return [
-        Outcome(text, None if text is None else Fingerprint(digest, signature), reason, detail)
-        for text, digest, signature, reason, detail in rows
-    ]
+    return [Outcome(text, None if text is None else Fingerprint(digest, signature), *rest) for text, digest, signature, *rest in rows]

@@ -171,7 +171,8 @@ def _lives_in(value: Any, module: types.ModuleType) -> bool:
         home, name = value.__module__, getattr(value, "__qualname__", None) or value.__name__
     except Exception:  # see _own_docstring; objects such as ufuncs have no __module__ of their own, and are at home anywhere
         return callable(value)
-    if not isinstance(home, str) or home == module.__name__ or any(part.startswith("_") for part in home.split(".")):
+    home = home.removeprefix("_") if isinstance(home, str) else ""  # what _io and _functools define is known as io's and functools's
+    if not home or home == module.__name__ or any(part.startswith("_") for part in home.split(".")):
         return True
     return getattr(sys.modules.get(home), str(name), None) is not value
 

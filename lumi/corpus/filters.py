@@ -6,7 +6,7 @@ Each filter can be switched off with null. A document is dropped by the first th
 import functools
 import importlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lumi.config import UserError
@@ -36,8 +36,7 @@ class FilterConfig:
             raise ValueError(f"min_chars must be at least 1, got {self.min_chars}")
         if self.max_chars < self.min_chars:
             raise ValueError(f"max_chars must be at least min_chars ({self.min_chars}), got {self.max_chars}")
-        if any(not phrase.strip() for phrase in self.blocked_phrases):
-            raise ValueError(f"blocked_phrases must not be empty texts, got {list(self.blocked_phrases)}")
+        check_phrases(self.blocked_phrases)
         if self.max_symbol_to_word_ratio is not None and self.max_symbol_to_word_ratio < 0:
             raise ValueError(f"max_symbol_to_word_ratio must be at least 0, got {self.max_symbol_to_word_ratio}")
         for key in ("duplicate_line", "duplicate_line_char", "top_ngram_char", "duplicate_ngram_char"):
@@ -47,8 +46,19 @@ class FilterConfig:
         for key in ("top_ngram_words", "duplicate_ngram_words"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if self.languages is not None and (not self.languages or not all(code.isalpha() and code.islower() for code in self.languages)):
-            raise ValueError(f'languages must be codes such as "en", or null, got {list(self.languages)}')
+        check_languages(self.languages)
+
+
+def check_phrases(phrases: Sequence[str]) -> None:
+    """Raises ValueError if a blocked phrase is blank: it would be found everywhere."""
+    if any(not phrase.strip() for phrase in phrases):
+        raise ValueError(f"blocked_phrases must not be empty texts, got {list(phrases)}")
+
+
+def check_languages(languages: Sequence[str] | None) -> None:
+    """Raises ValueError if these are no codes of languages; `classifier` knows which there are."""
+    if languages is not None and (not languages or not all(code.isalpha() and code.islower() for code in languages)):
+        raise ValueError(f'languages must be codes such as "en", or null, got {list(languages)}')
 
 
 def find_fault(text: str, config: FilterConfig) -> str:
@@ -138,10 +148,10 @@ def classifier(languages: tuple[str, ...]) -> Callable[[str], str]:
         py3langid = importlib.import_module("py3langid")
     except ModuleNotFoundError as error:
         raise UserError(
-            f"filters.languages must be null where py3langid is not installed, got {list(languages)}; run: pip install 'lumi-train[langid]'"
+            f"languages must be null where py3langid is not installed, got {list(languages)}; run: pip install 'lumi-train[langid]'"
         ) from error
     known = {str(code) for code, _ in py3langid.rank("")}
     unknown = sorted(set(languages) - known)
     if unknown:
-        raise UserError(f"filters.languages must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        raise UserError(f"languages must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     return lambda text: str(py3langid.classify(text[:LANGUAGE_CHARS])[0])

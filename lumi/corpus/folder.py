@@ -1,5 +1,9 @@
-"""The corpus folder on disk: Parquet shards and `manifest.json`, written whole or not at all, verified when read."""
+"""The corpus folder on disk: Parquet shards and `manifest.json`, written whole or not at all, verified when read.
 
+A corpus holds texts or conversations: its first column is `text` or `messages`, its second `source`.
+"""
+
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,12 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumi.config import UserError, read_json, write_json
+from lumi.corpus.conversations import contents
+from lumi.messages import Conversation, Message
 from lumi.storage import sha256_file
 
 KIND = "lumi-corpus"
 FORMAT = 1
 ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
-SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
+TEXTS = pa.schema([("text", pa.string()), ("source", pa.string())])
+# What the libraries of the hub read and write as a column of conversations.
+CONVERSATIONS = pa.schema([("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))), ("source", pa.string())])
 MAKE_ONE = "lumi prepare --config CONFIG --output-dir"
 
 Manifest = dict[str, Any]
@@ -28,8 +36,19 @@ class CorpusBatch(NamedTuple):
     sources: list[str]
 
 
+class ConversationBatch(NamedTuple):
+    """Successive conversations, and the name of the source of each."""
+
+    conversations: list[Conversation]
+    sources: list[str]
+
+
 class CorpusReader:
-    """A finished corpus folder; the sizes of its shards are checked when it is opened, their SHA-256 before they are read."""
+    """A finished corpus folder; the sizes of its shards are checked when it is opened, their SHA-256 before they are read.
+
+    `iter_batches`, `iter_shard` and iteration give the documents of a corpus of texts, `iter_conversations` those of a corpus of
+    conversations, `iter_texts` the words of either.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -46,24 +65,66 @@ class CorpusReader:
         """Shards are read independently of each other, in processes of their own if that is wanted."""
         return len(self.manifest["shards"])
 
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether its documents are conversations, not texts."""
+        return "messages" in self.manifest["columns"]
+
     def iter_batches(self, batch_documents: int = 1024) -> Iterator[CorpusBatch]:
         """All documents in order, at most `batch_documents` at a time.
 
         Raises:
-            UserError: a shard is damaged: which, what was expected, what came.
+            UserError: it holds conversations; a shard is damaged: which, what was expected, what came.
         """
         for index in range(self.num_shards):
             yield from self.iter_shard(index, batch_documents)
 
     def iter_shard(self, index: int, batch_documents: int = 1024) -> Iterator[CorpusBatch]:
         """The documents of shard `index` (from 0) in order. Raises UserError as `iter_batches`."""
+        if self.holds_conversations:
+            raise UserError(
+                f"{self.folder} must be a corpus of texts here, got one of conversations;"
+                " `lumi tokenize` and `lumi tokenizer` take it, or prepare sources without `conversation`"
+            )
+        for documents, sources in self._read_shard(index, batch_documents):
+            yield CorpusBatch(documents, sources)
+
+    def iter_conversations(self, batch_documents: int = 1024) -> Iterator[ConversationBatch]:
+        """All conversations in order, at most `batch_documents` at a time.
+
+        Raises:
+            UserError: it holds texts; a shard is damaged: which, what was expected, what came.
+        """
+        if not self.holds_conversations:
+            raise UserError(
+                f"{self.folder} must be a corpus of conversations here, got one of texts;"
+                " prepare sources that have a `conversation`, such as configs/corpus/chat.json"
+            )
+        for index in range(self.num_shards):
+            for documents, sources in self._read_shard(index, batch_documents):
+                yield ConversationBatch([tuple(Message(**message) for message in messages) for messages in documents], sources)
+
+    def iter_texts(self, batch_documents: int = 1024) -> Iterator[str]:
+        """The text of every document in order; of a conversation its contents, a line end between them.
+
+        Raises:
+            UserError: a shard is damaged: which, what was expected, what came.
+        """
+        if not self.holds_conversations:
+            for batch in self.iter_batches(batch_documents):
+                yield from batch.texts
+            return
+        for conversations, _ in self.iter_conversations(batch_documents):
+            yield from map(contents, conversations)
+
+    def _read_shard(self, index: int, batch_documents: int) -> Iterator[tuple[list[Any], list[str]]]:
         if batch_documents < 1:
             raise ValueError(f"batch_documents must be at least 1, got {batch_documents}")
         shard = self.manifest["shards"][index]
         _check_shard(self.folder, shard, read=True)
         with pq.ParquetFile(self.folder / shard["file"]) as file:
-            for batch in file.iter_batches(batch_size=batch_documents, columns=["text", "source"]):
-                yield CorpusBatch(batch.column(0).to_pylist(), batch.column(1).to_pylist())
+            for batch in file.iter_batches(batch_size=batch_documents, columns=self.manifest["columns"]):
+                yield batch.column(0).to_pylist(), batch.column(1).to_pylist()
 
     def verify(self) -> None:
         """Read every shard and compare its SHA-256. Raises UserError as `iter_batches`."""
@@ -110,6 +171,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     shards = manifest.get("shards")
     if not isinstance(manifest.get("documents"), int) or not isinstance(shards, list):
         raise UserError(f"{path}: must hold documents and shards; the file is damaged, make the corpus again: {MAKE_ONE} {folder}")
+    if manifest.get("columns") not in (TEXTS.names, CONVERSATIONS.names):
+        expected = " or ".join(", ".join(schema.names) for schema in (TEXTS, CONVERSATIONS))
+        raise UserError(f"{path}: columns must be {expected}, got {manifest.get('columns')}; make the corpus again: {MAKE_ONE} {folder}")
     for shard in shards:
         # A name with a folder in it could point anywhere.
         if not isinstance(shard, dict) or not keys <= shard.keys() or Path(str(shard["file"])).name != shard["file"]:
@@ -123,8 +187,9 @@ class CorpusWriter:
     The same documents give the same bytes: shards and row groups end where the bytes of text say so.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, shard_bytes: int, *, conversations: bool = False) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
+        self.schema = CONVERSATIONS if conversations else TEXTS
         self.shards: list[dict[str, Any]] = []
         self._building = folder / ".building"
         self._texts: list[str] = []
@@ -143,7 +208,7 @@ class CorpusWriter:
         shutil.rmtree(self._building, ignore_errors=True)
 
     def add(self, text: str, source: str, num_bytes: int) -> None:
-        """Append a document of `num_bytes` bytes of UTF-8."""
+        """Append a document of `num_bytes` bytes of UTF-8; a conversation comes as the JSON of its messages."""
         self._texts.append(text)
         self._sources.append(source)
         self._group_bytes += num_bytes
@@ -156,7 +221,7 @@ class CorpusWriter:
         """Finish: shards and card into the folder, the manifest last. Shards of an earlier corpus go only after that."""
         self._flush()
         self._close()
-        manifest = {"kind": KIND, "format": FORMAT, **manifest, "columns": SCHEMA.names, "shards": self.shards}
+        manifest = {"kind": KIND, "format": FORMAT, **manifest, "columns": self.schema.names, "shards": self.shards}
         for shard in self.shards:
             os.replace(self._building / shard["file"], self.folder / shard["file"])
         temporary = self._building / "DATA_CARD.md"
@@ -173,8 +238,9 @@ class CorpusWriter:
         if not self._texts:
             return
         if self._file is None:
-            self._file = pq.ParquetWriter(self._building / "shard.parquet", SCHEMA, compression="zstd")
-        self._file.write_table(pa.Table.from_pydict({"text": self._texts, "source": self._sources}, schema=SCHEMA))
+            self._file = pq.ParquetWriter(self._building / "shard.parquet", self.schema, compression="zstd")
+        documents = self._texts if self.schema is TEXTS else [json.loads(text) for text in self._texts]
+        self._file.write_table(pa.table([documents, self._sources], schema=self.schema))
         self._file_bytes += self._group_bytes
         self._file_documents += len(self._texts)
         self._texts, self._sources, self._group_bytes = [], [], 0

@@ -10,52 +10,24 @@ import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from lumi.config import UserError, to_dict
 from lumi.corpus import processing
 from lumi.corpus.cache import SourceCache, cache_key
-from lumi.corpus.cleaning import CleaningConfig
-from lumi.corpus.deduplication import DeduplicationConfig, Deduplicator
-from lumi.corpus.filters import FilterConfig, classifier
+from lumi.corpus.deduplication import Deduplicator
+from lumi.corpus.filters import classifier
 from lumi.corpus.folder import CorpusReader, CorpusWriter, Manifest, read_manifest
-from lumi.corpus.processing import Outcome, Recipe, make_batches
+from lumi.corpus.prepare_config import PrepareConfig
+from lumi.corpus.processing import Outcome, make_batches
 from lumi.corpus.reading import open_source
-from lumi.corpus.report import SourceCounts, data_card, find_warnings, summary_table
-from lumi.corpus.sources import HubSource, JsonlSource, ParquetSource, PythonDocsSource, Source, TextSource, describe, identify
+from lumi.corpus.report import SourceCounts, data_card, find_warnings, noun, summary_table
+from lumi.corpus.sources import Source, describe, identify
 from lumi.progress import progress_bar
 from lumi.workers import Workers, num_cores
 
-CACHE_FORMAT = 1  # raise it when cleaning, filters or fingerprints change their results
+CACHE_FORMAT = 2  # raise it when cleaning, filters or fingerprints change their results
 OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """`bytes_per_token`: the estimate behind budgets and reports; `shard_bytes`: text in one shard, before compression.
-
-    A source is read until its budget of documents that are kept (`max_tokens` estimated, `max_documents`) is reached.
-    """
-
-    sources: tuple[HubSource | JsonlSource | ParquetSource | TextSource | PythonDocsSource, ...]
-    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
-    filters: FilterConfig = field(default_factory=FilterConfig)
-    deduplication: DeduplicationConfig = field(default_factory=DeduplicationConfig)
-    bytes_per_token: float = 4.2
-    shard_bytes: int = 256 << 20
-
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise ValueError("sources must hold at least one source, got none")
-        names = [source.name for source in self.sources]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"sources must have different names, got {', '.join(map(repr, twice))} more than once")
-        if not self.bytes_per_token > 0:
-            raise ValueError(f"bytes_per_token must be above 0, got {self.bytes_per_token}")
-        if self.shard_bytes < 1024:
-            raise ValueError(f"shard_bytes must be at least 1024, got {self.shard_bytes}")
 
 
 def prepare(
@@ -81,11 +53,11 @@ def prepare(
     Raises:
         UserError: a source cannot be read, the folder holds something else, no document is kept, the disk is full.
     """
-    recipe = Recipe(config.cleaning, config.filters, config.deduplication)
+    recipe = config.recipe
     all_workers = Workers(processing.process_batch, recipe, num_cores() if num_workers is None else num_workers)
     folder = Path(output_dir)
-    if config.filters.languages is not None:
-        classifier(config.filters.languages)
+    if recipe.filters.languages is not None:
+        classifier(recipe.filters.languages)
     keys = {source.name: _source_key(source, config) for source in config.sources}
     caches = {name: SourceCache(folder / ".cache" / f"{name}-{key}", writable=not analyze_only) for name, key in keys.items()}
     with _interruptible(writes=not analyze_only), all_workers as workers:
@@ -104,8 +76,8 @@ def prepare(
 
 def _analyze(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers) -> Manifest:
     manifest = _summarize(config, _run(config, caches, workers, None))
-    print(summary_table(manifest["sources"]))
-    print(f"nothing was written; {manifest['documents']:,} documents would be")
+    print(summary_table(manifest))
+    print(f"nothing was written; {manifest['documents']:,} {noun(manifest)} would be")
     return manifest
 
 
@@ -122,15 +94,15 @@ def _write(
     inputs_key = cache_key([to_dict(config), keys])
     with _lock(folder):
         if old is not None and old.get("inputs_key") == inputs_key and _is_whole(folder, old):
-            print(summary_table(old["sources"]))
-            print(f"{folder} is up to date: {old['documents']:,} documents")
+            print(summary_table(old))
+            print(f"{folder} is up to date: {old['documents']:,} {noun(old)}")
             return old
         if not use_cache:
             if not (folder / "manifest.json").exists() and any(cache.folder.exists() for cache in caches.values()):
                 print(f"lumi: {folder}: what an interrupted run left is discarded; --use-cache goes on from it", file=sys.stderr)
             for cache in caches.values():
                 cache.clear()
-        with CorpusWriter(folder, config.shard_bytes) as writer:
+        with CorpusWriter(folder, config.shard_bytes, conversations=config.conversation_filters is not None) as writer:
             manifest = _summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs_key}
             if not manifest["documents"]:
                 raise UserError(
@@ -142,9 +114,9 @@ def _write(
         for path in (folder / ".cache").iterdir():  # what other configs left: the cache holds what the last run used
             if path.is_dir() and path not in [cache.folder for cache in caches.values()]:
                 shutil.rmtree(path)
-    print(summary_table(manifest["sources"]))
+    print(summary_table(manifest))
     shards = f"{len(manifest['shards'])} shard{'s' * (len(manifest['shards']) > 1)}"
-    print(f"{manifest['documents']:,} documents in {shards}: {folder} ({folder}/.cache may be deleted)")
+    print(f"{manifest['documents']:,} {noun(manifest)} in {shards}: {folder} ({folder}/.cache may be deleted)")
     return manifest
 
 
@@ -154,7 +126,7 @@ def _run(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers
     all_counts = []
     for source in config.sources:
         counts = SourceCounts(source.name, describe(source))
-        batches = _process_source(source, config.filters.max_chars, caches.get(source.name), workers, counts)
+        batches = _process_source(source, config.recipe.filters.max_chars, caches.get(source.name), workers, counts)
         with closing(batches), progress_bar(source.name, " documents") as bar:
             for outcomes in batches:
                 before = counts.read
@@ -182,11 +154,10 @@ def _take(
         if outcome.text is None or duplicate:
             counts.drop(outcome.reason or duplicate, outcome.detail)
             continue
-        num_bytes = len(outcome.text.encode())
         counts.kept += 1
-        counts.num_bytes += num_bytes
+        counts.num_bytes += outcome.num_bytes
         if writer is not None:
-            writer.add(outcome.text, source.name, num_bytes)
+            writer.add(outcome.text, source.name, outcome.num_bytes)
         enough_tokens = source.max_tokens is not None and counts.num_bytes >= source.max_tokens * config.bytes_per_token
         if enough_tokens or counts.kept == source.max_documents:
             counts.budget_reached = True
@@ -235,7 +206,7 @@ def _summarize(config: PrepareConfig, all_counts: list[SourceCounts]) -> Manifes
 
 
 def _versions(config: PrepareConfig) -> dict[str, str]:
-    packages = ["ftfy", "rensa", "pyarrow", *(["py3langid"] if config.filters.languages else [])]
+    packages = ["ftfy", "rensa", "pyarrow", *(["py3langid"] if config.recipe.filters.languages else [])]
     return {package: importlib.metadata.version(package) for package in packages}
 
 
@@ -243,7 +214,7 @@ def _source_key(source: Source, config: PrepareConfig) -> str:
     """Everything that decides the outcomes of a source: not its budget, nor the threshold of near duplicates."""
     fingerprints = {key: value for key, value in to_dict(config.deduplication).items() if key != "threshold"}
     batches = [processing.BATCH_DOCUMENTS, processing.BATCH_CHARS]
-    recipe = [to_dict(config.cleaning), to_dict(config.filters), fingerprints, batches, _versions(config)]
+    recipe = [to_dict(config.cleaning), to_dict(config.recipe.filters), fingerprints, batches, _versions(config)]
     return cache_key([CACHE_FORMAT, identify(source), *recipe])
 
 

@@ -16,7 +16,7 @@ from lumi.corpus.docstrings import Entry, Walk
 
 LONG_CHARS = 8_000  # a document is closed before it grows past this, unless one entry alone is longer
 SHORT_CHARS = 1_500  # sections of one module are joined until a document has this length
-LAYOUT_VERSION = 1  # part of the cache key: raise it when the same Python would give other documents
+LAYOUT_VERSION = 2  # part of the cache key: raise it when the same Python would give other documents
 
 
 def read_entries(packages: tuple[str, ...]) -> Iterator[Entry]:
@@ -28,9 +28,13 @@ def read_entries(packages: tuple[str, ...]) -> Iterator[Entry]:
     Raises:
         UserError: a package cannot be imported.
     """
-    _, lines = _collect(packages, "entries")
-    for line in lines:
-        yield Entry(**json.loads(line))
+    yield from open_entries(packages)[1]
+
+
+def open_entries(packages: tuple[str, ...]) -> tuple[dict[str, Any], Iterator[Entry]]:
+    """What was found (sha256, documents, skipped modules) and the entries of `read_entries`. Raises UserError as it does."""
+    header, lines = _collect(packages, "entries")
+    return header, (Entry(**json.loads(line)) for line in lines)
 
 
 def read_python_docs(packages: tuple[str, ...]) -> tuple[dict[str, Any], Iterator[str]]:

@@ -1,9 +1,9 @@
-"""Sources -> records, in a fixed order: every piece of a source is a text, or a reason why there is none."""
+"""Sources -> records, in a fixed order: every piece of a source is a text or a conversation, or a reason why there is none."""
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -11,18 +11,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumi.config import UserError
+from lumi.corpus.conversations import pack, read_string
+from lumi.corpus.oasst import OasstMessagesFormat
 from lumi.corpus.python_docs import read_python_docs
-from lumi.corpus.sources import HubSource, JsonlSource, ParquetSource, PythonDocsSource, Source, TextSource, find_files
+from lumi.corpus.python_questions import read_questions
+from lumi.corpus.sources import (
+    FileSource,
+    HubSource,
+    JsonlSource,
+    JsonSource,
+    ParquetSource,
+    PythonDocsSource,
+    PythonQuestionsSource,
+    RecordSource,
+    Source,
+    find_files,
+)
+from lumi.messages import MalformedConversation
 
 CHUNK_BYTES = 1 << 20
 
 
 class Record(NamedTuple):
-    """`text`, or None with the reason and, in `detail`, the place and what is wrong there."""
+    """`text` (of a conversation what `pack` makes of it), or None with the reason and, in `detail`, the place and what is wrong there."""
 
     text: str | None
     reason: str = ""
     detail: str = ""
+
+
+class Row(NamedTuple):
+    """What a file or a dataset holds at one place: plain values, not looked into yet."""
+
+    data: Any
+    place: str
 
 
 class OpenSource(NamedTuple):
@@ -38,19 +60,66 @@ def open_source(source: Source, max_chars: int, skip: int = 0) -> OpenSource:
     Raises:
         UserError: a path matches no file, a file cannot be read, the hub cannot be reached.
     """
-    if isinstance(source, HubSource):
-        return OpenSource({}, _read_hub(source, skip))
     if isinstance(source, PythonDocsSource):
         facts, documents = read_python_docs(source.packages)
         return OpenSource(facts, map(Record, islice(documents, skip, None)))
-    return OpenSource({}, islice(_read_files(source, max_chars), skip, None))
+    if isinstance(source, PythonQuestionsSource):
+        facts, answers = read_questions(source.packages, source.modules, source.held_out_fraction, source.max_answer_chars)
+        records = (Record(None, "no_summary") if messages is None else Record(pack(messages)) for messages in answers)
+        return OpenSource(facts, islice(records, skip, None))
+    if isinstance(source, HubSource) and not isinstance(source.conversation, OasstMessagesFormat):
+        return OpenSource({}, _to_records(_read_hub(source, skip), source))  # the server skips
+    rows = _read_hub(source, 0) if isinstance(source, HubSource) else _read_files(source, max_chars)
+    return OpenSource({}, islice(_to_records(rows, source), skip, None))
 
 
-def _read_files(source: JsonlSource | ParquetSource | TextSource, max_chars: int) -> Iterator[Record]:
+def _to_records(rows: Iterable[Row | Record], source: Source) -> Iterator[Record]:
+    if isinstance(source, RecordSource) and isinstance(source.conversation, OasstMessagesFormat):
+        rows = _join_trees(rows)
+    for row in rows:
+        if isinstance(row, Record):
+            yield row
+        elif not isinstance(row.data, dict):
+            yield Record(None, "malformed_json", f"{row.place}: must be an object, got {type(row.data).__name__}")
+        else:
+            assert isinstance(source, RecordSource)
+            yield _pick(row.data, source, row.place)
+
+
+def _pick(data: dict[str, Any], source: RecordSource, place: str) -> Record:
+    try:
+        if source.conversation is None:
+            return Record(read_string(data, source.text_field))
+        return Record(pack(source.conversation.read(data)))
+    except MalformedConversation as finding:
+        return Record(None, finding.reason, f"{place}: {finding}" if str(finding) else "")
+
+
+def _join_trees(rows: Iterable[Row | Record]) -> Iterator[Row | Record]:
+    """Successive rows of one tree as one row; what is no row of a tree goes through."""
+    tree: list[dict[str, Any]] = []
+    place = ""
+    for row in rows:
+        if isinstance(row, Record) or not isinstance(row.data, dict):
+            yield row
+            continue
+        key = row.data.get("message_tree_id")
+        if tree and (key is None or key != tree[-1].get("message_tree_id")):
+            yield Row({"rows": tree}, place)
+            tree = []
+        place = place if tree else row.place
+        tree.append(row.data)
+    if tree:
+        yield Row({"rows": tree}, place)
+
+
+def _read_files(source: FileSource, max_chars: int) -> Iterator[Row | Record]:
     for path in find_files(source):
         try:
             if isinstance(source, JsonlSource):
-                yield from _read_jsonl(path, source.text_field, max_chars)
+                yield from _read_jsonl(path, max_chars)
+            elif isinstance(source, JsonSource):
+                yield from _read_json(path, source)
             elif isinstance(source, ParquetSource):
                 yield from _read_parquet(path, source)
             else:
@@ -64,7 +133,7 @@ def _open(path: str) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
 
 
-def _read_jsonl(path: str, text_field: str, max_chars: int) -> Iterator[Record]:
+def _read_jsonl(path: str, max_chars: int) -> Iterator[Row | Record]:
     # One character is at most 12 bytes in JSON ("\\ud83d\\ude00"); the rest of the line may be other fields.
     limit = 12 * max_chars + CHUNK_BYTES
     with _open(path) as file:
@@ -78,46 +147,72 @@ def _read_jsonl(path: str, text_field: str, max_chars: int) -> Iterator[Record]:
                     pass
                 yield Record(None, "too_long", f"{path}:{number}: a line of more than {limit} bytes")
             elif line.strip():
-                yield _parse_line(line, text_field, f"{path}:{number}")
+                yield _parse_line(line, f"{path}:{number}")
 
 
-def _parse_line(line: bytes, text_field: str, place: str) -> Record:
+def _parse_line(line: bytes, place: str) -> Row | Record:
     try:
-        data = json.loads(line.decode("utf-8"))
+        return Row(json.loads(line.decode("utf-8")), place)
     except UnicodeDecodeError as error:
         return Record(None, "invalid_utf8", f"{place}: invalid UTF-8 at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
         return Record(None, "malformed_json", f"{place}: {error}")
-    return _pick_text(data, text_field, place)
 
 
-def _pick_text(data: Any, text_field: str, place: str) -> Record:
-    if not isinstance(data, dict):
-        return Record(None, "malformed_json", f"{place}: must be an object, got {type(data).__name__}")
-    if data.get(text_field) is None:
-        return Record(None, "missing_text", f"{place}: no field {text_field!r}; it has {', '.join(map(repr, data)) or 'no fields'}"[:300])
-    if not isinstance(data[text_field], str):
-        return Record(None, "wrong_type", f"{place}: {text_field!r} must be a string, got {type(data[text_field]).__name__}")
-    return Record(data[text_field])
+def _read_json(path: str, source: JsonSource) -> Iterator[Row]:
+    with _open(path) as file:
+        data = file.read()
+    try:
+        items = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        items = error
+    if not isinstance(items, list):
+        got = str(items) if isinstance(items, Exception) else f"{type(items).__name__}"
+        raise UserError(
+            f'source {source.name!r}: {path} must hold one JSON array of objects, got: {got}; for one object per line use kind "jsonl"'
+        )
+    for number, item in enumerate(items, start=1):
+        yield Row(item, f"{path}:item {number}")
 
 
-def _read_parquet(path: str, source: ParquetSource) -> Iterator[Record]:
+def _read_parquet(path: str, source: ParquetSource) -> Iterator[Row | Record]:
     with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        if source.text_field not in schema.names:
-            raise UserError(
-                f"source {source.name!r}: text_field must be a column of {path} ({', '.join(schema.names)}), got {source.text_field!r}"
-            )
-        kind = schema.field(source.text_field).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise UserError(f"source {source.name!r}: column {source.text_field!r} of {path} must hold strings, got {kind}")
-        row = 0
-        for batch in file.iter_batches(batch_size=256, columns=[source.text_field]):
-            # As bytes: Arrow does not check that a string column is UTF-8.
-            for value in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
-                row += 1
-                yield _decode(value, f"{path}:row {row}") if value is not None else Record(None, "missing_text", f"{path}:row {row}: null")
+        names = file.schema_arrow.names
+        if source.conversation is None:
+            if source.text_field not in names:
+                raise UserError(
+                    f"source {source.name!r}: text_field must be a column of {path} ({', '.join(names)}), got {source.text_field!r}"
+                )
+            yield from _read_column(file, path, source)
+        else:
+            required, optional = source.conversation.required, source.conversation.optional
+            if not set(required) <= set(names):
+                raise UserError(f"source {source.name!r}: {path} must have the columns {', '.join(required)}, got {', '.join(names)}")
+            yield from _read_columns(file, path, [name for name in names if name in required + optional])
+
+
+def _read_column(file: pq.ParquetFile, path: str, source: ParquetSource) -> Iterator[Record]:
+    kind = file.schema_arrow.field(source.text_field).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise UserError(f"source {source.name!r}: column {source.text_field!r} of {path} must hold strings, got {kind}")
+    row = 0
+    for batch in file.iter_batches(batch_size=256, columns=[source.text_field]):
+        # As bytes: Arrow does not check that a string column is UTF-8.
+        for value in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
+            row += 1
+            yield _decode(value, f"{path}:row {row}") if value is not None else Record(None, "missing_text", f"{path}:row {row}: null")
+
+
+def _read_columns(file: pq.ParquetFile, path: str, names: list[str]) -> Iterator[Row | Record]:
+    row = 0
+    for batch in file.iter_batches(batch_size=256, columns=names):
+        for index in range(len(batch)):  # one by one, so that invalid UTF-8 spoils one row only
+            row += 1
+            try:
+                yield Row(batch.slice(index, 1).to_pylist()[0], f"{path}:row {row}")
+            except UnicodeDecodeError as error:
+                yield Record(None, "invalid_utf8", f"{path}:row {row}: invalid UTF-8 at byte {error.start}")
 
 
 def _decode(data: bytes, place: str) -> Record:
@@ -161,14 +256,14 @@ def _split(path: str, separator: str | None, limit: int) -> Iterator[tuple[int, 
     yield number, None if too_long or len(buffer) > limit else buffer
 
 
-def _read_hub(source: HubSource, skip: int) -> Iterator[Record]:
+def _read_hub(source: HubSource, skip: int) -> Iterator[Row]:
     import datasets  # takes seconds to import, and only this kind of source needs it
 
     address = f"{source.dataset}{f' ({source.subset})' if source.subset else ''}, split {source.split!r}"
     try:
         stream = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True)
         for number, example in enumerate(stream.skip(skip) if skip else stream, start=skip + 1):
-            yield _pick_text(example, source.text_field, f"{source.dataset}:row {number}")
+            yield Row(example, f"{source.dataset}:row {number}")
     except Exception as error:  # network, server, file formats: datasets raises the errors of a dozen libraries
         message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(

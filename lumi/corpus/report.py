@@ -12,7 +12,19 @@ REASONS = (
     "invalid_utf8",
     "missing_text",
     "wrong_type",
+    "malformed_messages",
+    "malformed_tree",
+    "unknown_role",
+    "other_language",
+    "deleted",
+    "no_summary",
     "empty",
+    "no_answer",
+    "system_not_first",
+    "roles_do_not_alternate",
+    "empty_turn",
+    "too_many_messages",
+    "short_answer",
     "too_short",
     "too_long",
     "blocked_phrase",
@@ -63,8 +75,14 @@ class SourceCounts:
         }
 
 
-def summary_table(sources: Sequence[dict[str, Any]]) -> str:
-    """Kept and dropped by reason, a column per source and one for all, from the entries of the manifest."""
+def noun(manifest: dict[str, Any]) -> str:
+    """What the corpus holds: "documents" or "conversations"."""
+    return "conversations" if manifest["config"]["conversation_filters"] else "documents"
+
+
+def summary_table(manifest: dict[str, Any]) -> str:
+    """Kept and dropped by reason, a column per source and one for all."""
+    sources = manifest["sources"]
     total: dict[str, Any] = {"name": "total", "dropped": Counter()}
     for key in ("read", "kept", "bytes", "estimated_tokens"):
         total[key] = sum(source[key] for source in sources)
@@ -72,7 +90,7 @@ def summary_table(sources: Sequence[dict[str, Any]]) -> str:
         total["dropped"].update(source["dropped"])
     columns = [*sources, total] if len(sources) > 1 else list(sources)
     rows = [["", *(column["name"] for column in columns)]]
-    rows += [[label, *(f"{column[key]:,}" for column in columns)] for label, key in (("documents read", "read"), ("kept", "kept"))]
+    rows += [[label, *(f"{column[key]:,}" for column in columns)] for label, key in ((f"{noun(manifest)} read", "read"), ("kept", "kept"))]
     for reason in (reason for reason in REASONS if total["dropped"][reason]):
         rows.append([f"dropped: {reason}", *(f"{column['dropped'].get(reason, 0):,}" for column in columns)])
     rows.append(["megabytes kept", *(f"{column['bytes'] / 1e6:,.2f}" for column in columns)])
@@ -98,22 +116,24 @@ def data_card(manifest: dict[str, Any]) -> str:
     lines = [
         "# Data card",
         "",
-        f"{manifest['documents']:,} documents, {manifest['bytes'] / 1e6:,.2f} MB of UTF-8 text,"
+        f"{manifest['documents']:,} {noun(manifest)}, {manifest['bytes'] / 1e6:,.2f} MB of UTF-8 text,"
         f" about {manifest['estimated_tokens']:,} tokens ({manifest['config']['bytes_per_token']} bytes per token), made by `lumi prepare`."
         " `manifest.json` holds the same for programs.",
         "",
         "## Sources",
         "",
-        "| source | from | documents | MB | tokens (estimated) |",
+        f"| source | from | {noun(manifest)} | MB | tokens (estimated) |",
         "|---|---|---:|---:|---:|",
     ]
     for source in manifest["sources"]:
         megabytes = f"{source['bytes'] / 1e6:,.2f}"
         lines.append(f"| {source['name']} | {source['origin']} | {source['kept']:,} | {megabytes} | {source['estimated_tokens']:,} |")
-    lines += ["", "## Kept and dropped", "", "```", summary_table(manifest["sources"]), "```", ""]
+    lines += ["", "## Kept and dropped", "", "```", summary_table(manifest), "```", ""]
     lines += _card_notes(manifest)
     lines += ["## How it was made", ""]
-    for part in ("cleaning", "filters", "deduplication"):
+    for part in ("cleaning", "filters", "conversation_filters", "deduplication"):
+        if manifest["config"][part] is None:
+            continue
         lines.append(f"- {part}: " + ", ".join(f"`{key}` {value}" for key, value in manifest["config"][part].items()))
     lines.append("- made with " + ", ".join(f"{name} {version}" for name, version in manifest["environment"].items()))
     lines += ["", "The texts stay under the licences of their sources.", ""]

@@ -3,13 +3,15 @@ import json
 import pytest
 
 from lumi.config import UserError
-from lumi.corpus import CorpusBatch, is_corpus, read_corpus
+from lumi.corpus import ConversationBatch, CorpusBatch, is_corpus, read_corpus
+from lumi.corpus.conversations import pack
 from lumi.corpus.folder import CorpusWriter
+from lumi.messages import Message
 
 
-def write(folder, texts, shard_bytes=1 << 20):
+def write(folder, texts, shard_bytes=1 << 20, **options):
     folder.mkdir(exist_ok=True)
-    with CorpusWriter(folder, shard_bytes) as writer:
+    with CorpusWriter(folder, shard_bytes, **options) as writer:
         for index, text in enumerate(texts):
             writer.add(text, f"s{index % 2}", len(text.encode()))
         return writer.commit({"documents": len(texts)}, "# card\n")
@@ -33,6 +35,51 @@ def test_documents_come_back_in_order_with_their_sources(tmp_path):
     reader.verify()
     with pytest.raises(ValueError, match="batch_documents must be at least 1, got 0"):
         next(reader.iter_batches(batch_documents=0))
+
+
+CONVERSATIONS = [
+    (Message("system", "be\n\tkind"), Message("user", f"question {index} 😀"), Message("assistant", f"Ümlaut {index}\u2028"))[index % 2 :]
+    for index in range(25)
+]
+
+
+PACKED = [pack(messages) for messages in CONVERSATIONS]
+
+
+def test_conversations_come_back_in_order_with_their_sources(tmp_path):
+    write(tmp_path / "c", PACKED, shard_bytes=200, conversations=True)
+    reader = read_corpus(tmp_path / "c")
+    assert reader.holds_conversations
+    assert reader.manifest["columns"] == ["messages", "source"]
+    assert reader.num_shards > 2
+    batches = list(reader.iter_conversations(batch_documents=4))
+    assert all(isinstance(batch, ConversationBatch) and 1 <= len(batch.conversations) <= 4 for batch in batches)
+    pairs = [pair for batch in batches for pair in zip(batch.conversations, batch.sources, strict=True)]
+    assert pairs == [(messages, f"s{index % 2}") for index, messages in enumerate(CONVERSATIONS)]
+    assert all(isinstance(message, Message) for messages, _ in pairs for message in messages)
+    assert list(reader.iter_texts())[:2] == ["be\n\tkind\nquestion 0 😀\nÜmlaut 0\u2028", "question 1 😀\nÜmlaut 1\u2028"]
+
+
+def test_the_hub_reads_the_shards_of_conversations(tmp_path):
+    from datasets import load_dataset
+
+    write(tmp_path / "c", PACKED, conversations=True)
+    (shard,) = (tmp_path / "c").glob("shard-*.parquet")
+    rows = load_dataset("parquet", data_files=str(shard), split="train", streaming=True)
+    assert [row["messages"] for row in rows] == [[message._asdict() for message in messages] for messages in CONVERSATIONS]
+
+
+def test_texts_and_conversations_are_not_taken_for_each_other(tmp_path):
+    write(tmp_path / "texts", TEXTS)
+    write(tmp_path / "chat", PACKED, conversations=True)
+    texts, chat = read_corpus(tmp_path / "texts"), read_corpus(tmp_path / "chat")
+    assert not texts.holds_conversations
+    assert list(texts.iter_texts()) == TEXTS
+    with pytest.raises(UserError, match=r"texts must be a corpus of conversations here, got one of texts; .*chat.json"):
+        next(texts.iter_conversations())
+    for read in (lambda: next(chat.iter_batches()), lambda: next(chat.iter_shard(0)), lambda: next(iter(chat))):
+        with pytest.raises(UserError, match=r"chat must be a corpus of texts here, got one of conversations; `lumi tokenize`"):
+            read()
 
 
 def test_a_truncated_shard_is_refused_when_opened(tmp_path):
@@ -78,6 +125,7 @@ def test_what_is_not_a_corpus_is_refused_with_the_command_that_makes_one(tmp_pat
     ("change", "message"),
     [
         ({"format": 99}, "format must be 1, got 99"),
+        ({"columns": ["prompt"]}, r"columns must be text, source or messages, source, got \['prompt'\]"),
         ({"shards": None}, "must hold documents and shards"),
         ({"shards": [{"file": "x"}]}, "shards must hold bytes, documents, file, sha256"),
         ({"shards": [{"file": "../x", "bytes": 1, "sha256": "", "documents": 1}]}, "shards must hold"),

@@ -5,8 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from lumi.config import UserError, from_dict, load_config, to_dict
-from lumi.corpus import DeduplicationConfig, FilterConfig, JsonlSource, PrepareConfig, TextSource, prepare, processing, read_corpus
+from lumi.config import UserError, from_dict, load_config, read_json, to_dict
+from lumi.corpus import (
+    ConversationFilterConfig,
+    DeduplicationConfig,
+    FilterConfig,
+    JsonlSource,
+    JsonSource,
+    PrepareConfig,
+    TextSource,
+    prepare,
+    processing,
+    read_corpus,
+)
+from lumi.corpus.conversations import AlpacaFormat, MessagesFormat
 from lumi.corpus.folder import CorpusWriter
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "ma", "lis", "ro", "sk")]
@@ -78,6 +90,105 @@ def test_the_same_bytes_for_one_and_two_workers(mixed, tmp_path, monkeypatch):
     two = prepare(mixed, tmp_path / "two", num_workers=2)
     assert one == two
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Two sources of conversations with everything that can go wrong in them."""
+    records = [{"instruction": f"What is {seed}?", "output": prose(seed)} for seed in range(20)]
+    records += [{"instruction": "What is  3?", "output": prose(3)}, {"instruction": "What is 4?", "output": prose(4) + "extra"}]
+    records += [{"instruction": "x"}, {"instruction": " ", "output": "x"}, {"instruction": "x", "output": "x" * 5000}]
+    (tmp_path / "alpaca.json").write_text(json.dumps([*records, "x", {"instruction": "x", "output": "no"}]))
+    turns = [
+        {"role": "user", "content": "Hé\x00llo\ud83d"},
+        {"role": "assistant", "content": prose(100)},
+        {"role": "user", "content": "And?"},
+    ]
+    system = {"role": "system", "content": "Be kind."}
+    chats = [[system, *turns], turns[:1], [turns[1], turns[0], turns[1]], [turns[0], system, turns[1]], [{"role": "x", "content": ""}], 3]
+    chats += [[turns[0], {"role": "assistant", "content": "I cannot help: " + prose(101)}], [*turns, *turns[1:], *turns[1:]]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in chats))
+    return PrepareConfig(
+        sources=(
+            JsonSource(name="alpaca", paths=(str(tmp_path / "alpaca.json"),), conversation=AlpacaFormat()),
+            JsonlSource(name="chats", paths=(str(tmp_path / "chats.jsonl"),), conversation=MessagesFormat(field="chat")),
+        ),
+        conversation_filters=ConversationFilterConfig(
+            max_chars=4000, max_messages=5, min_answer_chars=3, blocked_phrases=("i cannot help",)
+        ),
+    )
+
+
+def test_conversations_are_counted_like_texts(chats, tmp_path, capsys):
+    manifest = prepare(chats, tmp_path / "c", num_workers=1)
+    first, second = manifest["sources"]
+    assert first["dropped"] == {
+        "malformed_json": 1,
+        "missing_text": 1,
+        "empty_turn": 1,
+        "short_answer": 1,
+        "too_long": 1,
+        "exact_duplicate": 1,
+        "near_duplicate": 1,
+    }
+    assert second["dropped"] == {
+        "malformed_messages": 1,
+        "unknown_role": 1,
+        "no_answer": 1,
+        "system_not_first": 1,
+        "roles_do_not_alternate": 1,
+        "too_many_messages": 1,
+        "blocked_phrase": 1,
+    }
+    assert (first["read"], first["kept"], second["read"], second["kept"]) == (27, 20, 8, 1)
+    for source in manifest["sources"]:
+        assert source["read"] == source["kept"] + sum(source["dropped"].values())
+    reader = read_corpus(tmp_path / "c")
+    assert (reader.manifest, reader.manifest["columns"]) == (manifest, ["messages", "source"])
+    (batch,) = reader.iter_conversations()
+    assert batch.sources == ["alpaca"] * 20 + ["chats"]
+    assert [messages[1].content for messages in batch.conversations[:20]] == [prose(seed) for seed in range(20)]
+    assert [tuple(message) for message in batch.conversations[20]] == [
+        ("system", "Be kind."),
+        ("user", "Héllo\ufffd"),
+        ("assistant", prose(100)),
+    ]
+    assert manifest["bytes"] == sum(len(text.encode()) for text in reader.iter_texts())
+    printed = capsys.readouterr().out
+    assert "conversations read" in printed
+    assert "21 conversations in 1 shard:" in printed
+    card = (tmp_path / "c" / "DATA_CARD.md").read_text()
+    assert "21 conversations, " in card
+    assert "chats.jsonl:5: message 1: role must be one of" in card
+    assert "- conversation_filters: `max_chars` 4000" in card
+    assert "- filters" not in card
+    assert manifest["config"]["filters"] is None
+    assert from_dict(PrepareConfig, manifest["config"]) == chats
+
+
+def test_conversations_with_workers_and_from_the_cache_are_the_same(chats, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processing, "BATCH_DOCUMENTS", 3)
+    one = prepare(chats, tmp_path / "one", num_workers=1)
+    assert prepare(chats, tmp_path / "two", num_workers=2) == one
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    (tmp_path / "two" / "manifest.json").unlink()
+    for path in (tmp_path / "two").glob("shard-*"):
+        path.unlink()
+    monkeypatch.setattr(processing, "process_batch", None)  # the cache has everything
+    assert prepare(chats, tmp_path / "two", num_workers=1, use_cache=True) == one
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    plan = prepare(chats, tmp_path / "one", num_workers=1, use_cache=True, analyze_only=True)
+    assert plan["sources"] == one["sources"]
+    assert "nothing was written; 21 conversations would be" in capsys.readouterr().out
+
+
+def test_budgets_of_conversations_count_what_is_said(tmp_path):
+    records = [{"instruction": f"What is {seed}?", "output": prose(seed)} for seed in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    source = {"kind": "json", "name": "a", "paths": [str(tmp_path / "a.json")], "conversation": {"kind": "alpaca"}}
+    said = [len((record["instruction"] + "\n" + record["output"]).encode()) for record in records]
+    config = from_dict(PrepareConfig, {"sources": [source | {"max_tokens": sum(said[:7])}], "bytes_per_token": 1.0})
+    assert prepare(config, tmp_path / "c", num_workers=1)["documents"] == 7
 
 
 def test_analyze_only_says_the_same_and_writes_nothing(mixed, tmp_path, capsys):
@@ -220,6 +331,15 @@ def test_a_glob_without_files_is_refused_before_anything_is_written(tmp_path):
         ({"shard_bytes": 10}, "shard_bytes must be at least 1024, got 10"),
         ({"filters": {"min_chars": 5, "max_chars": 4}}, r"filters max_chars must be at least min_chars \(5\), got 4"),
         ({"filter": {}}, "did you mean 'filters'"),
+        (
+            {"sources": [{"kind": "python_docs", "name": "a"}, {"kind": "python_questions", "name": "b"}]},
+            "sources must all give texts, or all conversations .* got texts from a and conversations from b; prepare two corpora",
+        ),
+        ({"conversation_filters": {}}, "conversation_filters must be left out for sources of texts; use filters"),
+        (
+            {"sources": [{"kind": "python_questions", "name": "b"}], "filters": {}},
+            "filters must be left out for sources of conversations; use conversation_filters",
+        ),
     ],
 )
 def test_impossible_configs_are_refused(values, message):
@@ -248,3 +368,21 @@ def test_corpus_configs_hold_twenty_tokens_per_parameter(name, num_parameters):
 def test_the_demo_needs_no_network():
     config = load_config(PrepareConfig, CONFIGS / "demo" / "prepare.json")
     assert {source.kind for source in config.sources} == {"python_docs"}
+
+
+def test_the_questions_of_the_demo_need_no_network_and_two_sides_differ_in_nothing_else():
+    sides = {side: read_json(CONFIGS / "demo" / f"questions_{side}.json") for side in ("train", "held_out")}
+    for side, config in sides.items():
+        assert [source.pop("modules") for source in config["sources"]] == [side]
+        assert {source["kind"] for source in config["sources"]} == {"python_questions"}
+    assert sides["train"] == sides["held_out"]
+
+
+def test_the_chat_config_names_its_datasets():
+    config = load_config(PrepareConfig, CONFIGS / "corpus" / "chat.json")
+    assert {source.dataset: source.conversation.kind for source in config.sources} == {
+        "yahma/alpaca-cleaned": "alpaca",
+        "databricks/databricks-dolly-15k": "dolly",
+        "OpenAssistant/oasst2": "oasst_messages",
+        "HuggingFaceTB/smoltalk": "messages",
+    }

@@ -40,6 +40,9 @@ def test_what_is_found(entries, collected):
     assert by_name["builtins.len"].docstring.startswith("Return the number of items in a container.")
     assert by_name["assert"].kind == "topic"
     assert by_name["collections.OrderedDict"].kind == "class"
+    # Written in C, in _io and _functools, and imported by modules that come earlier in the alphabet.
+    assert by_name["io.BytesIO"].kind == "class"
+    assert by_name["functools.reduce"].kind == "function"
     header, documents = collected
     assert header["documents"] == len(documents) > 500
     assert sum(map(len, documents)) > 1_500_000

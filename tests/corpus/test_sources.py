@@ -6,7 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lumi.config import UserError, from_dict
-from lumi.corpus import HubSource, JsonlSource, ParquetSource, PrepareConfig, PythonDocsSource, TextSource
+from lumi.corpus import HubSource, JsonlSource, JsonSource, ParquetSource, PrepareConfig, PythonDocsSource, TextSource
+from lumi.corpus.conversations import AlpacaFormat, MessagesFormat, unpack
+from lumi.corpus.oasst import OasstMessagesFormat
 from lumi.corpus.reading import CHUNK_BYTES, open_source
 from lumi.corpus.sources import find_files, identify
 
@@ -88,6 +90,68 @@ def test_parquet_of_dictionary_and_large_strings(tmp_path):
         assert texts(ParquetSource(name="x", paths=(str(path),))) == ["a", "b", "a"]
 
 
+def said(record):
+    return [message.content for message in unpack(record.text)]
+
+
+def test_json_is_one_array(tmp_path):
+    path = tmp_path / "data.json.gz"
+    data = [{"text": "a"}, {"text": None}, 7, {"text": "ü"}]
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(data, ensure_ascii=False).encode()))
+    records = read(JsonSource(name="x", paths=(str(path),)))
+    assert [(record.text, record.reason) for record in records] == [("a", ""), (None, "missing_text"), (None, "malformed_json"), ("ü", "")]
+    assert records[2].detail == f"{path}:item 3: must be an object, got int"
+    assert texts(JsonSource(name="x", paths=(str(path),)), skip=3) == ["ü"]
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b'{"a": 1}\n{"a": 2}\n', "Extra data"),
+        (b'{"a": 1}', "dict"),
+        (b"", "Expecting value"),
+        (b'["\xff"]', "can't decode"),
+        (b"[" * 99999, ""),
+    ],
+)
+def test_json_that_is_no_array_is_refused(tmp_path, content, got):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf'source \'x\': .*data.json must hold one JSON array of objects, got: .*{got}.* use kind "jsonl"'):
+        read(JsonSource(name="x", paths=(str(path),)))
+
+
+def test_jsonl_with_conversations(tmp_path):
+    lines = ['{"instruction": "q", "output": "a"}', '{"instruction": "q"}', "{", '{"instruction": "r", "output": "b"}']
+    source = jsonl(tmp_path, *lines, conversation=AlpacaFormat())
+    records = read(source)
+    assert [record.reason for record in records] == ["", "missing_text", "malformed_json", ""]
+    assert said(records[0]) == ["q", "a"]
+    assert records[1].detail == f"{source.paths[0]}:2: no field 'output'; it has 'instruction'"
+    assert read(source, skip=3) == records[3:]
+
+
+def test_parquet_with_conversations(tmp_path):
+    path = tmp_path / "data.parquet"
+    turns = [{"role": "user", "content": "q", "extra": 1}, {"role": "assistant", "content": "a", "extra": 2}]
+    pq.write_table(pa.table({"messages": [turns, None, []], "other": [1, 2, 3]}), path)
+    records = read(ParquetSource(name="x", paths=(str(path),), conversation=MessagesFormat()))
+    assert [record.reason for record in records] == ["", "missing_text", "malformed_messages"]
+    assert said(records[0]) == ["q", "a"]
+    assert records[2].detail.startswith(f"{path}:row 3: messages must be a list of at least one message")
+    with pytest.raises(UserError, match=r"source 'x': .*data.parquet must have the columns instruction, output, got messages, other"):
+        read(ParquetSource(name="x", paths=(str(path),), conversation=AlpacaFormat()))
+
+
+def test_parquet_with_conversations_that_are_not_utf8(tmp_path):
+    path = tmp_path / "data.parquet"
+    outputs = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers())
+    pq.write_table(pa.table({"instruction": ["q", "r"], "input": ["i", None], "output": outputs}), path)
+    records = read(ParquetSource(name="x", paths=(str(path),), conversation=AlpacaFormat()))
+    assert said(records[0]) == ["q\n\ni", "a"]
+    assert (records[1].reason, records[1].detail) == ("invalid_utf8", f"{path}:row 2: invalid UTF-8 at byte 0")
+
+
 def test_text_is_a_document_per_file_or_per_separator(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffone\r\n\r\ntwo\ntwo\r\n\r\n\n\nthree\n".encode())
@@ -138,6 +202,9 @@ def test_identity_follows_the_files_but_not_name_and_budget(tmp_path):
     assert one != identify(TextSource(name="x", paths=(str(path),), separator="-"))
     path.write_text("12")
     assert one != identify(TextSource(name="x", paths=(str(path),)))
+    assert identify(JsonSource(name="x", paths=(str(path),))) != identify(
+        JsonSource(name="x", paths=(str(path),), conversation=AlpacaFormat())
+    )
 
 
 class Stream:
@@ -183,6 +250,18 @@ def test_hub_passes_every_key_and_streams(hub):
     assert [record.reason for record in records] == ["missing_text", "wrong_type", ""]
 
 
+def test_hub_with_conversations_skips_records(hub):
+    _, examples = hub
+    row = {"message_id": "1", "parent_id": None, "message_tree_id": "1", "text": "q", "role": "prompter", "rank": None}
+    examples += [row, row | {"message_id": "2", "parent_id": "1", "text": "a", "role": "assistant"}]
+    examples += [row | {"message_id": number, "message_tree_id": number, "text": text} for number, text in (("3", "r"), ("4", "s"))]
+    source = HubSource(name="x", dataset="org/data", conversation=OasstMessagesFormat())
+    assert list(map(said, read(source))) == [["q", "a"], ["r"], ["s"]]
+    assert list(map(said, read(source, skip=2))) == [["s"]]  # records, which are trees, not rows
+    examples[:] = [{"instruction": "q", "output": "a"}, {"instruction": "r", "output": "b"}]
+    assert list(map(said, read(HubSource(name="x", dataset="org/data", conversation=AlpacaFormat()), skip=1))) == [["r", "b"]]
+
+
 def test_hub_out_of_reach_is_one_line(hub):
     _, examples = hub
     source = HubSource(name="x", dataset="org/data")
@@ -214,9 +293,16 @@ def test_hub_with_a_real_dataset_in_a_folder(tmp_path):
         ({"kind": "jsonl", "name": "x", "paths": ["x"], "max_documents": -1}, "max_documents must be at least 1"),
         ({"kind": "jsonl", "name": "x", "paths": ["x"], "text_field": ""}, "text_field must be a name"),
         ({"kind": "hub", "name": "x", "dataset": ""}, "dataset must be a name"),
+        ({"kind": "hub", "name": "x", "dataset": "a/b", "split": ""}, "split must be a name"),
+        ({"kind": "json", "name": "x", "paths": []}, "paths must hold at least one path"),
+        (
+            {"kind": "json", "name": "x", "paths": ["x"], "text_field": "a", "conversation": {"kind": "alpaca"}},
+            "text_field must be left out where conversation is given, got 'a'",
+        ),
+        ({"kind": "text", "name": "x", "paths": ["x"], "conversation": {"kind": "alpaca"}}, "sources.0.conversation unknown key"),
         ({"kind": "python_docs", "name": "x", "packages": []}, "packages must be a list of different names"),
         ({"kind": "python_docs", "name": "x", "packages": ["../x"]}, "packages must be names such as"),
-        ({"kind": "csv", "name": "x"}, 'sources.0.kind must be one of "hub", "jsonl", "parquet", "text", "python_docs", got "csv"'),
+        ({"kind": "csv", "name": "x"}, 'sources.0.kind must be one of "hub", "jsonl", "json", .*, got "csv"'),
     ],
 )
 def test_impossible_sources_are_refused(source, message):

@@ -1,0 +1,69 @@
+"""Which conversations are fit to learn from: their structure, and a few limits that can be set."""
+
+from dataclasses import dataclass
+
+from lumi.corpus.cleaning import CleaningConfig, clean_text
+from lumi.corpus.conversations import contents
+from lumi.corpus.filters import check_languages, check_phrases, classifier
+from lumi.messages import Conversation, find_disorder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationFilterConfig:
+    """Limits of a conversation that is kept.
+
+    `max_chars`: of all contents together; `max_messages`: with the system message; `min_answer_chars`: of every answer;
+    `blocked_phrases`: in answers, upper or lower case; `languages`: of the whole.
+    """
+
+    max_chars: int = 100_000
+    max_messages: int | None = None
+    min_answer_chars: int = 1
+    blocked_phrases: tuple[str, ...] = ("as an ai language model",)
+    languages: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_chars < 2:
+            raise ValueError(f"max_chars must be at least 2, got {self.max_chars}")
+        if self.max_messages is not None and self.max_messages < 2:
+            raise ValueError(f"max_messages must be at least 2, or null for any number, got {self.max_messages}")
+        if self.min_answer_chars < 1:
+            raise ValueError(f"min_answer_chars must be at least 1, got {self.min_answer_chars}")
+        check_phrases(self.blocked_phrases)
+        check_languages(self.languages)
+
+
+def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conversation:
+    """Every content cleaned; a blank system message and what the user said last without an answer are left out."""
+    cleaned = [message._replace(content=clean_text(message.content, config)) for message in messages]
+    while cleaned and cleaned[-1].role == "user":
+        cleaned.pop()
+    return tuple(message for message in cleaned if message.role != "system" or not _is_blank(message.content))
+
+
+def find_conversation_fault(messages: Conversation, config: ConversationFilterConfig) -> str:
+    """The reason to drop a cleaned conversation, or "" to keep it.
+
+    Raises:
+        UserError: `languages` is given and py3langid is not installed.
+    """
+    disorder = find_disorder(messages)
+    if disorder:
+        return disorder
+    if any(_is_blank(message.content) for message in messages):
+        return "empty_turn"
+    if config.max_messages is not None and len(messages) > config.max_messages:
+        return "too_many_messages"
+    answers = [message.content for message in messages if message.role == "assistant"]
+    if any(len(answer) < config.min_answer_chars for answer in answers):
+        return "short_answer"
+    lowered = [answer.lower() for answer in answers]
+    if any(phrase.lower() in answer for phrase in config.blocked_phrases for answer in lowered):
+        return "blocked_phrase"
+    if config.languages is not None and classifier(config.languages)(contents(messages)) not in config.languages:
+        return "language"
+    return ""
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()

@@ -1,0 +1,108 @@
+"""Trees of messages with ranked replies, as OpenAssistant publishes them (Koepf et al. 2023, arXiv:2304.07327).
+
+Of each tree the path of the best-ranked replies is taken: rank 0 is the one that people liked most.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lumi.corpus.conversations import Format, read_field, read_string
+from lumi.messages import Conversation, MalformedConversation, Message
+
+ROLES: dict[str, Literal["user", "assistant"]] = {"prompter": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OasstFormat(Format):
+    """A tree per record, nested: `prompt` is a message with `text`, `role`, `rank`, `lang`, `deleted` and `replies`.
+
+    `lang`: only trees whose prompt was written in this language, as the data says.
+    """
+
+    kind: Literal["oasst"] = "oasst"
+    lang: str | None = None
+    required = ("prompt",)
+
+    def __post_init__(self) -> None:
+        _check_lang(self.lang)
+
+    def read(self, record: dict[str, Any]) -> Conversation:
+        return best_path(read_field(record, "prompt"), self.lang)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OasstMessagesFormat(Format):
+    """A message per row, as on the hub (OpenAssistant/oasst2): the rows of one tree stand together, and count as one record."""
+
+    kind: Literal["oasst_messages"] = "oasst_messages"
+    lang: str | None = None
+    required = ("message_id", "parent_id", "message_tree_id", "text", "role")
+    optional = ("lang", "rank", "deleted")
+
+    def __post_init__(self) -> None:
+        _check_lang(self.lang)
+
+    def read(self, record: dict[str, Any]) -> Conversation:
+        # `reading` has put the rows of a tree together, in the field "rows".
+        nodes = {read_string(row, "message_id"): row | {"replies": []} for row in record["rows"]}
+        for node in nodes.values():
+            parent = nodes.get(read_string(node, "parent_id", optional=True))
+            if parent is not None:
+                parent["replies"].append(node)
+        prompts = [node for node in nodes.values() if not node.get("parent_id")]
+        if len(prompts) != 1:
+            # Also what a tree gives whose rows do not stand together.
+            raise MalformedConversation("malformed_tree", f"a tree must have one message without a parent, got {len(prompts)}")
+        return best_path(prompts[0], self.lang)
+
+
+def best_path(prompt: Any, lang: str | None) -> Conversation:
+    """From the prompt to a leaf, by the reply of the lowest rank: one without a rank comes last, of equals the first is taken.
+
+    Replies that were deleted do not count.
+
+    Raises:
+        MalformedConversation: not a tree of messages ("malformed_tree"), another role ("unknown_role"), a prompt in another
+            language than `lang` ("other_language") or one that was deleted ("deleted").
+    """
+    messages: list[Message] = []
+    _check_node(prompt)
+    if lang is not None and prompt.get("lang") != lang:
+        raise MalformedConversation("other_language", "")
+    if prompt.get("deleted"):
+        raise MalformedConversation("deleted", "")
+    node: Any = prompt
+    while node is not None:
+        role = read_string(node, "role")
+        if role not in ROLES:
+            raise MalformedConversation("unknown_role", f"role must be one of {', '.join(ROLES)}, got {role!r}")
+        messages.append(Message(ROLES[role], read_string(node, "text")))
+        node = _best_reply(node.get("replies") or [])
+    return tuple(messages)
+
+
+def _best_reply(replies: Any) -> dict[str, Any] | None:
+    if not isinstance(replies, list):
+        raise MalformedConversation("malformed_tree", f"replies must be a list, got {type(replies).__name__}")
+    for reply in replies:
+        _check_node(reply)
+    return min((reply for reply in replies if not reply.get("deleted")), key=_rank, default=None)
+
+
+def _rank(message: dict[str, Any]) -> float:
+    rank = message.get("rank")
+    return math.inf if rank is None or rank != rank else rank  # NaN: missing in a table
+
+
+def _check_node(node: Any) -> None:
+    if not isinstance(node, dict):
+        raise MalformedConversation("malformed_tree", f"a message must be an object, got {type(node).__name__}")
+    rank = node.get("rank")
+    if rank is not None and (not isinstance(rank, int | float) or isinstance(rank, bool)):
+        raise MalformedConversation("malformed_tree", f"rank must be a number, got {type(rank).__name__}")
+
+
+def _check_lang(lang: str | None) -> None:
+    if lang == "":
+        raise ValueError('lang must be a code such as "en", or null for all, got ""')

@@ -1,0 +1,62 @@
+"""The config of the stage `prepare`."""
+
+from dataclasses import dataclass, field
+
+from lumi.corpus.cleaning import CleaningConfig
+from lumi.corpus.conversation_filters import ConversationFilterConfig
+from lumi.corpus.deduplication import DeduplicationConfig
+from lumi.corpus.filters import FilterConfig
+from lumi.corpus.processing import Recipe
+from lumi.corpus.sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """`bytes_per_token`: the estimate behind budgets and reports; `shard_bytes`: text in one shard, before compression.
+
+    A source is read until its budget of documents that are kept (`max_tokens` estimated, `max_documents`) is reached.
+    All sources give texts, which `filters` judges, or all give conversations, which `conversation_filters` judges: that one of the
+    two is always set, to its defaults if it was not given, and the other is None.
+    """
+
+    sources: tuple[Source, ...]
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    filters: FilterConfig | None = None
+    conversation_filters: ConversationFilterConfig | None = None
+    deduplication: DeduplicationConfig = field(default_factory=DeduplicationConfig)
+    bytes_per_token: float = 4.2
+    shard_bytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources must hold at least one source, got none")
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"sources must have different names, got {', '.join(map(repr, twice))} more than once")
+        self._set_filters()
+        if not self.bytes_per_token > 0:
+            raise ValueError(f"bytes_per_token must be above 0, got {self.bytes_per_token}")
+        if self.shard_bytes < 1024:
+            raise ValueError(f"shard_bytes must be at least 1024, got {self.shard_bytes}")
+
+    def _set_filters(self) -> None:
+        conversations = [source.name for source in self.sources if source.holds_conversations]
+        texts = [source.name for source in self.sources if not source.holds_conversations]
+        if conversations and texts:
+            raise ValueError(
+                "sources must all give texts, or all conversations (python_questions, and those with `conversation`),"
+                f" got texts from {', '.join(texts)} and conversations from {', '.join(conversations)}; prepare two corpora"
+            )
+        fitting, other = ("conversation_filters", "filters") if conversations else ("filters", "conversation_filters")
+        if getattr(self, other) is not None:
+            raise ValueError(f"{other} must be left out for sources of {'conversations' if conversations else 'texts'}; use {fitting}")
+        if getattr(self, fitting) is None:
+            object.__setattr__(self, fitting, ConversationFilterConfig() if conversations else FilterConfig())
+
+    @property
+    def recipe(self) -> Recipe:
+        """What decides what becomes of a record by itself."""
+        filters = self.filters or self.conversation_filters
+        assert filters is not None
+        return Recipe(self.cleaning, filters, self.deduplication)

@@ -1,0 +1,135 @@
+"""Questions about Python's library, and their answers from its own documentation: conversations that need no download."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from lumi.corpus.docstrings import Entry
+from lumi.corpus.python_docs import open_entries
+from lumi.messages import Conversation, Message
+
+PHRASING_VERSION = 1  # part of the cache key: raise it when the same entries would give other conversations
+LONGEST_SIGNATURE = 100  # characters; longer ones are nothing that one asks for in a sentence
+LEAST_WORDS = 3  # of what is no sentence: "device", "self % other" answer nothing, "Bisection algorithms." does
+KNOWN_AS = {"builtins.": "", "posix.": "os.", "posixpath.": "os.path."}  # names that nobody writes
+
+CALL = "How do I call `{}`?"
+FUNCTION = ("What does `{}` do?", "What is `{}` for?", "Explain `{}`.")
+ATTRIBUTE = ("What is `{}`?", "Explain `{}`.")
+CLASS = ("What is `{}`?", "What is the class `{}` for?")
+MODULE = ("What is the module `{}` for?", "What does the module `{}` do?")
+
+# The first line of many docstrings: `name(arguments)`, `name(arguments) -> type`, `name(arguments) -- what it does`.
+SIGNATURE = re.compile(r"[\w.]+(?:\(.*?\)|(?= ->|: ))(?:\s*\[.*\])?(?:\s*(?:->|--|:)\s*(?P<rest>.*))?")
+RESULT = re.compile(r"^\w+[.,]\s+")  # "-> x.  Generates an int with k random bits."
+LAYOUT = re.compile(r"\s|[-*+#|:@>=~.]|\d+[.)]\s")  # a line that begins so belongs to code, a list, a table, fields
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!a\.k\.a\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`'\"(])")
+MARKUP = (
+    (re.compile(r":[\w:]+:`~?([^`<]+)(?:\s<[^`]*)?`"), r"`\1`"),  # :func:`name`
+    (re.compile(r"``([^`]+)``"), r"`\1`"),
+    (re.compile(r"`(\w+)'"), r"`\1`"),
+    (re.compile(r"(?<!\w)\*(\w+)\*(?!\w)"), r"`\1`"),
+)
+
+
+def read_questions(
+    packages: tuple[str, ...], modules: Literal["all", "train", "held_out"], held_out_fraction: float, max_answer_chars: int
+) -> tuple[dict[str, Any], Iterator[Conversation | None]]:
+    """What was found (sha256, entries, skipped modules) and, for each entry of the modules on one side, a question and its answer.
+
+    None stands for an entry whose documentation gives no answer.
+
+    Raises:
+        UserError: a package cannot be imported.
+    """
+    header, entries = open_entries(packages)
+    facts = {"sha256": header["sha256"], "entries": header["documents"], "skipped_modules": header["skipped_modules"]}
+    chosen = _choose(entries, modules, held_out_fraction)
+    return facts, (ask(entry, max_answer_chars) for entry in chosen)
+
+
+def ask(entry: Entry, max_answer_chars: int) -> Conversation | None:
+    """A question about an entry, in one of a few phrasings that its name decides, and the answer; None if there is none."""
+    summary = summarize(entry.docstring, max_answer_chars)
+    if not summary:
+        return None
+    name = entry.qualified_name
+    for prefix, known_as in KNOWN_AS.items():
+        if name.startswith(prefix):
+            name = known_as + name.removeprefix(prefix)
+    phrasings = {"module": MODULE, "class": CLASS}.get(entry.kind, FUNCTION if entry.signature else ATTRIBUTE)
+    call = _call(name, entry)
+    with_call = summarize(entry.docstring, max_answer_chars - len(call)) if call else ""
+    if with_call:
+        phrasings = (*phrasings, CALL)
+    question = phrasings[_hash(entry.qualified_name) % len(phrasings)]
+    answer = f"{call}{with_call}" if question == CALL else summary
+    return Message("user", question.format(name)), Message("assistant", answer)
+
+
+def summarize(docstring: str, max_chars: int) -> str:
+    """The sentences at the start of a docstring, in one line of at most `max_chars` characters; "" if there are none."""
+    text = " ".join(" ".join(_first_paragraph(docstring)).split())
+    for pattern, replacement in MARKUP:
+        text = pattern.sub(replacement, text)
+    sentences = SENTENCE_END.split(text)
+    if sentences[-1].endswith((":", ",", ";")):  # it leads to something that is no prose
+        sentences.pop()
+    if not sentences or not sentences[0]:
+        return ""
+    least_words = LEAST_WORDS - 1
+    if sentences[-1][-1] not in ".!?":
+        sentences[-1] += "."
+        least_words = LEAST_WORDS
+    summary = ""
+    for sentence in sentences:
+        if len(summary) + len(sentence) + bool(summary) > max_chars:
+            break
+        summary += " " * bool(summary) + sentence
+    begins_well = summary[:1].isalpha() or summary.startswith("`")
+    if not begins_well or len(re.findall(r"[A-Za-z]+", summary)) < least_words:
+        return ""
+    return summary[0].upper() + summary[1:]
+
+
+def is_held_out(module: str, fraction: float) -> bool:
+    """Whether a module is among the `fraction` that is kept from training: its name alone decides."""
+    return _hash(module) < fraction * 2**64
+
+
+def _choose(entries: Iterable[Entry], modules: str, held_out_fraction: float) -> Iterator[Entry]:
+    for entry in entries:
+        module = entry.owner.rpartition(".")[0] if entry.kind == "method" else entry.owner
+        if modules == "all" or is_held_out(module, held_out_fraction) == (modules == "held_out"):
+            yield entry
+
+
+def _first_paragraph(docstring: str) -> list[str]:
+    """The lines of the first paragraph of prose: without signatures, and up to where something else begins."""
+    lines = docstring.strip().split("\n")
+    while lines and (match := SIGNATURE.fullmatch(lines[0].strip())):
+        rest = RESULT.sub("", match["rest"] or "")
+        is_prose = rest[:1].isalpha() and len(rest.split()) >= LEAST_WORDS
+        stands_alone = len(lines) > 1 and not lines[1].strip() and not rest.endswith(".")  # "-> floating point number": a type
+        if is_prose and not stands_alone:
+            lines[0] = rest
+            break
+        lines.pop(0)
+        while lines and not lines[0].strip():
+            lines.pop(0)
+    end = next((index for index, line in enumerate(lines) if index and (not line.strip() or LAYOUT.match(line))), len(lines))
+    return lines[:end]
+
+
+def _call(name: str, entry: Entry) -> str:
+    """`` `name(arguments)`.  `` for a function or method, without `self`; "" if it would say little or much."""
+    signature = re.sub(r"^\((?:self|cls)(?:, /)?(?:, )?", "(", entry.signature)
+    says_little = entry.kind not in ("function", "method") or signature in ("", "(*args, **kwargs)")
+    if says_little or "<" in signature or len(name + signature) > LONGEST_SIGNATURE:
+        return ""
+    return f"`{name}{signature}`. "
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
