@@ -1,11 +1,12 @@
 """The token store on disk: per split one flat array of tokens, document offsets and perhaps a loss mask; `manifest.json` comes last.
 
-Each document is BOS, its ids, EOS. `<split>.tokens` is uint16, or uint32 past 65,536 ids; `<split>.offsets` is uint64, where each
-document begins in the tokens and, last, their number; `<split>.mask` has one bit per token, the first in the highest bit of the
-first byte. All little-endian. Sequence length is not baked in.
+A text is BOS, its ids, EOS; a conversation is what a chat template makes of it. `<split>.tokens` is uint16, or uint32 past 65,536
+ids; `<split>.offsets` is uint64, where each document begins in the tokens and, last, their number; `<split>.mask` has one bit per
+token, the first in the highest bit of the first byte. All little-endian. Sequence length is not baked in.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -32,7 +33,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """`tokens` counts BOS and EOS; `bytes` are those of the documents' text in UTF-8."""
+    """`tokens` counts BOS and EOS; `bytes` are those of the trained text in UTF-8: of a conversation, those of its answers."""
 
     documents: int
     tokens: int
@@ -41,19 +42,38 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitManifest:
-    """What one split holds, in all and from each source; files by name."""
+    """What one split holds, in all and from each source; files by name.
+
+    Of conversations: `trained_tokens` (None: all of them, as in texts), `dropped`, by reason, those without a trained token, and
+    `truncated`, those that lost answers to a limit of tokens.
+    """
 
     documents: int
     tokens: int
     bytes: int
+    trained_tokens: int | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
     max_token_id: int
     files: dict[str, FileRecord]
     sources: dict[str, Counts]
 
+    def describe(self) -> str:
+        """One line for people."""
+        if self.trained_tokens is None:
+            return f"{self.documents:,} documents, {self.tokens:,} tokens, {self.bytes / self.tokens:.2f} bytes per token"
+        share = f"{self.trained_tokens:,} trained ({self.trained_tokens / self.tokens:.1%})"
+        dropped = "".join(f"; {count:,} dropped: {reason}" for reason, count in self.dropped.items())
+        truncated = f"; {self.truncated:,} truncated" if self.truncated else ""
+        return f"{self.documents:,} conversations, {self.tokens:,} tokens, {share}{dropped}{truncated}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreManifest:
-    """`manifest.json`. `inputs` is whatever decided the content besides the tokenizer: stores of equal inputs are equal."""
+    """`manifest.json`. `inputs` is whatever decided the content besides the tokenizer: stores of equal inputs are equal.
+
+    `template` is the name of the chat template, None for texts.
+    """
 
     kind: Literal["lumi-token-store"] = KIND
     format: int = FORMAT
@@ -61,6 +81,7 @@ class StoreManifest:
     vocab_size: int
     dtype: Literal["uint16", "uint32"]
     inputs: dict[str, str]
+    template: str | None = None
     splits: dict[str, SplitManifest]
 
 
@@ -69,7 +90,7 @@ class Split:
     """One split of a token store, mapped from disk.
 
     tokens: (num_tokens,) uint16 or uint32. offsets: (num_documents + 1,) uint64, where each document begins in `tokens`.
-    mask: the packed loss mask, (ceil(num_tokens / 8),) uint8, or None where every token is trained. num_bytes: of the documents' text.
+    mask: the packed loss mask, (ceil(num_tokens / 8),) uint8, or None where every token is trained. num_bytes: of the trained text.
     """
 
     tokens: np.ndarray
@@ -157,6 +178,8 @@ class StoreWriter:
 
     def __init__(self, folder: Path, *, tokenizer_fingerprint: str, vocab_size: int):
         self.folder, self.fingerprint, self.vocab_size = folder, tokenizer_fingerprint, vocab_size
+        self.dropped: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
+        self.truncated: Counter[str] = Counter()
         self._splits: dict[str, _SplitWriter] = {}
 
     def append(
@@ -187,19 +210,25 @@ class StoreWriter:
             self._splits[split] = _SplitWriter(self.folder, split, token_dtype(self.vocab_size), mask is not None)
         self._splits[split].append(tokens, lengths, counts, mask)
 
+    def count_dropped(self, split: str, dropped: dict[str, int], truncated: int) -> None:
+        """Add to what the manifest says of a split: documents that are not in it, by reason, and documents that are shorter in it."""
+        self.dropped[split].update(dropped)
+        self.truncated[split] += truncated
+
     def close(self) -> None:
         """Close the files without finishing; harmless after `finish`."""
         for writer in self._splits.values():
             writer.close()
 
-    def finish(self, inputs: dict[str, str]) -> StoreManifest:
-        """Close the files and write the manifest."""
+    def finish(self, inputs: dict[str, str], template: str | None = None) -> StoreManifest:
+        """Close the files and write the manifest, whose fields the arguments are."""
         manifest = StoreManifest(
             tokenizer_fingerprint=self.fingerprint,
             vocab_size=self.vocab_size,
             dtype="uint16" if token_dtype(self.vocab_size).itemsize == 2 else "uint32",
             inputs=inputs,
-            splits={name: self._splits[name].finish() for name in sorted(self._splits)},
+            template=template,
+            splits={name: self._splits[name].finish(self.dropped[name], self.truncated[name]) for name in sorted(self._splits)},
         )
         write_json(self.folder / "manifest.json", to_dict(manifest))
         return manifest
@@ -213,7 +242,7 @@ class _SplitWriter:
         self.dtype = dtype
         self.total = (0, 0, 0)  # documents, tokens, bytes
         self.sources: dict[str, tuple[int, int, int]] = {}
-        self.max_token_id = 0
+        self.max_token_id = self.trained_tokens = 0
         self.spare_bits = np.zeros(0, dtype=bool)  # fewer than 8, which do not fill a byte of the mask yet
         self.files["offsets"].write(np.zeros(1, dtype="<u8").tobytes())
 
@@ -227,6 +256,7 @@ class _SplitWriter:
             whole = len(bits) - len(bits) % 8
             self.files["mask"].write(np.packbits(bits[:whole]).tobytes())
             self.spare_bits = bits[whole:]
+            self.trained_tokens += int(mask.sum())
         for source, count in counts.items():
             self.sources[source] = _add(self.sources.get(source, (0, 0, 0)), count)
             self.total = _add(self.total, count)
@@ -236,7 +266,7 @@ class _SplitWriter:
         for file in self.files.values():
             file.close()
 
-    def finish(self) -> SplitManifest:
+    def finish(self, dropped: dict[str, int], truncated: int) -> SplitManifest:
         if "mask" in self.files:
             self.files["mask"].write(np.packbits(self.spare_bits).tobytes())
         self.close()
@@ -244,6 +274,9 @@ class _SplitWriter:
             documents=int(self.total[0]),
             tokens=int(self.total[1]),
             bytes=int(self.total[2]),
+            trained_tokens=self.trained_tokens if "mask" in self.files else None,
+            dropped=dict(sorted(dropped.items())),
+            truncated=truncated,
             max_token_id=self.max_token_id,
             files={path.name: FileRecord(**file_record(path)) for path in self.paths.values()},
             sources={name: Counts(documents=d, tokens=t, bytes=b) for name, (d, t, b) in sorted(self.sources.items())},

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from lumi import encoding, shards, token_store
+from lumi import cli, encoding, shards, token_store
+from lumi.chat import TEMPLATES, render
 from lumi.config import UserError, read_json, write_json
 from lumi.corpus.folder import CorpusWriter
-from lumi.encoding import Texts, encode_all, make_tasks, split_of, token_dtype
+from lumi.encoding import Documents, Recipe, encode_all, make_tasks, split_of, token_dtype
+from lumi.messages import Message, to_json
 from lumi.shards import StoreWriter, TokenStore, open_or_tokenize, token_cache, tokenize
 from lumi.tokenizer import Tokenizer
 from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
@@ -133,18 +136,18 @@ def test_several_corpora_follow_each_other(corpus, tokenizer, tmp_path):
 
 def test_tasks_keep_documents_and_order(monkeypatch):
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 10)
-    batches = [Texts(["aaaa", "b" * 30], ["x", "y"]), Texts([], []), Texts(["cccc", "cccc", "dddd"], ["x", "x", "z"])]
+    batches = [Documents(["aaaa", "b" * 30], ["x", "y"]), Documents([], []), Documents(["cccc", "cccc", "dddd"], ["x", "x", "z"])]
     tasks = list(make_tasks(batches))
-    assert [task.texts for task in tasks] == [["aaaa", "b" * 30], ["cccc", "cccc", "dddd"]]
+    assert [task.documents for task in tasks] == [["aaaa", "b" * 30], ["cccc", "cccc", "dddd"]]
     assert [source for task in tasks for source in task.sources] == ["x", "y", "x", "x", "z"]
     assert list(make_tasks([])) == []
 
 
 def test_a_lone_surrogate_is_refused_in_a_worker_too(tokenizer, monkeypatch):
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 10)
-    batches = [Texts(["some text, long enough"] * 20 + ["a\ud800"], ["x"] * 21)]
+    batches = [Documents(["some text, long enough"] * 20 + ["a\ud800"], ["x"] * 21)]
     with pytest.raises(UserError, match=r"lone surrogate U\+D800 at character 1"):
-        list(encode_all(batches, tokenizer, validation_fraction=0, num_workers=2))
+        list(encode_all(batches, Recipe(tokenizer=tokenizer, validation_fraction=0), num_workers=2))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_a_run_that_fails_leaves_nothing_and_sweeps_its_dead_forerunners(corpus,
     for path in (litter, foreign, alive):
         path.mkdir()
 
-    def fail(self, inputs):
+    def fail(self, *_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StoreWriter, "finish", fail)
@@ -220,9 +223,9 @@ def test_a_run_that_fails_leaves_nothing_and_sweeps_its_dead_forerunners(corpus,
 def test_two_runs_at_once_end_with_one_store(corpus, tokenizer, finished, tmp_path, monkeypatch):
     finish = StoreWriter.finish
 
-    def finish_second(self, inputs):
+    def finish_second(self, *arguments):
         shutil.copytree(finished, tmp_path / "tokens")  # another process was faster
-        return finish(self, inputs)
+        return finish(self, *arguments)
 
     monkeypatch.setattr(StoreWriter, "finish", finish_second)
     manifest = tokenize([corpus], tokenizer, tmp_path / "tokens", validation_fraction=FRACTION)
@@ -230,7 +233,159 @@ def test_two_runs_at_once_end_with_one_store(corpus, tokenizer, finished, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
 
+# Conversations
+
+CHATS = [
+    [
+        Message("user", f"What is {i} times {i}?"),
+        Message("assistant", f"It is {i * i}."),
+        Message("user", "Sure?"),
+        Message("assistant", "é!"),
+    ]
+    for i in range(120)
+]
+CHATS[7] = [Message("system", "</s> <|im_end|>"), *CHATS[7], Message("user", "waits")]
+CHATS[9] = [Message("user", "silence")]  # `prepare` lets no such thing through
+
+
+def write_chats(folder, chats, sources=None):
+    with CorpusWriter(folder, 1 << 20, conversations=True) as writer:
+        for index, chat in enumerate(chats):
+            text = json.dumps(to_json(chat))
+            writer.add(text, sources[index] if sources else "chats", len(text))
+        writer.commit({"documents": len(chats), "sources": []}, "a card")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_corpus(tmp_path_factory):
+    return write_chats(tmp_path_factory.mktemp("chats"), CHATS, SOURCES)
+
+
+def side(chat):
+    text = json.dumps([{"role": m.role, "content": m.content} for m in chat], ensure_ascii=False, separators=(",", ":"))
+    return expected_split(text)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_conversations_are_there_once_in_order_with_their_masks(chat_corpus, tokenizer, tmp_path, name):
+    manifest = tokenize([chat_corpus], tokenizer, tmp_path / "s", validation_fraction=FRACTION, template=TEMPLATES[name], num_workers=1)
+    assert manifest.template == manifest.inputs["template"] == name
+    store = TokenStore.open(tmp_path / "s")
+    for split_name in ("train", "validation"):
+        split, counts = store.split(split_name), manifest.splits[split_name]
+        chats = [chat for chat in CHATS if side(chat) == split_name]
+        rendered = [render(tokenizer, TEMPLATES[name], chat) for chat in chats if len(chat) > 1]
+        assert split.num_documents == len(rendered) == counts.documents > 15
+        assert [split.document(i).tolist() for i in range(split.num_documents)] == [document.ids for document in rendered]
+        assert split.loss_mask(0, split.num_tokens).tolist() == [bit for document in rendered for bit in document.mask]
+        assert counts.trained_tokens == sum(sum(document.mask) for document in rendered)
+        assert counts.bytes == split.num_bytes == sum(len(m.content.encode()) for chat in chats for m in chat if m.role == "assistant")
+        assert counts.bytes == sum(source.bytes for source in counts.sources.values())
+        assert counts.truncated == 0
+    dropped = {split_name: counts.dropped for split_name, counts in manifest.splits.items()}
+    assert dropped == {"train": {}, "validation": {}} | {side(CHATS[9]): {"no_answer": 1}}
+
+
+def test_long_conversations_are_truncated_or_dropped_and_counted(chat_corpus, tokenizer, tmp_path):
+    short, long = (Message("user", "q"), Message("assistant", "a")), (Message("user", "q" * 99), Message("assistant", "a"))
+    limit = len(render(tokenizer, TEMPLATES["plain"], short).ids)
+    corpus = write_chats(tmp_path / "chats", [short, (*short, *long), long, (*short, long[0])])
+    arguments = {"template": TEMPLATES["plain"], "max_tokens": limit, "num_workers": 1}
+    train = tokenize([corpus], tokenizer, tmp_path / "s", validation_fraction=0, **arguments).splits["train"]
+    assert (train.documents, train.tokens, train.bytes) == (3, 3 * limit, 3)
+    assert (train.dropped, train.truncated) == ({"no_answer_within_max_tokens": 1}, 1)
+    message = "--corpus-dirs must hold at least one document, got none; 4 dropped: no_answer_within_max_tokens; raise --max-tokens"
+    with pytest.raises(UserError, match=message):
+        tokenize([corpus], tokenizer, tmp_path / "t", validation_fraction=0, **(arguments | {"max_tokens": limit - 1}))
+    assert not (tmp_path / "t").exists()
+
+
+def test_any_number_of_workers_gives_the_same_conversations(chat_corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "TASK_CHARACTERS", 300)
+    for workers in (1, 3):
+        tokenize([chat_corpus], tokenizer, tmp_path / str(workers), validation_fraction=FRACTION, max_tokens=50, num_workers=workers)
+    assert file_bytes(tmp_path / "1") == file_bytes(tmp_path / "3")
+
+
+def test_corpora_can_be_the_validation_split(chat_corpus, corpus, tokenizer, tmp_path):
+    held_out = write_chats(tmp_path / "held_out", CHATS[:5])
+    rest = write_chats(tmp_path / "rest", CHATS[10:])
+    manifest = tokenize([rest], tokenizer, tmp_path / "s", validation_corpus_dirs=[held_out], num_workers=1)
+    assert {name: split.documents for name, split in manifest.splits.items()} == {"train": 110, "validation": 5}
+    assert manifest.template == "chatml"  # the tokenizer's own
+    texts = tokenize([corpus], tokenizer, tmp_path / "t", validation_corpus_dirs=[corpus], num_workers=1)
+    assert {name: split.documents for name, split in texts.splits.items()} == {"train": 200, "validation": 200}
+    with pytest.raises(UserError, match=r"--validation-fraction must be 0 or left out beside --validation-corpus-dirs, got 0\.1"):
+        tokenize([rest], tokenizer, tmp_path / "u", validation_corpus_dirs=[held_out], validation_fraction=0.1)
+    with pytest.raises(UserError, match=r"validation corpus 0 [0-9a-f]{64} there, None asked for"):
+        tokenize([rest], tokenizer, tmp_path / "s", validation_fraction=0)
+    silent = write_chats(tmp_path / "silent", [CHATS[9]])
+    with pytest.raises(UserError, match="--validation-corpus-dirs must hold at least one document, got none; 1 dropped: no_answer"):
+        tokenize([rest], tokenizer, tmp_path / "u", validation_corpus_dirs=[silent])
+    with pytest.raises(UserError, match="--corpus-dirs must hold at least one document, got none; 1 dropped: no_answer"):
+        tokenize([silent], tokenizer, tmp_path / "u", validation_corpus_dirs=[rest])
+
+
+def test_another_template_or_limit_is_another_store(chat_corpus, tokenizer, tmp_path):
+    tokenize([chat_corpus], tokenizer, tmp_path / "s", validation_fraction=FRACTION, num_workers=1)
+    with pytest.raises(UserError, match=r"other inputs \(template chatml there, plain asked for; max_tokens None there, 60 asked for\)"):
+        tokenize([chat_corpus], tokenizer, tmp_path / "s", validation_fraction=FRACTION, template=TEMPLATES["plain"], max_tokens=60)
+
+
+def test_what_does_not_go_together(chat_corpus, corpus, tokenizer, tmp_path):
+    foreign = tokenizer.with_chat_template("{{ messages }}")
+    for folders, others, chosen, arguments, message in (
+        ([chat_corpus, corpus], [], tokenizer, {}, f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}"),
+        ([chat_corpus], [corpus], tokenizer, {}, f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}"),
+        ([corpus], [], tokenizer, {"template": TEMPLATES["plain"]}, f"--template must be left out for texts, and {corpus} holds texts"),
+        ([corpus], [], tokenizer, {"max_tokens": 9}, "--max-tokens must be left out for texts"),
+        ([chat_corpus], [], tokenizer, {"max_tokens": 0}, "--max-tokens must be at least 1, got 0"),
+        ([chat_corpus], [], foreign, {}, "--template must be given where the tokenizer's chat template is none of chatml, alpaca, plain"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tokenize(folders, chosen, tmp_path / "s", validation_corpus_dirs=others, **arguments)
+        assert not (tmp_path / "s").exists()
+
+
+def test_a_corpus_of_conversations_is_tokenized_once_for_each_template(tokenizer, tmp_path):
+    corpus = write_chats(tmp_path / "chats", CHATS)
+    plain = tokenizer.with_chat_template(TEMPLATES["plain"].jinja)
+    stores = [open_or_tokenize(corpus, chosen, validation_fraction=FRACTION) for chosen in (tokenizer, plain, tokenizer)]
+    assert [store.manifest.template for store in stores] == ["chatml", "plain", "chatml"]
+    assert [store.folder.name for store in stores[:2]] == [f"{tokenizer.fingerprint[:16]}-{name}" for name in ("chatml", "plain")]
+
+
+def test_what_the_command_says(corpus, tokenizer, tmp_path, capsys):
+    def lumi_tokenize(output, *arguments):
+        command = ["tokenize", "--tokenizer-dir", tmp_path / "tok", "--output-dir", tmp_path / output, *arguments]
+        assert cli.dispatch([str(argument) for argument in command]) == 0
+        return capsys.readouterr().out
+
+    tokenizer.save(tmp_path / "tok")
+    chats = write_chats(tmp_path / "chats", [CHATS[9], CHATS[0] + CHATS[1]])
+    arguments = ("--validation-corpus-dirs", chats, "--template", "plain", "--max-tokens", 130)
+    output = lumi_tokenize("s", "--corpus-dirs", chats, *arguments)
+    split = TokenStore.open(tmp_path / "s").manifest.splits["train"]
+    line = f"1 conversations, {split.tokens:,} tokens, {split.trained_tokens:,} trained ({split.trained_tokens / split.tokens:.1%})"
+    line += "; 1 dropped: no_answer; 1 truncated"
+    assert output == f"train: {line}\nvalidation: {line}\n"
+    output = lumi_tokenize("t", "--corpus-dirs", corpus, "--validation-fraction", 0.25)
+    assert re.match(r"train: 1\d\d documents, [\d,]+ tokens, \d\.\d\d bytes per token\nvalidation: ", output)
+
+
 # The reader
+
+
+def test_a_store_from_before_there_were_conversations(folder):
+    manifest = read_json(folder / "manifest.json")
+    del manifest["template"]
+    for split in manifest["splits"].values():
+        for key in ("trained_tokens", "dropped", "truncated"):
+            del split[key]
+    before = TokenStore.open(folder).manifest
+    write_json(folder / "manifest.json", manifest)
+    assert TokenStore.open(folder).manifest == before
 
 
 def test_a_missing_split_names_those_there_are(corpus, tokenizer, tmp_path):
@@ -359,7 +514,8 @@ def test_loss_masks_are_bits_across_batches(tmp_path):
         total = sum(lengths)
         masks.append(rng.random(total) < 0.5)
         writer.append("train", np.zeros(total, np.int64), np.array(lengths), {"a": (len(lengths), total, 0)}, masks[-1])
-    writer.finish({"kind": "conversations"})
+    manifest = writer.finish({"kind": "conversations"}, "plain")
+    assert manifest.splits["train"].trained_tokens == int(np.concatenate(masks).sum())
     expected = np.concatenate(masks)
     split = TokenStore.open(tmp_path).split("train")
     assert (tmp_path / "train.mask").read_bytes() == np.packbits(expected).tobytes()
