@@ -1,12 +1,14 @@
 """Models as Hugging Face folders: `LlamaForCausalLM`, or `Qwen3ForCausalLM` where the heads' queries and keys are normalised."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lumi.checkpoint import load_tensors, save_tensors
+from lumi.checkpoint import save_tensors
 from lumi.config import UserError, from_dict, read_json, write_json
 from lumi.kernels.bundle import Ops
 from lumi.model import ModelConfig, Transformer
@@ -21,21 +23,66 @@ _NAMES = {  # ours -> theirs, in this order
     "attention.": "self_attn.",
     "layers.": "model.layers.",
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_READABLE = {"F64", "F32", "F16", "BF16"}  # integers would be quantised weights
+_ROPE_SCALING = {  # ours -> theirs
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+}
 
 
-def save_model(folder: str | Path, model: Transformer, tokenizer: Tokenizer, dtype: str = "float32") -> None:
+def save_model(
+    folder: str | Path, model: Transformer, tokenizer: Tokenizer, dtype: str = "float32", max_shard_bytes: int | None = None
+) -> None:
     """Write a folder that transformers, and anything that reads its format, loads as it is; replaces an older one atomically.
 
     Leaves `config.json`, `generation_config.json`, `model.safetensors` and the tokenizer's files.
+
+    Args:
+        dtype: of the weights on disk, a key of `DTYPES`.
+        max_shard_bytes: of the tensors in one file; above it the weights are cut into `model-00001-of-00003.safetensors` and so on,
+            with an index. A tensor that is larger has a file of its own.
     """
     with atomic_folder(folder, replace=True) as temporary:
         tokenizer.save(temporary)
         write_json(temporary / "config.json", hf_config(model.config, tokenizer, dtype))
-        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        write_json(temporary / "generation_config.json", special)
-        tensors = {hf_name(name): tensor.to(_DTYPES[dtype]) for name, tensor in model.state_dict().items()}
-        save_tensors(temporary / "model.safetensors", tensors)
+        write_json(temporary / "generation_config.json", _generation_config(tokenizer))
+        tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+        _save_weights(temporary, tensors, DTYPES[dtype], max_shard_bytes)
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What stops transformers where `lumi generate` and `lumi chat` stop."""
+    ends = [tokenizer.eos_id]
+    im_end_id = tokenizer.im_end_id
+    if im_end_id is not None and im_end_id not in ends and "<|im_end|>" in (tokenizer.chat_template or ""):
+        ends.append(im_end_id)
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _save_weights(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int | None) -> None:
+    """Write the weights, converted shard by shard, so that only one is in memory twice."""
+    shards: list[list[str]] = [[]]
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    for name, size in sizes.items():
+        if shards[-1] and max_shard_bytes is not None and sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [_WEIGHTS]
+    for file, names in zip(files, shards, strict=True):
+        save_tensors(folder / file, {name: tensors[name].to(dtype) for name in names})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def model_folder(path: str | Path) -> Path:
@@ -69,24 +116,63 @@ def load_model(folder: str | Path, ops: Ops, compute_dtype: torch.dtype = torch.
             f"{tokenizer.fingerprint}; leave out --tokenizer-path to use the one in the folder"
         )
     model = Transformer(model_config(data, str(folder / "config.json")), ops, compute_dtype=compute_dtype)
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: is missing; only safetensors weights are read (no pickle)")
-        tensors |= load_tensors(folder / name)
-    expected = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
-    if model.config.tied_embeddings:
-        tensors.pop("lm_head.weight", None)  # some writers repeat the embedding under this name
-    for name, tensor in expected.items():
-        got = tuple(tensors[name].shape) if name in tensors else "nothing"
-        if got != tuple(tensor.shape):
-            raise UserError(f"{folder}: {name} must have shape {tuple(tensor.shape)}, got {got}")
-    if unknown := sorted(set(tensors) - set(expected)):
-        raise UserError(f"{folder}: holds a weight that this model has no place for: {unknown[0]} ({len(unknown)} in all)")
-    model.load_state_dict({name: tensors[hf_name(name)].float() for name in model.state_dict()})
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer must have at most the model's {model.config.vocab_size} ids, got {tokenizer.vocab_size}; "
+            f"remove tokens that the model does not know from tokenizer_config.json and added_tokens.json, or pass another --tokenizer-path"
+        )
+    _load_weights(folder, model)
     return model
+
+
+def _load_weights(folder: Path, model: Transformer) -> None:
+    """Copy the weights into the model, one tensor at a time, after every name, shape and type has been compared."""
+    expected = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    places: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(folder):
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied_embeddings):
+                    continue  # old writers store the frequencies, some repeat the tied embedding
+                view = tensors.get_slice(name)
+                if view.get_dtype() not in _READABLE:
+                    raise UserError(f"{file}: {name} must be of {', '.join(sorted(_READABLE))}, got {view.get_dtype()}: quantised weights?")
+                places[name], shapes[name] = file, tuple(view.get_shape())
+    for name, tensor in expected.items():
+        if (got := shapes.get(name, "nothing")) != tuple(tensor.shape):
+            raise UserError(f"{folder}: {name} must have shape {tuple(tensor.shape)}, got {got}")
+    if unknown := sorted(places.keys() - expected.keys()):
+        raise UserError(f"{folder}: holds a weight that this model has no place for: {unknown[0]} ({len(unknown)} in all)")
+    for file in sorted(set(places.values())):
+        with _open(file) as tensors, torch.no_grad():
+            for name in (name for name, place in places.items() if place == file):
+                expected[name].copy_(tensors.get_tensor(name))
+
+
+def _weight_files(folder: Path) -> Sequence[Path]:
+    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
+        names = [_WEIGHTS]
+    else:
+        index = read_json(folder / _INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / _INDEX}: must hold a weight_map of weights and their files, got none; copy it again")
+        names = sorted(map(str, set(weight_map.values())))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):  # a path could lead anywhere
+            raise UserError(f"{folder / _INDEX}: must name safetensors files beside it, got {name!r}; do not use this folder")
+        if not (folder / name).is_file():
+            why = "only safetensors weights are read (no pickle)" if names == [_WEIGHTS] else f"{_INDEX} names it; copy the whole folder"
+            raise UserError(f"{folder / name}: is missing; {why}")
+    return [folder / name for name in names]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: must be a safetensors file: {error}") from error
 
 
 def hf_name(name: str) -> str:
@@ -98,6 +184,9 @@ def hf_name(name: str) -> str:
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """transformers' `config.json`, with the keys of both its generations."""
+    scaling = None
+    if config.rope_scaling is not None:
+        scaling = {"rope_type": "llama3"} | {theirs: getattr(config.rope_scaling, ours) for ours, theirs in _ROPE_SCALING.items()}
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
@@ -112,7 +201,8 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_theta": config.rope_theta} | (scaling or {"rope_type": "default"}),
+        "rope_scaling": scaling,
         "tie_word_embeddings": config.tied_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -131,17 +221,24 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str
 def model_config(data: dict[str, Any], where: str) -> ModelConfig:
     """Our config from transformers'. Raises UserError naming what is not supported."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters must be an object, got {rope!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     supported = {
         "model_type": (data.get("model_type"), ("llama", "qwen3")),
+        "architectures": ((data.get("architectures") or [None])[0], (None, "LlamaForCausalLM", "Qwen3ForCausalLM")),
+        "quantization_config": (data.get("quantization_config"), (None,)),
         "hidden_act": (data.get("hidden_act", "silu"), ("silu",)),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), ("default",)),
+        "rope_type": (rope_type, ("default", "llama3")),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0)), (1.0, None)),
         "attention_bias": (data.get("attention_bias", False), (False,)),
         "mlp_bias": (data.get("mlp_bias", False), (False,)),
         "use_sliding_window": (data.get("use_sliding_window", False), (False,)),
     }
     for key, (value, allowed) in supported.items():
         if value not in allowed:
-            raise UserError(f"{where}: {key} must be {' or '.join(map(repr, allowed))}, got {value!r}: this model cannot be imported")
+            wanted = " or ".join(repr(item) for item in allowed if item is not None) or "absent"
+            raise UserError(f"{where}: {key} must be {wanted}, got {repr(value)[:100]}: this model cannot be imported")
     required = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     if missing := [key for key in required if key not in data]:
         raise UserError(f"{where}: {missing[0]} is missing; this is not the config of a Llama model")
@@ -154,9 +251,16 @@ def model_config(data: dict[str, Any], where: str) -> ModelConfig:
         "num_kv_heads": data.get("num_key_value_heads"),
         "head_dim": data.get("head_dim"),
         "max_positions": data.get("max_position_embeddings", 2048),
+        "rope_scaling": _rope_scaling(rope, where) if rope_type == "llama3" else None,
         "rope_theta": rope.get("rope_theta", data.get("rope_theta", 10_000.0)),
         "norm_eps": data.get("rms_norm_eps", 1e-6),
         "tied_embeddings": data.get("tie_word_embeddings", False),
         "qk_norm": data["model_type"] == "qwen3",
     }
     return from_dict(ModelConfig, ours, where)
+
+
+def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any]:
+    if missing := [theirs for theirs in _ROPE_SCALING.values() if theirs not in rope]:
+        raise UserError(f"{where}: {missing[0]} of the rope type llama3 is missing; copy the file again")
+    return {ours: rope[theirs] for ours, theirs in _ROPE_SCALING.items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lumi.kernels.bundle import Ops
-from lumi.kernels.rope import rope_table
+from lumi.kernels.rope import RopeScaling, rope_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class ModelConfig:
     head_dim: int | None = None  # None: model_dim / num_heads
     max_positions: int = 2048
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
     qk_norm: bool = False
@@ -68,11 +69,11 @@ class ModelConfig:
         layer = attention + 3 * self.model_dim * self.mlp_dim + 2 * self.model_dim
         return embeddings + self.num_layers * layer + self.model_dim
 
-    def flops_per_token(self, context: int) -> int:
-        """Floating-point operations to train one token: 6 per weight of a matrix product, and causal attention over `context` tokens
-        (Kaplan et al. 2020, arXiv:2001.08361, and Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+    def flops_per_token(self, context: int, frozen: bool = False) -> int:
+        """Floating-point operations to train one token: 6 per weight of a matrix product (4 where it is frozen and has no gradient), and
+        causal attention over `context` tokens (Kaplan et al. 2020, arXiv:2001.08361; Chowdhery et al. 2022, arXiv:2204.02311)."""
         matrices = self.num_parameters - self.vocab_size * self.model_dim * (not self.tied_embeddings)
-        return 6 * matrices + 6 * self.num_layers * self.num_heads * self.per_head * context
+        return (4 if frozen else 6) * matrices + 6 * self.num_layers * self.num_heads * self.per_head * context
 
 
 class LayerCache(Protocol):
@@ -228,7 +229,7 @@ class Transformer(nn.Module):
         batch, length = tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        cos, sin = rope_table(positions, self.config.per_head, self.config.rope_theta)
+        cos, sin = rope_table(positions, self.config.per_head, self.config.rope_theta, self.config.rope_scaling)
         plan = self.ops.attention_plan(cu_seqlens, batch, length, tokens.device) if cache is None else None
         context = Context(positions, cos, sin, plan, None)
         x_BTD = self.token_embedding(tokens).to(self.compute_dtype)

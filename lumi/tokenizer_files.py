@@ -1,22 +1,84 @@
-"""What stands beside `tokenizer.model` so that others read it as Lumi does: transformers' JSON files, the ChatML template, the card.
+"""What stands beside `tokenizer.model` so that others read it as Lumi does: transformers' JSON files, the card.
 
 transformers reads SentencePiece models only where `protobuf` is installed; `tokenizer.json` holds the same merges for everyone else.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from lumi.chat_templates import TEMPLATES
+from lumi.config import UserError, read_json
+
+CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 FINGERPRINT_KEY = "lumi_fingerprint"  # in tokenizer_config.json; transformers keeps keys that it does not know
 
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+CHAT_TEMPLATE = TEMPLATES["chatml"].jinja
+
+_KEPT_FILES = (CONFIG_FILE, "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What stands beside somebody's `tokenizer.model`.
+
+    files: the files' bytes, by name. names: the pieces of "bos", "eos" and "pad". added: ids of tokens that the model does not hold.
+    fingerprint: the one that our own folders carry.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+    chat_template: str | None = None
+    fingerprint: str | None = None
+
+    def files_with(self, chat_template: str | None) -> dict[str, bytes]:
+        """The files as they were; an older template in `tokenizer_config.json` makes way for another `chat_template`."""
+        config = json.loads(self.files.get(CONFIG_FILE, b"{}"))
+        if _template_in(config) in (None, chat_template):
+            return self.files
+        del config["chat_template"]
+        return self.files | {CONFIG_FILE: json.dumps(config, indent=2, ensure_ascii=False).encode()}
+
+
+def read_surroundings(folder: Path) -> Surroundings:
+    """Read the files beside a model. Raises UserError where one is not JSON, or not what transformers writes there."""
+    files = {name: (folder / name).read_bytes() for name in _KEPT_FILES if (folder / name).is_file()}
+    config, special, added = (_read_object(folder / name) for name in (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json"))
+    for key, token in _object(config.get("added_tokens_decoder", {}), folder / CONFIG_FILE).items():
+        added[_content(token)] = int(key) if key.isdecimal() else key
+    if wrong := [name for name, number in added.items() if not (isinstance(name, str) and type(number) is int)]:
+        raise UserError(f"{folder}: an added token must be a name and an id, got {wrong[0]!r}: {added[wrong[0]]!r}; correct its JSON files")
+    tokens = {role: _content(config.get(f"{role}_token", special.get(f"{role}_token"))) for role in ("bos", "eos", "pad")}
+    names = {role: token for role, token in tokens.items() if isinstance(token, str)}
+    file = folder / TEMPLATE_FILE
+    template = file.read_text(encoding="utf-8") if file.is_file() else _template_in(config)
+    return Surroundings(files, names, added, template, config.get(FINGERPRINT_KEY))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return _object(read_json(path), path) if path.is_file() else {}
+
+
+def _object(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, got {json.dumps(value)[:60]}; copy the file again")
+    return value
+
+
+def _content(token: Any) -> Any:
+    """A token's text; transformers writes the bare text, or an object with its settings."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _template_in(config: dict[str, Any]) -> str | None:
+    """The chat template in `tokenizer_config.json`: a text, or the default one of several."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((item.get("template") for item in template if isinstance(item, dict) and item.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 def transformers_config(fingerprint: str) -> dict[str, Any]:

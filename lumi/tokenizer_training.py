@@ -71,7 +71,7 @@ def train_tokenizer(config: TokenizerConfig, corpus_dirs: Sequence[str | Path], 
     output_dir = Path(output_dir)
     existing = _existing_tokenizer(output_dir)
     readers = [read_corpus(folder) for folder in corpus_dirs]
-    texts = (text for reader in readers for batch in reader.iter_batches() for text in batch.texts)
+    texts = (text for reader in readers for text in reader.iter_texts())
     progress = progress_bar("sampling", " documents", iterable=texts)
     sample = sample_chunks((chunk for text in progress for chunk in split_chunks(text)), config.max_training_bytes, config.seed)
     tokenizer = Tokenizer(_train_model(config, sample), where=str(output_dir))

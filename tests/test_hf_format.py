@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lumi.config import UserError
 from lumi.generate import SamplingConfig, generate_ids
 from lumi.hf_format import load_model, model_folder, save_model
 from lumi.kernels.bundle import REFERENCE
+from lumi.kernels.rope import RopeScaling
 from lumi.model import ModelConfig, Transformer
 
 SHAPES = {
@@ -17,6 +19,10 @@ SHAPES = {
     "grouped": {"num_kv_heads": 2},
     "tied": {"tied_embeddings": True, "num_kv_heads": 1},
     "wide heads": {"head_dim": 32, "rope_theta": 500_000.0, "norm_eps": 1e-6},
+    "scaled positions": {
+        "rope_scaling": RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32),
+        "num_kv_heads": 2,
+    },
     "qk-norm": {"qk_norm": True, "num_kv_heads": 2, "tied_embeddings": True},
 }
 IDS = torch.randint(6, 384, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -50,7 +56,7 @@ def test_transformers_computes_the_same_from_our_folder(shape, tokenizer, tmp_pa
         expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False)[0, prompt.shape[1] :]
     greedy = SamplingConfig(max_new_tokens=30, temperature=0.0)
     ours = generate_ids(model, prompt.tolist(), greedy, stop_ids=frozenset({tokenizer.eos_id}), pad_id=tokenizer.pad_id)[0]
-    assert ours == [token for token in expected.tolist() if token != tokenizer.eos_id]
+    assert ours.ids == [token for token in expected.tolist() if token != tokenizer.eos_id]
     reread = load_model(tmp_path / "final", REFERENCE)
     assert reread.config == ModelConfig(
         **{**model.config.__dict__, "num_kv_heads": model.config.kv_heads, "head_dim": model.config.per_head}
@@ -58,29 +64,118 @@ def test_transformers_computes_the_same_from_our_folder(shape, tokenizer, tmp_pa
     assert torch.equal(our_logits(reread), our_logits(model))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("shards", ["one file", "sharded"])
-def test_a_random_llama_of_theirs(tied, shards, tmp_path):
+LLAMA = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 20_000.0},
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.1,
+}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 30,
+}
+FOREIGN = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "wide heads": {"head_dim": 24},
+    "no groups": {"num_key_value_heads": 8},
+    "scaled positions": {"rope_parameters": LLAMA_3_ROPE},
+}
+
+
+def write_llama(folder, dtype=torch.float32, max_shard_size="1GB", **changes):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=112,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 20_000.0},
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-    )
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="100KB" if shards == "sharded" else "1GB")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(LLAMA | changes))).to(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model.eval()
+
+
+@pytest.mark.parametrize("changes", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("shards", ["one file", "sharded"])
+def test_a_random_llama_of_theirs(changes, shards, tmp_path):
+    theirs = write_llama(tmp_path, max_shard_size="100KB" if shards == "sharded" else "1GB", **changes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "sharded")
     ours = load_model(tmp_path, REFERENCE).eval()
     with torch.no_grad():
         torch.testing.assert_close(our_logits(ours), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_weights_and_a_padded_vocabulary(dtype, tokenizer, tmp_path):
+    write_llama(tmp_path, dtype, vocab_size=448)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = load_model(tmp_path, REFERENCE, tokenizer=tokenizer).eval()
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(ours), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+    write_llama(tmp_path, vocab_size=380)
+    with pytest.raises(UserError, match=r"the tokenizer must have at most the model's 380 ids, got 384; remove tokens"):
+        load_model(tmp_path, REFERENCE, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("generation", ["new", "old", "oldest"])
+def test_the_config_of_every_generation(generation, tmp_path):
+    write_llama(tmp_path, rope_parameters=LLAMA_3_ROPE)
+    if generation != "new":  # rope_theta beside rope_scaling; before that, "type" in it
+        data = json.loads((tmp_path / "config.json").read_text())
+        scaling = data.pop("rope_parameters")
+        data |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "head_dim": None, "torch_dtype": data.pop("dtype")}
+        if generation == "oldest":
+            scaling["type"] = scaling.pop("rope_type")
+        (tmp_path / "config.json").write_text(json.dumps(data))
+    config = load_model(tmp_path, REFERENCE).config
+    assert config.rope_theta == 500_000.0
+    assert config.rope_scaling == RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=30)
+
+
+def test_what_old_writers_store_besides_is_passed_over(tmp_path):
+    theirs = write_llama(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(load_model(tmp_path, REFERENCE)), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_cut_into_files(tied, tokenizer, tmp_path):
+    model = build(tokenizer, tied_embeddings=tied)
+    save_model(tmp_path / "final", model, tokenizer, max_shard_bytes=120_000)
+    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
+    tensors = {path.name: load_file(path) for path in (tmp_path / "final").glob("*.safetensors")}
+    assert sorted(tensors) == [f"model-{number:05d}-of-{len(tensors):05d}.safetensors" for number in range(1, len(tensors) + 1)]
+    assert index["weight_map"] == {name: file for file, held in tensors.items() for name in held}
+    assert index["metadata"]["total_size"] == 4 * model.config.num_parameters
+    sizes = [sum(tensor.nbytes for tensor in held.values()) for held in tensors.values()]
+    assert max(sizes) <= 120_000
+    assert len(sizes) <= 2 * sum(sizes) / 120_000 + 1  # two neighbours are together larger than one file may be
+    assert torch.equal(our_logits(load_model(tmp_path / "final", REFERENCE)), our_logits(model))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(model), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+    save_model(tmp_path / "one", model, tokenizer, max_shard_bytes=10**9)
+    assert [path.name for path in (tmp_path / "one").glob("model*")] == ["model.safetensors"]
+    save_model(tmp_path / "each", model, tokenizer, max_shard_bytes=1)
+    assert len(list((tmp_path / "each").glob("model-*-of-*.safetensors"))) == len(model.state_dict())
+
+
+def test_what_ends_an_answer(tokenizer, tmp_path):
+    other = tokenizer.with_chat_template("{{ messages[0].content }}")
+    for made, ends in ((tokenizer, [tokenizer.eos_id, tokenizer.im_end_id]), (other, tokenizer.eos_id)):
+        save_model(tmp_path / "final", build(tokenizer), made)
+        config = transformers.GenerationConfig.from_pretrained(tmp_path / "final")
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, ends, 3)
 
 
 def test_the_folder_has_the_keys_of_both_generations(tokenizer, tmp_path):
@@ -108,7 +203,13 @@ def corrupt(folder, **changes):
         ({"model_type": "gpt2"}, r"config\.json: model_type must be 'llama' or 'qwen3', got 'gpt2'"),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default' or 'llama3', got 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor of the rope type llama3 is missing"),
+        ({"rope_parameters": LLAMA_3_ROPE | {"factor": 0.5}}, r"rope_scaling factor must be at least 1, got 0\.5"),
+        ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures must be 'LlamaForCausalLM' or .*, got 'LlamaForSeq"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config must be absent, got {'bits': 4}: this model cannot be imported"),
         ({"head_dim": 7}, r"config\.json: head_dim must be even .* got 7"),
         ({"head_dim": "16"}, r'config\.json: head_dim must be an integer, got "16"'),
         ({"hidden_size": 128}, r"model\.embed_tokens\.weight must have shape \(384, 128\), got \(384, 64\)"),
@@ -136,6 +237,32 @@ def test_missing_and_damaged_folders(tokenizer, tmp_path):
     (tmp_path / "final" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(UserError, match=r"model\.safetensors: is missing; only safetensors weights are read"):
         load_model(tmp_path / "final", REFERENCE)
+
+
+def test_damaged_and_malicious_shards(tokenizer, tmp_path):
+    folder = tmp_path / "final"
+    save_model(folder, build(tokenizer), tokenizer, max_shard_bytes=120_000)
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.rename(tmp_path / shard.name)
+    with pytest.raises(UserError, match=rf"{shard.name}: is missing; model\.safetensors\.index\.json names it; copy the whole folder"):
+        load_model(folder, REFERENCE)
+    for name in (f"../{shard.name}", str(tmp_path / shard.name), "..", "pytorch_model.bin", 7):
+        index_file.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        with pytest.raises(UserError, match=r"must name safetensors files beside it, got '.*'; do not use this folder"):
+            load_model(folder, REFERENCE)
+    for data in ([], {}, {"weight_map": {}}, {"weight_map": [shard.name]}):
+        index_file.write_text(json.dumps(data))
+        with pytest.raises(UserError, match=r"index\.json: must hold a weight_map of weights and their files, got none"):
+            load_model(folder, REFERENCE)
+    (tmp_path / shard.name).rename(shard)
+    index_file.write_text(json.dumps(index))
+    tensors = load_file(shard)
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, shard)
+    with pytest.raises(UserError, match=rf"{shard.name}: {name} must be of BF16, F16, F32, F64, got I8: quantised weights\?"):
+        load_model(folder, REFERENCE)
 
 
 def test_a_run_without_a_final_model_and_another_tokenizer(tokenizer, tmp_path):

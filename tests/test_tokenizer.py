@@ -248,6 +248,16 @@ def test_an_edited_chat_template_travels(folder, tmp_path):
     assert (tmp_path / "final" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
+def test_an_edited_config_is_followed_and_kept(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    file = tmp_path / "copy" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|im_end|>"}))
+    edited = Tokenizer.load(tmp_path / "copy")
+    assert (edited.bos_id, edited.eos_id, edited.pad_id) == (1, 5, 3)
+    edited.save(tmp_path / "final")
+    assert (tmp_path / "final" / "tokenizer_config.json").read_bytes() == file.read_bytes()
+
+
 def test_the_card(folder, tokenizer):
     card = (folder / "README.md").read_text()
     assert "400 pieces" in card
@@ -281,19 +291,17 @@ def test_one_changed_byte_is_noticed(folder, tmp_path):
         Tokenizer.load(tmp_path / "copy")
 
 
-def test_a_model_of_another_recipe_is_refused(tmp_path):
+def test_a_model_without_byte_pieces_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([PROSE, CODE] * 5), model_prefix=str(tmp_path / "other"), vocab_size=80, model_type="bpe", minloglevel=2
     )
-    with pytest.raises(UserError, match=r"must be a tokenizer of Lumi's recipe .* got first pieces <unk> <s> </s>"):
+    with pytest.raises(UserError, match=r"must be a SentencePiece BPE model with byte fallback .* it has 0 of the 256 byte pieces; make a"):
         Tokenizer.load(tmp_path / "other.model")
 
 
-@pytest.mark.parametrize("setting", ["add_dummy_prefix", "remove_extra_whitespaces"])
-def test_a_model_that_would_change_texts_is_refused(tmp_path, monkeypatch, setting):
-    wanted = tokenizer_training._RECIPE[setting]
-    monkeypatch.setitem(tokenizer_training._RECIPE, setting, not wanted)
-    with pytest.raises(UserError, match=r"must be a tokenizer of Lumi's recipe .*spaces kept"):
+def test_a_model_that_would_change_texts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(tokenizer_training._RECIPE, "remove_extra_whitespaces", True)
+    with pytest.raises(UserError, match="keeps every text as it is, but it normalises"):
         train(tmp_path, [PROSE, CODE] * 5, vocab_size=320)
 
 
