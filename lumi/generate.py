@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,13 @@ class LayerCache:
         return self.k_BSGK, self.v_BSGK
 
 
+class Completion(NamedTuple):
+    """The new tokens of one row, and whether a stop token ended them (and not the limit of tokens or positions)."""
+
+    ids: list[int]
+    stopped: bool
+
+
 @torch.inference_mode()
 def generate_ids(
     model: Transformer,
@@ -63,7 +71,7 @@ def generate_ids(
     vocab_size: int | None = None,
     use_cache: bool = True,
     on_token: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
+) -> list[Completion]:
     """Continue every prompt until a stop token, `max_new_tokens`, or the model's `max_positions`.
 
     Args:
@@ -74,7 +82,7 @@ def generate_ids(
         on_token: called with (row, token) as each comes.
 
     Returns:
-        The new tokens of each row. A row's sample depends on the seed and the row's number, not on the rows beside it.
+        What came of each row. A row's sample depends on the seed and the row's number, not on the rows beside it.
 
     Raises:
         UserError: for an empty prompt, or one as long as the model's positions.
@@ -95,7 +103,7 @@ def generate_ids(
     cache = [LayerCache(len(prompts), capacity, model, device) for _ in model.layers] if use_cache else None
 
     outputs: list[list[int]] = [[] for _ in prompts]
-    running = [True] * len(prompts)
+    running, stopped = [True] * len(prompts), [False] * len(prompts)
     for new in range(config.max_new_tokens):
         if cache is None or new == 0:
             block = tokens[:, : int(length_B.max())]
@@ -111,14 +119,14 @@ def generate_ids(
                 if on_token is not None:
                     on_token(row, token)
                 running[row] = lengths[row] + len(outputs[row]) < capacity and len(outputs[row]) < config.max_new_tokens
-            else:
-                running[row] = False
+            elif running[row]:
+                running[row], stopped[row] = False, True
         if not any(running):
             break
         growing_B = torch.tensor(running, device=device)
         tokens[rows[growing_B], length_B[growing_B]] = next_B[growing_B]
         length_B = length_B + growing_B  # a finished row computes its last token again: the shapes stay, the result is not used
-    return outputs
+    return [Completion(ids, stop) for ids, stop in zip(outputs, stopped, strict=True)]
 
 
 def _positions(block: Tensor) -> Tensor:
@@ -156,6 +164,16 @@ def sample(logits: Tensor, tokens: Tensor, lengths: Tensor, config: SamplingConf
     return torch.cat(picks).to(logits.device)
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The prompt that lets a model go on with a text: a document's beginning."""
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def filler_id(tokenizer: Tokenizer) -> int:
+    """What fills up short prompts of a batch: <pad>, or the end of a document for an imported tokenizer without one."""
+    return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+
+
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -174,12 +192,16 @@ def generate(
         if on_text is not None and (text := decoders[row].feed(token)):
             on_text(row, text)
 
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    stop_ids = frozenset({tokenizer.eos_id})
     outputs = generate_ids(
-        model, ids, config, stop_ids=stop_ids, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size, on_token=on_token
+        model,
+        [text_ids(tokenizer, prompt) for prompt in prompts],
+        config,
+        stop_ids=frozenset({tokenizer.eos_id}),
+        pad_id=filler_id(tokenizer),
+        vocab_size=tokenizer.vocab_size,
+        on_token=on_token,
     )
     for row, decoder in enumerate(decoders):
         if on_text is not None and (text := decoder.flush()):
             on_text(row, text)
-    return [tokenizer.decode(output) for output in outputs]
+    return [tokenizer.decode(output.ids, continues=True) for output in outputs]

@@ -1,8 +1,14 @@
+import io
+import sys
+
 import pytest
 import torch
 
+from lumi.cli import dispatch
+from lumi.command_line import run
 from lumi.config import UserError
 from lumi.generate import SamplingConfig, generate, generate_ids, sample
+from lumi.hf_format import save_model
 from lumi.kernels.bundle import REFERENCE
 from lumi.model import ModelConfig, Transformer
 
@@ -30,8 +36,8 @@ def test_the_cache_changes_no_token(changes):
     for config in (greedy(40), greedy(40, repetition_penalty=2.0)):  # the penalty makes an untrained model wander
         with_cache = generate_ids(model, PROMPTS, config, **NO_STOP)
         assert with_cache == generate_ids(model, PROMPTS, config, **NO_STOP, use_cache=False)
-        assert [len(row) for row in with_cache] == [40, 40, 40]
-    assert len(set(with_cache[0])) > 10
+        assert [(len(row.ids), row.stopped) for row in with_cache] == [(40, False)] * 3
+    assert len(set(with_cache[0].ids)) > 10
 
 
 def test_greedy_by_hand():
@@ -40,7 +46,7 @@ def test_greedy_by_hand():
     for _ in range(6):
         with torch.no_grad():
             tokens.append(int(model.logits(model.hidden(torch.tensor([tokens])))[0, -1].argmax()))
-    assert generate_ids(model, [PROMPTS[0]], greedy(6), **NO_STOP) == [tokens[5:]]
+    assert generate_ids(model, [PROMPTS[0]], greedy(6), **NO_STOP) == [(tokens[5:], False)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -54,16 +60,21 @@ def test_rows_of_a_batch_do_not_touch_each_other(temperature):
 
 def test_stop_ids_end_a_row_and_are_left_out():
     model = build()
-    free = generate_ids(model, PROMPTS, greedy(30), **NO_STOP)
+    free = [row.ids for row in generate_ids(model, PROMPTS, greedy(30), **NO_STOP)]
     stop = free[0][7]
-    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    expected = [(ids[: ids.index(stop)], True) if stop in ids else (ids, False) for ids in free]
     assert generate_ids(model, PROMPTS, greedy(30), stop_ids=frozenset({stop}), pad_id=3) == expected
-    assert len(expected[0]) <= 7
+    assert len(expected[0][0]) <= 7
+    assert {stopped for _, stopped in expected} == {True, False}
 
 
 def test_positions_end_a_row():
     model = build(max_positions=12)
-    assert [len(row) for row in generate_ids(model, PROMPTS, greedy(30), **NO_STOP)] == [7, 11, 3]
+    assert [(len(row.ids), row.stopped) for row in generate_ids(model, PROMPTS, greedy(30), **NO_STOP)] == [
+        (7, False),
+        (11, False),
+        (3, False),
+    ]
     with pytest.raises(UserError, match="shorter than the model's 12 positions, got 12 tokens"):
         generate_ids(model, [[1] * 12], greedy(1), **NO_STOP)
     with pytest.raises(UserError, match="at least one token"):
@@ -74,7 +85,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
     model = build()
     wide = generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP)
     narrow = generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP, vocab_size=20)
-    assert max(map(max, wide)) >= 20 > max(map(max, narrow))
+    assert max(max(row.ids) for row in wide) >= 20 > max(max(row.ids) for row in narrow)
 
 
 def test_the_seed_decides():
@@ -145,6 +156,33 @@ def test_text_is_streamed_in_whole_characters(tokenizer):
     texts = generate(model, tokenizer, ["a", "a"], greedy(5), lambda row, text: pieces.append((row, text)))
     assert texts == ["éé\ufffd"] * 2
     assert [text for row, text in pieces if row == 0] == ["é", "é", "\ufffd"]
+
+
+def test_a_short_prompt_is_filled_up_without_a_pad_token(tokenizer, monkeypatch):
+    model = build(vocab_size=tokenizer.vocab_size)
+    expected = generate(model, tokenizer, ["a", "The river"], greedy(9))
+    monkeypatch.setattr(tokenizer, "pad_id", None)
+    assert generate(model, tokenizer, ["a", "The river"], greedy(9)) == expected
+
+
+@pytest.mark.parametrize("data", [b"The river", b"The river\n", b"The river\r\n"])
+def test_the_prompt_comes_from_stdin(data, tokenizer, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "final", build(vocab_size=tokenizer.vocab_size), tokenizer)
+    command = ["generate", "--model-path", str(tmp_path), "--max-new-tokens", "5", "--temperature", "0"]
+    assert run(dispatch, [*command, "--prompt", "The river"]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert run(dispatch, command) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"\n", "the prompt on stdin must hold text, got none"), (b"caf\xe9", "the prompt on stdin must be UTF-8, got")]
+)
+def test_what_is_no_prompt_on_stdin(data, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert run(dispatch, ["generate", "--model-path", "none"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(
