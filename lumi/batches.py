@@ -1,24 +1,22 @@
 """Token stores -> training batches, as pure functions of (seed, step).
 
-Every epoch of a store puts its documents in a new order, one after the other, cuts that stream into rows of T inputs and, shifted
-by one, T targets, and shuffles the rows, so that a long document does not fill a batch. Every token is trained once an epoch, but
-for the fewer than T + 1 at the end. No state but the step is needed to resume, with any number of processes. Rows of several stores
-are interleaved by their weights.
+The rows of each store (`lumi.rows`) are interleaved by the stores' weights. No state but the step is needed to resume, with any number
+of processes. Pre-training and fine-tuning take the same path from here on: they differ in which targets count.
 
 Documents in a row never see each other: `cu_seqlens` marks where each begins, positions restart there, and no target crosses it.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lumi.config import UserError
+from lumi.rows import Row, make_rows, validation_rows
 from lumi.token_store import Split
 
 IGNORE = -100  # a target that is not trained; torch's and the kernels' ignore_index
@@ -26,14 +24,6 @@ _WEIGHT_UNITS = 1_000_000  # mixing weights are rounded to millionths, so that i
 
 
 Result = TypeVar("Result")
-
-
-class Row(NamedTuple):
-    """T + 1 tokens (int64), True (bool) where a document begins, and the ids of the documents touched."""
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    documents: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,50 +80,6 @@ class Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.positions, self.cu_seqlens)))
 
 
-class Stream:
-    """One split of a store as rows of `length` + 1 tokens: row by row without end, each epoch shuffled anew."""
-
-    def __init__(self, split: Split, length: int, seed: int):
-        if split.mask is not None:
-            raise UserError("--data-dirs must hold text for pre-training, got a token store with a loss mask, which is not read yet")
-        self.split, self.length, self.seed = split, length, seed
-        self.lengths = np.diff(np.asarray(split.offsets).astype(np.int64))
-        self.num_tokens = int(self.lengths.sum())
-        self.rows_per_epoch = (self.num_tokens - 1) // length
-        if self.rows_per_epoch < 1:
-            raise UserError(f"a token store must hold more than sequence_length = {length} training tokens, got {self.num_tokens}")
-        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
-
-    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Document ids in this epoch's order, where each ends in the epoch's stream, and the order of the rows."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths))
-        return order, np.cumsum(self.lengths[order]), rng.permutation(self.rows_per_epoch)
-
-    def row(self, index: int) -> Row:
-        """Row `index`, counted from 0 through all epochs."""
-        epoch, place = divmod(index, self.rows_per_epoch)
-        order, ends, rows = self._epoch(epoch)
-        return read_row(self.split, order, ends, int(rows[place]) * self.length, self.length + 1)
-
-
-def read_row(split: Split, order: np.ndarray, ends: np.ndarray, start: int, count: int) -> Row:
-    """Tokens [start, start + count) of the stream of the documents `order`, of which each ends at `ends`."""
-    tokens, starts, documents = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool), []
-    filled, index = 0, int(np.searchsorted(ends, start, side="right"))
-    while filled < count:
-        document = int(order[index])
-        begin, end = int(split.offsets[document]), int(split.offsets[document + 1])
-        skip = start + filled - (int(ends[index]) - (end - begin))  # not 0 for the first document alone
-        piece = split.tokens[begin + skip : min(end, begin + skip + count - filled)]
-        if len(piece):
-            tokens[filled : filled + len(piece)] = piece
-            starts[filled] = skip == 0
-            documents.append(document)
-        filled, index = filled + len(piece), index + 1
-    return Row(tokens, starts, documents)
-
-
 class Batches:
     """The training batches of a run: `batches[step]` is one whole optimizer step, `batches.rows(step, a, b)` a part of it.
 
@@ -146,8 +92,8 @@ class Batches:
 
     def __init__(self, splits: Sequence[Split], weights: Sequence[float] | None, config: BatchConfig, seed: int):
         self.config = config
-        self.streams = [Stream(split, config.sequence_length, seed + index) for index, split in enumerate(splits)]
-        sizes = [float(stream.num_tokens) for stream in self.streams]
+        self.stores = [make_rows(split, config.sequence_length, seed + index) for index, split in enumerate(splits)]
+        sizes = [float(rows.num_tokens) for rows in self.stores]
         weights = sizes if weights is None else list(weights)
         if len(weights) != len(splits):
             raise UserError(f"--data-weights must name one weight per data folder, got {len(weights)} for {len(splits)}")
@@ -168,11 +114,11 @@ class Batches:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of optimizer step `step` (counted from 1)."""
-        return collate([self.streams[store].row(row) for store, row in self._rows(step, start, stop)])
+        return collate([self.stores[store].row(row) for store, row in self._rows(step, start, stop)])
 
     def documents(self, step: int, start: int, stop: int) -> list[tuple[int, list[int]]]:
         """Which (store index, document ids) the rows [start, stop) of a step are made of; names a bad batch."""
-        return [(store, self.streams[store].row(row).documents) for store, row in self._rows(step, start, stop)]
+        return [(store, self.stores[store].row(row).documents) for store, row in self._rows(step, start, stop)]
 
     def mix(self, step: int) -> list[float]:
         """The share of the rows that each store has had after `step` steps."""
@@ -218,19 +164,12 @@ def _counts_before(units: np.ndarray, place: int) -> list[int]:
 
 
 def validation_batches(split: Split, config: BatchConfig, rank: int, world_size: int, max_tokens: int | None) -> Iterator[Batch]:
-    """One process's share of a split, in order, in rows of `sequence_length`, without wrapping round; the last row is filled with
-    untrained zeros. `max_tokens` bounds what all processes read together."""
-    length, total = config.sequence_length, min(len(split.tokens), max_tokens or len(split.tokens))
-    order, ends = np.arange(len(split.offsets) - 1), np.asarray(split.offsets[1:]).astype(np.int64)
-    rows = range(rank, -(-(total - 1) // length), world_size)
-    for first in range(0, len(rows), config.micro_batch_size):
-        pieces = []
-        for index in rows[first : first + config.micro_batch_size]:
-            row = read_row(split, order, ends, index * length, min(length + 1, total - index * length))
-            padding = length + 1 - len(row.tokens)
-            starts = np.pad(row.starts, (0, padding), constant_values=True)  # a padding token is a document of its own: no target
-            pieces.append(Row(np.pad(row.tokens, (0, padding)), starts, row.documents))
-        yield collate(pieces)
+    """One process's share of a split, in a fixed order, without wrapping round; what fills the last rows is not trained. `max_tokens`
+    bounds what all processes read together."""
+    count, read = validation_rows(split, config.sequence_length, max_tokens)
+    mine = range(rank, count, world_size)
+    for first in range(0, len(mine), config.micro_batch_size):
+        yield collate([read(index) for index in mine[first : first + config.micro_batch_size]])
 
 
 def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tuple[int, Result]]:
@@ -247,10 +186,11 @@ def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tu
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Rows of T + 1 tokens -> a batch of (B, T); this is where targets are shifted, once."""
+    """Rows of T + 1 tokens -> a batch of (B, T); this is where targets are shifted and masked, once."""
     tokens_BU = np.stack([row.tokens for row in rows])
     starts_BU = np.stack([row.starts for row in rows])
-    targets = np.where(starts_BU[:, 1:], IGNORE, tokens_BU[:, 1:])
+    trained_BU = np.stack([row.trained for row in rows])
+    targets = np.where(starts_BU[:, 1:] | ~trained_BU[:, 1:], IGNORE, tokens_BU[:, 1:])
     starts = starts_BU[:, :-1].copy()
     starts[:, 0] = True  # a document that began in an earlier row begins anew here
     offsets = np.flatnonzero(starts)

@@ -92,12 +92,12 @@ def discard_checkpoint(path: Path) -> None:
     shutil.rmtree(litter)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, in the order of their names."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, in the order of their names, with what others expect in the metadata, and `metadata`."""
     contiguous = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     path.touch()
     mode = path.stat().st_mode  # follows the umask; safetensors would leave the file readable by its owner alone
-    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
+    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
     path.chmod(mode)
 
 

@@ -49,7 +49,7 @@ class MetricsLog:
     def __init__(self, path: Path, resume_step: int = 0):
         self.path = path
         if path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] <= resume_step]  # the rest is done over
+            kept = [record for record in read_metrics(path) if record["step"] <= resume_step and resume_step > 0]  # the rest is done over
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(temporary, path)

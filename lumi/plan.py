@@ -18,6 +18,7 @@ def describe_plan(
     device: torch.device,
     kernels: str,
     peak_flops: float | None,
+    num_trained: int | None = None,
 ) -> str:
     """The plan as a table.
 
@@ -25,15 +26,19 @@ def describe_plan(
         data: per data folder its name, its share of the rows and its training tokens.
         kernels: the name of the operators in use.
         peak_flops: of all devices together, in FLOP/s; None where it is not known.
+        num_trained: parameters of the adapters where the rest is frozen; None: every parameter is trained.
     """
     model, batches, narrow = config.model, config.batches, torch.finfo(getattr(torch, config.dtype)).bits // 8
-    flops = model.flops_per_token(batches.sequence_length) * config.num_tokens
-    memory = memory_estimate(model, batches, config.optimizer.kind, narrow, config.gradient_checkpointing, device.type)
+    assert model is not None
+    flops = model.flops_per_token(batches.sequence_length, frozen=num_trained is not None) * config.num_tokens
+    frozen = None if num_trained is None or config.lora is None else (num_trained, 2 if config.lora.base_dtype == "bfloat16" else 4)
+    memory = memory_estimate(model, batches, config.optimizer.kind, narrow, config.gradient_checkpointing, device.type, frozen)
+    trained = "" if num_trained is None else f"; {num_trained:,} of adapters are trained ({num_trained / model.num_parameters:.2%})"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     shares = f"{processes} x {batches.micro_steps(num_processes)} micro-steps x {batches.micro_batch_size} rows x {batches.sequence_length}"
     epochs = [f"{name}: {w:.1%} of the rows, {n:,} tokens, {w * config.num_tokens / n:.2f} epochs" for name, w, n in data]
     rows = {
-        "model": f"{model.num_parameters:,} parameters, {model.num_layers} layers of {model.model_dim}",
+        "model": f"{model.num_parameters:,} parameters, {model.num_layers} layers of {model.model_dim}{trained}",
         "device": f"{num_processes} x {device.type}, {config.dtype}, {kernels} kernels",
         "tokens": f"{config.num_tokens:,} ({config.num_tokens / model.num_parameters:.1f} per parameter)",
         "steps": f"{config.num_steps:,} of {batches.batch_tokens:,} tokens: {shares}",
@@ -47,28 +52,37 @@ def describe_plan(
 
 
 def memory_estimate(
-    model: ModelConfig, batches: BatchConfig, optimizer: str, compute_bytes: int, checkpointing: bool, device_type: str
+    model: ModelConfig,
+    batches: BatchConfig,
+    optimizer: str,
+    compute_bytes: int,
+    checkpointing: bool,
+    device_type: str,
+    frozen: tuple[int, int] | None = None,
 ) -> dict[str, int]:
     """Bytes one process needs to train, by part; arithmetic, not a measurement, and without what torch itself takes.
 
     Weights, gradients and optimizer state are float32; backward also keeps a copy of the layers' weights in a narrower compute dtype.
     For it a layer of the reference operators keeps about 4D + 2(H+G)K + 3F values a token in the compute dtype and 6D + 2(H+G)K + 3F
     in float32 (norms, rotation, SwiGLU); with checkpointing only its input D. The loss holds the logits of one chunk of rows thrice (as
-    they are, their float32 log-softmax, their gradient) and its matrix's float32 gradient twice.
+    they are, their float32 log-softmax, their gradient) and its matrix's float32 gradient twice. Under adapters, `frozen` = (their
+    parameters, bytes of a frozen weight), only they have gradients and states.
     """
     tokens = batches.micro_batch_size * batches.sequence_length
     heads, dim, mlp = 2 * (model.num_heads + model.kv_heads) * model.per_head, model.model_dim, model.mlp_dim
     per_layer = compute_bytes * (4 * dim + heads + 3 * mlp) + 4 * (6 * dim + heads + 3 * mlp)
     kept = compute_bytes * model.num_layers * dim + per_layer if checkpointing else model.num_layers * per_layer
     embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
-    states = 2 * model.num_parameters if optimizer == "adamw" else model.num_parameters + embeddings
-    copies = model.num_parameters - embeddings if compute_bytes < 4 else 0
+    adapters, weight_bytes = frozen or (0, 4)
+    trained = adapters if frozen else model.num_parameters
+    states = 2 * trained if optimizer == "adamw" else trained + (0 if frozen else embeddings)
+    copies = model.num_parameters - embeddings if compute_bytes < weight_bytes else 0
     rows = min(tokens, chunk_rows(model.vocab_size, device_type))
     parts = {
-        "weights": 4 * model.num_parameters + compute_bytes * copies,
-        "gradients": 4 * model.num_parameters,
+        "weights": weight_bytes * model.num_parameters + compute_bytes * copies + 4 * adapters,
+        "gradients": 4 * trained,
         "optimizer": 4 * states,
         "activations": tokens * kept,
-        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + 8 * model.vocab_size * dim,
+        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + (0 if frozen else 8 * model.vocab_size * dim),
     }
     return {**parts, "total": sum(parts.values())}

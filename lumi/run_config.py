@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lumi.batches import BatchConfig
+from lumi.lora import LoraConfig
 from lumi.model import ModelConfig
 from lumi.optimizer import OptimizerConfig
 
@@ -14,7 +15,8 @@ from lumi.optimizer import OptimizerConfig
 class TrainConfig:
     """A whole run. Paths are not in it: they come from the command line."""
 
-    model: ModelConfig
+    model: ModelConfig | None = None  # null: that of --model-path
+    lora: LoraConfig | None = None  # null: every parameter is trained
     batches: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     num_steps: int
@@ -27,6 +29,7 @@ class TrainConfig:
     validation_tokens: int | None = 1_000_000  # of each data folder; null: the whole split
     save_every: int = 1000
     keep_last: int = 2  # checkpoints; the best one is kept beside them
+    final: Literal["last", "best"] = "last"  # which weights final/ holds; "best": of the checkpoint of the lowest validation loss
     max_skipped_steps: int = 5  # in a row, for a loss or gradient that is not finite, before the run stops
 
     def __post_init__(self):
@@ -35,7 +38,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
-        if self.batches.sequence_length > self.model.max_positions:
+        if self.model is not None and self.batches.sequence_length > self.model.max_positions:
             raise ValueError(
                 f"batches.sequence_length must be at most model.max_positions = {self.model.max_positions}, "
                 f"got {self.batches.sequence_length}"
@@ -49,10 +52,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Paths:
-    """What the command line says. `resume`: None, "auto", or a checkpoint folder."""
+    """What the command line says. `model_path`: the model that a run begins with; None: random weights. `resume`: None, "auto", or a
+    checkpoint folder."""
 
     data_dirs: Sequence[str]
     tokenizer_dir: str
     output_dir: Path
     data_weights: Sequence[float] | None = None
     resume: str | None = None
+    model_path: Path | None = None

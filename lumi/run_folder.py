@@ -48,6 +48,10 @@ class RunFolder:
             return max(list_checkpoints(self.checkpoints), default=None)
         return Path(resume) if resume is not None else None
 
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint of `step`."""
+        return next(path for path in list_checkpoints(self.checkpoints) if step_of(path) == step)
+
     def load(self, path: Path) -> Checkpoint:
         """Read a checkpoint; one of another run brings its weights and its step, but not its best."""
         checkpoint = load_checkpoint(path)

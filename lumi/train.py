@@ -15,47 +15,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lumi.batches import Batch, Batches, prefetch
+from lumi.batches import Batch, prefetch
 from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, differences, load_config, to_dict, write_json
 from lumi.evaluation import held_out_loss
-from lumi.hf_format import save_model
 from lumi.interruption import StopSignal
 from lumi.kernels.bundle import Ops, select
+from lumi.lora import load_trained, trained_tensors
 from lumi.metrics import Meter, MetricsLog, draw_loss, human, peak_flops
-from lumi.model import Transformer
 from lumi.optimizer import LossScale, Optimizer, lr_at
 from lumi.parallel import World, data_parallel, gradient_sync, process_group
 from lumi.plan import describe_plan
 from lumi.progress import progress_bar
 from lumi.run_config import Paths, TrainConfig
+from lumi.run_data import RunData
 from lumi.run_folder import RunFolder
-from lumi.shards import TokenStore, open_or_tokenize
-from lumi.tokenizer import Tokenizer
+from lumi.run_model import build, resolve, save_final, start_fingerprint
 
 
 class Trainer:
     """Everything one run holds on one process; `train` is the loop, the rest is what it calls."""
 
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
+        config, shape, self.start = resolve(config, paths.model_path)
         self.config, self.paths, self.world, self.folder = config, paths, world, RunFolder(paths.output_dir)
         self.world.on_main(self._claim_folder)
         self.micro_steps = config.batches.micro_steps(world.size)
-        self.tokenizer = Tokenizer.load(paths.tokenizer_dir)
-        if self.tokenizer.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"model.vocab_size must be at least the tokenizer's {self.tokenizer.vocab_size} pieces, got {config.model.vocab_size}"
-            )
-        self.stores = self._open_stores()
-        self.batches = Batches([store.split("train") for store in self.stores], paths.data_weights, config.batches, config.seed)
-        self.validation = [store.split("validation") for store in self.stores if store.has_split("validation")]
-
-        dtype = getattr(torch, config.dtype)
+        self.data = RunData(config, paths, world)
         self.ops = _select_kernels(config.kernels, world.device)
-        self.model = Transformer(config.model, self.ops, compute_dtype=dtype, gradient_checkpointing=config.gradient_checkpointing)
-        self.model.init_weights(config.seed).to(world.device)
+        self.model = build(config, shape, self.start, self.data.tokenizer, self.ops, world.device)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.loss_scale = LossScale(config.dtype)
+        self.identity = self._identity()
         self.state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "best": None, "validation": None}
         self._resume()
         if config.compile:
@@ -64,13 +55,15 @@ class Trainer:
         self.parallel_model = data_parallel(self.model, world)
         self.stop = StopSignal()
         self.meter = Meter()
-        self.flops_per_token = config.model.flops_per_token(config.batches.sequence_length)
+        self.flops_per_token = shape.flops_per_token(config.batches.sequence_length, frozen=config.lora is not None)
         peak = peak_flops(world.device)
         self.peak_flops = peak and peak * world.size
 
     def train(self) -> bool:
         """The one training loop, from the step after `state["step"]` to `num_steps`. Returns False where a signal ended it early."""
         config, world = self.config, self.world
+        if self.start is not None and self.data.validation and self.state["step"] == 0:
+            self._validate()  # what fine-tuning begins at
         for step, micro_batches in prefetch(self._micro_batches, range(self.state["step"] + 1, config.num_steps + 1)):
             num_targets, stopping = world.sum(sum(batch.num_targets for batch in micro_batches), self.stop.received)
             if stopping:
@@ -94,11 +87,11 @@ class Trainer:
             self.loss_scale.update(finite)
 
             self.state |= {"step": step, "skipped_in_a_row": 0 if finite else self.state["skipped_in_a_row"] + 1}
-            self._log_step(mean_loss, gradient_norm, lr)
+            self._log_step(mean_loss, gradient_norm, lr, int(num_targets))
             if not finite:
                 self._report_skipped(mean_loss, gradient_norm, nats)
             saving = step % config.save_every == 0 or step == config.num_steps
-            if self.validation and (saving or step % config.validate_every == 0):
+            if self.data.validation and (saving or step % config.validate_every == 0):
                 self._validate()
             if saving:
                 self._save()
@@ -106,24 +99,24 @@ class Trainer:
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This process's rows of a step."""
-        return [self.batches.rows(step, *self._rows(index)) for index in range(self.micro_steps)]
+        return [self.data.batches.rows(step, *self._rows(index)) for index in range(self.micro_steps)]
 
     def _rows(self, micro_step: int) -> tuple[int, int]:
         size = self.config.batches.micro_batch_size
         first = (self.world.rank * self.micro_steps + micro_step) * size
         return first, first + size
 
-    def _log_step(self, loss: float, gradient_norm: float, lr: float) -> None:
+    def _log_step(self, loss: float, gradient_norm: float, lr: float, num_targets: int) -> None:
         step, config = self.state["step"], self.config
         self.meter.add(config.batches.batch_tokens)
         if not self.world.is_main:
             return
         rate = self.meter.read()
         extra: dict[str, Any] = {"mfu": rate * self.flops_per_token / self.peak_flops} if self.peak_flops else {}
-        if len(self.stores) > 1:
-            extra["mix"] = [round(share, 6) for share in self.batches.mix(step)]
+        if len(self.data.stores) > 1:
+            extra["mix"] = [round(share, 6) for share in self.data.batches.mix(step)]
         skipped = self.state["skipped_in_a_row"] > 0
-        values = {"loss": loss, "gradient_norm": gradient_norm, "lr": lr, "tokens_per_second": round(rate, 1)}
+        values = {"loss": loss, "gradient_norm": gradient_norm, "lr": lr, "tokens_per_second": round(rate, 1), "targets": num_targets}
         self.log.write(step, "train", **values, tokens=step * config.batches.batch_tokens, skipped=skipped, **extra)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {human(rate)} tokens/s", refresh=False)
         self.bar.update()
@@ -134,8 +127,7 @@ class Trainer:
         self._say(f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}")
         for index, value in enumerate(nats):
             if not value.isfinite():
-                documents = self.batches.documents(step, *self._rows(index))
-                named = "; ".join(f"{self.paths.data_dirs[store]} documents {ids}" for store, ids in documents)
+                named = self.data.name_documents(step, *self._rows(index))
                 tqdm.write(f"step {step}: loss {value.item()} in a micro-batch of {named}")
         if skipped >= self.config.max_skipped_steps:
             self._save()
@@ -146,9 +138,8 @@ class Trainer:
 
     def _validate(self) -> None:
         step, config = self.state["step"], self.config
-        result = held_out_loss(
-            self.model, self.validation, self.tokenizer.token_bytes, config.batches, self.world, config.validation_tokens
-        )
+        token_bytes = self.data.tokenizer.token_bytes
+        result = held_out_loss(self.model, self.data.validation, token_bytes, config.batches, self.world, config.validation_tokens)
         self.state["validation"] = {"step": step, **asdict(result)} if math.isfinite(result.loss) else None
         if self.world.is_main:
             self.log.write(step, "validation", **asdict(result))
@@ -161,8 +152,8 @@ class Trainer:
         step, best, validation = self.state["step"], self.state["best"], self.state["validation"]
         if validation and validation["step"] == step and (best is None or validation["loss"] < best["loss"]):
             self.state["best"] = {"step": step, "loss": validation["loss"]}
-        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors()}
-        state = {**self.state, "loss_scale": vars(self.loss_scale), "identity": self._identity(), "config": to_dict(self.config)}
+        tensors = {"model": trained_tensors(self.model), "optimizer": self.optimizer.state_tensors()}
+        state = {**self.state, "loss_scale": vars(self.loss_scale), "identity": self.identity, "config": to_dict(self.config)}
 
         def write() -> None:
             if not self.folder.has(step):  # a signal during a step that saved comes here again
@@ -175,24 +166,18 @@ class Trainer:
         for name in self.folder.claim(self.paths.resume):
             self._say(f"removed {name}, left by a run that was interrupted")
 
-    def _open_stores(self) -> list[TokenStore]:
-        """One store per data folder. The main process tokenizes corpus folders and checks every hash; the others wait for it."""
-        stores: list[TokenStore] = []
-        self.world.on_main(lambda: stores.extend(open_or_tokenize(folder, self.tokenizer) for folder in self.paths.data_dirs))
-        return stores or [open_or_tokenize(folder, self.tokenizer, verify="size") for folder in self.paths.data_dirs]
-
     def _identity(self) -> dict[str, Any]:
         """What decides the weights' shapes and which data a step sees: it must be the same when a run goes on."""
         config = self.config
         return {
             "model": to_dict(config.model),
+            "start": start_fingerprint(self.start),
+            "lora": config.lora and to_dict(config.lora),
             "sequence_length": config.batches.sequence_length,
             "batch_tokens": config.batches.batch_tokens,
             "optimizer": config.optimizer.kind,
             "seed": config.seed,
-            "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "data": [{name: file.sha256 for name, file in store.manifest.splits["train"].files.items()} for store in self.stores],
-            "data_weights": self.batches.weights,
+            **self.data.identity(),
         }
 
     def _resume(self) -> None:
@@ -213,14 +198,14 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         checkpoint = self.folder.load(path)
         tensors, state = checkpoint.tensors, checkpoint.state
-        if changed := differences(state.pop("identity"), self._identity()):
+        if changed := differences(state.pop("identity"), self.identity):
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
             raise UserError(f"{path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with")
         if state["step"] > self.config.num_steps:
             raise UserError(f"num_steps must be at least the checkpoint's step {state['step']}, got {self.config.num_steps}")
         for change in differences(state.pop("config"), to_dict(self.config)):
             self._say(f"changed since the checkpoint: {change}")
-        self.model.load_state_dict(tensors["model"])
+        load_trained(self.model, tensors["model"])
         self.optimizer.load_state_tensors(tensors["optimizer"])
         loss_scale = state.pop("loss_scale")
         if self.loss_scale.enabled and loss_scale["enabled"]:
@@ -233,10 +218,16 @@ class Trainer:
             tqdm.write(line)
 
     def _plan(self) -> str:
-        tokens = [stream.num_tokens for stream in self.batches.streams]
-        data = list(zip(self.paths.data_dirs, self.batches.weights, tokens, strict=True))
-        num_validation_tokens = sum(split.num_tokens for split in self.validation)
-        return describe_plan(self.config, data, num_validation_tokens, self.world.size, self.world.device, self.ops.name, self.peak_flops)
+        num_trained = sum(tensor.numel() for tensor in trained_tensors(self.model).values()) if self.config.lora else None
+        size, device, kernels, data = self.world.size, self.world.device, self.ops.name, self.data
+        plan = describe_plan(self.config, data.shares(), data.num_validation_tokens(), size, device, kernels, self.peak_flops, num_trained)
+        return "\n".join([f"plan\n{plan}", *data.describe_conversations()])
+
+    def _return_to_best(self) -> None:
+        best = self.state["best"]
+        if best is not None and best["step"] != self.state["step"]:
+            load_trained(self.model, self.folder.load(self.folder.checkpoint(best["step"])).tensors["model"])
+            self._say(f"final is the checkpoint of step {best['step']}, of the lowest validation loss: {best['loss']:.4f}")
 
     def run(self) -> int:
         """Plan, train, and leave `final/`. Returns the process's exit code: 0, or 128 + the signal that ended it."""
@@ -245,7 +236,7 @@ class Trainer:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(folder.config, to_dict(self.config))
             self.log = MetricsLog(folder.metrics, self.state["step"])
-            self._say(f"plan\n{self._plan()}")
+            self._say(self._plan())
             self.bar = progress_bar("train", "step", total=self.config.num_steps, initial=self.state["step"])
         with self.stop:
             finished = self.train()
@@ -254,7 +245,9 @@ class Trainer:
             self.log.close()
             draw_loss(folder.metrics, folder.picture, f"{self.paths.output_dir.name}: loss")
             if finished:
-                save_model(folder.final, self.model, self.tokenizer)
+                if self.config.final == "best":
+                    self._return_to_best()
+                save_final(folder.final, self.model, self.config, self.start, self.data.tokenizer)
                 self._say(f"final model: {folder.final}")
         if finished:
             return 0
@@ -293,12 +286,14 @@ def main(argv: list[str]) -> int:
         help="share of the rows that each data folder gets; by its tokens where not given",
     )
     arguments.add_argument("--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file")
+    arguments.add_argument("--model-path", type=Path, metavar="M", help="begin with this model: a run or a Hugging Face folder")
     arguments.add_argument("--output-dir", required=True, type=Path, help="the run folder")
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parse(arguments, argv)
     config = load_config(TrainConfig, options.config, options.overrides)
-    paths = Paths(options.data_dirs, options.tokenizer_dir, options.output_dir, options.data_weights, options.resume_from_checkpoint)
+    weights, resume = options.data_weights, options.resume_from_checkpoint
+    paths = Paths(options.data_dirs, options.tokenizer_dir, options.output_dir, weights, resume, options.model_path)
     return train(config, paths, options.device)
 
 

@@ -1,73 +1,26 @@
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
+from splits import make_conversations, make_split
 
-from lumi.batches import IGNORE, BatchConfig, Batches, Row, Stream, collate, interleave, read_row, validation_batches
+from lumi.batches import IGNORE, BatchConfig, Batches, collate, interleave, validation_batches
 from lumi.config import UserError
-
-
-@dataclass
-class FakeSplit:
-    tokens: np.ndarray
-    offsets: np.ndarray
-    mask: np.ndarray | None = None
-
-
-def make_split(lengths, first=0):
-    """Documents of the given lengths; document d holds 1000*d + 0, 1, 2 ... so that every token tells where it comes from."""
-    tokens = np.concatenate([1000 * d + first + np.arange(n) for d, n in enumerate(lengths)]) if lengths else np.zeros(0)
-    return FakeSplit(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64))
-
+from lumi.rows import Row
 
 CONFIG = BatchConfig(sequence_length=4, batch_tokens=16, micro_batch_size=2)
 
 
 def test_collate_by_hand():
     rows = [
-        Row(np.array([1, 5, 6, 2, 1]), np.array([True, False, False, False, True]), [0, 1]),
-        Row(np.array([7, 2, 1, 8, 9]), np.array([False, False, True, False, False]), [1, 2]),
+        Row(np.array([1, 5, 6, 2, 1]), np.array([1, 0, 0, 0, 1], dtype=bool), np.ones(5, dtype=bool), [0, 1]),
+        Row(np.array([7, 2, 1, 8, 9]), np.array([0, 0, 1, 0, 0], dtype=bool), np.array([1, 1, 1, 0, 1], dtype=bool), [1, 2]),
     ]
     batch = collate(rows)
     assert batch.tokens.tolist() == [[1, 5, 6, 2], [7, 2, 1, 8]]
-    assert batch.targets.tolist() == [[5, 6, 2, IGNORE], [2, IGNORE, 8, 9]]
+    assert batch.targets.tolist() == [[5, 6, 2, IGNORE], [2, IGNORE, IGNORE, 9]]
     assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert batch.cu_seqlens.tolist() == [0, 4, 6, 8]
-    assert batch.num_targets == 6
-
-
-def test_an_epoch_reads_every_target_once():
-    lengths = [5, 1, 9, 3, 2, 12, 1]
-    split = make_split(lengths)
-    stream = Stream(split, length=4, seed=3)
-    assert stream.rows_per_epoch == 8
-    epochs = [[stream.row(epoch * 8 + row) for row in range(8)] for epoch in range(2)]
-    for rows in epochs:
-        targets = np.concatenate([row.tokens[1:] for row in rows]).tolist()
-        everything = split.tokens.tolist()
-        assert len(targets) == 32
-        assert all(targets.count(token) <= everything.count(token) for token in targets)
-        assert sum(row.starts[1:].sum() for row in rows) == len(lengths) - 1  # all but the first, which is no target
-        assert {document for row in rows for document in row.documents} == set(range(len(lengths)))
-    assert [row.tokens.tolist() for row in epochs[0]] != [row.tokens.tolist() for row in epochs[1]]
-    again = Stream(split, length=4, seed=3)
-    assert again.row(13).tokens.tolist() == epochs[1][5].tokens.tolist()
-
-
-def test_the_rows_of_a_long_document_are_scattered():
-    stream = Stream(make_split([400, 400]), length=4, seed=0)
-    documents = [stream.row(i).documents[0] for i in range(100)]
-    assert 25 < sum(documents) < 75
-
-
-def test_read_row_by_hand():
-    split = make_split([3, 1, 4])  # 0 1 2 | 1000 | 2000 2001 2002 2003
-    order = np.array([2, 0, 1])
-    row = read_row(split, order, np.array([4, 7, 8]), 2, 6)
-    assert row.tokens.tolist() == [2002, 2003, 0, 1, 2, 1000]
-    assert row.starts.tolist() == [False, False, True, False, False, True]
-    assert row.documents == [2, 0, 1]
+    assert batch.num_targets == 5
 
 
 def test_batches_are_pure_functions_of_the_step():
@@ -129,6 +82,34 @@ def test_validation_reads_each_token_once_whatever_the_processes():
     assert targets(2, max_tokens=8) == sorted([1, 2, 3, 4, 5, 1001])
 
 
+def test_validation_of_conversations_reads_each_answer_once_whatever_the_processes():
+    split = make_conversations(["..++", ".+", "..+..+", "...++"])
+
+    def targets(world, max_tokens=None):
+        batches = [
+            b
+            for rank in range(world)
+            for b in validation_batches(split, BatchConfig(sequence_length=6, batch_tokens=12, micro_batch_size=1), rank, world, max_tokens)
+        ]
+        return sorted(t for b in batches for t in b.targets.flatten().tolist() if t != IGNORE)
+
+    assert targets(1) == targets(2) == targets(3) == [2, 3, 1001, 2002, 2005, 3003, 3004]
+    assert 0 < len(targets(1, max_tokens=6)) < 7
+
+
+def test_the_targets_of_conversations_are_their_answers_alone():
+    split = make_conversations(["..++", ".+", "..+..+", "...++", ".++"])
+    batches = Batches([split], None, CONFIG, seed=1)
+    answers = {int(token) for token, trained in zip(split.tokens, split.loss_mask(0, len(split.tokens)), strict=True) if trained}
+    seen = set()
+    for step in range(1, 12):
+        batch = batches[step]
+        trained = batch.targets != IGNORE
+        assert torch.equal(batch.targets[trained], batch.tokens[trained] + 1)
+        seen |= set(batch.targets[trained].tolist())
+    assert seen == answers - {2005}  # "..+..+" ends behind its first answer in rows of 5 tokens
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -138,8 +119,6 @@ def test_validation_reads_each_token_once_whatever_the_processes():
         (lambda: CONFIG.micro_steps(3), "4 x 2 x 3, got 16"),
         (lambda: Batches([make_split([40])], [1, 2], CONFIG, 0), "one weight per data folder, got 2 for 1"),
         (lambda: Batches([make_split([40])], [0], CONFIG, 0), "must be positive numbers"),
-        (lambda: Stream(FakeSplit(np.zeros(9), np.array([0, 9]), mask=np.zeros(2)), 4, 0), "a loss mask, which is not read yet"),
-        (lambda: Stream(make_split([3, 1]), length=4, seed=0), "more than sequence_length = 4 training tokens, got 4"),
     ],
 )
 def test_refuses(build, message):

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from lumi.batches import IGNORE, Row, collate
+from lumi.batches import IGNORE, collate
 from lumi.kernels.bundle import REFERENCE
 from lumi.model import ModelConfig, Transformer
+from lumi.rows import Row
 
 TINY = {"vocab_size": 61, "num_layers": 2, "model_dim": 32, "num_heads": 4, "mlp_dim": 48}
 SHAPES = {
@@ -98,7 +99,7 @@ def test_trained_on_counting_it_predicts_the_next_number(tied):
         starts = torch.randint(0, 61, (16, 1), generator=generator)
         sequences = ((starts + torch.arange(17)) % 61).numpy()
         no_starts = torch.zeros(17, dtype=torch.bool).numpy()
-        batch = collate([Row(row, no_starts, []) for row in sequences])
+        batch = collate([Row(row, no_starts, ~no_starts, []) for row in sequences])
         loss = model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens) / batch.num_targets
         loss.backward()
         optimizer.step()

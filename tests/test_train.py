@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lumi.model
 import lumi.run_folder
 import lumi.train
 from lumi.checkpoint import list_checkpoints, load_checkpoint
@@ -192,14 +193,14 @@ def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
 
 def spoil(monkeypatch, bad_steps, value):
     """Make the training loss of some steps `value`."""
-    real, micro_batches = lumi.train.Transformer.forward, itertools.count(4)  # four micro-batches a step
+    real, micro_batches = lumi.model.Transformer.forward, itertools.count(4)  # four micro-batches a step
 
     def forward(self, *arguments):
         loss = real(self, *arguments)
         bad = torch.is_grad_enabled() and next(micro_batches) // 4 in bad_steps
         return loss * value if bad else loss
 
-    monkeypatch.setattr(lumi.train.Transformer, "forward", forward)
+    monkeypatch.setattr(lumi.model.Transformer, "forward", forward)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -369,8 +370,8 @@ def test_a_validation_loss_that_is_not_finite_ends_nothing(start, monkeypatch):
 
 
 def test_what_a_step_draws_depends_on_seed_and_step_alone(start, monkeypatch):
-    real = lumi.train.Transformer.forward
-    monkeypatch.setattr(lumi.train.Transformer, "forward", lambda self, *arguments: real(self, *arguments) * (1 + 0.1 * torch.rand(())))
+    real = lumi.model.Transformer.forward
+    monkeypatch.setattr(lumi.model.Transformer, "forward", lambda self, *arguments: real(self, *arguments) * (1 + 0.1 * torch.rand(())))
     straight = losses(start())
     folder = start("resumed", keep_last=9)
     torch.rand(7)

@@ -1,0 +1,81 @@
+"""The model of a run: what it begins with, and what it leaves in `final/`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lumi.adapter_format import is_adapter, save_adapter, weights_fingerprint
+from lumi.config import UserError, differences, read_json, to_dict
+from lumi.hf_format import load_model, model_config, save_model
+from lumi.kernels.bundle import Ops
+from lumi.lora import add_lora
+from lumi.model import ModelConfig, Transformer
+from lumi.pretrained import locate
+from lumi.run_config import TrainConfig
+from lumi.tokenizer import Tokenizer
+
+
+def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, ModelConfig, Path | None]:
+    """The config with its `model` filled in, that model, and the folder of the weights that it begins with.
+
+    Raises:
+        UserError: there is neither a model in the config nor a `model_path`, or both and they differ; LoRA without a `model_path`.
+    """
+    if model_path is None:
+        if config.model is None:
+            raise UserError("config.model must give the shape of the model where --model-path gives no model, got null")
+        if config.lora is not None:
+            raise UserError("config.lora needs a model to adapt: pass --model-path, or take lora out")
+        return config, config.model, None
+    folder = locate(model_path)
+    if is_adapter(folder):
+        raise UserError(f"--model-path must be a whole model to train, got the adapter {folder}; `lumi merge` makes one of it and its base")
+    shape = model_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    if config.model is not None and (changed := differences(to_dict(shape), to_dict(config.model))):
+        raise UserError(f"config.model must be null, or that of --model-path {folder}, but {changed[0]}")
+    try:
+        return dataclasses.replace(config, model=shape), shape, folder
+    except ValueError as error:
+        raise UserError(f"--model-path {folder}: {error}") from error
+
+
+def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops, device: torch.device) -> Transformer:
+    """The model with its weights: random ones, or those of `start`, frozen under adapters where the config has `lora`.
+
+    Raises:
+        UserError: the vocabulary is too small for the tokenizer, or what `lumi.hf_format.load_model` and `lumi.lora.add_lora` raise.
+    """
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size} pieces, got {shape.vocab_size}")
+    dtype = getattr(torch, config.dtype)
+    if start is None:
+        model = Transformer(shape, ops, compute_dtype=dtype).init_weights(config.seed)
+    else:
+        model = load_model(start, ops, dtype, tokenizer)
+        if config.lora is not None:
+            add_lora(model, config.lora, config.seed, _token_ids(config.lora.tokens, tokenizer))
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model.train().to(device)
+
+
+def _token_ids(pieces: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    if unknown := [piece for piece in pieces if piece not in tokenizer.control_ids]:
+        known = ", ".join(tokenizer.control_ids)
+        raise UserError(f"lora.tokens must be control pieces of the tokenizer ({known}), got {unknown[0]!r}")
+    return sorted({tokenizer.control_ids[piece] for piece in pieces})
+
+
+def start_fingerprint(start: Path | None) -> str | None:
+    """What identifies the weights that a run begins with; None where they follow from the seed."""
+    return None if start is None else weights_fingerprint(start)
+
+
+def save_final(folder: Path, model: Transformer, config: TrainConfig, start: Path | None, tokenizer: Tokenizer) -> None:
+    """Write `final/`: the model, or its adapter."""
+    if config.lora is None:
+        save_model(folder, model, tokenizer)
+    else:
+        assert start is not None
+        save_adapter(folder, model, config.lora, tokenizer, start)

@@ -1,0 +1,241 @@
+"""Fine-tuning through the one loop: what is trained, what is not, what is left behind."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from synthetic import sentence
+
+import lumi.rows
+from lumi.batches import BatchConfig, Batches
+from lumi.chat import TEMPLATES, prompt_ids, stop_ids
+from lumi.checkpoint import load_checkpoint, load_tensors
+from lumi.config import UserError, from_dict, read_json
+from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
+from lumi.corpus.conversations import MessagesFormat
+from lumi.generate import SamplingConfig, generate_ids
+from lumi.hf_format import load_model, save_model
+from lumi.kernels.bundle import REFERENCE
+from lumi.messages import Message
+from lumi.metrics import read_metrics
+from lumi.model import ModelConfig, Transformer
+from lumi.pretrained import load_pretrained
+from lumi.run_config import Paths, TrainConfig
+from lumi.shards import TokenStore, tokenize
+from lumi.train import train
+
+NOUNS = ["river", "stone", "garden", "letter"]
+ANSWERS = {noun: f"The {noun} opens a window at noon." for noun in NOUNS}
+SHAPE = ModelConfig(vocab_size=384, num_layers=2, model_dim=64, num_heads=2, mlp_dim=128, max_positions=128)
+CONFIG = {
+    "batches": {"sequence_length": 96, "batch_tokens": 384, "micro_batch_size": 2},
+    "optimizer": {"peak_lr": 0.005, "weight_decay": 0.0, "schedule": {"kind": "cosine", "warmup_steps": 5}},
+    "num_steps": 60,
+    "dtype": "float32",
+    "validate_every": 20,
+    "save_every": 20,
+}
+LORA = {"rank": 32, "alpha": 64, "tokens": ["<|im_start|>", "<|im_end|>"]}
+
+
+def question(noun):
+    return f"What does the {noun} open?"
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tokenizer, tmp_path_factory):
+    """A token store of four questions and answers, all of them in both splits."""
+    folder = tmp_path_factory.mktemp("chat")
+    records = [{"messages": [{"role": "user", "content": question(n)}, {"role": "assistant", "content": a}]} for n, a in ANSWERS.items()]
+    (folder / "raw.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    source = JsonlSource(name="toy", paths=(str(folder / "raw.jsonl"),), conversation=MessagesFormat())
+    prepare(PrepareConfig(sources=(source,), deduplication=DeduplicationConfig(near=False)), folder / "corpus", num_workers=1)
+    tokenize([folder / "corpus"], tokenizer, folder / "tokens", validation_corpus_dirs=[folder / "corpus"], num_workers=1)
+    return folder / "tokens"
+
+
+@pytest.fixture(scope="module")
+def base_dir(tokenizer, tmp_path_factory):
+    """A model that has seen sentences with the nouns, so that an adapter finds something to adapt."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    model = Transformer(SHAPE, REFERENCE).init_weights(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rng = np.random.default_rng(0)
+    text = "\n".join(sentence(random.Random(seed)) for seed in range(400))
+    ids = torch.tensor(tokenizer.encode(text))
+    for _ in range(100):
+        starts = rng.integers(0, len(ids) - 65, size=8)
+        rows = torch.stack([ids[start : start + 65] for start in starts])
+        (model(rows[:, :-1], rows[:, 1:].contiguous()) / rows[:, 1:].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_model(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def start(chat_dir, base_dir, tokenizer_dir, tmp_path):
+    def start(name="run", resume=None, expect=0, model_path=base_dir, data_dirs=(chat_dir,), weights=None, **changes):
+        paths = Paths([str(folder) for folder in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume, model_path)
+        assert train(from_dict(TrainConfig, CONFIG | changes), paths, "cpu") == expect
+        return tmp_path / name
+
+    return start
+
+
+def ask(folder, nouns=NOUNS):
+    model, tokenizer, *_ = load_pretrained(folder, device="cpu")
+    prompts = [prompt_ids(tokenizer, [Message("user", question(noun))]) for noun in nouns]
+    config = SamplingConfig(max_new_tokens=40, temperature=0.0)
+    completions = generate_ids(model, prompts, config, stop_ids=stop_ids(tokenizer), pad_id=tokenizer.pad_id)
+    return [(tokenizer.decode(completion.ids), completion.stopped) for completion in completions]
+
+
+def curve(folder, kind="train"):
+    return [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == kind]
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_tuned_model_answers_and_stops_by_itself(lora, start, capsys):
+    folder = start(lora=lora, num_steps=100)
+    assert ask(folder) == [(ANSWERS[noun], True) for noun in NOUNS]
+    before, *_, after = curve(folder, "validation")
+    assert after < 0.25 * before
+    printed = capsys.readouterr().out
+    first = f"<s><|im_start|>user\n{question('river')}<|im_end|>\n<|im_start|>assistant\n[[{ANSWERS['river']}<|im_end|>]]\n"
+    assert first in printed
+    assert printed.index(first) < printed.index("step 0: validation loss")
+    assert (folder / "final" / "adapter_model.safetensors").exists() == (lora is not None)
+    assert (folder / "final" / "chat_template.jinja").read_text() == TEMPLATES["chatml"].jinja
+
+
+def test_with_the_mask_inverted_it_does_not(start, monkeypatch):
+    """What the test above would say if the mask were wrong: the questions are learned, the answers and their end are not."""
+    mask = lumi.rows.Split.loss_mask
+    monkeypatch.setattr(lumi.rows.Split, "loss_mask", lambda split, begin, end: ~mask(split, begin, end))
+    answers = ask(start(num_steps=100))
+    assert not any(stopped for _, stopped in answers)
+    assert not any(text == ANSWERS[noun] for noun, (text, _) in zip(NOUNS, answers, strict=True))
+
+
+def test_a_frozen_base_is_bit_identical_after_training(start, base_dir, monkeypatch):
+    before = {path.name: path.read_bytes() for path in base_dir.iterdir()}
+    kept = {}
+    build = lumi.train.build
+
+    def spy(*arguments):
+        kept["model"] = build(*arguments)
+        return kept["model"]
+
+    monkeypatch.setattr(lumi.train, "build", spy)
+    folder = start(lora=LORA | {"base_dtype": "bfloat16"}, num_steps=8)
+    trained = {name.replace(".parametrizations.weight.original", ".weight"): p for name, p in kept["model"].named_parameters()}
+    for name, tensor in load_model(base_dir, REFERENCE).state_dict().items():
+        expected = tensor.bfloat16() if tensor.ndim >= 2 else tensor
+        assert trained[name].dtype == expected.dtype
+        assert torch.equal(trained[name], expected), name
+    assert all(parameter.any() for name, parameter in trained.items() if name.endswith("lora_B"))
+    assert {path.name: path.read_bytes() for path in base_dir.iterdir()} == before
+    names = {path.name: path.stat().st_size for path in (folder / "checkpoints" / "step-00000008").iterdir()}
+    adapters = sum(p.numel() for p in trained.values() if p.requires_grad)
+    assert names["model.safetensors"] < 4 * adapters + 4096
+    assert names["optimizer.safetensors"] < 8 * adapters + 16384
+
+
+def test_the_loss_is_the_sum_over_trained_tokens_by_their_number(start, base_dir, chat_dir, tokenizer):
+    """The first step's loss against conversations one by one, without packing."""
+    folder = start(num_steps=1, seed=5)
+    split = TokenStore.open(chat_dir).split("train")
+    batches = Batches([split], None, BatchConfig(sequence_length=96, batch_tokens=384, micro_batch_size=2), 5)
+    model, nats, count = load_model(base_dir, REFERENCE), 0.0, 0
+    for _, documents in batches.documents(1, 0, 4):
+        for document in documents:
+            ids = torch.from_numpy(split.document(document).astype(np.int64))
+            begin = int(split.offsets[document])
+            trained = torch.from_numpy(split.loss_mask(begin, begin + len(ids)))
+            with torch.no_grad():
+                log_probabilities = model.logits(model.hidden(ids[None, :-1]))[0].double().log_softmax(-1)
+            picked = log_probabilities[torch.arange(len(ids) - 1), ids[1:]]
+            nats, count = nats - picked[trained[1:]].sum().item(), count + int(trained[1:].sum())
+    record = read_metrics(folder / "metrics.jsonl")[1]
+    assert (record["kind"], record["targets"]) == ("train", count)
+    assert record["loss"] == pytest.approx(nats / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, LORA | {"dropout": 0.2}], ids=["full", "lora"])
+def test_resumed_is_uninterrupted(lora, start, tmp_path):
+    folder = start(lora=lora, num_steps=12, save_every=4, keep_last=3)
+    file = folder / "final" / ("adapter_model.safetensors" if lora else "model.safetensors")
+    whole, weights = curve(folder), load_tensors(file)
+    start(resume=str(folder / "checkpoints" / "step-00000004"), lora=lora, num_steps=12, save_every=4, keep_last=3)
+    assert curve(folder) == whole
+    again = load_tensors(file)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+def test_final_is_the_best_where_asked(start, capsys):
+    """A learning rate that rises until it ruins the model: the best checkpoint is an early one."""
+    optimizer = {"peak_lr": 0.3, "schedule": {"kind": "wsd", "warmup_steps": 38}}
+    folder = start(final="best", num_steps=40, save_every=10, validate_every=10, optimizer=optimizer)
+    losses = {record["step"]: record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"}
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    assert best < 40
+    assert f"final is the checkpoint of step {best}" in capsys.readouterr().out
+    checkpoint = load_checkpoint(folder / "checkpoints" / f"step-{best:08d}").tensors["model"]
+    final = load_model(folder / "final", REFERENCE).state_dict()
+    assert final.keys() == checkpoint.keys()
+    assert all(torch.equal(final[name], tensor) for name, tensor in checkpoint.items())
+
+
+def test_mixes_of_sets(start, chat_dir):
+    folder = start(data_dirs=(chat_dir, chat_dir), weights=[3, 1], num_steps=4)
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert records[-1]["mix"] == [0.75, 0.25]
+
+
+def test_the_resolved_config_holds_the_model(start):
+    assert from_dict(TrainConfig, read_json(start(num_steps=1) / "config.json")).model.model_dim == 64
+
+
+SMALL = {"vocab_size": 384, "num_layers": 1, "model_dim": 64, "num_heads": 2, "mlp_dim": 128, "max_positions": 128}
+LONG = {"sequence_length": 192, "batch_tokens": 384, "micro_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_path": None}, r"config\.model must give the shape of the model where --model-path gives no model"),
+        ({"model_path": None, "model": SMALL, "lora": LORA}, r"config\.lora needs a model to adapt: pass --model-path"),
+        ({"model": SMALL}, r"config\.model must be null, or that of --model-path .*, but num_layers was 2, is 1 now"),
+        ({"batches": LONG}, r"--model-path .*sequence_length must be at most model\.max_positions = 128, got 192"),
+    ],
+)
+def test_refuses(changes, message, start):
+    with pytest.raises(UserError, match=message):
+        start(**changes)
+
+
+def test_an_adapter_is_no_base_and_keeps_its_config(start):
+    adapter = start("adapter", lora=LORA, num_steps=1)
+    with pytest.raises(UserError, match="--model-path must be a whole model to train, got the adapter"):
+        start("again", model_path=adapter)
+    with pytest.raises(UserError, match=r"lora\.rank was 32, is 8 now"):
+        start("adapter", resume="auto", lora={"rank": 8}, num_steps=2)
+
+
+def test_the_best_needs_a_validation_split(start, chat_dir, tmp_path):
+    with pytest.raises(UserError, match='must be "last" where no data folder has a validation split'):
+        start("best", final="best", data_dirs=[without_validation(chat_dir, tmp_path)])
+
+
+def without_validation(store, folder):
+    manifest = read_json(store / "manifest.json")
+    for name in manifest["splits"].pop("validation")["files"]:
+        assert name.startswith("validation")
+    for path in store.glob("train.*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
