@@ -15,7 +15,7 @@ else:
     compile_args, link_args = ["-O3", "-pthread"], ["-pthread"]
 
 setup(
-    packages=["lumi", "lumi.corpus", "lumi.kernels", "lumi.configs"],
+    packages=["lumi", "lumi.corpus", "lumi.evaluation", "lumi.kernels", "lumi.configs"],
     package_dir={"lumi.kernels": "kernels", "lumi.configs": "configs"},
     package_data={"lumi.configs": ["**/*.json"]},
     ext_modules=[

@@ -1,11 +1,22 @@
 """The `lumi` command: one subcommand a stage. Each imports what it needs when it is called."""
 
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumi import __version__
 from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, load_config
+
+if TYPE_CHECKING:
+    from lumi.generate import SamplingConfig
+    from lumi.model import Transformer
+    from lumi.tokenizer import Tokenizer
 
 
 def prepare(argv: list[str]) -> int:
@@ -43,13 +54,17 @@ def tokenizer(argv: list[str]) -> int:
 def tokenize(argv: list[str]) -> int:
     """corpus folders -> a token store, split into train and validation by document"""
     from lumi import shards
+    from lumi.chat import TEMPLATES
     from lumi.tokenizer import Tokenizer
 
     arguments = parser("lumi tokenize", _summary(tokenize))
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
     arguments.add_argument("--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file")
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument("--validation-fraction", type=float, default=0.005, help="share of the documents that is held out")
+    arguments.add_argument("--validation-fraction", type=float, help="share of the documents that is held out; default: 0.005")
+    arguments.add_argument("--validation-corpus-dirs", nargs="+", metavar="DIR", help="corpora that are held out instead, whole")
+    arguments.add_argument("--template", choices=tuple(TEMPLATES), help="layout of conversations; default: the tokenizer's")
+    arguments.add_argument("--max-tokens", type=int, metavar="N", help="end conversations at the last answer within so many tokens")
     arguments.add_argument("--num-workers", type=int, help="threads; default: one per core")
     options = arguments.parse_args(argv)
     manifest = shards.tokenize(
@@ -57,53 +72,219 @@ def tokenize(argv: list[str]) -> int:
         Tokenizer.load(options.tokenizer_dir),
         options.output_dir,
         validation_fraction=options.validation_fraction,
+        validation_corpus_dirs=options.validation_corpus_dirs or (),
+        template=TEMPLATES[options.template] if options.template else None,
+        max_tokens=options.max_tokens,
         num_workers=options.num_workers,
     )
     for name, split in manifest.splits.items():
-        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes / split.tokens:.2f} bytes per token")
+        print(f"{name}: {split.describe()}")
     return 0
 
 
 def generate(argv: list[str]) -> int:
-    """continue a text, streamed"""
+    """continue texts, streamed; or answer JSON lines"""
     from lumi import generate as generation
-    from lumi.hf_format import load_model, model_folder
-    from lumi.kernels.bundle import select
-    from lumi.parallel import choose_device
-    from lumi.tokenizer import Tokenizer
 
-    defaults = generation.SamplingConfig()
     arguments = parser("lumi generate", _summary(generate))
-    arguments.add_argument("--model-path", required=True, type=Path, help="a run folder, or its final/")
+    _add_model(arguments)
+    prompts = arguments.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more, several run as a batch; without it, stdin is the prompt")
+    prompts.add_argument("--input", metavar="FILE", help='JSON lines, {"prompt": TEXT} or {"messages": [...]}; - is stdin')
+    arguments.add_argument("--output", metavar="FILE", help="with --input: where the JSON lines with the results go; default: stdout")
+    arguments.add_argument("--batch-size", type=int, metavar="N", help="with --input: lines at a time; default: 8")
+    _add_sampling(arguments, generation.SamplingConfig())
+    options = arguments.parse_args(argv)
+    config = _sampling(options)
+    if options.input is not None:
+        return _complete(options, config)
+    for name in ("output", "batch_size"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} must come with --input, got none; pass --input FILE")
+    texts = [_prompt_from_stdin()] if options.prompt is None else options.prompt
+    model, tokenizer = _load(options)
+    if len(texts) > 1:
+        completed = generation.generate(model, tokenizer, texts, config)
+        print("\n\n".join(prompt + text for prompt, text in zip(texts, completed, strict=True)))
+        return 0
+    print(texts[0], end="", flush=True)
+    generation.generate(model, tokenizer, texts, config, lambda row, text: print(text, end="", flush=True))
+    print()
+    return 0
+
+
+def _prompt_from_stdin() -> str:
+    if sys.stdin.isatty():
+        print("type the prompt, then Ctrl-D on a line of its own (or use --prompt)", file=sys.stderr)
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on stdin must be UTF-8, got another byte at {error.start}") from error
+    if not text.strip():
+        raise UserError('the prompt on stdin must hold text, got none; to begin from nothing use --prompt ""')
+    return text.removesuffix("\n").removesuffix("\r")  # `echo` and editors put it there, it is not part of the text
+
+
+def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
+    """JSON lines in, JSON lines out. A finished batch is written at once."""
+    from lumi.completions import complete, read_requests
+    from lumi.progress import progress_bar
+
+    batch_size = 8 if options.batch_size is None else options.batch_size
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    to_stdout = options.output in (None, "-")
+    if not to_stdout and os.path.realpath(options.output) == os.path.realpath(options.input):
+        raise UserError(f"--output must be another file than --input, got {options.output} for both")
+    try:
+        data = sys.stdin.buffer.read() if options.input == "-" else Path(options.input).read_bytes()
+    except OSError as error:
+        raise UserError(f"--input must be a file that can be read, got {options.input}: {error.strerror}") from error
+    model, tokenizer = _load(options)
+    requests = read_requests(data, "stdin" if options.input == "-" else options.input, tokenizer, model.config.max_positions)
+    with (
+        contextlib.nullcontext(sys.stdout.buffer) if to_stdout else open(options.output, "wb") as file,
+        progress_bar("generate", " lines", total=len(requests), disable=to_stdout) as progress,
+    ):
+        for batch in complete(model, tokenizer, requests, config, batch_size):
+            file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in batch)
+            file.flush()
+            progress.update(len(batch))
+    return 0
+
+
+def chat(argv: list[str]) -> int:
+    """talk to a model that was fine-tuned on conversations"""
+    from lumi.dialogue import Dialogue, converse
+    from lumi.generate import SamplingConfig
+
+    arguments = parser("lumi chat", _summary(chat))
+    _add_model(arguments)
+    arguments.add_argument("--system", metavar="TEXT", help="the system message, which stands before every conversation")
+    _add_sampling(arguments, SamplingConfig(max_new_tokens=512))
+    options = arguments.parse_args(argv)
+    config = _sampling(options)
+    model, tokenizer = _load(options)
+    return converse(Dialogue(model, tokenizer, config, options.system))
+
+
+def _add_model(arguments: argparse.ArgumentParser) -> None:
+    """Which model, and where and how it computes; `_load` reads these options."""
+    arguments.add_argument("--model-path", required=True, type=Path, help="a run folder, its final/, or a Hugging Face folder")
+    arguments.add_argument("--adapter-path", metavar="PATH", help="a LoRA adapter, or the run that made it; the model is then its base")
     arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder")
-    arguments.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more; several run as a batch")
-    arguments.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and matrix products")
+
+
+def _load(options: argparse.Namespace) -> "tuple[Transformer, Tokenizer]":
+    import torch
+
+    from lumi.pretrained import load_pretrained
+
+    pretrained = load_pretrained(
+        options.model_path,
+        adapter_path=options.adapter_path,
+        tokenizer_path=options.tokenizer_path,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+    )
+    return pretrained.model, pretrained.tokenizer
+
+
+def _add_sampling(arguments: argparse.ArgumentParser, defaults: "SamplingConfig") -> None:
+    """How tokens are chosen; `_sampling` reads these options."""
+    arguments.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="where to stop at the latest")
     arguments.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
     arguments.add_argument("--top-k", type=int, default=defaults.top_k, help="0 is off")
     arguments.add_argument("--top-p", type=float, default=defaults.top_p, help="1 is off")
     arguments.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, help="1 is off")
-    arguments.add_argument("--seed", type=int, default=defaults.seed)
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    options = arguments.parse_args(argv)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    arguments.add_argument("--seed", type=int, default=defaults.seed, help="the same seed gives the same text")
+
+
+def _sampling(options: argparse.Namespace) -> "SamplingConfig":
+    from lumi.generate import SamplingConfig
+
     try:
-        config = generation.SamplingConfig(**{name: getattr(options, name) for name in names})
+        return SamplingConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingConfig)})
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 2)}") from error
-    device = choose_device(options.device)
-    folder = model_folder(options.model_path)
-    tokenizer = Tokenizer.load(options.tokenizer_path or folder)
-    model = load_model(folder, select("auto", device), tokenizer=tokenizer).to(device).eval()
-    single = len(options.prompt) == 1
-    if single:
-        print(options.prompt[0], end="", flush=True)
-    stream = (lambda row, text: print(text, end="", flush=True)) if single else None
-    texts = generation.generate(model, tokenizer, options.prompt, config, stream)
-    if single:
-        print()
-    else:
-        print("\n\n".join(prompt + text for prompt, text in zip(options.prompt, texts, strict=True)))
+
+
+def evaluate(argv: list[str]) -> int:
+    """a model -> tasks, perplexity and smoke tests, with the protocol of each figure"""
+    import torch
+
+    from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig
+    from lumi.evaluation.evaluate import evaluate as run_evaluation
+    from lumi.pretrained import load_pretrained
+
+    arguments = parser("lumi evaluate", _summary(evaluate))
+    add_config(arguments, f"{CONFIGS / 'standard.json'}, or data_dirs.json beside it where --data-dirs is given")
+    arguments.add_argument("--model-path", required=True, help="a run folder, its final/, or any Llama folder")
+    arguments.add_argument("--adapter-path", help="a run folder with an adapter, or the adapter's; --model-path is then the base")
+    arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder")
+    arguments.add_argument("--output-dir", required=True, type=Path)
+    arguments.add_argument("--data-dirs", nargs="+", metavar="DIR", help="token stores: perplexity on their validation splits")
+    arguments.add_argument("--limit", type=int, help="at most so many examples of each task and documents of each text")
+    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products")
+    options = parse(arguments, argv)
+    path = options.config or CONFIGS / ("data_dirs.json" if options.data_dirs else "standard.json")
+    config = load_config(EvaluationConfig, path, options.overrides)
+    pretrained = load_pretrained(
+        options.model_path,
+        adapter_path=options.adapter_path,
+        tokenizer_path=options.tokenizer_path,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+    )
+    run_evaluation(config, pretrained, options.output_dir, data_dirs=options.data_dirs or (), limit=options.limit)
     return 0
+
+
+def export(argv: list[str]) -> int:
+    """a model in another precision or in several files, for transformers and what reads its folders"""
+    from lumi import export as exporting
+
+    arguments = parser("lumi export", _summary(export))
+    arguments.add_argument("--model-path", required=True, type=Path, help="a run folder, its final/, or a Hugging Face folder")
+    arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder")
+    _add_export(arguments)
+    options = arguments.parse_args(argv)
+    max_shard_bytes = exporting.parse_size(options.max_shard_size) if options.max_shard_size else None
+    exported = exporting.export(
+        options.model_path,
+        options.output_dir,
+        dtype=options.dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_path=options.tokenizer_path,
+    )
+    print(f"{options.output_dir}: {exported}")
+    return 0
+
+
+def merge(argv: list[str]) -> int:
+    """an adapter and its base -> one model"""
+    from lumi import export as exporting
+
+    arguments = parser("lumi merge", _summary(merge))
+    arguments.add_argument("--model-path", required=True, type=Path, help="the adapter's folder, or the run that made it")
+    arguments.add_argument("--base-path", type=Path, help="default: the base that the adapter names")
+    _add_export(arguments)
+    options = arguments.parse_args(argv)
+    max_shard_bytes = exporting.parse_size(options.max_shard_size) if options.max_shard_size else None
+    exported = exporting.merge(
+        options.model_path, options.output_dir, base_path=options.base_path, dtype=options.dtype, max_shard_bytes=max_shard_bytes
+    )
+    print(f"{options.output_dir}: {exported}")
+    return 0
+
+
+def _add_export(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument("--output-dir", required=True, type=Path, help="new or empty")
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights on disk")
+    arguments.add_argument("--max-shard-size", metavar="SIZE", help="such as 2GB; larger weights are cut into several files")
 
 
 def demo(argv: list[str]) -> int:
@@ -118,7 +299,7 @@ def demo(argv: list[str]) -> int:
     return pipeline.demo(options.output_dir, options.minutes, options.device)
 
 
-COMMANDS = {command.__name__: command for command in (prepare, tokenizer, tokenize, generate, demo)}
+COMMANDS = {command.__name__: command for command in (prepare, tokenizer, tokenize, generate, chat, evaluate, export, merge, demo)}
 
 
 def _summary(command) -> str:

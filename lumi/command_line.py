@@ -22,9 +22,11 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False, formatter_class=_Formatter)
 
 
-def add_config(arguments: argparse.ArgumentParser) -> None:
-    """The options of a stage that a JSON config drives: `--config` and dotted overrides. Use `parse` to read them."""
-    arguments.add_argument("--config", required=True, help="JSON config of this stage")
+def add_config(arguments: argparse.ArgumentParser, default: str = "") -> None:
+    """The options of a stage that a JSON config drives: `--config`, optional where `default` says in words what it is without, and
+    dotted overrides. Use `parse` to read them."""
+    shown = f"; default: {default}" if default else ""
+    arguments.add_argument("--config", required=not default, help=f"JSON config of this stage{shown}")
     arguments.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="changes to the config, e.g. optimizer.peak_lr=3e-4")
 
 

@@ -103,7 +103,7 @@ def test_usage_version_and_unknown_commands(capsys):
     assert dispatch(["--version"]) == 0
     assert capsys.readouterr().out == f"lumi {lumi.__version__}\n"
     assert run(dispatch, ["trian"]) == 2
-    assert capsys.readouterr().err == "error: the command must be one of prepare, tokenizer, tokenize, generate, demo, got 'trian'\n"
+    assert capsys.readouterr().err == f"error: the command must be one of {', '.join(COMMANDS)}, got 'trian'\n"
 
 
 @pytest.mark.parametrize(

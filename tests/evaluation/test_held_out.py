@@ -19,7 +19,7 @@ def test_bits_per_byte_by_hand():
     model.double().compute_dtype = torch.float64
     documents = [[1, 5, 6, 7, 8, 2], [1, 9, 2]]
     token_bytes = np.array([0, 0, 0, 0, 0, 1, 2, 3, 1, 4, 1])
-    split = SimpleNamespace(tokens=np.concatenate(documents).astype(np.uint16), offsets=np.array([0, 6, 9], dtype=np.uint64))
+    split = SimpleNamespace(tokens=np.concatenate(documents).astype(np.uint16), offsets=np.array([0, 6, 9], dtype=np.uint64), mask=None)
     config = BatchConfig(sequence_length=4, batch_tokens=8, micro_batch_size=1)
     got = held_out_loss(model.train(), [split], token_bytes, config, WORLD)
     assert model.training

@@ -1,0 +1,191 @@
+"""The log-likelihood of continuations: what multiple choice tasks are scored by.
+
+Tokens are made as lm-evaluation-harness makes them (github.com/EleutherAI/lm-evaluation-harness, `_encode_pair`): white space at the
+end of the context moves to the continuation, context + continuation is encoded as one text, and the continuation's tokens are those
+behind the context's. Where a token reaches over the boundary, so that the context's tokens are no beginning of the whole's, the
+harness would lose a piece of the continuation; here the two are then encoded one after the other. BOS stands in front. What is longer
+than the model's positions is cut from the left, BOS included; the last token is predicted and never read.
+
+The context is run once for all continuations of it: its last position gives the first token of each, and the rest is run against
+copies of its keys and values.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lumi.config import UserError
+from lumi.generate import LayerCache
+from lumi.model import Transformer
+from lumi.tokenizer import Tokenizer
+
+_LOGIT_ROWS = 512  # at once: with 32,768 ids that is 64 MiB
+
+
+class Request(NamedTuple):
+    """Token ids of a context (at least one: BOS) and of the continuations to score behind it (at least one token each)."""
+
+    context: list[int]
+    continuations: list[list[int]]
+
+
+class Score(NamedTuple):
+    """Of one continuation: summed log-probability in nats, whether every token is the most likely one, and its number of tokens."""
+
+    log_probability: float
+    greedy: bool
+    tokens: int
+
+
+def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> Request:
+    """Texts to tokens, as the module says. Raises UserError for a continuation of no tokens."""
+    kept = context.rstrip()
+    space = context[len(kept) :]
+    context_ids = tokenizer.encode(kept)
+    encoded = []
+    for continuation in continuations:
+        whole = tokenizer.encode(kept + space + continuation)
+        joins = whole[: len(context_ids)] == context_ids
+        ids = whole[len(context_ids) :] if joins else tokenizer.encode(space + continuation, continues=True)
+        if not ids:
+            raise UserError(f"a continuation must hold at least one token, got {continuation!r} behind {kept[-40:]!r}")
+        encoded.append(ids)
+    return Request([tokenizer.bos_id, *context_ids], encoded)
+
+
+@torch.inference_mode()
+def score(
+    model: Transformer, requests: Sequence[Request], *, batch_tokens: int, on_done: Callable[[int], object] | None = None
+) -> list[list[Score]]:
+    """Log-likelihoods of every continuation of every request, in order.
+
+    Args:
+        model: in evaluation mode, on its device.
+        requests: contexts with their continuations.
+        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the result.
+        on_done: called with the number of continuations scored since the last call.
+
+    Raises:
+        UserError: a continuation is longer than the model's positions, or the model's output is not finite.
+    """
+    jobs = list(_jobs(requests, model.config.max_positions))
+    jobs.sort(key=lambda job: (len(job.context), max(map(len, job.continuations))), reverse=True)  # the largest first: memory shows early
+    results: list[list[Score]] = [[Score(0.0, False, 0)] * len(request.continuations) for request in requests]
+    for batch in _batches(jobs, batch_tokens):
+        done = 0
+        for job, scores in zip(batch, _score_batch(model, batch, batch_tokens), strict=True):
+            for place, result in zip(job.places, scores, strict=True):
+                results[job.request][place] = result
+            done += len(scores)
+        if on_done is not None:
+            on_done(done)
+    return results
+
+
+class _Job(NamedTuple):
+    """A request, or one continuation of it, cut to the model's positions. `places`: which continuations of request number `request`."""
+
+    context: list[int]
+    continuations: list[list[int]]
+    request: int
+    places: list[int]
+
+
+def _jobs(requests: Sequence[Request], max_positions: int) -> Iterator[_Job]:
+    for index, (context, continuations) in enumerate(requests):
+        longest = max(map(len, continuations))
+        if longest > max_positions:
+            raise UserError(f"a continuation must be at most as long as the model's {max_positions} positions, got {longest} tokens")
+        if len(context) + longest - 1 <= max_positions:
+            yield _Job(context, continuations, index, list(range(len(continuations))))
+        else:  # how much of the context stays depends on the continuation
+            for place, continuation in enumerate(continuations):
+                yield _Job(context[-(max_positions + 1 - len(continuation)) :], [continuation], index, [place])
+
+
+def _batches(jobs: Sequence[_Job], batch_tokens: int) -> Iterator[list[_Job]]:
+    start = 0
+    while start < len(jobs):
+        rows = max(1, batch_tokens // len(jobs[start].context))
+        yield list(jobs[start : start + rows])
+        start += rows
+
+
+def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) -> list[list[Score]]:
+    device = model.output_weight.device
+    context_BT = _pad([job.context for job in jobs]).to(device)
+    last_B = torch.tensor([len(job.context) - 1 for job in jobs], device=device)
+    second_pass = any(len(ids) > 1 for job in jobs for ids in job.continuations)
+    cache = [LayerCache(len(jobs), context_BT.shape[1], model, device) for _ in model.layers] if second_pass else None
+    hidden_BD = model.hidden(context_BT, cache=cache)[torch.arange(len(jobs), device=device), last_B]
+
+    rows = [(row, ids) for row, job in enumerate(jobs) for ids in job.continuations]
+    first_row_C = torch.tensor([row for row, _ in rows], device=device)
+    logits_BV = model.logits(hidden_BD)
+    log_probabilities_C, greedy_C = token_log_probabilities(logits_BV, torch.tensor([ids[0] for _, ids in rows]).to(device), first_row_C)
+    sums, greedy = log_probabilities_C.tolist(), greedy_C.tolist()
+    if cache is not None:
+        longer = sorted((index for index, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda index: len(rows[index][1]))
+        while longer:
+            # The last is the longest: as many rows as fit with its length.
+            count = max(1, batch_tokens // (context_BT.shape[1] + len(rows[longer[-1]][1])))
+            chosen, longer = longer[-count:], longer[:-count]
+            row_C, ids = first_row_C[chosen], [rows[index][1] for index in chosen]
+            for index, more, all_greedy in zip(chosen, *_score_rest(model, cache, row_C, last_B[row_C] + 1, ids), strict=True):
+                sums[index] += more
+                greedy[index] = greedy[index] and all_greedy
+    scores = iter([Score(total, hit, len(ids)) for total, hit, (_, ids) in zip(sums, greedy, rows, strict=True)])
+    return [[next(scores) for _ in job.continuations] for job in jobs]
+
+
+def _score_rest(
+    model: Transformer, cache: Sequence[LayerCache], row_C: Tensor, start_C: Tensor, continuations: Sequence[list[int]]
+) -> tuple[list[float], list[bool]]:
+    """Sums and greediness of continuations without their first tokens; number c begins at `start_C[c]` of row `row_C[c]` of the cache."""
+    device = row_C.device
+    inputs_CT = _pad([ids[:-1] for ids in continuations]).to(device)
+    targets_CT = _pad([ids[1:] for ids in continuations]).to(device)
+    length = inputs_CT.shape[1]
+    positions_CT = start_C[:, None] + torch.arange(length, device=device)
+    capacity = cache[0].k_BSGK.shape[1] + length
+    hidden_CTD = model.hidden(inputs_CT, positions_CT, cache=[_copy(layer, row_C, capacity, model) for layer in cache])
+    lengths = [len(ids) - 1 for ids in continuations]
+    is_real_CT = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
+    found_N, greedy_N = log_probabilities_of(model, hidden_CTD[is_real_CT], targets_CT[is_real_CT])
+    sums = [float(part.sum()) for part in found_N.cpu().split(lengths)]
+    return sums, [bool(part.all()) for part in greedy_N.cpu().split(lengths)]
+
+
+def _copy(layer: LayerCache, row_C: Tensor, capacity: int, model: Transformer) -> LayerCache:
+    """The keys and values of some rows, with room for more tokens."""
+    copy = LayerCache(len(row_C), capacity, model, row_C.device)
+    length = layer.k_BSGK.shape[1]
+    copy.k_BSGK[:, :length], copy.v_BSGK[:, :length] = layer.k_BSGK[row_C], layer.v_BSGK[row_C]
+    return copy
+
+
+def log_probabilities_of(model: Transformer, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) float64 of tokens after hidden states, and (N,) bool, whether each is the most likely one.
+
+    Raises:
+        UserError: the model's output is not finite.
+    """
+    rows = torch.arange(len(targets_N), device=targets_N.device).split(_LOGIT_ROWS)
+    found = [token_log_probabilities(model.logits(hidden_ND[part]), targets_N[part]) for part in rows]
+    return torch.cat([values for values, _ in found]), torch.cat([greedy for _, greedy in found])
+
+
+def token_log_probabilities(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `log_probabilities_of`, from logits (rows, V) float32; target n stands in row `row_N[n]`, None: in row n."""
+    row_N = torch.arange(len(targets_N), device=targets_N.device) if row_N is None else row_N
+    log_probabilities_N = (logits_NV[row_N, targets_N] - logits_NV.logsumexp(dim=-1)[row_N]).double()
+    if not log_probabilities_N.isfinite().all():
+        raise UserError("the model's output must be finite, got NaN or infinity: its weights are broken, or --dtype is too narrow for them")
+    return log_probabilities_N, logits_NV.argmax(dim=-1)[row_N] == targets_N
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)

@@ -1,0 +1,247 @@
+"""Perplexity by rolling windows: of texts, and of the validation split of token stores.
+
+Each document stands alone behind BOS. The first window predicts its first `window_tokens` tokens; each further one predicts the next
+`stride_tokens`, and has read as many tokens before them as fit into the window. With a stride as long as the window, the default, that
+is lm-evaluation-harness's `loglikelihood_rolling` (github.com/EleutherAI/lm-evaluation-harness); a shorter stride gives every token more
+context and costs more. EOS is not predicted. In a token store with a loss mask the trained tokens alone count: the answers, and the
+tokens that end them.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from lumi.config import UserError
+from lumi.evaluation import wikitext
+from lumi.evaluation.likelihood import log_probabilities_of
+from lumi.evaluation.records import HubSource, JsonlSource, TextSource, describe, read_records, text_field
+from lumi.model import Transformer
+from lumi.progress import progress_bar
+from lumi.token_store import Split
+from lumi.tokenizer import Tokenizer
+
+_GROUP_PASSES = 16  # windows of about so many passes are sorted by length together
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """A text to measure. `format` "wikitext": pages of WikiText (see `lumi.evaluation.wikitext`); "plain": a document per record.
+    `limit` takes the first so many documents."""
+
+    name: str
+    source: HubSource | JsonlSource | TextSource
+    text_field: str = "text"
+    format: Literal["plain", "wikitext"] = "plain"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.text_field:
+            raise ValueError('name and text_field must be names, got ""')
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, or null for all, got {self.limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """Tokens that one pass reads, and that it moves on by. None: the model's positions, and the whole window."""
+
+    window_tokens: int | None = None
+    stride_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window_tokens", "stride_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.window_tokens is not None and self.stride_tokens is not None and self.stride_tokens > self.window_tokens:
+            raise ValueError(f"stride_tokens must be at most window_tokens = {self.window_tokens}, got {self.stride_tokens}")
+
+    def resolve(self, max_positions: int) -> tuple[int, int]:
+        """Window and stride for a model. Raises UserError where they do not fit its positions."""
+        window = self.window_tokens or max_positions
+        if window > max_positions:
+            raise UserError(f"perplexity.window_tokens must be at most the model's {max_positions} positions, got {window}")
+        stride = self.stride_tokens or window
+        if stride > window:
+            raise UserError(f"perplexity.stride_tokens must be at most the window, here the model's {window} positions, got {stride}")
+        return window, stride
+
+
+class Document(NamedTuple):
+    """`tokens` (T,) int64, BOS first; `scored` (T,) bool, which of them are counted (never the first); words and bytes of those."""
+
+    tokens: np.ndarray
+    scored: np.ndarray
+    words: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityResult:
+    """exp of nats per token, word and byte; None where there are no such units, or the figure is past what a float holds."""
+
+    token_perplexity: float | None
+    word_perplexity: float | None
+    byte_perplexity: float | None
+    bits_per_byte: float | None
+    nats: float
+    documents: int
+    tokens: int
+    words: int
+    bytes: int
+    window_tokens: int
+    stride_tokens: int
+
+
+def text_documents(config: TextConfig, tokenizer: Tokenizer, limit: int | None = None) -> list[Document]:
+    """The documents of a text, without empty ones.
+
+    Args:
+        limit: at most so many, besides the config's own limit.
+
+    Raises:
+        UserError: it cannot be read, or holds no text.
+    """
+    most = min((number for number in (config.limit, limit) if number is not None), default=None)
+    place = f"text {config.name!r}: {describe(config.source)}"
+    records = read_records(config.source, most if config.format == "plain" else None)
+    originals = [text_field(record, config.text_field, f"{place}, record {number}") for number, record in enumerate(records, start=1)]
+    texts = originals
+    if config.format == "wikitext":
+        originals = wikitext.pages(originals)[:most]
+        texts = [wikitext.detokenize(page) for page in originals]
+    documents = []
+    for original, text in zip(originals, texts, strict=True):
+        tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
+        if len(tokens) > 1:
+            documents.append(Document(tokens, np.arange(len(tokens)) > 0, count_words(original), len(original.encode())))
+    if not documents:
+        raise UserError(f"{place}: must hold text, got none")
+    return documents
+
+
+def store_documents(split: Split, tokenizer: Tokenizer, limit: int | None = None) -> Iterator[Document]:
+    """The documents of a split of a token store; words and bytes are counted on the decoded text."""
+    for index in range(min(split.num_documents, limit or split.num_documents)):
+        start, stop = int(split.offsets[index]), int(split.offsets[index + 1])
+        tokens = split.tokens[start:stop].astype(np.int64)
+        scored = tokens != tokenizer.eos_id if split.mask is None else split.loss_mask(start, stop)
+        scored[0] = False
+        places = np.flatnonzero(scored)
+        if len(places) == 0:
+            continue
+        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+        texts = [tokenizer.decode(tokens[run].tolist(), continues=bool(run[0] > 1)) for run in runs]
+        yield Document(tokens, scored, sum(map(count_words, texts)), sum(len(text.encode()) for text in texts))
+
+
+def count_words(text: str) -> int:
+    """Words as the harness counts them: the pieces between white space, an empty one before or behind it included."""
+    return len(re.split(r"\s+", text))
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Transformer, documents: Iterable[Document], config: WindowConfig, *, batch_tokens: int, name: str = "perplexity"
+) -> PerplexityResult:
+    """Measure a model on documents.
+
+    Args:
+        model: in evaluation mode.
+        documents: their tokens below the model's vocabulary.
+        config: of the windows.
+        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the result.
+        name: of the progress line.
+
+    Raises:
+        UserError: the window does not fit the model, there is nothing to count, or the model's output is not finite.
+    """
+    window, stride = config.resolve(model.config.max_positions)
+    nats, counts = 0.0, np.zeros(4, dtype=np.int64)
+    with progress_bar(name, " tokens", unit_scale=True) as progress:
+        for group in _groups(documents, window, stride, _GROUP_PASSES * batch_tokens):
+            for batch in _batches([part for _, parts in group for part in parts], batch_tokens):
+                nats -= _log_probability(model, batch)
+                progress.update(sum(int(part.scored.sum()) for part in batch))
+            counts += np.sum([(1, int(document.scored.sum()), document.words, document.bytes) for document, _ in group], axis=0)
+    number, tokens, words, num_bytes = counts.tolist()
+    if tokens == 0:
+        raise UserError(f"{name}: must hold at least one token to count, got none")
+    return PerplexityResult(
+        token_perplexity=_exp(nats, tokens),
+        word_perplexity=_exp(nats, words),
+        byte_perplexity=_exp(nats, num_bytes),
+        bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else None,
+        nats=nats,
+        documents=number,
+        tokens=tokens,
+        words=words,
+        bytes=num_bytes,
+        window_tokens=window,
+        stride_tokens=stride,
+    )
+
+
+class Window(NamedTuple):
+    """Tokens that one pass reads, the ones that it should have predicted, and which of these count; (T,) each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    scored: np.ndarray
+
+
+def rolling_windows(document: Document, window: int, stride: int) -> Iterator[Window]:
+    """Windows in which every token but the first is counted once, where it is `scored` at all."""
+    last = len(document.tokens) - 1  # the last token is read by no one
+    done = 0
+    while done < last:
+        end = min(done + (stride if done else window), last)
+        begin = max(0, end - window)
+        scored = document.scored[begin + 1 : end + 1].copy()
+        scored[: done - begin] = False
+        if scored.any():
+            yield Window(document.tokens[begin:end], document.tokens[begin + 1 : end + 1], scored)
+        done = end
+
+
+def _groups(documents: Iterable[Document], window: int, stride: int, group_tokens: int) -> Iterator[list[tuple[Document, list[Window]]]]:
+    """Documents with their windows, together about `group_tokens` tokens."""
+    group: list[tuple[Document, list[Window]]] = []
+    size = 0
+    for document in documents:
+        parts = list(rolling_windows(document, window, stride))
+        group.append((document, parts))
+        size += sum(len(part.inputs) for part in parts)
+        if size >= group_tokens:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _batches(windows: list[Window], batch_tokens: int) -> Iterator[Sequence[Window]]:
+    windows.sort(key=lambda part: len(part.inputs), reverse=True)
+    start = 0
+    while start < len(windows):
+        rows = max(1, batch_tokens // len(windows[start].inputs))
+        yield windows[start : start + rows]
+        start += rows
+
+
+def _log_probability(model: Transformer, windows: Sequence[Window]) -> float:
+    device = model.output_weight.device
+    inputs_BT, targets_BT, scored_BT = (
+        pad_sequence([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], batch_first=True).to(device)
+        for rows in zip(*windows, strict=True)
+    )
+    hidden_BTD = model.hidden(inputs_BT)
+    return float(log_probabilities_of(model, hidden_BTD[scored_BT], targets_BT[scored_BT])[0].sum())
+
+
+def _exp(nats: float, units: int) -> float | None:
+    return math.exp(nats / units) if units and nats / units < 700 else None

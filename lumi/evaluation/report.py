@@ -1,0 +1,106 @@
+"""Results of an evaluation as a table for the terminal, and as Markdown with the protocol beside every figure."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lumi.evaluation.tasks import TASKS
+
+
+class Figure(NamedTuple):
+    """One line of the table, all of it text; `number` is how many examples, tokens or prompts it rests on."""
+
+    name: str
+    metric: str
+    value: str
+    baseline: str
+    number: str
+    protocol: str
+
+
+def figures(results: Mapping[str, Any]) -> list[Figure]:
+    """Every figure of the results."""
+    return [*_task_figures(results["tasks"]), *_perplexity_figures(results["perplexity"]), *_smoke_figures(results)]
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """Columns for a terminal, without the protocols."""
+    rows = [("", "metric", "value", "baseline", "of"), *(figure[:5] for figure in figures(results))]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """A Markdown page."""
+    limit = "" if results["limit"] is None else f" At most {results['limit']} examples of each task and documents of each text."
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    adapter = f" with the adapter `{results['adapter']}`" if results["adapter"] else ""
+    lines = [
+        f"# Evaluation of {results['model']}",
+        "",
+        f"{results['parameters']:,} parameters{adapter}, {results['dtype']} on {results['device']}, tokenizer "
+        f"`{results['tokenizer_fingerprint'][:16]}`; {versions}; {results['date']}, {results['seconds']:.0f} s.{limit}",
+        "",
+        *_markdown(("", "metric", "value", "baseline", "of", "protocol"), figures(results)),
+    ]
+    if results["smoke_tests"]:
+        lines += ["", "## Smoke tests that failed", ""]
+        failed = [answer for answer in results["smoke_tests"]["answers"] if not all(answer["checks"].values())]
+        rows = [
+            (answer["category"], answer["prompt"], answer["answer"], ", ".join(name for name, met in answer["checks"].items() if not met))
+            for answer in failed
+        ]
+        lines += _markdown(("category", "prompt", "answer", "failed"), rows) if rows else ["None."]
+    return "\n".join(lines) + "\n"
+
+
+def _task_figures(tasks: Mapping[str, Any]) -> Iterator[Figure]:
+    for name, task in tasks.items():
+        protocol = f"zero-shot, without chat template, {TASKS[task['kind']].protocol}; highest log-likelihood"
+        baseline = f"majority {task['majority']:.2%}, chance {task['chance']:.2%}"
+        number = f"{task['examples']:,} examples"
+        yield Figure(name, "acc", _share(task["acc"], task["acc_stderr"]), baseline, number, protocol)
+        if task["acc_norm"] is not None:
+            value = _share(task["acc_norm"], task["acc_norm_stderr"])
+            yield Figure(name, "acc_norm", value, baseline, number, f"{protocol} per character of the choice")
+
+
+def _perplexity_figures(texts: Mapping[str, Any]) -> Iterator[Figure]:
+    for name, text in texts.items():
+        sizes = f"windows of {text['window_tokens']:,} tokens, stride {text['stride_tokens']:,}"
+        what = "answers alone, with what ends them" if text["answers_only"] else "EOS not counted"
+        original = "; words and bytes of the file before detokenisation" if text["format"] == "wikitext" else ""
+        protocol = f"{sizes}, each of {text['documents']:,} documents behind BOS; {what}{original}"
+        words = f"{protocol}; words: the pieces between white space"
+        units = (("token", text["tokens"], protocol), ("word", text["words"], words), ("byte", text["bytes"], protocol))
+        for unit, number, how in units:
+            yield Figure(name, f"{unit} perplexity", _number(text[f"{unit}_perplexity"]), "", f"{number:,} {unit}s", how)
+        yield Figure(name, "bits per byte", _number(text["bits_per_byte"]), "", f"{text['bytes']:,} bytes", protocol)
+
+
+def _smoke_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
+    smoke = results["smoke_tests"]
+    if not smoke:
+        return
+    tokens = results["config"]["smoke_tests"]["max_new_tokens"]
+    how = "asked through the chat template" if smoke["style"] == "chat" else "continued as text"
+    for name, (passed, prompts) in smoke["categories"].items():
+        yield Figure(
+            f"smoke: {name}", "passed", str(passed), "", f"{prompts} prompts", f"greedy, at most {tokens} tokens, {how}; all checks met"
+        )
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(_cell(text) for text in line) + " |" for line in lines]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<").split())
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{value:.2%}" + ("" if error is None else f" ± {error:.2%}")
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:,.4g}" if value < 1e6 else f"{value:.3e}"

@@ -1,0 +1,175 @@
+"""`lumi evaluate` from end to end, on local data."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from lumi.adapter_format import save_adapter
+from lumi.cli import dispatch
+from lumi.command_line import run
+from lumi.config import UserError, load_config
+from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig, evaluate
+from lumi.evaluation.likelihood import encode_request, score
+from lumi.hf_format import save_model
+from lumi.lora import LoraConfig, adapters, add_lora, merge_lora
+from lumi.pretrained import Pretrained
+
+BOOLQ = [{"question": f"is it stone {i}", "passage": "The river opens. " * (i + 1), "answer": i % 3 > 0} for i in range(9)]
+CONFIG = {
+    "tasks": [
+        {"kind": "boolq", "name": "boolq", "source": {"kind": "jsonl", "paths": ["boolq.jsonl"]}},
+        {"kind": "piqa", "name": "piqa", "source": {"kind": "jsonl", "paths": ["piqa.jsonl"]}},
+    ],
+    "texts": [{"name": "river", "source": {"kind": "text", "paths": ["river.txt"]}}],
+    "windows": {"window_tokens": 64, "stride_tokens": 32},
+    "smoke_tests": {"path": "smoke.json", "style": "text", "max_new_tokens": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, opinionated_model, tokenizer):
+    """A folder with a model, data and a config, where the tests stand."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_model(folder / "model", opinionated_model, tokenizer)
+    (folder / "boolq.jsonl").write_text("\n".join(map(json.dumps, BOOLQ)))
+    (folder / "piqa.jsonl").write_text(json.dumps({"goal": "open", "sol1": "turn", "sol2": "eat | drink", "label": 1}))
+    (folder / "river.txt").write_text("The river opens a stone at noon. " * 20)
+    (folder / "smoke.json").write_text(json.dumps({"categories": {"words": [{"prompt": "a|b", "any_of": ["unlikely"]}]}}))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def call(place, monkeypatch, *arguments):
+    monkeypatch.chdir(place)
+    return run(dispatch, ["evaluate", "--device", "cpu", *map(str, arguments)])
+
+
+def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, tokenizer, store_dir):
+    arguments = ("--model-path", "model", "--config", "config.json", "--data_dirs", store_dir, "--output-dir", "out")
+    assert call(place, monkeypatch, *arguments, "batch_tokens=500") == 0
+    table = capsys.readouterr().out
+    results = json.loads((place / "out" / "evaluation_results.json").read_text())
+    assert results["tokenizer_fingerprint"] == tokenizer.fingerprint
+    assert results["parameters"] == sum(parameter.numel() for parameter in opinionated_model.parameters())
+    assert (results["model"], results["adapter"], results["dtype"], results["device"]) == ("model", None, "float32", "cpu")
+    assert results["limit"] is None
+    assert results["config"]["batch_tokens"] == 500
+    assert set(results["versions"]) == {"lumi", "torch", "python"}
+
+    right = 0
+    for record in BOOLQ:
+        prompt = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
+        [[no, yes]] = score(opinionated_model, [encode_request(tokenizer, prompt, [" no", " yes"])], batch_tokens=1)
+        right += (yes.log_probability > no.log_probability) == record["answer"]
+    boolq = results["tasks"]["boolq"]
+    assert (boolq["acc"], boolq["acc_norm"], boolq["examples"]) == (right / 9, None, 9)
+    assert (boolq["majority"], boolq["chance"]) == (6 / 9, 0.5)
+    assert results["tasks"]["piqa"]["acc_stderr"] is None
+    river = results["perplexity"]["river"]
+    assert (river["words"], river["window_tokens"], river["stride_tokens"]) == (141, 64, 32)
+    assert results["perplexity"][str(store_dir)]["format"] == "store"
+    [answer] = results["smoke_tests"]["answers"]
+    assert answer["checks"]["any_of"] is False
+
+    report = (place / "out" / "evaluation_report.md").read_text()
+    for figure in (f"{right / 9:.2%}", "majority 66.67%, chance 50.00%", f"{river['bits_per_byte']:,.4g}", "stride 32", "EOS not counted"):
+        assert figure in report
+    assert "Question: {question}" in report
+    assert "a\\|b" in report
+    assert all(line.count(" | ") == report.splitlines()[4].count(" | ") for line in report.splitlines()[4:] if "perplexity" in line)
+    for name in ("boolq", "piqa", "river", "smoke: words", f"{right / 9:.2%}"):
+        assert name in table
+
+
+def test_limits_and_overrides(place, monkeypatch, capsys):
+    arguments = ("--model-path", "model", "--config", "config.json", "--output-dir", "out2", "--limit", "4")
+    assert call(place, monkeypatch, *arguments, "tasks.0.limit=3", "smoke_tests=null") == 0
+    results = json.loads((place / "out2" / "evaluation_results.json").read_text())
+    assert results["tasks"]["boolq"]["examples"] == 3
+    assert (results["limit"], results["smoke_tests"]) == (4, None)
+    assert "At most 4 examples of each task" in (place / "out2" / "evaluation_report.md").read_text()
+
+
+def test_data_dirs_alone(place, monkeypatch, capsys, store_dir):
+    assert call(place, monkeypatch, "--model-path", "model", "--output-dir", "out3", "--data-dirs", store_dir, "--dtype", "bfloat16") == 0
+    results = json.loads((place / "out3" / "evaluation_results.json").read_text())
+    assert (results["tasks"], list(results["perplexity"]), results["dtype"]) == ({}, [str(store_dir)], "bfloat16")
+    assert results["smoke_tests"]["prompts"] == 20
+
+
+def test_an_adapter_on_its_base(place, monkeypatch, capsys, opinionated_model, tokenizer):
+    """The same figures as the merged model's, and others than the base's."""
+    model, lora = copy.deepcopy(opinionated_model), LoraConfig(rank=2)
+    add_lora(model, lora)
+    with torch.no_grad():
+        for _, module in adapters(model):
+            module.lora_B.normal_(std=0.3)
+    save_adapter(place / "adapter", model, lora, tokenizer, place / "model")
+    merge_lora(model)
+    save_model(place / "merged", model, tokenizer)
+    nats = {}
+    for name, arguments in {
+        "base": ["--model-path", "model"],
+        "both": ["--model-path", "model", "--adapter-path", "adapter"],
+        "merged": ["--model-path", "merged"],
+    }.items():
+        assert call(place, monkeypatch, *arguments, "--config", "config.json", "--output-dir", name, "tasks=[]") == 0
+        results = json.loads((place / name / "evaluation_results.json").read_text())
+        nats[name] = results["perplexity"]["river"]["nats"]
+        assert results["adapter"] == ("adapter" if name == "both" else None)
+    assert nats["both"] == pytest.approx(nats["merged"], rel=1e-5)
+    assert nats["both"] != pytest.approx(nats["base"], rel=1e-3)
+    assert "with the adapter `adapter`" in (place / "both" / "evaluation_report.md").read_text()
+
+
+def test_quick_is_the_standard_with_limits():
+    standard, quick = (load_config(EvaluationConfig, CONFIGS / f"{name}.json") for name in ("standard", "quick"))
+    assert [(task.kind, task.name, task.source) for task in standard.tasks] == [(task.kind, task.name, task.source) for task in quick.tasks]
+    assert {task.limit for task in standard.tasks} | {text.limit for text in standard.texts} == {None}
+    assert all(part.limit for part in (*quick.tasks, *quick.texts))
+    assert {task.kind for task in standard.tasks} == {"boolq", "hellaswag", "arc", "piqa", "winogrande"}
+
+
+def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokenizer, capsys):
+    monkeypatch.chdir(place)
+    pretrained = Pretrained(opinionated_model, tokenizer, place / "model")
+    small, large = (
+        evaluate(load_config(EvaluationConfig, "config.json", [f"batch_tokens={size}"]), pretrained, place / "out4") for size in (1, 9999)
+    )
+    assert small["tasks"]["boolq"]["acc"] == large["tasks"]["boolq"]["acc"]
+    assert small["perplexity"]["river"]["nats"] == pytest.approx(large["perplexity"]["river"]["nats"], rel=1e-6)
+    assert small["smoke_tests"]["answers"] == large["smoke_tests"]["answers"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["batch_tokens=0"], "config.json: batch_tokens must be at least 1, got 0"),
+        (["batches=1"], "config.json: batches unknown key (value 1); did you mean 'batch_tokens'?"),
+        (["tasks.1.name=boolq"], "config.json: tasks must have different names, got 'boolq' twice"),
+        (['tasks.0.source.paths=["none.jsonl"]'], "paths must match at least one file, got 'none.jsonl'"),
+        (['tasks.0.source.paths=["empty.jsonl"]'], "jsonl: empty.jsonl: must hold at least one record, got none"),
+        (["tasks.0.kind=piqa"], "task 'boolq': jsonl: boolq.jsonl, record 1: 'goal' must be a string, got no such field (it has question"),
+        (["windows.window_tokens=1000"], "perplexity.window_tokens must be at most the model's 96 positions, got 1000"),
+        (["smoke_tests.path=none.json"], "none.json: cannot be read"),
+        (["--data-dirs", "model"], "--data-dirs must name token stores"),
+        (["--model-path", "none"], "none: must be a model folder"),
+        (["--config", "none.json"], "none.json: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, place, monkeypatch, capsys):
+    (place / "empty.jsonl").write_text("")
+    given = ["--model-path", "model", "--config", "config.json", "--output-dir", "refused"]
+    assert call(place, monkeypatch, *given, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {message}")
+    assert not (place / "refused").exists()
+
+
+def test_nothing_to_do(opinionated_model, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="the config must name at least one of tasks, texts and smoke_tests, got none"):
+        evaluate(EvaluationConfig(), Pretrained(opinionated_model, tokenizer, tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,73 @@
+import json
+import math
+import statistics
+
+import pytest
+
+from lumi.config import UserError
+from lumi.evaluation.likelihood import Request, Score, score
+from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions, standard_error
+from lumi.evaluation.records import JsonlSource
+from lumi.evaluation.tasks import Question, TaskConfig
+
+
+def scores(*log_probabilities):
+    return [Score(value, False, 1) for value in log_probabilities]
+
+
+def test_accuracy_by_hand():
+    """Right answers: plain the 1st and the 3rd, per character the 1st, 2nd and 3rd of four."""
+    questions = [
+        Question(("q",) * 2, ("ab", "cd"), 1),
+        Question(("q",) * 2, ("a", "long choice"), 1),
+        Question(("q",) * 3, ("aa", "bb", "cc"), 0),
+        Question(("q",) * 4, ("a", "b", "c", "d"), 1),
+    ]
+    found = [scores(-2, -1), scores(-1, -2), scores(-3, -3, -4), scores(-1, -2, -3, -4)]
+    result = accuracy(questions, found, normalised=True)
+    assert (result.acc, result.acc_norm, result.examples) == (0.5, 0.75, 4)
+    assert result.chance == pytest.approx((1 / 2 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert result.majority == 0.75  # answer 1 in three of four
+    assert result.acc_stderr == pytest.approx(statistics.stdev([1, 0, 1, 0]) / math.sqrt(4))
+    assert result.acc_norm_stderr == pytest.approx(statistics.stdev([1, 1, 1, 0]) / math.sqrt(4))
+    plain = accuracy(questions, found, normalised=False)
+    assert (plain.acc, plain.acc_norm, plain.acc_norm_stderr) == (0.5, None, None)
+    with pytest.raises(UserError, match="a task must have at least one question, got none"):
+        accuracy([], [], normalised=True)
+
+
+def test_characters_and_not_bytes_normalise():
+    """As in the harness: "éé" has two characters, in UTF-8 four bytes; its -2.5 is -1.25 and -0.625 for each; "abc" has -1 for either."""
+    result = accuracy([Question(("q",) * 2, ("éé", "abc"), 1)], [scores(-2.5, -3)], normalised=True)
+    assert result.acc_norm == 1
+
+
+def test_standard_error():
+    assert standard_error(0.25, 4) == pytest.approx(statistics.stdev([0, 1, 0, 0]) / math.sqrt(4))
+    assert f"{standard_error(0.6217, 3270):.4f}" == "0.0085"  # of BoolQ's majority, with the harness's four digits
+    assert standard_error(1.0, 1) is None
+
+
+def test_contexts_of_their_own_and_shared_ones(opinionated_model, tokenizer):
+    encode = tokenizer.encode
+    shared = Question(("The river",) * 2, ("opens", "finds a stone"), 0)
+    own = Question(("Ann saw that Ann", "Ann saw that the teacher"), ("was late.",) * 2, 1)
+    got = score_questions([shared, own, shared], opinionated_model, tokenizer, batch_tokens=100)
+    pairs = [("The river", " opens"), ("The river", " finds a stone"), *((context, " was late.") for context in own.contexts)]
+    requests = [Request([tokenizer.bos_id, *encode(a)], [encode(a + b)[len(encode(a)) :]]) for a, b in pairs]
+    expected = [only.log_probability for [only] in score(opinionated_model, requests, batch_tokens=1)]
+    expected = [expected[:2], expected[2:], expected[:2]]
+    for row, wanted in zip(got, expected, strict=True):
+        assert [s.log_probability for s in row] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_limits_and_the_place_of_a_bad_record(tmp_path):
+    records = [{"goal": str(i), "sol1": "a", "sol2": "b", "label": i % 2} for i in range(5)] + [{"goal": "x"}]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = JsonlSource(paths=(str(tmp_path / "piqa.jsonl"),))
+    config = TaskConfig(kind="piqa", name="p", source=source, limit=4)
+    assert [question.answer for question in read_questions(config)] == [0, 1, 0, 1]
+    assert len(read_questions(config, 3)) == 3
+    assert len(read_questions(config, 5)) == 4
+    with pytest.raises(UserError, match=r"task 'p': jsonl: .*piqa.jsonl, record 6: 'sol1' must be a string, got no such field"):
+        read_questions(TaskConfig(kind="piqa", name="p", source=source))
