@@ -104,7 +104,7 @@ def validation_rows(split: Split, length: int, max_tokens: int | None) -> tuple[
     """The number of rows of one pass over a split in a fixed order, and what gives each; together at most about `max_tokens`."""
     if split.mask is not None:
         conversations = ConversationRows(split, length, seed=0)
-        limit = -(-(max_tokens or conversations.num_tokens) // length)
+        limit = conversations.rows_per_epoch if max_tokens is None else -(-max_tokens // length)
         return min(conversations.rows_per_epoch, limit), conversations.packed
     total = min(len(split.tokens), max_tokens or len(split.tokens))
     order, ends = np.arange(len(split.offsets) - 1), np.asarray(split.offsets[1:]).astype(np.int64)

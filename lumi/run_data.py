@@ -61,10 +61,8 @@ class RunData:
         return "; ".join(f"{self.folders[store]} documents {ids}" for store, ids in self.batches.documents(step, start, stop))
 
     def _in_template(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer with the chat template of the stores' conversations, as it goes into `final/`."""
+        """The tokenizer as it goes into `final/`: with the chat template of the stores' conversations, or none where they are texts."""
         names = sorted({store.manifest.template for store in self.stores if store.manifest.template is not None})
         if len(names) > 1:
-            raise UserError(
-                f"--data-dirs must hold conversations of one template, got {' and '.join(names)}; tokenize again with --template"
-            )
-        return tokenizer.with_chat_template(TEMPLATES[names[0]].jinja) if names else tokenizer
+            raise UserError(f"--data-dirs must hold conversations of one template, got {', '.join(names)}; tokenize again with --template")
+        return tokenizer.with_chat_template(TEMPLATES[names[0]].jinja if names else None)

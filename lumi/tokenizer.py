@@ -44,11 +44,12 @@ class Tokenizer:
         control_ids: id of every control piece, by name.
         fingerprint: SHA-256 of the model's bytes, in hexadecimal.
         token_bytes: (vocab_size,) int32, UTF-8 bytes that each token stands for; 0 for special ids.
-        chat_template: the Jinja template that is saved beside the model; None for an imported tokenizer without one.
+        chat_template: the Jinja template that is saved beside the model; None where there is none, as beside a model that was never
+            trained on conversations. A new tokenizer of Lumi's has ChatML's.
     """
 
     def __init__(self, model: bytes, *, where: str = "tokenizer", surroundings: Surroundings | None = None):
-        surroundings = surroundings or Surroundings()
+        is_new, surroundings = surroundings is None, surroundings or Surroundings()
         self._model, self._where, self._surroundings = model, where, surroundings
         original, self._processor = _load_processor(model, where), _load_processor(model + _NO_DUMMY_PREFIX, where)
         self._prefix = b" " if original.normalize("a") != self._processor.normalize("a") else b""
@@ -66,9 +67,7 @@ class Tokenizer:
             )
         self.token_bytes = np.array([len(data) for data in self._bytes], dtype=np.int32)
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.chat_template = surroundings.chat_template
-        if self.chat_template is None and self._is_own:
-            self.chat_template = tokenizer_files.CHAT_TEMPLATE
+        self.chat_template = tokenizer_files.CHAT_TEMPLATE if is_new and self._is_own else surroundings.chat_template
         self.unk_id = original.unk_id()
         self.bos_id = self._required_id("bos", original.bos_id())
         self.eos_id = self._required_id("eos", original.eos_id())
@@ -132,8 +131,8 @@ class Tokenizer:
             )
         return cls(model, where=str(file), surroundings=surroundings)
 
-    def with_chat_template(self, template: str) -> "Tokenizer":
-        """A copy that carries another Jinja chat template."""
+    def with_chat_template(self, template: str | None) -> "Tokenizer":
+        """A copy that carries another Jinja chat template, or none."""
         other = copy.copy(self)
         other.chat_template = template
         return other

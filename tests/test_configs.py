@@ -3,23 +3,44 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import lumi.configs
 from lumi.config import load_config, read_json
 from lumi.corpus import PrepareConfig
-from lumi.model import ModelConfig
+from lumi.evaluation.evaluate import EvaluationConfig
+from lumi.evaluation.smoke import SmokeTests
+from lumi.kernels.bundle import REFERENCE
+from lumi.lora import add_lora
+from lumi.model import ModelConfig, Transformer
 from lumi.run_config import TrainConfig
+from lumi.tokenizer import SPECIAL_PIECES
 from lumi.tokenizer_training import TokenizerConfig
 
 FOLDER = Path(lumi.configs.__file__).parent
 PARAMETERS = {"micro": 9_438_336, "tiny": 23_072_000, "small": 41_686_656, "medium": 83_898_880, "base": 276_861_696}
-CLASSES = {"corpus": PrepareConfig, "tokenizer": TokenizerConfig, "pretrain": TrainConfig}
-DEMO = {"prepare": PrepareConfig, "tokenizer": TokenizerConfig, "train": TrainConfig}
+CLASSES = {
+    "corpus": PrepareConfig,
+    "tokenizer": TokenizerConfig,
+    "pretrain": TrainConfig,
+    "sft": TrainConfig,
+    "evaluation": EvaluationConfig,
+}
+DEMO = {
+    "prepare": PrepareConfig,
+    "tokenizer": TokenizerConfig,
+    "pretrain": TrainConfig,
+    "finetune": TrainConfig,
+    "evaluation": EvaluationConfig,
+    "questions_train": PrepareConfig,
+    "questions_held_out": PrepareConfig,
+}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_it_loads(path):
-    load_config(DEMO[path.stem] if path.parent.name == "demo" else CLASSES[path.parent.name], path)
+    by_name = {"demo": DEMO, "evaluation": {"smoke_tests": SmokeTests}}.get(path.parent.name, {})
+    load_config(by_name.get(path.stem) or CLASSES[path.parent.name], path)
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
@@ -36,13 +57,35 @@ def test_the_five_sizes_have_chinchilla_budgets(size):
     assert names == {"HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia", "allenai/c4", "Salesforce/wikitext"}
 
 
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_the_five_sizes_are_fine_tuned_with_adapters(size):
+    config = load_config(TrainConfig, FOLDER / "sft" / f"lora_{size}.json")
+    assert config.lora is not None
+    assert config.model is None
+    assert config.final == "best"
+    assert set(config.lora.tokens) <= set(SPECIAL_PIECES)
+    base = load_config(TrainConfig, FOLDER / "pretrain" / f"{size}.json").model
+    assert base is not None
+    assert config.batches.sequence_length <= base.max_positions
+    add_lora(on_meta(base), config.lora)  # the targets are linears of this model
+    for processes in (1, 2, 4, 8):
+        assert config.batches.micro_steps(processes) * processes * config.batches.micro_batch_size == config.batches.rows
+    corpus = load_config(PrepareConfig, FOLDER / "corpus" / "chat.json")
+    assert {source.name for source in corpus.sources} == {"alpaca", "dolly", "oasst", "smoltalk"}
+
+
+def on_meta(shape):
+    with torch.device("meta"):
+        return Transformer(shape, REFERENCE)
+
+
 def test_the_vocabularies_fit():
     tokenizer = load_config(TokenizerConfig, FOLDER / "tokenizer" / "32k.json")
     assert all(
         load_config(TrainConfig, FOLDER / "pretrain" / f"{size}.json").model.vocab_size == tokenizer.vocab_size for size in PARAMETERS
     )
     demo = load_config(TokenizerConfig, FOLDER / "demo" / "tokenizer.json")
-    assert load_config(TrainConfig, FOLDER / "demo" / "train.json").model.vocab_size == demo.vocab_size
+    assert load_config(TrainConfig, FOLDER / "demo" / "pretrain.json").model.vocab_size == demo.vocab_size
 
 
 def test_training_defaults_are_spelt_out():

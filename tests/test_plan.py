@@ -1,6 +1,7 @@
 import torch
 
 from lumi.batches import BatchConfig
+from lumi.lora import LoraConfig
 from lumi.model import ModelConfig
 from lumi.plan import describe_plan, memory_estimate
 from lumi.run_config import TrainConfig
@@ -22,6 +23,33 @@ def test_memory_by_hand():
     assert memory_estimate(model, batches, "muon", 2, False, "cpu")["optimizer"] == 4 * (parameters + 2 * 100 * 8)
     assert memory_estimate(model, batches, "adamw", 2, True, "cpu")["activations"] == 30 * (2 * 2 * 8 + per_layer)
     assert memory_estimate(model, batches, "adamw", 4, False, "cpu")["weights"] == 4 * parameters
+
+
+def test_memory_under_adapters_by_hand():
+    model = ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
+    batches = BatchConfig(sequence_length=10, batch_tokens=30, micro_batch_size=3)
+    whole = memory_estimate(model, batches, "adamw", 2, False, "cpu")
+    narrow = memory_estimate(model, batches, "adamw", 2, False, "cpu", frozen=(50, 2))
+    assert narrow["weights"] == 2 * model.num_parameters + 4 * 50
+    assert (narrow["gradients"], narrow["optimizer"]) == (4 * 50, 8 * 50)
+    assert narrow["activations"] == whole["activations"]
+    assert narrow["loss"] == whole["loss"] - 8 * 100 * 8  # no gradient of lm_head
+    wide = memory_estimate(model, batches, "muon", 2, False, "cpu", frozen=(50, 4))
+    assert wide["weights"] == whole["weights"] + 4 * 50
+    assert wide["optimizer"] == 4 * 50
+
+
+def test_the_plan_of_adapters_says_what_is_trained():
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=10, num_layers=1, model_dim=4, num_heads=2, mlp_dim=8, max_positions=16),
+        lora=LoraConfig(rank=2),
+        batches=BatchConfig(sequence_length=16, batch_tokens=128, micro_batch_size=2),
+        num_steps=1000,
+    )
+    weights = 4 * 4 * 4 + 3 * 4 * 8 + 10 * 4 + 3 * 4
+    lines = describe_plan(config, [("A", 1.0, 32_000)], 0, 1, torch.device("cpu"), "reference", None, 63).splitlines()
+    assert lines[0].endswith("252 parameters, 1 layers of 4; 63 of adapters are trained (25.00%)")
+    assert f"{128_000 * (4 * weights + 6 * 4 * 16):.3g} FLOPs" in "".join(lines)
 
 
 def test_the_plan_by_hand():

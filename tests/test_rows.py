@@ -105,6 +105,7 @@ def test_validation_rows_are_bounded():
     ]
     assert validation_rows(make_split([6, 5, 3]), 4, 9)[0] == 2
     assert validation_rows(make_conversations(["..+"] * 40), 5, None)[0] == 20
+    assert validation_rows(make_conversations(["..+"] * 40), 7, None)[0] == 20  # a quarter of each row is padding
     assert validation_rows(make_conversations(["..+"] * 40), 5, 12)[0] == 3
 
 
