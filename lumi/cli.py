@@ -15,8 +15,7 @@ from lumi.config import UserError, load_config
 
 if TYPE_CHECKING:
     from lumi.generate import SamplingConfig
-    from lumi.model import Transformer
-    from lumi.tokenizer import Tokenizer
+    from lumi.pretrained import Pretrained
 
 
 def prepare(argv: list[str]) -> int:
@@ -102,7 +101,7 @@ def generate(argv: list[str]) -> int:
         if getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} must come with --input, got none; pass --input FILE")
     texts = [_prompt_from_stdin()] if options.prompt is None else options.prompt
-    model, tokenizer = _load(options)
+    model, tokenizer, *_ = _load(options)
     if len(texts) > 1:
         completed = generation.generate(model, tokenizer, texts, config)
         print("\n\n".join(prompt + text for prompt, text in zip(texts, completed, strict=True)))
@@ -140,7 +139,7 @@ def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
         data = sys.stdin.buffer.read() if options.input == "-" else Path(options.input).read_bytes()
     except OSError as error:
         raise UserError(f"--input must be a file that can be read, got {options.input}: {error.strerror}") from error
-    model, tokenizer = _load(options)
+    model, tokenizer, *_ = _load(options)
     requests = read_requests(data, "stdin" if options.input == "-" else options.input, tokenizer, model.config.max_positions)
     with (
         contextlib.nullcontext(sys.stdout.buffer) if to_stdout else open(options.output, "wb") as file,
@@ -164,7 +163,7 @@ def chat(argv: list[str]) -> int:
     _add_sampling(arguments, SamplingConfig(max_new_tokens=512))
     options = arguments.parse_args(argv)
     config = _sampling(options)
-    model, tokenizer = _load(options)
+    model, tokenizer, *_ = _load(options)
     return converse(Dialogue(model, tokenizer, config, options.system))
 
 
@@ -177,19 +176,18 @@ def _add_model(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and matrix products")
 
 
-def _load(options: argparse.Namespace) -> "tuple[Transformer, Tokenizer]":
+def _load(options: argparse.Namespace) -> "Pretrained":
     import torch
 
     from lumi.pretrained import load_pretrained
 
-    pretrained = load_pretrained(
+    return load_pretrained(
         options.model_path,
         adapter_path=options.adapter_path,
         tokenizer_path=options.tokenizer_path,
         device=options.device,
         dtype=getattr(torch, options.dtype),
     )
-    return pretrained.model, pretrained.tokenizer
 
 
 def _add_sampling(arguments: argparse.ArgumentParser, defaults: "SamplingConfig") -> None:
@@ -213,38 +211,24 @@ def _sampling(options: argparse.Namespace) -> "SamplingConfig":
 
 def evaluate(argv: list[str]) -> int:
     """a model -> tasks, perplexity and smoke tests, with the protocol of each figure"""
-    import torch
-
     from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig
     from lumi.evaluation.evaluate import evaluate as run_evaluation
-    from lumi.pretrained import load_pretrained
 
     arguments = parser("lumi evaluate", _summary(evaluate))
     add_config(arguments, f"{CONFIGS / 'standard.json'}, or data_dirs.json beside it where --data-dirs is given")
-    arguments.add_argument("--model-path", required=True, help="a run folder, its final/, or any Llama folder")
-    arguments.add_argument("--adapter-path", help="a run folder with an adapter, or the adapter's; --model-path is then the base")
-    arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder")
+    _add_model(arguments)
     arguments.add_argument("--output-dir", required=True, type=Path)
     arguments.add_argument("--data-dirs", nargs="+", metavar="DIR", help="token stores: perplexity on their validation splits")
     arguments.add_argument("--limit", type=int, help="at most so many examples of each task and documents of each text")
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products")
     options = parse(arguments, argv)
     path = options.config or CONFIGS / ("data_dirs.json" if options.data_dirs else "standard.json")
     config = load_config(EvaluationConfig, path, options.overrides)
-    pretrained = load_pretrained(
-        options.model_path,
-        adapter_path=options.adapter_path,
-        tokenizer_path=options.tokenizer_path,
-        device=options.device,
-        dtype=getattr(torch, options.dtype),
-    )
-    run_evaluation(config, pretrained, options.output_dir, data_dirs=options.data_dirs or (), limit=options.limit)
+    run_evaluation(config, _load(options), options.output_dir, data_dirs=options.data_dirs or (), limit=options.limit)
     return 0
 
 
 def export(argv: list[str]) -> int:
-    """a model in another precision or in several files, for transformers and what reads its folders"""
+    """a model in another precision, or in several files"""
     from lumi import export as exporting
 
     arguments = parser("lumi export", _summary(export))

@@ -75,7 +75,9 @@ class Demo:
         if code := self._train("finetune", "questions", self.folder("pretrain") / "final"):
             return code
         self._title("merge", "the model and its adapter -> one model")
-        if not self.folder("model").is_dir():
+        if self.folder("model").is_dir():
+            print(f"{self.folder('model')} is there already")
+        else:
             print(merge(self.folder("finetune"), self.folder("model")))
         pretrained = load_pretrained(self.folder("model"), device=self.device)
         self._title("evaluate", "the merged model -> figures, each with its protocol")
@@ -95,13 +97,16 @@ class Demo:
         if (run / "final").is_dir():
             print(f"{run / 'final'} is there already; remove {self.output_dir} to begin anew")
             return 0
-        if (run / "config.json").is_file():  # an interrupted run keeps its own
-            config = load_config(TrainConfig, run / "config.json")
-        else:
-            config = fitted(load_config(TrainConfig, CONFIGS / f"{name}.json"), self._pace())
-        resume = "auto" if run.exists() else None
+        config, resume = self.config(name), "auto" if run.exists() else None
         paths = Paths([str(self.folder(data))], str(self.folder("tokenizer")), run, resume=resume, model_path=model_path)
         return train(config, paths, self.device)
+
+    def config(self, name: str) -> TrainConfig:
+        """The config of a training: of a run that has begun its own, or the shipped one at the pace of this machine."""
+        if (begun := self.folder(name) / "config.json").is_file():
+            return load_config(TrainConfig, begun)
+        config, pace = load_config(TrainConfig, CONFIGS / f"{name}.json"), self._pace()
+        return dataclasses.replace(config, dtype=pace.dtype, num_steps=max(1, round(config.num_steps * pace.share)))
 
     def _pace(self) -> Pace:
         """Of pre-training that has begun already, or measured."""
@@ -172,11 +177,6 @@ def demo(output_dir: Path, minutes: float, device: str) -> int:
         The exit code.
     """
     return Demo(output_dir, minutes, device).run()
-
-
-def fitted(config: TrainConfig, pace: Pace) -> TrainConfig:
-    """A config at a pace."""
-    return dataclasses.replace(config, dtype=pace.dtype, num_steps=max(1, round(config.num_steps * pace.share)))
 
 
 def rehearse(config: TrainConfig, minutes: float) -> Pace:

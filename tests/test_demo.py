@@ -1,4 +1,4 @@
-"""The demo on its smallest source and a model of a few thousand parameters; the real one is `make demo`."""
+"""The demo on its smallest sources and a model of a few thousand parameters; the real one is `make demo`."""
 
 import json
 import lzma
@@ -8,61 +8,91 @@ import pytest
 
 import lumi.demo
 from lumi.config import read_json
+from lumi.corpus import read_corpus
 from lumi.token_store import TokenStore
 from lumi.tokenizer import Tokenizer
 
 TRAIN = {
-    "model": {"vocab_size": 512, "num_layers": 1, "model_dim": 32, "num_heads": 2, "mlp_dim": 64, "max_positions": 256},
     "batches": {"sequence_length": 64, "batch_tokens": 512, "micro_batch_size": 4},
     "optimizer": {"peak_lr": 0.01, "schedule": {"kind": "cosine", "warmup_steps": 5}},
+    "validation_tokens": None,
+}
+PRETRAIN = TRAIN | {
+    "model": {"vocab_size": 512, "num_layers": 1, "model_dim": 32, "num_heads": 2, "mlp_dim": 64, "max_positions": 256},
     "num_steps": 60,
     "validate_every": 30,
-    "validation_tokens": None,
     "save_every": 30,
 }
+FINETUNE = TRAIN | {"lora": {"rank": 4}, "num_steps": 30, "validate_every": 10, "save_every": 10, "final": "best"}
 
 
 @pytest.fixture
 def small_configs(tmp_path, monkeypatch):
+    """The demo's configs, with the topics alone to pre-train on, and the questions of one small package."""
     folder = tmp_path / "configs"
     folder.mkdir()
-    prepare = read_json(lumi.demo.CONFIGS / "prepare.json")
-    prepare["sources"][0]["packages"] = ["topics"]
-    for name, data in {"prepare": prepare, "tokenizer": {"vocab_size": 512}, "train": TRAIN}.items():
+    shipped = {path.stem: read_json(path) for path in lumi.demo.CONFIGS.glob("*.json")}
+    shipped["prepare"]["sources"][0]["packages"] = ["topics"]
+    for side in ("train", "held_out"):
+        shipped[f"questions_{side}"]["sources"][0] |= {"packages": ["jinja2"], "held_out_fraction": 0.3}
+    shipped |= {"tokenizer": {"vocab_size": 512}, "pretrain": PRETRAIN, "finetune": FINETUNE}
+    for name, data in shipped.items():
         (folder / f"{name}.json").write_text(json.dumps(data))
     monkeypatch.setattr(lumi.demo, "CONFIGS", folder)
+
+
+def records(folder, kind):
+    return [record for line in (folder / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
+
+
+def questions(folder):
+    return {conversation[0].content for batch in read_corpus(folder).iter_conversations() for conversation in batch.conversations}
 
 
 def test_all_stages_and_a_second_call(small_configs, tmp_path, capsys):
     output = tmp_path / "demo"
     assert lumi.demo.demo(output, minutes=0, device="cpu") == 0
     printed = capsys.readouterr().out
-    assert [int(number) for number in re.findall(r"^\[(\d)/5\]", printed, flags=re.MULTILINE)] == [1, 2, 3, 4, 5]
-    assert "Return the number of" in printed
+    assert [int(number) for number in re.findall(r"^\[(\d)/9\]", printed, flags=re.MULTILINE)] == list(range(1, 10))
+
     text = lumi.demo.held_out_text(output / "tokens", Tokenizer.load(output / "tokenizer"))
     assert len(text) == TokenStore.open(output / "tokens").split("validation").num_bytes
     xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     assert f"{xz:.3f} bits per byte" in printed
-    last = [json.loads(line) for line in (output / "pretrain" / "metrics.jsonl").read_text().splitlines()][-1]
-    assert (last["kind"], last["bytes"]) == ("validation", len(text))
+    last = records(output / "pretrain", "validation")[-1]
+    assert last["bytes"] == len(text)
     assert f"{last['bits_per_byte']:.3f} bits per byte" in printed
-    for path in ("corpus", "tokenizer", "tokens", "pretrain/loss.png", "pretrain/metrics.jsonl", "pretrain/final"):
+
+    before, *after = [record["loss"] for record in records(output / "finetune", "validation")]
+    assert f"before         {before:.3f} nats per token" in printed
+    assert f"after          {min(after):.3f} nats per token" in printed
+    assert min(after) < before
+    assert (output / "finetune" / "final" / "adapter_model.safetensors").exists()
+    results = read_json(output / "evaluation" / "evaluation_results.json")
+    assert set(results["perplexity"]) == {str(output / "tokens"), str(output / "questions")}
+
+    seen, held_out = questions(output / "questions_train"), questions(output / "questions_held_out")
+    assert not seen & held_out
+    asked = re.findall(r"^  \[(seen|held out)\] (.+)$", printed, flags=re.MULTILINE)
+    assert [side for side, _ in asked] == ["seen"] * 2 + ["held out"] * 3
+    assert all(question in (seen if side == "seen" else held_out) for side, question in asked)
+    for path in ("corpus", "tokenizer", "tokens", "pretrain", "questions", "finetune", "evaluation", "model"):
         assert str(output / path) in printed
         assert (output / path).exists()
 
-    weights = (output / "pretrain" / "final" / "model.safetensors").read_bytes()
+    weights = (output / "model" / "model.safetensors").read_bytes()
     assert lumi.demo.demo(output, minutes=0, device="cpu") == 0
-    assert "is there already" in capsys.readouterr().out
-    assert (output / "pretrain" / "final" / "model.safetensors").read_bytes() == weights
+    assert capsys.readouterr().out.count("is there already") == 3
+    assert (output / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_training_is_cut_to_the_minutes_it_may_take(small_configs, tmp_path, monkeypatch):
-    monkeypatch.setattr(lumi.demo, "_step_seconds", lambda config: 2.0 if config.dtype == "float32" else 1.0)
-    monkeypatch.setattr(lumi.demo, "LEAST_STEPS", 40)
+def test_both_trainings_are_cut_to_the_minutes_they_may_take(small_configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(lumi.demo, "step_seconds", lambda config: 2.0 if config.dtype == "float32" else 1.0)
 
     def steps(minutes):
-        config = lumi.demo._train_config(tmp_path / "none", minutes, "cpu")
-        assert config.dtype == "bfloat16"
-        return config.num_steps
+        demo = lumi.demo.Demo(tmp_path / "none", minutes, "cpu")
+        configs = [demo.config(name) for name in ("pretrain", "finetune")]
+        assert [config.dtype for config in configs] == ["bfloat16"] * 2
+        return [config.num_steps for config in configs]
 
-    assert [steps(minutes) for minutes in (0.1, 0.95, 9.0, 0)] == [40, 57, 60, 60]
+    assert [steps(minutes) for minutes in (0.1, 0.95, 9.0, 0)] == [[35, 17], [57, 28], [60, 30], [60, 30]]
