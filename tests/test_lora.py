@@ -170,6 +170,18 @@ def test_rows_of_tokens_are_trained_and_no_others(tied):
         assert changed.nonzero().flatten().tolist() == [7, 60]
 
 
+def test_gradient_checkpointing_changes_memory_not_numbers():
+    """Dropout included: what is recomputed draws the same numbers again."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(LoraConfig(rank=4, dropout=0.3)).train()
+        model.gradient_checkpointing = checkpointing
+        torch.manual_seed(0)
+        model(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        gradients.append([tensor.grad for tensor in trained_tensors(model).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_dropout_is_of_training_alone_and_follows_the_seed():
     model = adapted(LoraConfig(rank=4, dropout=0.5))
     still = logits(model)

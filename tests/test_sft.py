@@ -1,7 +1,10 @@
 """Fine-tuning through the one loop: what is trained, what is not, what is left behind."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from synthetic import sentence
 
 import lumi.rows
+import lumi.train
 from lumi.batches import BatchConfig, Batches
 from lumi.chat import TEMPLATES, prompt_ids, stop_ids
 from lumi.checkpoint import load_checkpoint, load_tensors
@@ -22,12 +26,14 @@ from lumi.messages import Message
 from lumi.metrics import read_metrics
 from lumi.model import ModelConfig, Transformer
 from lumi.pretrained import load_pretrained
+from lumi.rows import ConversationRows
 from lumi.run_config import Paths, TrainConfig
 from lumi.shards import TokenStore, tokenize
 from lumi.train import train
 
 NOUNS = ["river", "stone", "garden", "letter"]
-ANSWERS = {noun: f"The {noun} opens a window at noon." for noun in NOUNS}
+PLACES = ["at noon", "in silence", "near the harbour", "under the old roof"]
+ANSWERS = {noun: f"The {noun} opens a window {place}." for noun, place in zip(NOUNS, PLACES, strict=True)}
 SHAPE = ModelConfig(vocab_size=384, num_layers=2, model_dim=64, num_heads=2, mlp_dim=128, max_positions=128)
 CONFIG = {
     "batches": {"sequence_length": 96, "batch_tokens": 384, "micro_batch_size": 2},
@@ -164,6 +170,24 @@ def test_the_loss_is_the_sum_over_trained_tokens_by_their_number(start, base_dir
     assert record["loss"] == pytest.approx(nats / count, rel=1e-5)
 
 
+def test_two_processes_share_the_trained_tokens(start, chat_dir, base_dir, tokenizer_dir, tmp_path):
+    """Each has another number of trained tokens: a mean of their means would be another loss."""
+    changes = {"lora": LORA, "num_steps": 4, "batches": {"sequence_length": 100, "batch_tokens": 200, "micro_batch_size": 1}}
+    alone = start("alone", **changes)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    paths = ["--data-dirs", chat_dir, "--tokenizer-dir", tokenizer_dir, "--model-path", base_dir, "--output-dir", tmp_path / "two"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", lumi.train.__file__]
+    command = [*launcher, "--config", tmp_path / "config.json", *paths, "--device", "cpu"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert curve(tmp_path / "two") == pytest.approx(curve(alone), rel=1e-5)
+    ours, theirs = (load_tensors(folder / "final" / "adapter_model.safetensors") for folder in (alone, tmp_path / "two"))
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5) for name in ours | theirs)
+    split = TokenStore.open(chat_dir).split("train")
+    rows = ConversationRows(split, 100, seed=0)
+    assert len({int(rows.row(index).trained.sum()) for index in range(2)}) == 2  # the first step's two rows differ
+
+
 @pytest.mark.parametrize("lora", [None, LORA | {"dropout": 0.2}], ids=["full", "lora"])
 def test_resumed_is_uninterrupted(lora, start, tmp_path):
     folder = start(lora=lora, num_steps=12, save_every=4, keep_last=3)
@@ -178,7 +202,7 @@ def test_resumed_is_uninterrupted(lora, start, tmp_path):
 
 def test_final_is_the_best_where_asked(start, capsys):
     """A learning rate that rises until it ruins the model: the best checkpoint is an early one."""
-    optimizer = {"peak_lr": 0.3, "schedule": {"kind": "wsd", "warmup_steps": 38}}
+    optimizer = {"peak_lr": 1.0, "schedule": {"kind": "wsd", "warmup_steps": 38}}
     folder = start(final="best", num_steps=40, save_every=10, validate_every=10, optimizer=optimizer)
     losses = {record["step"]: record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"}
     best = min((step for step in losses if step), key=lambda step: losses[step])
