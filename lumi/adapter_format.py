@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lumi.checkpoint import load_tensors, save_tensors
 from lumi.config import UserError, from_dict, read_json, write_json
 from lumi.hf_format import hf_name
-from lumi.lora import LoraConfig, adapters, token_matrices, trained_rows, wrap
+from lumi.lora import ALL_LINEAR, LoraConfig, adapters, find_targets, token_matrices, trained_rows, wrap
 from lumi.model import Transformer
 from lumi.storage import atomic_folder, sha256_file
 from lumi.tokenizer import Tokenizer
@@ -21,16 +20,24 @@ from lumi.tokenizer import Tokenizer
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "lora_magnitude"}  # theirs -> ours
-_TOKENS = "token_adapter.trainable_tokens_delta"
-_TOKEN_INDICES = "trainable_token_indices"
-_UNSUPPORTED = ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters")
+_ROWS = "token_adapter.trainable_tokens_delta"
+_ROW_IDS = "trainable_token_indices"
+_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "use_dora": "dora"}  # theirs -> ours
+# PEFT's keys that do not change what an adapter computes: the weights say which linears it is for. Any other that is set does.
+_HARMLESS = """
+    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern
+    layers_to_transform loftq_config megatron_config megatron_core peft_version qalora_group_size revision target_modules task_type
+""".split()
 
 
-def save_adapter(folder: str | Path, model: Transformer, config: LoraConfig, tokenizer: Tokenizer, base: str | Path) -> None:
+def save_adapter(
+    folder: str | Path, model: Transformer, config: LoraConfig, tokenizer: Tokenizer, base: str | Path, base_fingerprint: str
+) -> None:
     """Write the adapters of a model and its tokenizer; replaces an older folder atomically.
 
     Args:
-        base: the folder of the model that they were put on; its path and the hash of its weights go into the adapter.
+        base: the folder of the model that they were put on.
+        base_fingerprint: `weights_fingerprint` of it when it was loaded.
     """
     tensors = {
         f"{_PREFIX}{hf_name(f'{name}.')}{theirs}": tensor
@@ -39,14 +46,21 @@ def save_adapter(folder: str | Path, model: Transformer, config: LoraConfig, tok
         if (tensor := getattr(module, ours)) is not None
     }
     freed = {hf_name(f"{name}."): rows for name, module in token_matrices(model).items() if (rows := trained_rows(module)) is not None}
-    tensors |= {f"{_PREFIX}{name}{_TOKENS}": rows.rows for name, rows in freed.items()}
-    indices = {name.split(".")[-2]: rows.ids.tolist() for name, rows in freed.items()} or None
-    metadata = {"base_fingerprint": weights_fingerprint(base), "tokenizer_fingerprint": tokenizer.fingerprint}
+    tensors |= {f"{_PREFIX}{name}{_ROWS}": rows.rows for name, rows in freed.items()}
+    row_ids = {name.split(".")[-2]: rows.ids.tolist() for name, rows in freed.items()} or None
+    metadata = {"base_fingerprint": base_fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     with atomic_folder(folder, replace=True) as temporary:
         tokenizer.save(temporary)
-        targets = sorted({name.rpartition(".")[2] for name, _ in adapters(model)})
-        write_json(temporary / CONFIG, peft_config(config, targets, base) | {_TOKEN_INDICES: indices})
+        write_json(temporary / CONFIG, peft_config(config, _targets(model), base) | {_ROW_IDS: row_ids})
         save_tensors(temporary / WEIGHTS, tensors, metadata)
+
+
+def _targets(model: Transformer) -> list[str]:
+    """The adapted linears as PEFT looks them up: the end of the name where every layer's is adapted, otherwise the whole name."""
+    adapted = {name for name, _ in adapters(model)}
+    short = {name.rpartition(".")[2] for name in adapted}
+    everywhere = {end for end in short if set(find_targets(model, [end])) <= adapted}
+    return sorted(everywhere | {hf_name(name) for name in adapted if name.rpartition(".")[2] not in everywhere})
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -56,13 +70,11 @@ def is_adapter(folder: str | Path) -> bool:
 
 def base_of(folder: str | Path) -> Path:
     """The folder of the model that an adapter was made for. Raises UserError where there is none any more."""
-    data = read_json(Path(folder) / CONFIG)
-    base = Path(str(data.get("base_model_name_or_path")))
-    if not (base / "config.json").is_file():
-        raise UserError(
-            f"{folder}: is an adapter for {base}, where there is no model now; pass the model by --model-path and this by --adapter-path"
-        )
-    return base
+    base = _read_config(Path(folder)).get("base_model_name_or_path")
+    if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
+        named = f"names {base}, where there is no model now" if base else "does not name its base"
+        raise UserError(f"{folder}: the adapter {named}; pass the base by --model-path and this by --adapter-path")
+    return Path(base)
 
 
 def load_adapter(folder: str | Path, model: Transformer, base: str | Path, tokenizer: Tokenizer | None = None) -> LoraConfig:
@@ -76,58 +88,64 @@ def load_adapter(folder: str | Path, model: Transformer, base: str | Path, token
         The adapter's config.
 
     Raises:
-        UserError: the folder holds no adapter, one of a kind that is not supported, or one that does not fit the model.
+        UserError: the folder holds no adapter, one of a kind that computes something else, or one that does not fit the model.
     """
     folder = Path(folder)
-    if not is_adapter(folder):
-        raise UserError(f"{folder}: must be an adapter folder with {CONFIG}, and has none")
-    data = read_json(folder / CONFIG)
+    data = _read_config(folder)
     config, token_ids = _lora_config(data, str(folder / CONFIG)), _token_ids(data, model, str(folder / CONFIG))
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder / WEIGHTS}: is missing; only safetensors weights are read (no pickle)")
-    metadata = _metadata(folder / WEIGHTS)
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{file}: is missing; only safetensors weights are read (no pickle)")
+    metadata = _metadata(file)
     fingerprints = {"base": weights_fingerprint(base)} | ({"tokenizer": tokenizer.fingerprint} if tokenizer else {})
     for what, got in fingerprints.items():
         if (expected := metadata.get(f"{what}_fingerprint", got)) != got:
             raise UserError(f"{folder}: the {what} must be the one that it was trained with, of fingerprint {expected}, got {got}")
-    tensors = load_tensors(folder / WEIGHTS)
-    rows = {name: tensors.pop(f"{_PREFIX}{hf_name(f'{name}.')}{_TOKENS}", None) for name in token_matrices(model)}
-    ours = {hf_name(f"{name}."): name for name, _ in model.named_modules()}
-    found: dict[str, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        part = next((part for part in _PARTS if key.endswith(f".{part}")), None)
-        module = ours.get(key.removeprefix(_PREFIX).removesuffix(part)) if part else None
-        if part is None or module is None:
-            raise UserError(f"{folder / WEIGHTS}: holds a weight that this model has no place for: {key}")
-        found.setdefault(module, {})[_PARTS[part]] = tensor
-    wrap(model, sorted(found), config, token_ids)
-    for name, module in adapters(model):
-        for part in _PARTS.values():
-            if (parameter := getattr(module, part)) is not None:
-                _fill(parameter, found[name].get(part), f"{folder / WEIGHTS}: {name}.{part}")
-    for name, matrix in token_matrices(model).items():
-        if (freed := trained_rows(matrix)) is not None:
-            _fill(freed.rows, rows[name], f"{folder / WEIGHTS}: the trained rows of {name}")
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_tensors(file).items()}
+    if broken := [key for key, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]:
+        raise UserError(f"{file}: {broken[0]} must hold finite floats; it is damaged, or quantised, which is not supported")
+    linears = {f"{hf_name(f'{name}.')}{part}": name for name in find_targets(model, ALL_LINEAR) for part in _PARTS}
+    adapted = sorted({linears[key] for key in tensors if key in linears})
+    if not adapted:
+        raise UserError(f"{file}: must hold adapters of the model's linears, got none")
+    wrap(model, adapted, config, token_ids)
+    expected_tensors = {
+        f"{hf_name(f'{name}.')}{theirs}": tensor
+        for name, module in adapters(model)
+        for theirs, ours in _PARTS.items()
+        if (tensor := getattr(module, ours)) is not None
+    }
+    expected_tensors |= {
+        f"{hf_name(f'{name}.')}{_ROWS}": rows.rows for name, matrix in token_matrices(model).items() if (rows := trained_rows(matrix))
+    }
+    for key in expected_tensors | tensors:
+        expected_shape, got_shape = (tuple(group[key].shape) if key in group else "nothing" for group in (expected_tensors, tensors))
+        if expected_shape != got_shape:
+            hint = " (the loss is fused with lm_head)" if key.startswith("lm_head.lora") else ""
+            raise UserError(f"{file}: {key} must have shape {expected_shape} by {CONFIG} and the model, got {got_shape}{hint}")
+    for key, parameter in expected_tensors.items():
+        parameter.data = tensors[key].float().to(parameter.device)
     return config
 
 
-def _fill(parameter: Tensor, value: Tensor | None, what: str) -> None:
-    got = "nothing" if value is None else tuple(value.shape)
-    if value is None or got != tuple(parameter.shape):
-        raise UserError(f"{what} must have shape {tuple(parameter.shape)}, got {got}")
-    parameter.data = value.float().to(parameter.device)
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not is_adapter(folder):
+        raise UserError(f"{folder}: must be an adapter folder with {CONFIG}, and has none")
+    data = read_json(folder / CONFIG)
+    if not isinstance(data, dict):
+        raise UserError(f"{folder / CONFIG}: must hold an object, got {str(data)[:60]}; copy the adapter again")
+    return data
 
 
 def _token_ids(data: dict[str, Any], model: Transformer, where: str) -> list[int]:
     """The tokens whose rows an adapter brings; PEFT lists them for the embedding, or for each matrix."""
-    listed = data.get(_TOKEN_INDICES) or []
+    listed = data.get(_ROW_IDS) or []
     per_matrix = list(listed.values()) if isinstance(listed, dict) else [listed]
-    expected = len(token_matrices(model)) if listed else len(per_matrix)
+    if listed and (len(per_matrix) != len(token_matrices(model)) or any(ids != per_matrix[0] for ids in per_matrix)):
+        raise UserError(f"{where}: {_ROW_IDS} must be the same for the embedding and an lm_head of its own, got {listed}")
     ids = per_matrix[0]
-    if len(per_matrix) != expected or any(other != ids for other in per_matrix):
-        raise UserError(f"{where}: {_TOKEN_INDICES} must be the same for the embedding and an lm_head of its own, got {listed}")
-    if any(type(token) is not int or not 0 <= token < model.config.vocab_size for token in ids):
-        raise UserError(f"{where}: {_TOKEN_INDICES} must be ids below {model.config.vocab_size}, got {listed}")
+    if not isinstance(ids, list) or any(type(token) is not int or not 0 <= token < model.config.vocab_size for token in ids):
+        raise UserError(f"{where}: {_ROW_IDS} must be ids below {model.config.vocab_size}, got {listed}")
     return ids
 
 
@@ -159,12 +177,17 @@ def peft_config(config: LoraConfig, targets: list[str], base: str | Path) -> dic
 
 def _lora_config(data: dict[str, Any], where: str) -> LoraConfig:
     """Our config from PEFT's; the targets are taken from the weights."""
-    fixed = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False} | dict.fromkeys(_UNSUPPORTED)
-    for key, allowed in fixed.items():
-        if (value := data.get(key, allowed)) != allowed and value not in ({}, []):
-            raise UserError(f"{where}: {key} must be {allowed!r}, got {value!r}: this adapter cannot be read")
-    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "use_dora": "dora"}
-    return from_dict(LoraConfig, {ours: data[theirs] for theirs, ours in names.items() if theirs in data}, where)
+    allowed = {
+        "peft_type": ("LORA",),
+        "bias": ("none",),
+        "init_lora_weights": (True, False, "gaussian", "eva"),  # the others change the base as well
+    }
+    for key, value in data.items():
+        if key in allowed and value not in allowed[key]:
+            raise UserError(f"{where}: {key} must be {' or '.join(map(repr, allowed[key]))}, got {value!r}: this adapter cannot be read")
+        if value and key not in [*allowed, *_NAMES, *_HARMLESS, _ROW_IDS]:
+            raise UserError(f"{where}: {key} must not be set, got {str(value)[:60]}: this adapter computes what Lumi does not")
+    return from_dict(LoraConfig, {ours: data[theirs] for theirs, ours in _NAMES.items() if theirs in data}, where)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Strict JSON <-> frozen dataclasses: every key is known, every value has the declared type.
 
 Each part of Lumi declares its dataclass beside its code; this file only loads, overrides and saves them.
-Supported field types: bool, int, float, str, None, Literal, `X | None`, `tuple[X, ...]`, `dict[str, X]`, a dataclass, and a
-union of dataclasses that tell themselves apart by a field `kind: Literal["..."]`.
+Supported field types: bool, int, float, str, None, Literal, `X | None`, `tuple[X, ...]`, `X | tuple[X, ...]`, `dict[str, X]`, a
+dataclass, and a union of dataclasses that tell themselves apart by a field `kind: Literal["..."]`.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: cannot be read: {reason}") from error
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
 
 
@@ -196,6 +196,8 @@ def _coerce_union(options: tuple[Any, ...], value: Any, where: str, path: tuple[
     for option in options:
         if type(value) is option:
             return value
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            return _coerce(option, value, where, path)
     names = " or ".join(_TYPE_NAMES.get(option, str(option)) for option in options)
     raise _error(where, path, f"must be {names}, got {_describe(value)}")
 

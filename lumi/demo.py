@@ -138,7 +138,7 @@ class Demo:
         text = held_out_text(self.folder("tokens"), tokenizer)
         xz_bits = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
         model_bits = self._validations("pretrain")[-1]["bits_per_byte"]
-        before, tuned = self._validations("finetune")[0], min(self._validations("finetune")[1:], key=lambda record: record["loss"])
+        before, *_, after = self._validations("finetune")
         rows = [
             ("held-out text", f"{len(text):,} bytes that training never saw"),
             ("xz -9e", f"{xz_bits:.3f} bits per byte"),
@@ -146,7 +146,7 @@ class Demo:
             ("trained on", self._trained_on("pretrain")),
             ("answers", f"{before['tokens']:,} tokens of answers about modules that fine-tuning never saw"),
             ("before", f"{before['loss']:.3f} nats per token"),
-            ("after", f"{tuned['loss']:.3f} nats per token"),
+            ("after", f"{after['loss']:.3f} nats per token"),
             ("tuned on", self._trained_on("finetune")),
             ("time", f"{seconds:.0f} s for what was done in this call"),
             *((name, self.folder(name)) for name in ("corpus", "tokenizer", "tokens", "pretrain", "questions", "finetune", "evaluation")),

@@ -12,8 +12,8 @@ from lumi.checkpoint import save_tensors
 from lumi.config import UserError, from_dict, read_json, write_json
 from lumi.kernels.bundle import Ops
 from lumi.model import ModelConfig, Transformer
-from lumi.storage import atomic_folder
-from lumi.tokenizer import Tokenizer
+from lumi.storage import atomic_folder, sha256_file
+from lumi.tokenizer import MODEL_FILE, Tokenizer
 
 _NAMES = {  # ours -> theirs, in this order
     "token_embedding.": "model.embed_tokens.",
@@ -101,7 +101,7 @@ def load_model(folder: str | Path, ops: Ops, compute_dtype: torch.dtype = torch.
     """Read a Llama or Qwen3 folder, ours or anybody's.
 
     Args:
-        tokenizer: checked against the fingerprint that our folders carry.
+        tokenizer: checked against the fingerprint that our folders carry, or the tokenizer that lies in others'.
 
     Raises:
         UserError: where the folder is none, asks for something this model does not compute (names the key), or was trained with
@@ -109,13 +109,16 @@ def load_model(folder: str | Path, ops: Ops, compute_dtype: torch.dtype = torch.
     """
     folder = model_folder(folder)
     data = read_json(folder / "config.json")
+    shape = model_config(data, str(folder / "config.json"))
     expected_tokenizer = data.get("tokenizer_fingerprint")
+    if expected_tokenizer is None and (folder / MODEL_FILE).is_file():
+        expected_tokenizer = sha256_file(folder / MODEL_FILE)  # what our fingerprint is
     if tokenizer is not None and expected_tokenizer not in (None, tokenizer.fingerprint):
         raise UserError(
             f"{folder}: the tokenizer must be the one it was trained with, of fingerprint {expected_tokenizer}, got "
             f"{tokenizer.fingerprint}; leave out --tokenizer-path to use the one in the folder"
         )
-    model = Transformer(model_config(data, str(folder / "config.json")), ops, compute_dtype=compute_dtype)
+    model = Transformer(shape, ops, compute_dtype=compute_dtype)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer must have at most the model's {model.config.vocab_size} ids, got {tokenizer.vocab_size}; "
@@ -220,9 +223,13 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str
 
 def model_config(data: dict[str, Any], where: str) -> ModelConfig:
     """Our config from transformers'. Raises UserError naming what is not supported."""
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(data, dict) or not isinstance(data.get("architectures") or [], list):
+        raise UserError(f"{where}: must be the config of a model, an object with a list of architectures; copy the file again")
+    rope, older = data.get("rope_parameters") or data.get("rope_scaling") or {}, data.get("rope_scaling")
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters must be an object, got {rope!r}")
+    if isinstance(older, dict) and any(rope.get(key, value) != value for key, value in older.items() if key != "type"):
+        raise UserError(f"{where}: rope_parameters and rope_scaling must say the same, got {rope} and {older}; take one out")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     supported = {
         "model_type": (data.get("model_type"), ("llama", "qwen3")),

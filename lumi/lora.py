@@ -37,9 +37,9 @@ class LoraConfig:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
-    targets: tuple[str, ...] = (ALL_LINEAR,)
+    targets: str | tuple[str, ...] = ALL_LINEAR
     tokens: tuple[str, ...] = ()
-    base_dtype: Literal["float32", "bfloat16"] = "float32"  # in which the frozen matrices are kept
+    base_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen matrices in training; loaded, a base is as it is
 
     def __post_init__(self):
         if self.rank < 1:
@@ -49,7 +49,7 @@ class LoraConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
-            raise ValueError(f'targets must name linears, or be ["{ALL_LINEAR}"], got none')
+            raise ValueError(f'targets must name linears, or be "{ALL_LINEAR}", got none')
 
     @property
     def scale(self) -> float:
@@ -136,11 +136,11 @@ def wrap(model: Transformer, names: Sequence[str], config: LoraConfig, token_ids
         parametrize.register_parametrization(module, "weight", TrainedRows(module.weight, token_ids))
 
 
-def find_targets(model: Transformer, targets: Sequence[str]) -> list[str]:
+def find_targets(model: Transformer, targets: str | Sequence[str]) -> list[str]:
     """The names of the linears that `targets` mean, in the model's order. Raises UserError as `add_lora`."""
     linears = [name for name, module in model.named_modules() if isinstance(module, Linear) and name != "lm_head"]
     found: set[str] = set()
-    for target in targets:
+    for target in [targets] if isinstance(targets, str) else targets:
         matches = [name for name in linears if target == ALL_LINEAR or f".{name}".endswith(f".{target}")]
         if not matches:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
@@ -160,6 +160,13 @@ def trained_rows(module: nn.Module) -> TrainedRows | None:
     return module.parametrizations.weight[0] if parametrize.is_parametrized(module) else None  # type: ignore[union-attr,index,return-value]
 
 
+def settle_rows(model: Transformer) -> None:
+    """Write trained rows into their matrices, in place: in training every pass puts both together, which would slow generation down."""
+    for matrix in filter(parametrize.is_parametrized, token_matrices(model).values()):
+        parametrize.remove_parametrizations(matrix, "weight", leave_parametrized=True)
+        matrix.weight.requires_grad_(False)
+
+
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """The adapted linears and their names, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
@@ -173,8 +180,7 @@ def merge_lora(model: Transformer) -> None:
             merged = Linear(module.weight.shape[1], module.weight.shape[0])
             merged.weight = nn.Parameter(module.merged_weight())
         setattr(model.get_submodule(owner), attribute, merged)
-    for matrix in filter(parametrize.is_parametrized, token_matrices(model).values()):
-        parametrize.remove_parametrizations(matrix, "weight", leave_parametrized=True)
+    settle_rows(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)

@@ -1,6 +1,7 @@
 """What a run is about to do: parameters, tokens, steps, FLOPs and memory, by arithmetic, before step 1."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -8,6 +9,14 @@ from lumi.batches import BatchConfig
 from lumi.kernels.linear_cross_entropy import chunk_rows
 from lumi.model import ModelConfig
 from lumi.run_config import TrainConfig
+
+
+class Frozen(NamedTuple):
+    """Of training under adapters: their parameters, the bytes of a frozen weight, and whether rows of tokens are trained."""
+
+    num_adapter_parameters: int
+    weight_bytes: int
+    rows: bool
 
 
 def describe_plan(
@@ -31,7 +40,9 @@ def describe_plan(
     model, batches, narrow = config.model, config.batches, torch.finfo(getattr(torch, config.dtype)).bits // 8
     assert model is not None
     flops = model.flops_per_token(batches.sequence_length, frozen=num_trained is not None) * config.num_tokens
-    frozen = None if num_trained is None or config.lora is None else (num_trained, 2 if config.lora.base_dtype == "bfloat16" else 4)
+    frozen = None
+    if num_trained is not None and config.lora is not None:
+        frozen = Frozen(num_trained, 2 if config.lora.base_dtype == "bfloat16" else 4, bool(config.lora.tokens))
     memory = memory_estimate(model, batches, config.optimizer.kind, narrow, config.gradient_checkpointing, device.type, frozen)
     trained = "" if num_trained is None else f"; {num_trained:,} of adapters are trained ({num_trained / model.num_parameters:.2%})"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
@@ -58,31 +69,32 @@ def memory_estimate(
     compute_bytes: int,
     checkpointing: bool,
     device_type: str,
-    frozen: tuple[int, int] | None = None,
+    frozen: Frozen | None = None,
 ) -> dict[str, int]:
     """Bytes one process needs to train, by part; arithmetic, not a measurement, and without what torch itself takes.
 
     Weights, gradients and optimizer state are float32; backward also keeps a copy of the layers' weights in a narrower compute dtype.
     For it a layer of the reference operators keeps about 4D + 2(H+G)K + 3F values a token in the compute dtype and 6D + 2(H+G)K + 3F
     in float32 (norms, rotation, SwiGLU); with checkpointing only its input D. The loss holds the logits of one chunk of rows thrice (as
-    they are, their float32 log-softmax, their gradient) and its matrix's float32 gradient twice. Under adapters, `frozen` = (their
-    parameters, bytes of a frozen weight), only they have gradients and states.
+    they are, their float32 log-softmax, their gradient) and its matrix's float32 gradient twice. Under adapters only
+    they have gradients and states; the matrices of tokens of which rows are trained are put together anew, and have a gradient.
     """
     tokens = batches.micro_batch_size * batches.sequence_length
     heads, dim, mlp = 2 * (model.num_heads + model.kv_heads) * model.per_head, model.model_dim, model.mlp_dim
     per_layer = compute_bytes * (4 * dim + heads + 3 * mlp) + 4 * (6 * dim + heads + 3 * mlp)
     kept = compute_bytes * model.num_layers * dim + per_layer if checkpointing else model.num_layers * per_layer
     embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
-    adapters, weight_bytes = frozen or (0, 4)
+    adapters, weight_bytes, rows_trained = frozen or Frozen(0, 4, True)
     trained = adapters if frozen else model.num_parameters
     states = 2 * trained if optimizer == "adamw" else trained + (0 if frozen else embeddings)
     copies = model.num_parameters - embeddings if compute_bytes < weight_bytes else 0
+    put_together = weight_bytes * embeddings if frozen and rows_trained else 0
     rows = min(tokens, chunk_rows(model.vocab_size, device_type))
     parts = {
-        "weights": weight_bytes * model.num_parameters + compute_bytes * copies + 4 * adapters,
+        "weights": weight_bytes * model.num_parameters + compute_bytes * copies + 4 * adapters + put_together,
         "gradients": 4 * trained,
         "optimizer": 4 * states,
         "activations": tokens * kept,
-        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + (0 if frozen else 8 * model.vocab_size * dim),
+        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + (8 * model.vocab_size * dim if rows_trained else 0),
     }
     return {**parts, "total": sum(parts.values())}

@@ -9,9 +9,10 @@ from lumi.adapter_format import base_of, is_adapter, load_adapter
 from lumi.config import UserError
 from lumi.hf_format import load_model, model_folder
 from lumi.kernels.bundle import select
+from lumi.lora import settle_rows
 from lumi.model import Transformer
 from lumi.parallel import choose_device
-from lumi.tokenizer import Tokenizer
+from lumi.tokenizer import MODEL_FILE, Tokenizer
 
 
 class Pretrained(NamedTuple):
@@ -36,7 +37,7 @@ def load_pretrained(
     Args:
         path: a run folder, its `final/`, or a Hugging Face folder; one that holds an adapter brings the base that it names.
         adapter_path: a run folder with an adapter, or the adapter's; `path` is then the base.
-        tokenizer_path: None: the one in the adapter's folder, or the model's.
+        tokenizer_path: None: the one in the adapter's folder, or, where there is none, in the model's.
         device: "auto", "cpu" or "cuda".
         dtype: of activations and products.
 
@@ -51,10 +52,12 @@ def load_pretrained(
         if adapter is not None:
             raise UserError(f"--model-path must be a whole model where --adapter-path is given, got the adapter {folder}")
         folder, adapter = base_of(folder), folder
-    tokenizer = Tokenizer.load(tokenizer_path or adapter or folder)
+    own = adapter is not None and (adapter / MODEL_FILE).is_file()  # PEFT's adapters come without
+    tokenizer = Tokenizer.load(tokenizer_path or (adapter if own else None) or folder)
     model = load_model(folder, select("auto", chosen), dtype, tokenizer)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
+        settle_rows(model)
     return Pretrained(model.to(chosen).eval(), tokenizer, folder, adapter)
 
 

@@ -11,9 +11,10 @@ from lumi.tokenizer import Tokenizer
 OPEN, CLOSE = "[[", "]]"
 
 
-def marked_example(split: Split, document: int, tokenizer: Tokenizer, max_tokens: int = 400) -> str:
-    """One conversation as the model sees it, control tokens spelt out, what is trained between [[ and ]]."""
-    begin, end = int(split.offsets[document]), int(split.offsets[document + 1])
+def marked_example(split: Split, document: int, length: int, tokenizer: Tokenizer, max_tokens: int = 400) -> str:
+    """The first `length` tokens of a conversation as the model sees them, control tokens spelt out, what is trained between [[ and ]]."""
+    begin = int(split.offsets[document])
+    end = begin + length
     ids, trained = split.tokens[begin:end][:max_tokens].tolist(), split.loss_mask(begin, end)[:max_tokens]
     edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)).tolist()
     pieces = [_spell(ids[a:b], tokenizer) for a, b in zip([0, *edges], [*edges, len(ids)], strict=True)]
@@ -43,5 +44,5 @@ def describe_conversations(name: str, rows: ConversationRows, stored: SplitManif
         f"  trained: {trained:,} of {rows.num_tokens:,} tokens ({trained / rows.num_tokens:.1%})\n"
         f"  longer than a row: {rows.num_cut:,} end at an earlier answer, {rows.num_dropped:,} left out{dropped}\n"
         f"  an example, what is trained between {OPEN} and {CLOSE}:\n"
-        f"{marked_example(rows.split, first, tokenizer)}"
+        f"{marked_example(rows.split, first, int(rows.lengths[first]), tokenizer)}"
     )

@@ -7,7 +7,7 @@ from lumi.chat import TEMPLATES
 from lumi.config import UserError
 from lumi.parallel import World
 from lumi.preview import describe_conversations
-from lumi.rows import ConversationRows
+from lumi.rows import ConversationRows, make_rows, validation_rows
 from lumi.run_config import Paths, TrainConfig
 from lumi.shards import TokenStore, open_or_tokenize
 from lumi.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ class RunData:
         world.on_main(lambda: stores.extend(open_or_tokenize(folder, tokenizer) for folder in self.folders))
         self.stores = stores or [open_or_tokenize(folder, tokenizer, verify="size") for folder in self.folders]
         self.tokenizer = self._in_template(tokenizer)
+        self._check_rows(config.batches.sequence_length)
         self.batches = Batches([store.split("train") for store in self.stores], paths.data_weights, config.batches, config.seed)
         self.validation = [store.split("validation") for store in self.stores if store.has_split("validation")]
         if config.final == "best" and not self.validation:
@@ -59,6 +60,15 @@ class RunData:
     def name_documents(self, step: int, start: int, stop: int) -> str:
         """The documents behind the rows [start, stop) of a step, in words."""
         return "; ".join(f"{self.folders[store]} documents {ids}" for store, ids in self.batches.documents(step, start, stop))
+
+    def _check_rows(self, length: int) -> None:
+        """Make the rows of every split once, so that one without any is named before the first step and not at the first validation."""
+        for folder, store in zip(self.folders, self.stores, strict=True):
+            for name, split in store.splits.items():
+                try:
+                    make_rows(split, length, 0) if name == "train" else validation_rows(split, length, None)
+                except UserError as error:
+                    raise UserError(f"{folder}, {name} split: {error}") from error
 
     def _in_template(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer as it goes into `final/`: with the chat template of the stores' conversations, or none where they are texts."""

@@ -49,13 +49,14 @@ class RunFolder:
         return Path(resume) if resume is not None else None
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of the checkpoint of `step`."""
-        return next(path for path in list_checkpoints(self.checkpoints) if step_of(path) == step)
+        """The folder of the checkpoint of `step`, whether or not there is one."""
+        return self.checkpoints / f"step-{step:08d}"
 
     def load(self, path: Path) -> Checkpoint:
-        """Read a checkpoint; one of another run brings its weights and its step, but not its best."""
+        """Read a checkpoint; its best is forgotten where that is not here: of another run, or pruned since for a better one."""
         checkpoint = load_checkpoint(path)
-        if not self._owns(path):
+        best = checkpoint.state["best"]
+        if best is not None and not (self._owns(path) and self.has(best["step"])):
             checkpoint.state["best"] = None
         return checkpoint
 

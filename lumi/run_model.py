@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lumi.adapter_format import is_adapter, save_adapter, weights_fingerprint
-from lumi.config import UserError, differences, read_json, to_dict
+from lumi.config import UserError, read_json, to_dict
 from lumi.hf_format import load_model, model_config, save_model
 from lumi.kernels.bundle import Ops
 from lumi.lora import add_lora
@@ -33,12 +34,17 @@ def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, 
     if is_adapter(folder):
         raise UserError(f"--model-path must be a whole model to train, got the adapter {folder}; `lumi merge` makes one of it and its base")
     shape = model_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    if config.model is not None and (changed := differences(to_dict(shape), to_dict(config.model))):
-        raise UserError(f"config.model must be null, or that of --model-path {folder}, but {changed[0]}")
+    if config.model is not None and (ours := _resolved(config.model)) != (theirs := _resolved(shape)):
+        key = next(key for key in theirs if ours[key] != theirs[key])
+        raise UserError(f"config.model must be null, or that of --model-path {folder}: {key} must be {theirs[key]}, got {ours[key]}")
     try:
         return dataclasses.replace(config, model=shape), shape, folder
     except ValueError as error:
         raise UserError(f"--model-path {folder}: {error}") from error
+
+
+def _resolved(shape: ModelConfig) -> dict[str, Any]:
+    return to_dict(dataclasses.replace(shape, num_kv_heads=shape.kv_heads, head_dim=shape.per_head))
 
 
 def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops, device: torch.device) -> Transformer:
@@ -72,10 +78,13 @@ def start_fingerprint(start: Path | None) -> str | None:
     return None if start is None else weights_fingerprint(start)
 
 
-def save_final(folder: Path, model: Transformer, config: TrainConfig, start: Path | None, tokenizer: Tokenizer) -> None:
-    """Write `final/`: the model, or its adapter."""
+def save_final(
+    folder: Path, model: Transformer, config: TrainConfig, start: Path | None, fingerprint: str | None, tokenizer: Tokenizer
+) -> None:
+    """Write `final/`: the model, or its adapter, which names the weights `start` that had this fingerprint when the run began."""
     if config.lora is None:
         save_model(folder, model, tokenizer)
     else:
         assert start is not None
-        save_adapter(folder, model, config.lora, tokenizer, start)
+        assert fingerprint is not None
+        save_adapter(folder, model, config.lora, tokenizer, start, fingerprint)

@@ -42,11 +42,11 @@ class Trainer:
         self.world.on_main(self._claim_folder)
         self.micro_steps = config.batches.micro_steps(world.size)
         self.data = RunData(config, paths, world)
+        self.identity = self._identity()
         self.ops = _select_kernels(config.kernels, world.device)
         self.model = build(config, shape, self.start, self.data.tokenizer, self.ops, world.device)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.loss_scale = LossScale(config.dtype)
-        self.identity = self._identity()
         self.state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "best": None, "validation": None}
         self._resume()
         if config.compile:
@@ -247,7 +247,7 @@ class Trainer:
             if finished:
                 if self.config.final == "best":
                     self._return_to_best()
-                save_final(folder.final, self.model, self.config, self.start, self.data.tokenizer)
+                save_final(folder.final, self.model, self.config, self.start, self.identity["start"], self.data.tokenizer)
                 self._say(f"final model: {folder.final}")
         if finished:
             return 0

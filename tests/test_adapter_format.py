@@ -9,7 +9,7 @@ import torch
 import transformers
 from test_lora import KINDS
 
-from lumi.adapter_format import is_adapter, load_adapter, save_adapter
+from lumi.adapter_format import is_adapter, load_adapter, save_adapter, weights_fingerprint
 from lumi.config import UserError
 from lumi.hf_format import load_model, save_model
 from lumi.kernels.bundle import REFERENCE
@@ -62,7 +62,7 @@ def adapted(base_dir, config):
 @pytest.mark.parametrize("config", KINDS, ids=["plain", "rslora", "some", "dora"])
 def test_peft_computes_the_same_from_our_adapter(config, base_dir, tokenizer, tmp_path, recwarn):
     model = adapted(base_dir, config)
-    save_adapter(tmp_path / "adapter", model, config, tokenizer, base_dir)
+    save_adapter(tmp_path / "adapter", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))
     assert is_adapter(tmp_path / "adapter")
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -99,7 +99,7 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
     with torch.no_grad():
         for module in token_matrices(model).values():
             trained_rows(module).rows.mul_(3).add_(0.5)
-    save_adapter(tmp_path / "ours", model, config, tokenizer, base_dir)
+    save_adapter(tmp_path / "ours", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     ids = torch.tensor([[1, 4, 90, 5, 4, 91, 5]])
@@ -120,7 +120,7 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
                 parameter.add_(0.3)
         expected = theirs(ids).logits
     theirs.save_pretrained(tmp_path / "theirs")
-    loaded = load_pretrained(base_dir, adapter_path=tmp_path / "theirs", tokenizer_path=base_dir, device="cpu").model
+    loaded = load_pretrained(base_dir, adapter_path=tmp_path / "theirs", device="cpu").model
     with torch.no_grad():
         torch.testing.assert_close(loaded.logits(loaded.hidden(ids)), expected, rtol=1e-4, atol=1e-4)
 
@@ -128,7 +128,7 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
 def test_it_comes_back_as_it_went(base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4, alpha=6, dropout=0.1, targets=("v_proj", "up_proj"))
     model = adapted(base_dir, config)
-    save_adapter(tmp_path / "run" / "final", model, config, tokenizer, base_dir)
+    save_adapter(tmp_path / "run" / "final", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))
     expected = our_logits(model)
     by_itself = load_pretrained(tmp_path / "run", device="cpu")
     with_base = load_pretrained(base_dir, adapter_path=tmp_path / "run" / "final", device="cpu")
@@ -163,17 +163,38 @@ def weights_with(change):
     return lambda base, adapter: rewrite(adapter / "adapter_model.safetensors", change)
 
 
+def replace_weight(key, change):
+    return weights_with(lambda tensors: tensors.update({key: change(tensors.get(key, tensors[A_WEIGHT]))}))
+
+
 REFUSALS = [
     (lambda base, adapter: (adapter / "adapter_config.json").unlink(), "must be an adapter folder with adapter_config.json"),
+    (lambda base, adapter: (adapter / "adapter_config.json").write_text("[]"), r"must hold an object, got \[\]"),
     (config_with(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
-    (config_with(modules_to_save=["lm_head"]), "modules_to_save must be None"),
-    (config_with(rank_pattern={"q_proj": 2}), "rank_pattern must be None"),
+    (config_with(init_lora_weights="pissa"), "init_lora_weights must be True or .*, got 'pissa'"),
+    (config_with(modules_to_save=["lm_head"]), "modules_to_save must not be set"),
+    (config_with(rank_pattern={"q_proj": 2}), "rank_pattern must not be set"),
+    (config_with(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens must not be set"),
+    (config_with(use_something_new=True), "use_something_new must not be set, got True"),
     (config_with(r=0), "rank must be at least 1, got 0"),
-    (config_with(r=5), r"q_proj.lora_A must have shape \(5, 32\), got \(4, 32\)"),
+    (config_with(r=5), r"q_proj.lora_A.weight must have shape \(5, 32\) by adapter_config.json and the model, got \(4, 32\)"),
+    (config_with(use_dora=True), r"lora_magnitude_vector must have shape \(32,\) .*, got nothing"),
+    (config_with(trainable_token_indices={"embed_tokens": 5, "lm_head": 5}), "trainable_token_indices must be ids below 384"),
+    (config_with(trainable_token_indices=[4]), "trainable_token_indices must be the same for the embedding and an lm_head"),
+    (config_with(trainable_token_indices={"embed_tokens": [4], "lm_head": [4]}), "trainable_tokens_delta must have shape .*nothing"),
     (lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(), "is missing; only safetensors weights are read"),
     (lambda base, adapter: (adapter / "adapter_model.safetensors").write_bytes(b"x" * 99), "must be a safetensors file"),
-    (weights_with(lambda tensors: tensors.pop(A_WEIGHT)), r"q_proj.lora_A must have shape \(4, 32\), got nothing"),
-    (weights_with(lambda tensors: tensors.update(alien=tensors[A_WEIGHT].clone())), "that this model has no place for: alien"),
+    (weights_with(dict.clear), "must hold adapters of the model's linears, got none"),
+    (weights_with(lambda tensors: tensors.pop(A_WEIGHT)), r"q_proj.lora_A.weight must have shape \(4, 32\) .*, got nothing"),
+    (replace_weight("alien", torch.clone), r"alien must have shape nothing .*, got \(4, 32\)"),
+    (replace_weight("lm_head.lora_A.weight", torch.clone), r"got \(4, 32\) .the loss is fused with lm_head"),
+    (replace_weight("base_model.model.model.norm.lora_A.weight", torch.clone), "model.norm.lora_A.weight must have shape nothing"),
+    (
+        replace_weight(A_WEIGHT.replace("lora_A.weight", "lora_magnitude_vector"), torch.clone),
+        "lora_magnitude_vector must have shape nothing",
+    ),
+    (replace_weight(A_WEIGHT, lambda tensor: tensor * float("nan")), "q_proj.lora_A.weight must hold finite floats"),
+    (replace_weight(A_WEIGHT, lambda tensor: tensor.to(torch.int8)), "q_proj.lora_A.weight must hold finite floats"),
     (lambda base, adapter: rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"].mul_(2)), "the base must be the one"),
 ]
 
@@ -181,21 +202,43 @@ REFUSALS = [
 @pytest.mark.parametrize(("damage", "message"), REFUSALS, ids=[message[:30] for _, message in REFUSALS])
 def test_refuses(damage, message, base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4)
-    save_adapter(tmp_path / "adapter", adapted(base_dir, config), config, tokenizer, base_dir)
+    save_adapter(tmp_path / "adapter", adapted(base_dir, config), config, tokenizer, base_dir, weights_fingerprint(base_dir))
     damage(base_dir, tmp_path / "adapter")
     with pytest.raises(UserError, match=message) as caught:
         load_adapter(tmp_path / "adapter", load_model(base_dir, REFERENCE), base_dir, tokenizer)
     assert "\n" not in str(caught.value)
 
 
+def test_targets_of_single_layers_are_named_whole(base_dir, tokenizer, tmp_path, recwarn):
+    config = LoraConfig(rank=4, targets=("layers.1.attention.q_proj", "v_proj"))
+    model = adapted(base_dir, config)
+    save_adapter(tmp_path / "adapter", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))
+    targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == ["model.layers.1.self_attn.q_proj", "v_proj"]
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base_dir), tmp_path / "adapter").eval()
+    assert not [str(warning.message) for warning in recwarn if "adapter" in str(warning.message).lower()]
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(model), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_without_a_tokenizer_takes_the_base_s(base_dir, tokenizer, tmp_path):
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base_dir), peft.LoraConfig(target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert load_pretrained(tmp_path / "adapter", device="cpu").tokenizer.fingerprint == tokenizer.fingerprint
+
+
 def test_a_path_must_be_what_it_is_given_for(base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4)
-    save_adapter(tmp_path / "adapter", adapted(base_dir, config), config, tokenizer, base_dir)
+    save_adapter(tmp_path / "adapter", adapted(base_dir, config), config, tokenizer, base_dir, weights_fingerprint(base_dir))
     with pytest.raises(UserError, match="--adapter-path must hold an adapter"):
         load_pretrained(base_dir, adapter_path=base_dir, device="cpu")
     with pytest.raises(UserError, match="--model-path must be a whole model where --adapter-path is given"):
         load_pretrained(tmp_path / "adapter", adapter_path=tmp_path / "adapter", device="cpu")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(UserError, match="the adapter does not name its base"):
+        load_pretrained(tmp_path / "adapter", device="cpu")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(base_dir))
     base_dir.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="pass the model by --model-path and this by --adapter-path"):
+    with pytest.raises(UserError, match="pass the base by --model-path and this by --adapter-path"):
         load_pretrained(tmp_path / "adapter", device="cpu")
     assert load_pretrained(tmp_path / "moved", adapter_path=tmp_path / "adapter", device="cpu").adapter == tmp_path / "adapter"

@@ -28,6 +28,7 @@ class Tree:
     shapes: tuple[Circle | Square, ...] = ()
     weights: dict[str, float] = field(default_factory=dict)
     circle: Circle = field(default_factory=Circle)
+    names: str | tuple[str, ...] = "all"
 
     def __post_init__(self):
         if self.steps < 1:
@@ -38,6 +39,15 @@ def load(tmp_path, text, overrides=()):
     path = tmp_path / "c.json"
     path.write_text(text, encoding="utf-8")
     return load_config(Tree, path, overrides)
+
+
+def test_one_or_several():
+    assert from_dict(Tree, {"name": "x", "names": "one"}).names == "one"
+    assert from_dict(Tree, {"name": "x", "names": ["one", "two"]}).names == ("one", "two")
+    with pytest.raises(UserError, match=r"names must be a string or .*, got 3"):
+        from_dict(Tree, {"name": "x", "names": 3})
+    with pytest.raises(UserError, match=r"names\.1 must be a string, got 3"):
+        from_dict(Tree, {"name": "x", "names": ["one", 3]})
 
 
 def test_round_trip():

@@ -9,7 +9,7 @@ import transformers
 from safetensors import SafetensorError
 
 from lumi import export as exporting
-from lumi.adapter_format import save_adapter
+from lumi.adapter_format import save_adapter, weights_fingerprint
 from lumi.cli import dispatch
 from lumi.config import UserError
 from lumi.export import export, merge, parse_size
@@ -66,7 +66,7 @@ def add_adapter(run, config, tokenizer):
             if module.lora_magnitude is not None:
                 module.lora_magnitude.mul_(1.2)
     folder = run.parent / "adapter"
-    save_adapter(folder, model, config, tokenizer, run / "final")
+    save_adapter(folder, model, config, tokenizer, run / "final", weights_fingerprint(run / "final"))
     return folder, model
 
 

@@ -208,6 +208,8 @@ def corrupt(folder, **changes):
         ({"rope_parameters": LLAMA_3_ROPE | {"factor": 0.5}}, r"rope_scaling factor must be at least 1, got 0\.5"),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters and rope_scaling must say the same"),
+        ({"architectures": {"a": 1}}, "must be the config of a model, an object with a list of architectures"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures must be 'LlamaForCausalLM' or .*, got 'LlamaForSeq"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config must be absent, got {'bits': 4}: this model cannot be imported"),
         ({"head_dim": 7}, r"config\.json: head_dim must be even .* got 7"),
@@ -277,6 +279,20 @@ def test_a_run_without_a_final_model_and_another_tokenizer(tokenizer, tmp_path):
         UserError, match=rf"the tokenizer must be the one it was trained with, of fingerprint 0{{64}}, got {tokenizer.fingerprint}"
     ):
         load_model(tmp_path / "run" / "final", REFERENCE, tokenizer=tokenizer)
+
+
+def test_the_tokenizer_in_a_folder_of_others_is_compared_too(tokenizer, tmp_path):
+    save_model(tmp_path, build(tokenizer), tokenizer)
+    corrupt(tmp_path, tokenizer_fingerprint=None)
+    load_model(tmp_path, REFERENCE, tokenizer=tokenizer)
+    (tmp_path / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(UserError, match="the tokenizer must be the one it was trained with, of fingerprint"):
+        load_model(tmp_path, REFERENCE, tokenizer=tokenizer)
+    (tmp_path / "tokenizer.model").unlink()
+    load_model(tmp_path, REFERENCE, tokenizer=tokenizer)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="must be the config of a model"):
+        load_model(tmp_path, REFERENCE)
 
 
 def test_saving_again_replaces_the_folder(tokenizer, tmp_path):

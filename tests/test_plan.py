@@ -3,7 +3,7 @@ import torch
 from lumi.batches import BatchConfig
 from lumi.lora import LoraConfig
 from lumi.model import ModelConfig
-from lumi.plan import describe_plan, memory_estimate
+from lumi.plan import Frozen, describe_plan, memory_estimate
 from lumi.run_config import TrainConfig
 
 
@@ -29,14 +29,17 @@ def test_memory_under_adapters_by_hand():
     model = ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
     batches = BatchConfig(sequence_length=10, batch_tokens=30, micro_batch_size=3)
     whole = memory_estimate(model, batches, "adamw", 2, False, "cpu")
-    narrow = memory_estimate(model, batches, "adamw", 2, False, "cpu", frozen=(50, 2))
+    narrow = memory_estimate(model, batches, "adamw", 2, False, "cpu", frozen=Frozen(50, 2, False))
     assert narrow["weights"] == 2 * model.num_parameters + 4 * 50
     assert (narrow["gradients"], narrow["optimizer"]) == (4 * 50, 8 * 50)
     assert narrow["activations"] == whole["activations"]
     assert narrow["loss"] == whole["loss"] - 8 * 100 * 8  # no gradient of lm_head
-    wide = memory_estimate(model, batches, "muon", 2, False, "cpu", frozen=(50, 4))
+    wide = memory_estimate(model, batches, "muon", 2, False, "cpu", frozen=Frozen(50, 4, False))
     assert wide["weights"] == whole["weights"] + 4 * 50
     assert wide["optimizer"] == 4 * 50
+    rows = memory_estimate(model, batches, "adamw", 2, False, "cpu", frozen=Frozen(50, 2, True))
+    assert rows["loss"] == whole["loss"]
+    assert rows["weights"] == narrow["weights"] + 2 * 2 * 100 * 8  # the embedding and lm_head, put together
 
 
 def test_the_plan_of_adapters_says_what_is_trained():

@@ -19,14 +19,21 @@ def split(tokenizer):
 
 
 def test_what_is_trained_stands_between_marks(split, tokenizer):
-    assert marked_example(split, 0, tokenizer) == (
+    assert marked_example(split, 0, len(split.tokens), tokenizer) == (
         "<s><|im_start|>user\nSay </s> é.<|im_end|>\n<|im_start|>assistant\n[[é<|im_end|>]]\n"
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n[[So.<|im_end|>]]"
     )
 
 
+def test_the_example_ends_where_its_row_does(split, tokenizer):
+    stored = SplitManifest(documents=1, tokens=len(split.tokens), bytes=5, trained_tokens=8, max_token_id=300, files={}, sources={})
+    text = describe_conversations("store", ConversationRows(split, len(split.tokens) - 5, seed=0), stored, tokenizer)
+    assert "1 end at an earlier answer" in text
+    assert text.endswith("[[é<|im_end|>]]")
+
+
 def test_a_long_example_is_cut(split, tokenizer):
-    assert marked_example(split, 0, tokenizer, max_tokens=2) == f"<s><|im_start|> ... ({len(split.tokens) - 2} more tokens)"
+    assert marked_example(split, 0, len(split.tokens), tokenizer, max_tokens=2) == f"<s><|im_start|> ... ({len(split.tokens) - 2} more tokens)"
 
 
 def test_the_counts_by_hand(tokenizer):

@@ -1,8 +1,10 @@
 """Fine-tuning through the one loop: what is trained, what is not, what is left behind."""
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ import lumi.rows
 import lumi.train
 from lumi.batches import BatchConfig, Batches
 from lumi.chat import TEMPLATES, prompt_ids, stop_ids
-from lumi.checkpoint import load_checkpoint, load_tensors
+from lumi.checkpoint import load_checkpoint, load_tensors, save_tensors
 from lumi.config import UserError, from_dict, read_json
 from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
 from lumi.corpus.conversations import MessagesFormat
@@ -28,7 +30,7 @@ from lumi.model import ModelConfig, Transformer
 from lumi.pretrained import load_pretrained
 from lumi.rows import ConversationRows
 from lumi.run_config import Paths, TrainConfig
-from lumi.shards import TokenStore, tokenize
+from lumi.shards import StoreWriter, TokenStore, tokenize
 from lumi.train import train
 
 NOUNS = ["river", "stone", "garden", "letter"]
@@ -200,28 +202,107 @@ def test_resumed_is_uninterrupted(lora, start, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
-def test_final_is_the_best_where_asked(start, capsys):
-    """A learning rate that rises until it ruins the model: the best checkpoint is an early one."""
-    optimizer = {"peak_lr": 1.0, "schedule": {"kind": "wsd", "warmup_steps": 38}}
-    folder = start(final="best", num_steps=40, save_every=10, validate_every=10, optimizer=optimizer)
-    losses = {record["step"]: record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"}
-    best = min((step for step in losses if step), key=lambda step: losses[step])
-    assert best < 40
-    assert f"final is the checkpoint of step {best}" in capsys.readouterr().out
-    checkpoint = load_checkpoint(folder / "checkpoints" / f"step-{best:08d}").tensors["model"]
-    final = load_model(folder / "final", REFERENCE).state_dict()
-    assert final.keys() == checkpoint.keys()
-    assert all(torch.equal(final[name], tensor) for name, tensor in checkpoint.items())
+@pytest.fixture
+def validations(monkeypatch):
+    """Make the validation losses of a run what a test says."""
+
+    def validations(losses):
+        values, real = iter(losses), lumi.train.held_out_loss
+        monkeypatch.setattr(lumi.train, "held_out_loss", lambda *rest: dataclasses.replace(real(*rest), loss=next(values)))
+
+    return validations
 
 
-def test_mixes_of_sets(start, chat_dir):
-    folder = start(data_dirs=(chat_dir, chat_dir), weights=[3, 1], num_steps=4)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_final_is_the_best_where_asked(lora, start, validations, capsys):
+    validations([1, 5, 4, 6])  # at steps 0, 4, 8 and 12: what fine-tuning begins at is no checkpoint
+    folder = start(final="best", lora=lora, num_steps=12, save_every=4, validate_every=4)
+    assert "final is the checkpoint of step 8, of the lowest validation loss: 4.0000" in capsys.readouterr().out
+    best, last = (load_checkpoint(folder / "checkpoints" / f"step-{step:08d}").tensors["model"] for step in (8, 12))
+    if lora is None:
+        name = "layers.0.attention.q_proj.weight"
+        final = load_model(folder / "final", REFERENCE).state_dict()[name]
+    else:
+        name = "layers.0.attention.q_proj.lora_B"
+        final = load_tensors(folder / "final" / "adapter_model.safetensors")[f"{IN_PEFT}q_proj.lora_B.weight"]
+    assert torch.equal(final, best[name])
+    assert not torch.equal(final, last[name])
+
+
+IN_PEFT = "base_model.model.model.layers.0.self_attn."
+
+
+def test_a_best_that_was_pruned_since_is_forgotten(start, validations):
+    """Step 4 is best, 6 is better, so 4 goes; resumed from 5, which knows of 4, step 6 is bad."""
+    validations([9, 8, 7, 6, 5, 5.5, 4, 6])  # at steps 0 to 6, and at 6 again
+    changes = {"final": "best", "num_steps": 6, "save_every": 1, "validate_every": 1, "keep_last": 2}
+    folder = start(**changes)
+    assert not (folder / "checkpoints" / "step-00000004").exists()
+    start(resume=str(folder / "checkpoints" / "step-00000005"), **changes)
+    assert (folder / "final" / "model.safetensors").exists()
+
+
+def test_conversations_and_texts_are_mixed_by_weight(start, chat_dir, store_dir):
+    """Three rows of conversations to one of text: the number of targets says which were there."""
+    folder = start(data_dirs=(chat_dir, store_dir), weights=[3, 1], num_steps=4)
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
     assert records[-1]["mix"] == [0.75, 0.25]
+    splits = [TokenStore.open(path).split("train") for path in (chat_dir, store_dir)]
+    batches = Batches(splits, [3, 1], BatchConfig(sequence_length=96, batch_tokens=384, micro_batch_size=2), 0)
+    for record in records:
+        rows = batches.documents(record["step"], 0, 4)
+        answers = sum(int(splits[0].loss_mask(*span(splits[0], document)).sum()) for store, ids in rows if store == 0 for document in ids)
+        text = next(batches.rows(record["step"], row, row + 1).num_targets for row, (store, _) in enumerate(rows) if store == 1)
+        assert record["targets"] == answers + text
+        assert text > 80
+
+
+def span(split, document):
+    return int(split.offsets[document]), int(split.offsets[document + 1])
+
+
+def test_dora_muon_and_float16_train_too(start):
+    lora = LORA | {"dora": True, "dropout": 0.1}
+    optimizer = {"kind": "muon", "peak_lr": 0.003}
+    losses = curve(start(lora=lora, dtype="float16", optimizer=optimizer, gradient_checkpointing=True, num_steps=20))
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_the_model_may_stand_in_the_config_as_well(start):
+    start(model={"vocab_size": 384, "num_layers": 2, "model_dim": 64, "num_heads": 2, "mlp_dim": 128, "max_positions": 128}, num_steps=1)
 
 
 def test_the_resolved_config_holds_the_model(start):
     assert from_dict(TrainConfig, read_json(start(num_steps=1) / "config.json")).model.model_dim == 64
+
+
+def test_an_adapter_vouches_for_the_base_that_was_loaded(start, base_dir, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(base_dir, base)
+    build = lumi.train.build
+
+    def change_afterwards(*arguments):
+        model = build(*arguments)
+        tensors = load_tensors(base / "model.safetensors")
+        save_tensors(base / "model.safetensors", {name: tensor * 1.5 for name, tensor in tensors.items()})
+        return model
+
+    monkeypatch.setattr(lumi.train, "build", change_afterwards)
+    folder = start(model_path=base, lora=LORA, num_steps=1)
+    with pytest.raises(UserError, match="the base must be the one that it was trained with"):
+        load_pretrained(folder, device="cpu")
+
+
+@pytest.mark.parametrize("bad", ["train", "validation"])
+def test_a_split_that_fits_no_row_is_named_before_the_first_step(bad, start, tokenizer, tmp_path):
+    writer = StoreWriter(tmp_path, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+    for split in ("train", "validation"):
+        size = 40 if split == bad else 10
+        mask = np.arange(size) >= size - 3
+        writer.append(split, np.full(size, 300), np.array([size]), {"made": (1, size, 3)}, mask)
+    writer.finish({}, "chatml")
+    with pytest.raises(UserError, match=f"{bad} split: a token store must hold an answer that ends within sequence_length = 20 tokens"):
+        start(batches={"sequence_length": 20, "batch_tokens": 40, "micro_batch_size": 1}, data_dirs=[tmp_path])
 
 
 SMALL = {"vocab_size": 384, "num_layers": 1, "model_dim": 64, "num_heads": 2, "mlp_dim": 128, "max_positions": 128}
@@ -233,7 +314,7 @@ LONG = {"sequence_length": 192, "batch_tokens": 384, "micro_batch_size": 2}
     [
         ({"model_path": None}, r"config\.model must give the shape of the model where --model-path gives no model"),
         ({"model_path": None, "model": SMALL, "lora": LORA}, r"config\.lora needs a model to adapt: pass --model-path"),
-        ({"model": SMALL}, r"config\.model must be null, or that of --model-path .*, but num_layers was 2, is 1 now"),
+        ({"model": SMALL}, r"config\.model must be null, or that of --model-path .*: num_layers must be 2, got 1"),
         ({"batches": LONG}, r"--model-path .*sequence_length must be at most model\.max_positions = 128, got 192"),
     ],
 )
