@@ -228,7 +228,7 @@ def model_config(data: dict[str, Any], where: str) -> ModelConfig:
     rope, older = data.get("rope_parameters") or data.get("rope_scaling") or {}, data.get("rope_scaling")
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters must be an object, got {rope!r}")
-    if isinstance(older, dict) and any(rope.get(key, value) != value for key, value in older.items() if key != "type"):
+    if isinstance(older, dict) and any(rope.get(key) != value for key, value in older.items() if key != "type"):
         raise UserError(f"{where}: rope_parameters and rope_scaling must say the same, got {rope} and {older}; take one out")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     supported = {

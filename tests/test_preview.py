@@ -33,7 +33,8 @@ def test_the_example_ends_where_its_row_does(split, tokenizer):
 
 
 def test_a_long_example_is_cut(split, tokenizer):
-    assert marked_example(split, 0, len(split.tokens), tokenizer, max_tokens=2) == f"<s><|im_start|> ... ({len(split.tokens) - 2} more tokens)"
+    size = len(split.tokens)
+    assert marked_example(split, 0, size, tokenizer, max_tokens=2) == f"<s><|im_start|> ... ({size - 2} more tokens)"
 
 
 def test_the_counts_by_hand(tokenizer):
