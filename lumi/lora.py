@@ -30,7 +30,8 @@ ALL_LINEAR = "all-linear"
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Which linears get how large an adapter. `targets`: ends of their names, such as "q_proj"; "all-linear": all but `lm_head`.
-    `tokens`: control pieces, such as "<|im_end|>", whose rows in the embedding and in `lm_head` are trained too."""
+    `tokens`: control pieces, such as "<|im_end|>", whose rows in the embedding and in `lm_head` are trained too; that costs a gradient of
+    both matrices."""
 
     rank: int = 16
     alpha: float = 32.0
