@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         ("num_bytes", pa.int64()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("shortened", pa.bool_()),
     ]
 )
 
@@ -126,6 +127,7 @@ def _serialize(outcomes: Sequence[Outcome]) -> bytes:
         "num_bytes": [outcome.num_bytes for outcome in outcomes],
         "reason": [outcome.reason for outcome in outcomes],
         "detail": [outcome.detail.encode("utf-8", "replace").decode() for outcome in outcomes],
+        "shortened": [outcome.shortened for outcome in outcomes],
     }
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), sink, compression="zstd")

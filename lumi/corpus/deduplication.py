@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import rensa
 
+LEAST_PART_WORDS = 20  # a part with fewer ("Yes.") is alike in texts that have nothing else to do with each other
 RECALL = 0.99  # the share of pairs exactly at the threshold that the bands must find
 RECENT_BANDS = 1 << 18  # entries of the dictionary of recent documents (some 200 bytes each) before they are packed
 
@@ -20,6 +21,7 @@ class DeduplicationConfig:
 
     `threshold`: estimated Jaccard similarity, in (0, 1], of the sets of `shingle_words` successive words from which two
     documents are near duplicates; the estimate's standard error is sqrt(threshold (1 - threshold) / num_permutations).
+    Conversations must be so similar in all that is said, and in the answers by themselves.
     """
 
     exact: bool = True
@@ -47,15 +49,24 @@ class Fingerprint(NamedTuple):
     signature: bytes
 
 
-def fingerprint(texts: Sequence[str], config: DeduplicationConfig) -> list[Fingerprint]:
-    """What duplicates are recognized by, from the text in lower case, NFC, with runs of white space as one space."""
-    words = [unicodedata.normalize("NFC", text).lower().split() for text in texts]
+def fingerprint(texts: Sequence[str], config: DeduplicationConfig, parts: Sequence[str] | None = None) -> list[Fingerprint]:
+    """What duplicates are recognized by, from the text in lower case, NFC, with runs of white space as one space.
+
+    Args:
+        texts: the documents.
+        config: what is computed.
+        parts: of each document the part that tells it from others, if that may be small: the answers of conversations, many of which
+            may be about one long passage. Near duplicates are then alike in both, the whole and this part (a signature agrees only
+            where both minima do); where the part has fewer than LEAST_PART_WORDS words, the wholes must be the same.
+    """
+    words = [_split_words(text) for text in texts]
     digests = [hashlib.sha256(" ".join(document).encode()).digest() if config.exact else b"" for document in words]
     if not config.near or not texts:
         return [Fingerprint(digest, b"") for digest in digests]
-    shingles = [shingle(document, config.shingle_words) for document in words]
-    signatures = rensa.RMinHash.digests_from_token_sets(shingles, config.num_permutations, config.seed)
-    rows = np.array(signatures, dtype="<u4")
+    rows = _sign([shingle(document, config.shingle_words) for document in words], config)
+    if parts is not None:
+        sets = [_shingle_part(_split_words(part), document, config) for part, document in zip(parts, words, strict=True)]
+        rows = _pair(rows, _sign(sets, config))
     return [Fingerprint(digest, row.tobytes()) for digest, row in zip(digests, rows, strict=True)]
 
 
@@ -64,6 +75,25 @@ def shingle(words: Sequence[str], size: int) -> list[str]:
     if len(words) <= size:
         return [" ".join(words)]
     return list(map(" ".join, zip(*(words[start:] for start in range(size)), strict=False)))
+
+
+def _split_words(text: str) -> list[str]:
+    return unicodedata.normalize("NFC", text).lower().split()
+
+
+def _shingle_part(part: list[str], document: list[str], config: DeduplicationConfig) -> list[str]:
+    return shingle(part, config.shingle_words) if len(part) >= LEAST_PART_WORDS else [" ".join(document)]
+
+
+def _sign(shingles: list[list[str]], config: DeduplicationConfig) -> "npt.NDArray[np.uint32]":
+    """(documents, permutations) minima."""
+    return np.array(rensa.RMinHash.digests_from_token_sets(shingles, config.num_permutations, config.seed), dtype="<u4")
+
+
+def _pair(first: "npt.NDArray[np.uint32]", second: "npt.NDArray[np.uint32]") -> "npt.NDArray[np.uint32]":
+    """Hashes of 32 bits that agree where both agree."""
+    pairs = (first.astype(np.uint64) << np.uint64(32) | second) * np.uint64(0x9E3779B97F4A7C15)
+    return ((pairs ^ (pairs >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)).astype("<u4")
 
 
 def choose_bands(threshold: float, num_permutations: int) -> int:

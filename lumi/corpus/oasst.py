@@ -33,7 +33,10 @@ class OasstFormat(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class OasstMessagesFormat(Format):
-    """A message per row, as on the hub (OpenAssistant/oasst2): the rows of one tree stand together, and count as one record."""
+    """A message per row, as on the hub (OpenAssistant/oasst2); the rows of one tree count as one record.
+
+    The source is read to its end and held in memory before its first tree is given, so that a tree is whole wherever its rows stand.
+    """
 
     kind: Literal["oasst_messages"] = "oasst_messages"
     lang: str | None = None
@@ -45,14 +48,25 @@ class OasstMessagesFormat(Format):
 
     def read(self, record: dict[str, Any]) -> Conversation:
         # `reading` has put the rows of a tree together, in the field "rows".
-        nodes = {read_string(row, "message_id"): row | {"replies": []} for row in record["rows"]}
-        for node in nodes.values():
-            parent = nodes.get(read_string(node, "parent_id", optional=True))
-            if parent is not None:
-                parent["replies"].append(node)
-        prompts = [node for node in nodes.values() if not node.get("parent_id")]
+        nodes: dict[str, dict[str, Any]] = {}
+        for row in record["rows"]:
+            read_string(row, "message_tree_id")
+            identity = read_string(row, "message_id")
+            if identity in nodes:
+                raise MalformedConversation("malformed_tree", f"message_id must stand once in a tree, got {identity!r} again")
+            nodes[identity] = row | {"replies": []}
+        prompts = []
+        for identity, node in nodes.items():
+            parent_id = read_string(node, "parent_id", optional=True)
+            if not parent_id:
+                prompts.append(node)
+            elif parent_id in nodes:
+                nodes[parent_id]["replies"].append(node)
+            else:
+                raise MalformedConversation(
+                    "malformed_tree", f"parent_id must be a message of the same tree, got {parent_id!r} in message {identity!r}"
+                )
         if len(prompts) != 1:
-            # Also what a tree gives whose rows do not stand together.
             raise MalformedConversation("malformed_tree", f"a tree must have one message without a parent, got {len(prompts)}")
         return best_path(prompts[0], self.lang)
 

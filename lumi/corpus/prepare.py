@@ -26,7 +26,7 @@ from lumi.corpus.sources import Source, describe, identify
 from lumi.progress import progress_bar
 from lumi.workers import Workers, num_cores
 
-CACHE_FORMAT = 2  # raise it when cleaning, filters or fingerprints change their results
+CACHE_FORMAT = 3  # raise it when cleaning, filters or fingerprints change their results
 OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")
 
 
@@ -155,6 +155,7 @@ def _take(
             counts.drop(outcome.reason or duplicate, outcome.detail)
             continue
         counts.kept += 1
+        counts.shortened += outcome.shortened
         counts.num_bytes += outcome.num_bytes
         if writer is not None:
             writer.add(outcome.text, source.name, outcome.num_bytes)

@@ -25,7 +25,7 @@ class Recipe(NamedTuple):
 class Outcome(NamedTuple):
     """What became of one record: what is kept of it, or None with the reason (and the place, if it was malformed).
 
-    `text` is that of `Record`, `num_bytes` the UTF-8 of what is said in it.
+    `text` is that of `Record`, `num_bytes` the UTF-8 of what is said in it; `shortened`: messages of a conversation were left out.
     """
 
     text: str | None
@@ -33,49 +33,57 @@ class Outcome(NamedTuple):
     num_bytes: int = 0
     reason: str = ""
     detail: str = ""
+    shortened: bool = False
 
 
 def process_batch(recipe: Recipe, records: list[Record]) -> list[Outcome]:
     """Clean, filter and fingerprint; one outcome per record, in order."""
     outcomes: list[Outcome] = []
-    words: list[str] = []
+    texts: list[str] = []
+    answers: list[str] = []
     for record in records:
-        outcome, said = _process(record, recipe)
+        outcome, said, answered = _process(record, recipe)
         outcomes.append(outcome)
         if outcome.text is not None:
-            words.append(said)
-    fingerprints = iter(fingerprint(words, recipe.deduplication))
+            texts.append(said)
+            answers.append(answered)
+    holds_texts = isinstance(recipe.filters, FilterConfig)
+    fingerprints = iter(fingerprint(texts, recipe.deduplication, None if holds_texts else answers))
     return [outcome if outcome.text is None else outcome._replace(fingerprint=next(fingerprints)) for outcome in outcomes]
 
 
-def _process(record: Record, recipe: Recipe) -> tuple[Outcome, str]:
-    """The outcome, without its fingerprint, and what is said in it: the text, or the contents of the conversation."""
+def _process(record: Record, recipe: Recipe) -> tuple[Outcome, str, str]:
+    """The outcome, without its fingerprint, what is said in it (the text, or the contents of the conversation), and the answers."""
     if record.text is None:
-        return Outcome(None, None, 0, record.reason, record.detail), ""
+        return Outcome(None, None, 0, record.reason, record.detail), "", ""
     if isinstance(recipe.filters, FilterConfig):
-        text, said, reason = _process_text(record.text, recipe.cleaning, recipe.filters)
-    else:
-        text, said, reason = _process_conversation(record.text, recipe.cleaning, recipe.filters)
-    if reason:
-        return Outcome(None, None, 0, reason), ""
-    return Outcome(text, None, len(said.encode())), said
+        return _process_text(record.text, recipe.cleaning, recipe.filters)
+    return _process_conversation(record.text, recipe.cleaning, recipe.filters)
 
 
-def _process_text(text: str, cleaning: CleaningConfig, filters: FilterConfig) -> tuple[str, str, str]:
+def _process_text(text: str, cleaning: CleaningConfig, filters: FilterConfig) -> tuple[Outcome, str, str]:
     if len(text) > filters.max_chars:  # before any work: this is what makes a huge document cheap
-        return "", "", "too_long"
+        return _drop("too_long")
     text = clean_text(text, cleaning)
-    if not text or text.isspace():
-        return "", "", "empty"
-    return text, text, find_fault(text, filters)
+    reason = "empty" if not text or text.isspace() else find_fault(text, filters)
+    return _drop(reason) if reason else (Outcome(text, None, len(text.encode())), text, "")
 
 
-def _process_conversation(text: str, cleaning: CleaningConfig, filters: ConversationFilterConfig) -> tuple[str, str, str]:
-    messages = unpack(text)
-    if sum(len(message.content) for message in messages) > filters.max_chars:
-        return "", "", "too_long"
-    messages = clean_conversation(messages, cleaning)
-    return pack(messages), contents(messages), find_conversation_fault(messages, filters)
+def _process_conversation(text: str, cleaning: CleaningConfig, filters: ConversationFilterConfig) -> tuple[Outcome, str, str]:
+    original = unpack(text)
+    if sum(len(message.content) for message in original) > filters.max_chars:
+        return _drop("too_long")
+    messages = clean_conversation(original, cleaning)
+    reason = find_conversation_fault(messages, filters)
+    if reason:
+        return _drop(reason)
+    said = contents(messages)
+    answers = contents([message for message in messages if message.role == "assistant"])
+    return Outcome(pack(messages), None, len(said.encode()), shortened=len(messages) < len(original)), said, answers
+
+
+def _drop(reason: str) -> tuple[Outcome, str, str]:
+    return Outcome(None, None, 0, reason), "", ""
 
 
 def make_batches(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -9,7 +9,7 @@ from lumi.corpus.docstrings import Entry
 from lumi.corpus.python_docs import open_entries
 from lumi.messages import Conversation, Message
 
-PHRASING_VERSION = 1  # part of the cache key: raise it when the same entries would give other conversations
+PHRASING_VERSION = 2  # part of the cache key: raise it when the same entries would give other conversations
 LONGEST_SIGNATURE = 100  # characters; longer ones are nothing that one asks for in a sentence
 LEAST_WORDS = 3  # of what is no sentence: "device", "self % other" answer nothing, "Bisection algorithms." does
 KNOWN_AS = {"builtins.": "", "posix.": "os.", "posixpath.": "os.path."}  # names that nobody writes
@@ -35,18 +35,18 @@ MARKUP = (
 
 def read_questions(
     packages: tuple[str, ...], modules: Literal["all", "train", "held_out"], held_out_fraction: float, max_answer_chars: int
-) -> tuple[dict[str, Any], Iterator[Conversation | None]]:
+) -> tuple[dict[str, Any], Iterator[Conversation | str]]:
     """What was found (sha256, entries, skipped modules) and, for each entry of the modules on one side, a question and its answer.
 
-    None stands for an entry whose documentation gives no answer.
+    For an entry that gives none the reason: "no_summary", its documentation gives no answer; "answer_in_train", on the side "held_out":
+    a module of the other side is documented in the same words.
 
     Raises:
         UserError: a package cannot be imported.
     """
     header, entries = open_entries(packages)
     facts = {"sha256": header["sha256"], "entries": header["documents"], "skipped_modules": header["skipped_modules"]}
-    chosen = _choose(entries, modules, held_out_fraction)
-    return facts, (ask(entry, max_answer_chars) for entry in chosen)
+    return facts, _ask_side(entries, modules, held_out_fraction, max_answer_chars)
 
 
 def ask(entry: Entry, max_answer_chars: int) -> Conversation | None:
@@ -98,11 +98,24 @@ def is_held_out(module: str, fraction: float) -> bool:
     return _hash(module) < fraction * 2**64
 
 
-def _choose(entries: Iterable[Entry], modules: str, held_out_fraction: float) -> Iterator[Entry]:
+def _ask_side(entries: Iterable[Entry], modules: str, held_out_fraction: float, max_answer_chars: int) -> Iterator[Conversation | str]:
+    train_answers: set[str] = set()
+    if modules == "held_out":  # the modules of both sides are mixed, so all must be known before the first
+        entries = list(entries)
+        train = [entry for entry in entries if not is_held_out(_module(entry), held_out_fraction)]
+        train_answers = {summarize(entry.docstring, max_answer_chars) for entry in train}
     for entry in entries:
-        module = entry.owner.rpartition(".")[0] if entry.kind == "method" else entry.owner
-        if modules == "all" or is_held_out(module, held_out_fraction) == (modules == "held_out"):
-            yield entry
+        if modules != "all" and is_held_out(_module(entry), held_out_fraction) != (modules == "held_out"):
+            continue
+        pair = ask(entry, max_answer_chars)
+        if pair is None:
+            yield "no_summary"
+        else:
+            yield "answer_in_train" if summarize(entry.docstring, max_answer_chars) in train_answers else pair
+
+
+def _module(entry: Entry) -> str:
+    return entry.owner.rpartition(".")[0] if entry.kind == "method" else entry.owner
 
 
 def _first_paragraph(docstring: str) -> list[str]:

@@ -65,7 +65,7 @@ def open_source(source: Source, max_chars: int, skip: int = 0) -> OpenSource:
         return OpenSource(facts, map(Record, islice(documents, skip, None)))
     if isinstance(source, PythonQuestionsSource):
         facts, answers = read_questions(source.packages, source.modules, source.held_out_fraction, source.max_answer_chars)
-        records = (Record(None, "no_summary") if messages is None else Record(pack(messages)) for messages in answers)
+        records = (Record(None, found) if isinstance(found, str) else Record(pack(found)) for found in answers)
         return OpenSource(facts, islice(records, skip, None))
     if isinstance(source, HubSource) and not isinstance(source.conversation, OasstMessagesFormat):
         return OpenSource({}, _to_records(_read_hub(source, skip), source))  # the server skips
@@ -75,7 +75,7 @@ def open_source(source: Source, max_chars: int, skip: int = 0) -> OpenSource:
 
 def _to_records(rows: Iterable[Row | Record], source: Source) -> Iterator[Record]:
     if isinstance(source, RecordSource) and isinstance(source.conversation, OasstMessagesFormat):
-        rows = _join_trees(rows)
+        rows = _join_trees(rows, source.conversation)
     for row in rows:
         if isinstance(row, Record):
             yield row
@@ -95,22 +95,21 @@ def _pick(data: dict[str, Any], source: RecordSource, place: str) -> Record:
         return Record(None, finding.reason, f"{place}: {finding}" if str(finding) else "")
 
 
-def _join_trees(rows: Iterable[Row | Record]) -> Iterator[Row | Record]:
-    """Successive rows of one tree as one row; what is no row of a tree goes through."""
-    tree: list[dict[str, Any]] = []
-    place = ""
+def _join_trees(rows: Iterable[Row | Record], conversation: OasstMessagesFormat) -> Iterator[Row | Record]:
+    """The rows of each tree as one row, in the order in which the trees begin; what is no row of a tree goes through, before them."""
+    trees: dict[str, Row] = {}
     for row in rows:
         if isinstance(row, Record) or not isinstance(row.data, dict):
             yield row
             continue
-        key = row.data.get("message_tree_id")
-        if tree and (key is None or key != tree[-1].get("message_tree_id")):
-            yield Row({"rows": tree}, place)
-            tree = []
-        place = place if tree else row.place
-        tree.append(row.data)
-    if tree:
-        yield Row({"rows": tree}, place)
+        identity = row.data.get("message_tree_id")
+        if not isinstance(identity, str):
+            yield Row({"rows": [row.data]}, row.place)
+            continue
+        fields = {key: row.data[key] for key in conversation.required + conversation.optional if key in row.data}
+        trees.setdefault(identity, Row({"rows": []}, row.place)).data["rows"].append(fields)
+    while trees:  # given up as they go: all of them are held
+        yield trees.pop(next(iter(trees)))
 
 
 def _read_files(source: FileSource, max_chars: int) -> Iterator[Row | Record]:
@@ -145,9 +144,19 @@ def _read_jsonl(path: str, max_chars: int) -> Iterator[Row | Record]:
             if len(line) >= limit and not line.endswith(b"\n"):
                 while (rest := file.readline(CHUNK_BYTES)) and not rest.endswith(b"\n"):
                     pass
-                yield Record(None, "too_long", f"{path}:{number}: a line of more than {limit} bytes")
+                row: Row | Record = Record(None, "too_long", f"{path}:{number}: a line of more than {limit} bytes")
             elif line.strip():
-                yield _parse_line(line, f"{path}:{number}")
+                row = _parse_line(line, f"{path}:{number}")
+            else:
+                continue
+            yield _refuse_array(row) if number == 1 and line.lstrip().startswith(b"[") else row
+
+
+def _refuse_array(row: Row | Record) -> Record:
+    """The first line of what is probably the other kind of JSON file."""
+    if isinstance(row, Row):
+        row = Record(None, "malformed_json", f"{row.place}: must be an object, got {type(row.data).__name__}")
+    return row._replace(detail=f'{row.detail}; for a file that is one JSON array use kind "json"')
 
 
 def _parse_line(line: bytes, place: str) -> Row | Record:

@@ -18,6 +18,7 @@ REASONS = (
     "other_language",
     "deleted",
     "no_summary",
+    "answer_in_train",
     "empty",
     "no_answer",
     "system_not_first",
@@ -41,12 +42,13 @@ REASONS = (
 
 @dataclass
 class SourceCounts:
-    """What became of the records of a source: read == kept + the sum of dropped."""
+    """What became of the records of a source: read == kept + the sum of dropped; `shortened` of the kept ones lack messages."""
 
     name: str
     origin: str
     read: int = 0
     kept: int = 0
+    shortened: int = 0
     num_bytes: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
@@ -66,6 +68,7 @@ class SourceCounts:
             "origin": self.origin,
             "read": self.read,
             "kept": self.kept,
+            "shortened": self.shortened,
             "dropped": {reason: self.dropped[reason] for reason in sorted(self.dropped, key=REASONS.index)},
             "bytes": self.num_bytes,
             "estimated_tokens": round(self.num_bytes / bytes_per_token),
@@ -84,13 +87,15 @@ def summary_table(manifest: dict[str, Any]) -> str:
     """Kept and dropped by reason, a column per source and one for all."""
     sources = manifest["sources"]
     total: dict[str, Any] = {"name": "total", "dropped": Counter()}
-    for key in ("read", "kept", "bytes", "estimated_tokens"):
+    for key in ("read", "kept", "shortened", "bytes", "estimated_tokens"):
         total[key] = sum(source[key] for source in sources)
     for source in sources:
         total["dropped"].update(source["dropped"])
     columns = [*sources, total] if len(sources) > 1 else list(sources)
     rows = [["", *(column["name"] for column in columns)]]
     rows += [[label, *(f"{column[key]:,}" for column in columns)] for label, key in ((f"{noun(manifest)} read", "read"), ("kept", "kept"))]
+    if total["shortened"]:
+        rows.append(["kept, but shortened", *(f"{column['shortened']:,}" for column in columns)])
     for reason in (reason for reason in REASONS if total["dropped"][reason]):
         rows.append([f"dropped: {reason}", *(f"{column['dropped'].get(reason, 0):,}" for column in columns)])
     rows.append(["megabytes kept", *(f"{column['bytes'] / 1e6:,.2f}" for column in columns)])
@@ -105,7 +110,8 @@ def find_warnings(sources: Sequence[dict[str, Any]], budgets: Sequence[bool]) ->
     for source, has_budget in zip(sources, budgets, strict=True):
         if not source["kept"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in source["dropped"].items()) or "it is empty"
-            warnings.append(f"source {source['name']!r}: no document is kept of {source['read']} read ({reasons})")
+            example = "".join(f"; the first malformed one: {text}" for text in source["malformed_examples"][:1])
+            warnings.append(f"source {source['name']!r}: no document is kept of {source['read']} read ({reasons}){example}")
         elif has_budget and not source["budget_reached"]:
             warnings.append(f"source {source['name']!r} ended before its budget: {source['estimated_tokens']:,} estimated tokens")
     return warnings
@@ -143,6 +149,9 @@ def data_card(manifest: dict[str, Any]) -> str:
 def _card_notes(manifest: dict[str, Any]) -> list[str]:
     lines = [f"- {warning}" for warning in manifest["warnings"]]
     for source in manifest["sources"]:
+        if source["shortened"]:
+            left_out = "without what the user said last, which has no answer, or without a blank system message"
+            lines.append(f"- {source['name']}: {source['shortened']:,} of {source['kept']:,} conversations are kept {left_out}")
         lines += [f"- malformed in {source['name']}: {example}" for example in source["malformed_examples"]]
         if "sha256" in source:
             lines.append(f"- {source['name']}: SHA-256 of its documents {source['sha256']}")

@@ -61,7 +61,7 @@ class RecordSource(AnySource):
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource(RecordSource):
-    """A dataset on the Hugging Face hub, streamed: nothing beyond the budget is downloaded."""
+    """A dataset on the Hugging Face hub, streamed: nothing beyond the budget is downloaded (but all rows of "oasst_messages")."""
 
     kind: Literal["hub"] = "hub"
     dataset: str

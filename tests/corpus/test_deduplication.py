@@ -37,6 +37,37 @@ def test_exact_and_near_can_be_switched_off():
     assert decide(pair(95, 2), near=False) == ["", ""]
 
 
+def decide_parts(pairs, **options):
+    config = DeduplicationConfig(**options)
+    texts, parts = [f"{question} {answer}" for question, answer in pairs], [answer for _, answer in pairs]
+    return list(Deduplicator(config).decide(fingerprint(texts, config, parts)))
+
+
+def test_near_duplicates_are_alike_as_a_whole_and_in_their_part():
+    passage = " ".join(f"p{i}" for i in range(300))
+    answers = [" ".join(f"{side}{i}" for i in range(40)) for side in ("left", "right")]
+    assert decide_parts([(passage, answers[0]), (passage, answers[1]), (passage, answers[0] + " more")]) == ["", "", "near_duplicate"]
+    assert decide_parts([(passage, answers[0]), ("another question", answers[0])]) == ["", ""]
+
+
+def test_a_short_part_makes_no_near_duplicate():
+    passage = " ".join(f"p{i}" for i in range(300))
+    nineteen = " ".join(f"a{i}" for i in range(19))
+    for answer, expected in (("Yes.", ""), (nineteen, ""), (nineteen + " a19", "near_duplicate")):
+        assert decide_parts([(f"{passage} is it so?", answer), (f"{passage} is it not?", answer)]) == ["", expected]
+        assert decide_parts([(passage, answer), (passage, answer)], exact=False) == ["", "near_duplicate"]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
+def test_threshold_is_honoured_in_the_part_too(threshold):
+    for jaccard, expected in [(threshold + 0.04, "near_duplicate"), (threshold - 0.04, "")]:
+        shared = round(1000 * jaccard)
+        parts = pair(shared, (1000 - shared) // 2)
+        passage = " ".join(f"p{i}" for i in range(100_000))  # the whole is the same but for a hundredth
+        options = {"threshold": threshold, "num_permutations": 1024, "shingle_words": 1}
+        assert decide_parts([(passage, part) for part in parts], **options) == ["", expected]
+
+
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
 def test_threshold_is_honoured_just_above_and_just_below(threshold):
     for jaccard, expected in [(threshold + 0.04, "near_duplicate"), (threshold - 0.04, "")]:

@@ -68,11 +68,27 @@ def test_the_flat_form_gives_the_same(tmp_path):
     assert said(records[-1]) == BEST
 
 
-def test_a_tree_that_is_torn_apart_is_counted_and_named(tmp_path):
+def test_the_rows_of_a_tree_may_stand_anywhere(tmp_path):
     rows = rows_of(TREE, "one")
-    records = read(tmp_path, {"kind": "oasst_messages"}, [*rows[:4], *rows_of(node("only"), "two"), *rows[4:]])
-    assert [record.reason for record in records] == ["", "", "malformed_tree"]
-    assert records[2].detail == f"{tmp_path}/trees.jsonl:6: a tree must have one message without a parent, got 0"
+    records = read(tmp_path, {"kind": "oasst_messages"}, [*rows[:3], *rows_of(node("only"), "two"), *rows[3:]])
+    assert list(map(said, records)) == [BEST, ["only"]]  # the best reply comes behind the other tree
+    records = read(tmp_path, {"kind": "oasst_messages"}, [*rows_of(node("only"), "two"), *rows[::-1]])
+    assert said(records[0]) == ["only"]
+    assert set(said(records[1])) == {"q", "a0", "q1", "a1-later"}  # of equals the first
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: [*rows[:4], *rows[5:]], "parent_id must be a message of the same tree, got 'one/a0' in message 'one/q0'"),
+        (lambda rows: rows[1:], "parent_id must be a message of the same tree, got 'one/q' in message 'one/a2'"),
+        (lambda rows: [*rows, rows[4]], "message_id must stand once in a tree, got 'one/a0' again"),
+        (lambda rows: [*rows, rows[0] | {"message_id": "x"}], "a tree must have one message without a parent, got 2"),
+    ],
+)
+def test_a_tree_that_is_not_whole_is_counted_and_named(tmp_path, spoil, message):
+    (record,) = read(tmp_path, {"kind": "oasst_messages"}, spoil(rows_of(TREE, "one")))
+    assert (record.reason, record.detail) == ("malformed_tree", f"{tmp_path}/trees.jsonl:1: {message}")
 
 
 def test_a_parent_that_is_no_name(tmp_path):
@@ -83,6 +99,9 @@ def test_a_parent_that_is_no_name(tmp_path):
 def test_rows_without_a_tree_are_records_of_their_own(tmp_path):
     records = read(tmp_path, {"kind": "oasst_messages"}, [{"text": "a"}, {"text": "b"}])
     assert [record.reason for record in records] == ["missing_text", "missing_text"]
+    row = rows_of(node("q"), "one")[0]
+    records = read(tmp_path, {"kind": "oasst_messages"}, [row | {"message_tree_id": None}, row | {"message_tree_id": ["one"]}])
+    assert [record.reason for record in records] == ["missing_text", "wrong_type"]
 
 
 @pytest.mark.parametrize("kind", ["oasst", "oasst_messages"])

@@ -166,6 +166,45 @@ def test_conversations_are_counted_like_texts(chats, tmp_path, capsys):
     assert from_dict(PrepareConfig, manifest["config"]) == chats
 
 
+def ask_about(passage, pairs, system=False):
+    """A source of questions about one passage, which is the context of each or its system message."""
+    if system:
+        return [{"system": passage, "instruction": question, "output": answer} for question, answer in pairs]
+    return [{"instruction": question, "input": passage, "output": answer} for question, answer in pairs]
+
+
+def json_source(path, records):
+    path.write_text(json.dumps(records))
+    return JsonSource(name=path.stem, paths=(str(path),), conversation=AlpacaFormat())
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_questions_about_one_passage_are_no_near_duplicates(tmp_path, system):
+    pairs = [("Who wrote it?", prose(1, 30)), ("When?", prose(2, 30)), ("Is it long?", "Yes."), ("Is it good?", "Yes.")]
+    again = [("Who wrote it, then?", prose(1, 30) + "Indeed."), ("is it LONG?", "Yes.")]
+    source = json_source(tmp_path / "a.json", ask_about(prose(0, 300), pairs + again, system))
+    (counts,) = prepare(PrepareConfig(sources=(source,)), tmp_path / "c", num_workers=1)["sources"]
+    assert (counts["kept"], counts["dropped"]) == (4, {"exact_duplicate": 1, "near_duplicate": 1})
+
+
+def test_conversations_that_were_shortened_are_counted(tmp_path, capsys):
+    turns = [{"role": role, "content": prose(seed)} for seed, role in enumerate(("user", "assistant", "user"))]
+    blank = {"role": "system", "content": " "}
+    records = [turns, [blank, turns[2], turns[1]], [turns[0]], [blank, *turns[:2]]]  # the last two: no answer, a duplicate
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in records))
+    second = JsonlSource(name="b", paths=(str(tmp_path / "b.jsonl"),), conversation=MessagesFormat())
+    first = json_source(tmp_path / "a.json", ask_about("", [("What?", prose(9))]))
+    manifest = prepare(PrepareConfig(sources=(first, second)), tmp_path / "c", num_workers=1)
+    assert [(source["kept"], source["shortened"]) for source in manifest["sources"]] == [(1, 0), (2, 2)]
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("kept, but shortened"))
+    assert row[-3:] == ["0", "2", "2"]
+    card = (tmp_path / "c" / "DATA_CARD.md").read_text()
+    assert "- b: 2 of 2 conversations are kept without what the user said last" in card
+    assert "- a: " not in card
+    again = prepare(PrepareConfig(sources=(first, second)), tmp_path / "c", num_workers=1, use_cache=True, analyze_only=True)
+    assert again["sources"] == manifest["sources"]
+
+
 def test_conversations_with_workers_and_from_the_cache_are_the_same(chats, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(processing, "BATCH_DOCUMENTS", 3)
     one = prepare(chats, tmp_path / "one", num_workers=1)
@@ -249,6 +288,25 @@ def test_no_document_at_all_is_an_error_and_leaves_no_corpus(tmp_path):
     with pytest.raises(UserError, match=r"sources must give at least one document that is kept, got none: .*2 too_short.*--analyze-only"):
         prepare(config, tmp_path / "c", num_workers=1)
     assert not (tmp_path / "c" / "manifest.json").exists()
+
+
+def test_a_source_that_gives_nothing_shows_its_first_malformed_record(tmp_path, capsys):
+    records = [{"instruction": "q", "context": "", "output": "a"}] * 3
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "b.jsonl").write_text(json.dumps(records, indent=1))
+    source = {"kind": "jsonl", "conversation": {"kind": "dolly"}}
+    sources = [source | {"name": name, "paths": [str(tmp_path / f"{name}.jsonl")]} for name in "ab"]
+    with pytest.raises(UserError) as caught:
+        prepare(from_dict(PrepareConfig, {"sources": sources}), tmp_path / "c", num_workers=1)
+    warnings = [
+        "source 'a': no document is kept of 3 read (3 missing_text); the first malformed one: missing_text: "
+        f"{tmp_path}/a.jsonl:1: no field 'response'; it has 'instruction', 'context', 'output'",
+        f"the first malformed one: malformed_json: {tmp_path}/b.jsonl:1: Expecting value: ",
+        'for a file that is one JSON array use kind "json"',
+    ]
+    printed = capsys.readouterr().err
+    assert all(warning in printed and warning in str(caught.value) for warning in warnings)
+    assert "\n" not in str(caught.value)
 
 
 def test_shard_bytes_bounds_the_shards(tmp_path):

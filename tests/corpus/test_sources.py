@@ -49,6 +49,16 @@ def test_jsonl_reasons_name_file_and_line(tmp_path):
     assert records[5].detail == f"{path}:7: 'text' must be a string, got int"
 
 
+def test_jsonl_that_is_an_array_hints_at_the_other_kind(tmp_path):
+    hint = '; for a file that is one JSON array use kind "json"'
+    for lines in (['[{"text": "a"}]'], ["[", '{"text": "a"}', "]"], ['[{"text": "' + "a" * CHUNK_BYTES * 2 + '"}]']):
+        first, *others = read(jsonl(tmp_path, *lines))
+        assert first.text is None
+        assert first.detail.endswith(hint)
+        assert not any(record.detail.endswith(hint) for record in others)
+    assert not any(record.detail.endswith(hint) for record in read(jsonl(tmp_path, "{", '["list"]')))
+
+
 def test_jsonl_text_field_skip_bom_and_gzip(tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b'\xef\xbb\xbf{"body": "a"}\n{"body": "b"}\n{"body": "c"}'))
