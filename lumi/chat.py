@@ -13,7 +13,7 @@ from lumi import foreign_template
 from lumi.chat_templates import TEMPLATES, Control, Template
 from lumi.config import UserError
 from lumi.messages import Message
-from lumi.tokenizer import Tokenizer
+from lumi.tokenizer import Tokenizer, utf8
 
 __all__ = ["TEMPLATES", "Rendered", "Template", "check_controls", "prompt_ids", "render", "stop_ids", "template_of"]
 
@@ -61,8 +61,14 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     origin is rendered by `foreign_template`.
 
     Raises:
-        UserError: the tokenizer has no chat template, lacks a control token of it, or the template refuses or mangles the conversation.
+        UserError: the tokenizer has no chat template, lacks a control token of it, or the template refuses or mangles the conversation;
+            a message holds a lone surrogate.
     """
+    for number, message in enumerate(messages, start=1):
+        try:
+            utf8(message.content)  # while the template does not yet stand around it: the place of an error is counted in the message
+        except UserError as error:
+            raise UserError(f"message {number}: {error}") from error
     template = template_of(tokenizer)
     writer = _Writer(tokenizer, template)
     if template is not None:

@@ -102,13 +102,20 @@ def generate(argv: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} must come with --input, got none; pass --input FILE")
     texts = [_prompt_from_stdin()] if options.prompt is None else options.prompt
     model, tokenizer, *_ = _load(options)
+    for number, text in enumerate(texts, start=1):  # before anything is printed
+        try:
+            generation.check_prompts([generation.text_ids(tokenizer, text)], model.config.max_positions)
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}" if len(texts) > 1 else str(error)) from error
     if len(texts) > 1:
         completed = generation.generate(model, tokenizer, texts, config)
         print("\n\n".join(prompt + text for prompt, text in zip(texts, completed, strict=True)))
         return 0
     print(texts[0], end="", flush=True)
-    generation.generate(model, tokenizer, texts, config, lambda row, text: print(text, end="", flush=True))
-    print()
+    try:
+        generation.generate(model, tokenizer, texts, config, lambda row, text: print(text, end="", flush=True))
+    finally:
+        print()  # an error begins on a line of its own
     return 0
 
 
@@ -135,6 +142,8 @@ def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
     to_stdout = options.output in (None, "-")
     if not to_stdout and os.path.realpath(options.output) == os.path.realpath(options.input):
         raise UserError(f"--output must be another file than --input, got {options.output} for both")
+    if not to_stdout and (os.path.isdir(options.output) or not os.path.isdir(os.path.dirname(options.output) or ".")):
+        raise UserError(f"--output must be a file in a folder that exists, got {options.output}; make the folder or mend the path")
     try:
         data = sys.stdin.buffer.read() if options.input == "-" else Path(options.input).read_bytes()
     except OSError as error:
@@ -146,7 +155,7 @@ def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
         progress_bar("generate", " lines", total=len(requests), disable=to_stdout) as progress,
     ):
         for batch in complete(model, tokenizer, requests, config, batch_size):
-            file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in batch)
+            file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n" for record in batch)
             file.flush()
             progress.update(len(batch))
     return 0

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from lumi import chat
 from lumi.config import UserError
-from lumi.generate import SamplingConfig, filler_id, generate_ids, text_ids
+from lumi.generate import SamplingConfig, check_prompts, filler_id, generate_ids, text_ids
 from lumi.messages import MalformedConversation, Message, find_disorder, parse_messages
 from lumi.model import Transformer
 from lumi.tokenizer import Tokenizer, utf8
@@ -43,8 +44,7 @@ def read_requests(data: bytes, where: str, tokenizer: Tokenizer, max_positions: 
             continue
         try:
             request = _parse(line, tokenizer)
-            if len(request.ids) >= max_positions:
-                raise UserError(f"a prompt must be shorter than the model's {max_positions} positions, got {len(request.ids)} tokens")
+            check_prompts([request.ids], max_positions)
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: line {number}: must be UTF-8, got byte {line[error.start]:#04x} at {error.start}") from error
         except ValueError as error:  # a conversation's, the tokenizer's, the template's, ours
@@ -57,8 +57,8 @@ def read_requests(data: bytes, where: str, tokenizer: Tokenizer, max_positions: 
 
 def _parse(line: bytes, tokenizer: Tokenizer) -> Request:
     try:
-        record = json.loads(line.decode())
-        utf8(json.dumps(record, ensure_ascii=False))  # a lone surrogate, in any field, could not be written
+        record = json.loads(line.decode(), parse_constant=_finite, parse_float=_finite)
+        _check_unicode(record)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"must be a JSON object, got something else: {error}") from error
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
@@ -74,6 +74,28 @@ def _parse(line: bytes, tokenizer: Tokenizer) -> Request:
         expected = "messages must be at most one of the system first, then of user and assistant in turn, the user's last"
         raise MalformedConversation(disorder, f"{expected}; got {', '.join(message.role for message in messages)}")
     return Request(record, chat.prompt_ids(tokenizer, messages), is_chat=True)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise UserError(f"numbers must be finite, which is all that JSON has, got {number}")
+    return value
+
+
+def _check_unicode(value: Any, place: str = "") -> None:
+    """Raises UserError naming the field of a lone surrogate, which could not be written."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_unicode(name, f"{place}a name: ")
+            _check_unicode(item, f"{place}{name}: ")
+    elif isinstance(value, list):
+        for number, item in enumerate(value, start=1):
+            _check_unicode(item, f"{place}{number}: ")
+    elif isinstance(value, str):
+        try:
+            utf8(value)
+        except UserError as error:
+            raise UserError(f"{place}{error}") from error
 
 
 def complete(

@@ -12,7 +12,7 @@ from lumi.config import UserError
 from lumi.generate import SamplingConfig, filler_id, generate_ids
 from lumi.messages import Message
 from lumi.model import Transformer
-from lumi.tokenizer import StreamDecoder, Tokenizer
+from lumi.tokenizer import StreamDecoder, Tokenizer, utf8
 
 
 class Answer(NamedTuple):
@@ -42,24 +42,36 @@ class Dialogue:
         system: stands before every conversation; None or empty: nothing does.
 
     Attributes:
+        system: the system message; `set_system` changes it.
         turns: what is remembered, the oldest first.
         max_prompt_tokens: of the model's positions, what is not kept free for an answer.
 
     Raises:
-        UserError: the tokenizer's chat template cannot be used, or the system message is too long.
+        UserError: the tokenizer's chat template cannot be used, or the system message is refused by it or too long.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig, system: str | None = None):
-        self.model, self.tokenizer, self.sampling, self.system = model, tokenizer, sampling, system
-        self.turns: list[Turn] = []
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self._num_answers = 0
         positions = model.config.max_positions
         self.max_prompt_tokens = positions - min(sampling.max_new_tokens, positions // 2)
-        if (shortest := len(self._prompt([], Message("user", "?")))) > self.max_prompt_tokens:
+        self.set_system(system)
+
+    def set_system(self, system: str | None) -> None:
+        """Forget all turns and begin with another system message; None or empty: with none.
+
+        Raises:
+            UserError: it is too long, not valid Unicode, or refused by the chat template; everything is as it was then.
+        """
+        utf8(system or "")  # before the template stands around it: the place of an error is counted in what was written
+        if (shortest := len(self._prompt(system, [], Message("user", "?")))) > self.max_prompt_tokens:
             raise UserError(
-                f"the system message must leave room for a question within {self.max_prompt_tokens} tokens (the model's {positions} "
-                f"positions, less room for the answer), got a prompt of {shortest}; shorten it or lower --max-new-tokens"
+                f"the system message must leave room for a question within {self.max_prompt_tokens} tokens (the model's "
+                f"{self.model.config.max_positions} positions, less room for the answer), got a prompt of {shortest}; shorten it or "
+                "lower --max-new-tokens"
             )
+        self.system = system
+        self.turns: list[Turn] = []
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
@@ -76,9 +88,10 @@ class Dialogue:
         Raises:
             UserError: the message is too long even alone, or is not valid Unicode; nothing is forgotten then.
         """
+        utf8(text)  # as in `set_system`
         user = Message("user", text)
         turns = list(self.turns)
-        while len(prompt := self._prompt(turns, user)) > self.max_prompt_tokens:
+        while len(prompt := self._prompt(self.system, turns, user)) > self.max_prompt_tokens:
             if not turns:
                 raise UserError(
                     f"a message must fit into {self.max_prompt_tokens} tokens (the model's {self.model.config.max_positions} positions, "
@@ -91,9 +104,9 @@ class Dialogue:
         self.turns = turns
         return answer
 
-    def _prompt(self, turns: Sequence[Turn], user: Message) -> list[int]:
-        system = [Message("system", self.system)] if self.system else []
-        return chat.prompt_ids(self.tokenizer, [*system, *(message for turn in turns for message in turn), user])
+    def _prompt(self, system: str | None, turns: Sequence[Turn], user: Message) -> list[int]:
+        first = [Message("system", system)] if system else []
+        return chat.prompt_ids(self.tokenizer, [*first, *(message for turn in turns for message in turn), user])
 
     def _generate(self, prompt: Sequence[int], on_text: Callable[[str], None]) -> Answer:
         decoder, pieces, ids = StreamDecoder(self.tokenizer), list[str](), list[int]()
@@ -199,8 +212,7 @@ def _turn(dialogue: Dialogue, line: str, interactive: bool) -> bool:
 
 def _obey(dialogue: Dialogue, command: str, rest: str) -> None:
     if command == "system":
-        dialogue.system = rest
-        dialogue.reset()
+        dialogue.set_system(rest)
         _note("a new conversation, with this system message" if rest else "a new conversation, without a system message")
     elif command in ("reset", "undo", "help") and not rest:
         if command == "reset":

@@ -26,16 +26,16 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.temperature != 0 and not 1e-4 <= self.temperature < float("inf"):  # below, logits divided by it leave float32
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0 is off), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 1e-6 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be between 0.000001 and 1 (off), got {self.top_p}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty must be between 0.01 and 100 (1 is off), got {self.repetition_penalty}")
 
 
 class LayerCache:
@@ -85,13 +85,10 @@ def generate_ids(
         What came of each row. A row's sample depends on the seed and the row's number, not on the rows beside it.
 
     Raises:
-        UserError: for an empty prompt, or one as long as the model's positions.
+        UserError: for an empty prompt, or one as long as the model's positions; the model's output is not finite.
     """
+    check_prompts(prompts, model.config.max_positions)
     lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) == 0:
-        raise UserError("a prompt must hold at least one token, got an empty one")
-    if max(lengths) >= model.config.max_positions:
-        raise UserError(f"a prompt must be shorter than the model's {model.config.max_positions} positions, got {max(lengths)} tokens")
     device = model.output_weight.device
     capacity = min(max(lengths) + config.max_new_tokens, model.config.max_positions)
     tokens = torch.full((len(prompts), capacity), pad_id, device=device)
@@ -129,6 +126,21 @@ def generate_ids(
     return [Completion(ids, stop) for ids, stop in zip(outputs, stopped, strict=True)]
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int) -> None:
+    """Raises UserError for what `generate_ids` could not go on with: no prompt, an empty one, one as long as the model's positions."""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise UserError("a prompt must hold at least one token, got an empty one")
+    if max(lengths) >= max_positions:
+        raise UserError(f"a prompt must be shorter than the model's {max_positions} positions, got {max(lengths)} tokens")
+
+
+def require_finite(values: Tensor) -> None:
+    """Raises UserError where what a model computed is NaN or infinite."""
+    if not values.isfinite().all():
+        raise UserError("the model's output must be finite, got NaN or infinity: its weights are broken, or --dtype is too narrow for them")
+
+
 def _positions(block: Tensor) -> Tensor:
     return torch.arange(block.shape[1], device=block.device).expand(block.shape)
 
@@ -143,7 +155,11 @@ def sample(logits: Tensor, tokens: Tensor, lengths: Tensor, config: SamplingConf
 
     Returns:
         (B,) int64.
+
+    Raises:
+        UserError: the logits are not finite.
     """
+    require_finite(logits)
     if config.repetition_penalty != 1.0:
         seen = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         mentioned = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(1, tokens, seen.long()) > 0

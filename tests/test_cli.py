@@ -66,7 +66,7 @@ def test_raw_text_to_generated_text(tmp_path):
     batch = call(tmp_path, *generate, "--prompt", "The river", "The stone").stdout
     assert batch.startswith(text.strip())
     refused = call(tmp_path, *generate, "--top-p", "0", "--prompt", "x", expect=2)
-    assert refused.stderr.strip() == "error: --top-p must be in (0, 1], got 0.0"
+    assert refused.stderr.strip() == "error: --top-p must be between 0.000001 and 1 (off), got 0.0"
 
 
 def test_normalize():

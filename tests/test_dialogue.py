@@ -126,6 +126,43 @@ def test_a_message_too_long_changes_nothing(tokenizer, prompts):
     assert Dialogue(dialogue.model, tokenizer, SamplingConfig(max_new_tokens=5000)).max_prompt_tokens == 50
 
 
+def test_another_system_message_begins_a_new_conversation(tokenizer, prompts):
+    dialogue = Dialogue(wanderer(tokenizer), tokenizer, SHORT, system="Old.")
+    dialogue.answer("one", ignore)
+    dialogue.set_system("New.")
+    dialogue.answer("two", ignore)
+    assert prompts[-1] == prompt_ids(tokenizer, roles("two", system="New."))
+    dialogue.set_system(None)
+    dialogue.answer("three", ignore)
+    assert prompts[-1] == prompt_ids(tokenizer, roles("three"))
+
+
+NO_SYSTEM = """{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}\
+{% for message in messages %}{{ message.content }}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("system", "template", "message"),
+    [
+        ("x" * 900, None, "the system message must leave room for a question within 248 tokens"),
+        ("ab\udc80", None, "text must be valid Unicode, got the lone surrogate U\\+DC80 at character 2"),
+        ("Be brief.", NO_SYSTEM, "the model's chat template must accept the conversation, but says: no system here"),
+    ],
+    ids=["too long", "no Unicode", "refused by the template"],
+)
+def test_a_refused_system_message_changes_nothing(system, template, message, tokenizer, prompts):
+    if template is not None:
+        tokenizer = tokenizer.with_chat_template(template)
+    dialogue = Dialogue(wanderer(tokenizer), tokenizer, SHORT)
+    first = dialogue.answer("one", ignore)
+    with pytest.raises(UserError, match=message):
+        dialogue.set_system(system)
+    dialogue.answer("two", ignore)
+    assert prompts[-1] == prompt_ids(tokenizer, roles("one", first.text, "two"))
+    with pytest.raises(UserError, match=message):
+        Dialogue(dialogue.model, tokenizer, SHORT, system=system)
+
+
 def test_no_chat_template_no_dialogue(tokenizer):
     with pytest.raises(UserError, match="chat template"):
         Dialogue(wanderer(tokenizer), tokenizer.with_chat_template(""), SHORT)
@@ -202,11 +239,12 @@ def test_commands_and_remarks_on_a_pipe(tokenizer, monkeypatch, capsys):
     ("line", "message"),
     [
         (b"x" * 900, "error: a message must fit into 248 tokens"),
-        (b"caf\xe9", "error: text must be valid Unicode, got the lone surrogate U+DCE9 at character"),
+        (b"caf\xe9", "error: text must be valid Unicode, got the lone surrogate U+DCE9 at character 3"),
+        (b"/system " + b"x" * 900, "error: the system message must leave room for a question within 248 tokens"),
         (b"/rest", "error: a command must be /reset, /undo, /system TEXT, /help or /exit, got /rest"),
         (b"/reset now", "error: a command must be /reset, /undo, /system TEXT, /help or /exit, got /reset now"),
     ],
-    ids=["too long", "not UTF-8", "unknown command", "a command with too much"],
+    ids=["too long", "not UTF-8", "system message too long", "unknown command", "a command with too much"],
 )
 def test_a_refused_line_is_named_and_the_conversation_goes_on(line, message, tokenizer, monkeypatch, capsys):
     a = tokenizer.encode("a")[0]

@@ -139,6 +139,29 @@ def test_repetition_penalty_by_hand():
     assert pick(logits[:, 2:], [1]) == 0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": 1e-4}, {"top_p": 1e-6}, {"repetition_penalty": 0.01}, {"repetition_penalty": 100.0}, {"temperature": 1e300}],
+    ids=str,
+)
+def test_the_bounds_themselves_can_be_sampled_from(changes):
+    tokens, config = torch.tensor([[0, 2]]), SamplingConfig(**{"temperature": 1.0} | changes)
+    for scale in (1.0, 1e4):
+        pick = sample(LOGITS * scale, tokens, torch.tensor([2]), config, [torch.Generator()])
+        assert 0 <= int(pick) < 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_model_is_refused(value, temperature):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    with pytest.raises(UserError, match="the model's output must be finite, got NaN or infinity: its weights are broken"):
+        sample(
+            logits, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2), SamplingConfig(temperature=temperature), [torch.Generator()] * 2
+        )
+
+
 def test_text_is_streamed_in_whole_characters(tokenizer):
     model = build(vocab_size=tokenizer.vocab_size)
     with torch.no_grad():  # a model that spells "é" byte by byte, for ever
@@ -177,6 +200,35 @@ def test_the_prompt_comes_from_stdin(data, tokenizer, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["x" * 300], "a prompt must be shorter than the model's 64 positions, got 30"),
+        (["caf\udce9"], "text must be valid Unicode, got the lone surrogate U+DCE9 at character 3"),
+        (["The river", "x" * 300], "prompt 2: a prompt must be shorter than the model's 64 positions, got 30"),
+        (["The river", "\udce9"], "prompt 2: text must be valid Unicode, got the lone surrogate U+DCE9 at character 0"),
+    ],
+    ids=["too long", "no Unicode", "the second too long", "the second no Unicode"],
+)
+def test_a_prompt_is_checked_before_anything_is_printed(prompts, message, tokenizer, tmp_path, capsys):
+    save_model(tmp_path / "final", build(vocab_size=tokenizer.vocab_size), tokenizer)
+    assert run(dispatch, ["generate", "--model-path", str(tmp_path), "--prompt", *prompts]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {message}")
+
+
+def test_an_error_begins_on_a_line_of_its_own(tokenizer, tmp_path, capsys):
+    model = build(vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        model.final_norm.weight[3] = float("nan")
+    save_model(tmp_path / "final", model, tokenizer)
+    assert run(dispatch, ["generate", "--model-path", str(tmp_path), "--prompt", "The river"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "The river\n"
+    assert captured.err.startswith("error: the model's output must be finite")
+
+
+@pytest.mark.parametrize(
     ("data", "message"), [(b"\n", "the prompt on stdin must hold text, got none"), (b"caf\xe9", "the prompt on stdin must be UTF-8, got")]
 )
 def test_what_is_no_prompt_on_stdin(data, message, monkeypatch, capsys):
@@ -189,11 +241,17 @@ def test_what_is_no_prompt_on_stdin(data, message, monkeypatch, capsys):
     ("changes", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
-        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or at least 0.0001, got -0.1"),
+        ({"temperature": 1e-40}, r"temperature must be 0 \(greedy\) or at least 0.0001, got 1e-40"),
+        ({"temperature": float("nan")}, r"temperature must be 0 \(greedy\) or at least 0.0001, got nan"),
+        ({"temperature": float("inf")}, r"temperature must be 0 \(greedy\) or at least 0.0001, got inf"),
         ({"top_k": -1}, "top_k must be at least 0"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0"),
+        ({"top_p": 0.0}, r"top_p must be between 0.000001 and 1 \(off\), got 0.0"),
+        ({"top_p": 1e-320}, r"top_p must be between 0.000001 and 1 \(off\), got 1e-320"),
+        ({"top_p": 1.1}, r"top_p must be between 0.000001 and 1 \(off\), got 1.1"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 0.0"),
+        ({"repetition_penalty": 1e-300}, r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 1e-300"),
+        ({"repetition_penalty": 101.0}, r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 101.0"),
     ],
 )
 def test_refuses(changes, message):

@@ -1,7 +1,9 @@
 """`lumi evaluate`: a model -> tasks, perplexity and smoke tests -> evaluation_results.json and evaluation_report.md."""
 
 import dataclasses
+import os
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +19,9 @@ import lumi.configs
 from lumi.config import UserError, to_dict, write_json
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions
 from lumi.evaluation.perplexity import Document, TextConfig, WindowConfig, perplexity, store_documents, text_documents
+from lumi.evaluation.records import describe, tightest
 from lumi.evaluation.report import format_table, report
-from lumi.evaluation.smoke import SmokeConfig, read_smoke_tests, run_smoke_tests
+from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
 from lumi.pretrained import Pretrained
 from lumi.shards import open_or_tokenize
@@ -49,10 +52,13 @@ class EvaluationConfig:
 
 
 class _Text(NamedTuple):
-    """Documents to measure under a name: those of a text, or those of a split of a token store, of which `format` is "store"."""
+    """Documents to measure under a name: those of a text, or those of a split of a token store, of which `format` is "store".
+    `source` says where they come from, and `limit` how many of the first."""
 
     name: str
     format: str
+    source: str
+    limit: int | None
     documents: list[Document] | Split
 
 
@@ -66,7 +72,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model; leaves the results and a report in `output_dir`, and prints them as a table.
 
-    All data is read before the model is run, so that what is missing shows at once.
+    All data is read before the model is run, so that what is missing shows at once. Both files are written after each task and text, with
+    `finished` false until the end; what ends the evaluation before, an error or Ctrl-C, says on stderr what they hold.
 
     Args:
         config: what to measure.
@@ -79,52 +86,94 @@ def evaluate(
         What is written to the results file.
 
     Raises:
-        UserError: nothing to do, or data that cannot be read.
+        UserError: nothing to do, two texts of one name, data that cannot be read, or a model whose output is not finite.
     """
     started = time.monotonic()
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, got {limit}")
-    if not (config.tasks or config.texts or config.smoke_tests or data_dirs):
-        raise UserError("the config must name at least one of tasks, texts and smoke_tests, got none; or pass --data-dirs")
+    output_dir, folders = Path(output_dir), list(map(Path, data_dirs))
+    _check(config, output_dir, folders, limit)
     model, tokenizer = pretrained.model, pretrained.tokenizer
     batch_tokens = config.batch_tokens or (16_384 if model.output_weight.is_cuda else 1024)
     config.windows.resolve(model.config.max_positions)
     questions = [read_questions(task, limit) for task in config.tasks]
-    texts = [_Text(text.name, text.format, text_documents(text, tokenizer, limit)) for text in config.texts]
-    texts += [_Text(str(folder), "store", open_or_tokenize(folder, tokenizer).split("validation")) for folder in data_dirs]
-    tests = read_smoke_tests(config.smoke_tests) if config.smoke_tests else None
-    output_dir = Path(output_dir)
+    texts = [
+        _Text(text.name, text.format, describe(text.source), tightest(text.limit, limit), text_documents(text, tokenizer, limit))
+        for text in config.texts
+    ]
+    for folder in folders:
+        split = open_or_tokenize(folder, tokenizer).split("validation")
+        texts.append(_Text(str(folder), "store", f"store: {folder} / validation", limit, split))
+    smoke = config.smoke_tests
+    tests = encode_smoke_tests(smoke, read_smoke_tests(smoke), tokenizer, model.config.max_positions) if smoke else None
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    results: dict[str, Any] = _facts(pretrained) | {"limit": limit, "config": to_dict(config)}
-    results["tasks"] = {
-        task.name: _run_task(task, asked, pretrained, batch_tokens) for task, asked in zip(config.tasks, questions, strict=True)
-    }
-    results["perplexity"] = {text.name: _run_text(text, config.windows, pretrained, batch_tokens, limit) for text in texts}
-    results["smoke_tests"] = None
-    if config.smoke_tests is not None and tests is not None:
-        results["smoke_tests"] = dataclasses.asdict(run_smoke_tests(config.smoke_tests, tests, model, tokenizer))
-    results["seconds"] = _seconds(started)
-    write_json(output_dir / RESULTS_FILE, results)
-    (output_dir / REPORT_FILE).write_text(report(results), encoding="utf-8")
+    results = _facts(pretrained) | {"limit": limit, "config": to_dict(config)}
+    results |= {"finished": False, "tasks": {}, "perplexity": {}, "smoke_tests": None}
+    try:
+        for task, asked in zip(config.tasks, questions, strict=True):
+            results["tasks"][task.name] = _run_task(task, asked, pretrained, batch_tokens, limit)
+            _save(results, output_dir, started)
+        for text in texts:
+            results["perplexity"][text.name] = _run_text(text, config.windows, pretrained, batch_tokens)
+            _save(results, output_dir, started)
+        if smoke is not None and tests is not None:
+            source = f"prompts of {smoke.path or 'the shipped ' + SHIPPED.name}"
+            results["smoke_tests"] = {"source": source, **dataclasses.asdict(run_smoke_tests(smoke, tests, model, tokenizer))}
+    except (KeyboardInterrupt, UserError):
+        print(_kept(results, output_dir), file=sys.stderr)
+        raise
+    results["finished"] = True
+    _save(results, output_dir, started)
     print(format_table(results))
     print(f"{output_dir / REPORT_FILE} has the protocol of each figure, {RESULTS_FILE} everything")
     return results
 
 
-def _run_task(task: TaskConfig, questions: Sequence[Question], pretrained: Pretrained, batch_tokens: int) -> dict[str, Any]:
+def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path], limit: int | None) -> None:
+    """What can be refused before anything is read."""
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, got {limit}")
+    if not (config.tasks or config.texts or config.smoke_tests or data_dirs):
+        raise UserError("the config must name at least one of tasks, texts and smoke_tests, got none; or pass --data-dirs")
+    names = Counter([*(text.name for text in config.texts), *map(str, data_dirs)])
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"texts and --data-dirs must have different names, got {twice[0]!r} twice; leave one out or rename the text")
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "a folder that cannot be written to" if there.is_dir() else "a file"
+        raise UserError(f"--output-dir must be a folder that can be written to, got {output_dir}: {there} is {what}")
+
+
+def _save(results: dict[str, Any], output_dir: Path, started: float) -> None:
+    results["seconds"] = _seconds(started)
+    write_json(output_dir / RESULTS_FILE, results)
+    (output_dir / REPORT_FILE).write_text(report(results), encoding="utf-8")
+
+
+def _kept(results: dict[str, Any], output_dir: Path) -> str:
+    """What an evaluation that was stopped leaves, as one line."""
+    measured = [*results["tasks"], *results["perplexity"]]
+    if not measured:
+        return "stopped before anything was measured; nothing was written"
+    return f"stopped; {', '.join(measured)} measured, kept in {output_dir / RESULTS_FILE} and {REPORT_FILE}"
+
+
+def _run_task(
+    task: TaskConfig, questions: Sequence[Question], pretrained: Pretrained, batch_tokens: int, limit: int | None
+) -> dict[str, Any]:
     begun = time.monotonic()
     scores = score_questions(questions, pretrained.model, pretrained.tokenizer, batch_tokens, task.name)
     result = accuracy(questions, scores, TASKS[task.kind].normalised)
-    return {"kind": task.kind, **dataclasses.asdict(result), "seconds": _seconds(begun)}
+    data = {"source": describe(task.source), "limit": tightest(task.limit, limit)}
+    return {"kind": task.kind, **data, **dataclasses.asdict(result), "seconds": _seconds(begun)}
 
 
-def _run_text(text: _Text, windows: WindowConfig, pretrained: Pretrained, batch_tokens: int, limit: int | None) -> dict[str, Any]:
+def _run_text(text: _Text, windows: WindowConfig, pretrained: Pretrained, batch_tokens: int) -> dict[str, Any]:
     begun = time.monotonic()
-    documents = store_documents(text.documents, pretrained.tokenizer, limit) if isinstance(text.documents, Split) else text.documents
+    documents = store_documents(text.documents, pretrained.tokenizer, text.limit) if isinstance(text.documents, Split) else text.documents
     result = perplexity(pretrained.model, documents, windows, batch_tokens=batch_tokens, name=text.name)
     answers_only = isinstance(text.documents, Split) and text.documents.mask is not None
-    return {"format": text.format, "answers_only": answers_only, **dataclasses.asdict(result), "seconds": _seconds(begun)}
+    data = {"format": text.format, "source": text.source, "limit": text.limit, "answers_only": answers_only}
+    return {**data, **dataclasses.asdict(result), "seconds": _seconds(begun)}
 
 
 def _facts(pretrained: Pretrained) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lumi.config import UserError
-from lumi.generate import LayerCache
+from lumi.generate import LayerCache, require_finite
 from lumi.model import Transformer
 from lumi.tokenizer import Tokenizer
 
@@ -30,14 +30,6 @@ class Request(NamedTuple):
 
     context: list[int]
     continuations: list[list[int]]
-
-
-class Score(NamedTuple):
-    """Of one continuation: summed log-probability in nats, whether every token is the most likely one, and its number of tokens."""
-
-    log_probability: float
-    greedy: bool
-    tokens: int
 
 
 def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> Request:
@@ -59,8 +51,8 @@ def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[s
 @torch.inference_mode()
 def score(
     model: Transformer, requests: Sequence[Request], *, batch_tokens: int, on_done: Callable[[int], object] | None = None
-) -> list[list[Score]]:
-    """Log-likelihoods of every continuation of every request, in order.
+) -> list[list[float]]:
+    """The log-likelihood, in nats, of every continuation of every request, in order.
 
     Args:
         model: in evaluation mode, on its device.
@@ -73,7 +65,7 @@ def score(
     """
     jobs = list(_jobs(requests, model.config.max_positions))
     jobs.sort(key=lambda job: (len(job.context), max(map(len, job.continuations))), reverse=True)  # the largest first: memory shows early
-    results: list[list[Score]] = [[Score(0.0, False, 0)] * len(request.continuations) for request in requests]
+    results = [[0.0] * len(request.continuations) for request in requests]
     for batch in _batches(jobs, batch_tokens):
         done = 0
         for job, scores in zip(batch, _score_batch(model, batch, batch_tokens), strict=True):
@@ -114,7 +106,7 @@ def _batches(jobs: Sequence[_Job], batch_tokens: int) -> Iterator[list[_Job]]:
         start += rows
 
 
-def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) -> list[list[Score]]:
+def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) -> list[list[float]]:
     device = model.output_weight.device
     context_BT = _pad([job.context for job in jobs]).to(device)
     last_B = torch.tensor([len(job.context) - 1 for job in jobs], device=device)
@@ -125,8 +117,7 @@ def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) ->
     rows = [(row, ids) for row, job in enumerate(jobs) for ids in job.continuations]
     first_row_C = torch.tensor([row for row, _ in rows], device=device)
     logits_BV = model.logits(hidden_BD)
-    log_probabilities_C, greedy_C = token_log_probabilities(logits_BV, torch.tensor([ids[0] for _, ids in rows]).to(device), first_row_C)
-    sums, greedy = log_probabilities_C.tolist(), greedy_C.tolist()
+    sums = token_log_probabilities(logits_BV, torch.tensor([ids[0] for _, ids in rows]).to(device), first_row_C).tolist()
     if cache is not None:
         longer = sorted((index for index, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda index: len(rows[index][1]))
         while longer:
@@ -134,17 +125,16 @@ def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) ->
             count = max(1, batch_tokens // (context_BT.shape[1] + len(rows[longer[-1]][1])))
             chosen, longer = longer[-count:], longer[:-count]
             row_C, ids = first_row_C[chosen], [rows[index][1] for index in chosen]
-            for index, more, all_greedy in zip(chosen, *_score_rest(model, cache, row_C, last_B[row_C] + 1, ids), strict=True):
+            for index, more in zip(chosen, _score_rest(model, cache, row_C, last_B[row_C] + 1, ids), strict=True):
                 sums[index] += more
-                greedy[index] = greedy[index] and all_greedy
-    scores = iter([Score(total, hit, len(ids)) for total, hit, (_, ids) in zip(sums, greedy, rows, strict=True)])
+    scores = iter(sums)
     return [[next(scores) for _ in job.continuations] for job in jobs]
 
 
 def _score_rest(
     model: Transformer, cache: Sequence[LayerCache], row_C: Tensor, start_C: Tensor, continuations: Sequence[list[int]]
-) -> tuple[list[float], list[bool]]:
-    """Sums and greediness of continuations without their first tokens; number c begins at `start_C[c]` of row `row_C[c]` of the cache."""
+) -> list[float]:
+    """Sums of continuations without their first tokens; number c begins at `start_C[c]` of row `row_C[c]` of the cache."""
     device = row_C.device
     inputs_CT = _pad([ids[:-1] for ids in continuations]).to(device)
     targets_CT = _pad([ids[1:] for ids in continuations]).to(device)
@@ -154,9 +144,8 @@ def _score_rest(
     hidden_CTD = model.hidden(inputs_CT, positions_CT, cache=[_copy(layer, row_C, capacity, model) for layer in cache])
     lengths = [len(ids) - 1 for ids in continuations]
     is_real_CT = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
-    found_N, greedy_N = log_probabilities_of(model, hidden_CTD[is_real_CT], targets_CT[is_real_CT])
-    sums = [float(part.sum()) for part in found_N.cpu().split(lengths)]
-    return sums, [bool(part.all()) for part in greedy_N.cpu().split(lengths)]
+    found_N = log_probabilities_of(model, hidden_CTD[is_real_CT], targets_CT[is_real_CT])
+    return [float(part.sum()) for part in found_N.cpu().split(lengths)]
 
 
 def _copy(layer: LayerCache, row_C: Tensor, capacity: int, model: Transformer) -> LayerCache:
@@ -167,24 +156,22 @@ def _copy(layer: LayerCache, row_C: Tensor, capacity: int, model: Transformer) -
     return copy
 
 
-def log_probabilities_of(model: Transformer, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) float64 of tokens after hidden states, and (N,) bool, whether each is the most likely one.
+def log_probabilities_of(model: Transformer, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """Log-probabilities (N,) float64 of tokens after hidden states.
 
     Raises:
         UserError: the model's output is not finite.
     """
     rows = torch.arange(len(targets_N), device=targets_N.device).split(_LOGIT_ROWS)
-    found = [token_log_probabilities(model.logits(hidden_ND[part]), targets_N[part]) for part in rows]
-    return torch.cat([values for values, _ in found]), torch.cat([greedy for _, greedy in found])
+    return torch.cat([token_log_probabilities(model.logits(hidden_ND[part]), targets_N[part]) for part in rows])
 
 
-def token_log_probabilities(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def token_log_probabilities(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> Tensor:
     """As `log_probabilities_of`, from logits (rows, V) float32; target n stands in row `row_N[n]`, None: in row n."""
     row_N = torch.arange(len(targets_N), device=targets_N.device) if row_N is None else row_N
     log_probabilities_N = (logits_NV[row_N, targets_N] - logits_NV.logsumexp(dim=-1)[row_N]).double()
-    if not log_probabilities_N.isfinite().all():
-        raise UserError("the model's output must be finite, got NaN or infinity: its weights are broken, or --dtype is too narrow for them")
-    return log_probabilities_N, logits_NV.argmax(dim=-1)[row_N] == targets_N
+    require_finite(log_probabilities_N)
+    return log_probabilities_N
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> Tensor:

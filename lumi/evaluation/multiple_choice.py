@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lumi.config import UserError
-from lumi.evaluation.likelihood import Score, encode_request, score
-from lumi.evaluation.records import describe, read_records
+from lumi.evaluation.likelihood import encode_request, score
+from lumi.evaluation.records import describe, read_records, tightest
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
 from lumi.model import Transformer
 from lumi.progress import progress_bar
@@ -42,16 +42,15 @@ def read_questions(config: TaskConfig, limit: int | None = None) -> list[Questio
     Raises:
         UserError: the records cannot be read, or one holds no question of this kind (names it).
     """
-    limits = [number for number in (config.limit, limit) if number is not None]
-    records = read_records(config.source, min(limits, default=None))
+    records = read_records(config.source, tightest(config.limit, limit))
     place = f"task {config.name!r}: {describe(config.source)}"
     return [TASKS[config.kind].ask(record, f"{place}, record {number}") for number, record in enumerate(records, start=1)]
 
 
 def score_questions(
     questions: Sequence[Question], model: Transformer, tokenizer: Tokenizer, batch_tokens: int, name: str = "task"
-) -> list[list[Score]]:
-    """The log-likelihood of each choice of each question.
+) -> list[list[float]]:
+    """The log-likelihood, in nats, of each choice of each question.
 
     Args:
         model: in evaluation mode.
@@ -67,7 +66,7 @@ def score_questions(
             for context, choice in zip(question.contexts, question.choices, strict=True):
                 requests.append(encode_request(tokenizer, context, [DELIMITER + choice]))
                 owners.append(number)
-    scores: list[list[Score]] = [[] for _ in questions]
+    scores: list[list[float]] = [[] for _ in questions]
     with progress_bar(name, " choices", total=sum(len(question.choices) for question in questions)) as progress:
         found = score(model, requests, batch_tokens=batch_tokens, on_done=progress.update)
     for owner, some in zip(owners, found, strict=True):
@@ -75,13 +74,12 @@ def score_questions(
     return scores
 
 
-def accuracy(questions: Sequence[Question], scores: Sequence[Sequence[Score]], normalised: bool) -> TaskResult:
+def accuracy(questions: Sequence[Question], scores: Sequence[Sequence[float]], normalised: bool) -> TaskResult:
     """Count the right answers; of equal scores the first choice counts."""
     if not questions:
         raise UserError("a task must have at least one question, got none")
     right, right_norm = 0, 0
-    for question, choices in zip(questions, scores, strict=True):
-        plain = [choice.log_probability for choice in choices]
+    for question, plain in zip(questions, scores, strict=True):
         per_character = [value / max(len(text), 1) for value, text in zip(plain, question.choices, strict=True)]
         right += _largest(plain) == question.answer
         right_norm += _largest(per_character) == question.answer

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lumi.config import UserError
 from lumi.evaluation import wikitext
 from lumi.evaluation.likelihood import log_probabilities_of
-from lumi.evaluation.records import HubSource, JsonlSource, TextSource, describe, read_records, text_field
+from lumi.evaluation.records import HubSource, JsonlSource, TextSource, describe, read_records, text_field, tightest
 from lumi.model import Transformer
 from lumi.progress import progress_bar
 from lumi.token_store import Split
@@ -65,10 +65,10 @@ class WindowConfig:
         """Window and stride for a model. Raises UserError where they do not fit its positions."""
         window = self.window_tokens or max_positions
         if window > max_positions:
-            raise UserError(f"perplexity.window_tokens must be at most the model's {max_positions} positions, got {window}")
+            raise UserError(f"windows.window_tokens must be at most the model's {max_positions} positions, got {window}")
         stride = self.stride_tokens or window
         if stride > window:
-            raise UserError(f"perplexity.stride_tokens must be at most the window, here the model's {window} positions, got {stride}")
+            raise UserError(f"windows.stride_tokens must be at most the window, here the model's {window} positions, got {stride}")
         return window, stride
 
 
@@ -107,7 +107,7 @@ def text_documents(config: TextConfig, tokenizer: Tokenizer, limit: int | None =
     Raises:
         UserError: it cannot be read, or holds no text.
     """
-    most = min((number for number in (config.limit, limit) if number is not None), default=None)
+    most = tightest(config.limit, limit)
     place = f"text {config.name!r}: {describe(config.source)}"
     records = read_records(config.source, most if config.format == "plain" else None)
     originals = [text_field(record, config.text_field, f"{place}, record {number}") for number, record in enumerate(records, start=1)]
@@ -240,7 +240,7 @@ def _log_probability(model: Transformer, windows: Sequence[Window]) -> float:
         for rows in zip(*windows, strict=True)
     )
     hidden_BTD = model.hidden(inputs_BT)
-    return float(log_probabilities_of(model, hidden_BTD[scored_BT], targets_BT[scored_BT])[0].sum())
+    return float(log_probabilities_of(model, hidden_BTD[scored_BT], targets_BT[scored_BT]).sum())
 
 
 def _exp(nats: float, units: int) -> float | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lumi.config import UserError
+from lumi.tokenizer import utf8
 
 Record = dict[str, Any]
 
@@ -80,12 +81,26 @@ def describe(source: HubSource | JsonlSource | TextSource) -> str:
 
 
 def text_field(record: Record, name: str, place: str) -> str:
-    """A field that must be a string. Raises UserError naming the place, the field, and those that there are."""
+    """A field that must be a string of valid Unicode. Raises UserError naming the place, the field, and those that there are."""
     value = record.get(name)
     if not isinstance(value, str):
         got = f"no such field (it has {', '.join(record) or 'none'})" if name not in record else type(value).__name__
         raise UserError(f"{place}: {name!r} must be a string, got {got}")
+    check_unicode(value, name, place)
     return value
+
+
+def check_unicode(text: str, name: str, place: str) -> None:
+    """Raises UserError naming the place and the field of a text that could not be encoded."""
+    try:
+        utf8(text)
+    except UserError as error:
+        raise UserError(f"{place}: {name!r}: {error}") from error
+
+
+def tightest(*limits: int | None) -> int | None:
+    """The smallest limit; None is no limit."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _check_paths(paths: tuple[str, ...]) -> None:
@@ -105,7 +120,8 @@ def _read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: must be UTF-8, got another byte at {error.start}") from error
+        mark = len(path.read_bytes()) - len(error.object)  # the decoder counts behind a byte order mark
+        raise UserError(f"{path}: must be UTF-8, got another byte at {mark + error.start}") from error
 
 
 def _read_text(path: Path) -> Iterator[Record]:
@@ -118,7 +134,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: must be a JSON object, got a line that is not valid JSON: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: must be a JSON object, got {type(record).__name__}")

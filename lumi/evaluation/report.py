@@ -31,7 +31,7 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 def report(results: Mapping[str, Any]) -> str:
     """A Markdown page."""
-    limit = "" if results["limit"] is None else f" At most {results['limit']} examples of each task and documents of each text."
+    limit = "" if results["limit"] is None else f" The first {results['limit']:,} of each task and text at most (--limit)."
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     adapter = f" with the adapter `{results['adapter']}`" if results["adapter"] else ""
     lines = [
@@ -40,6 +40,7 @@ def report(results: Mapping[str, Any]) -> str:
         f"{results['parameters']:,} parameters{adapter}, {results['dtype']} on {results['device']}, tokenizer "
         f"`{results['tokenizer_fingerprint'][:16]}`; {versions}; {results['date']}, {results['seconds']:.0f} s.{limit}",
         "",
+        *([] if results["finished"] else ["**Not finished**: the evaluation was stopped before it had measured everything.", ""]),
         *_markdown(("", "metric", "value", "baseline", "of", "protocol"), figures(results)),
     ]
     if results["smoke_tests"]:
@@ -55,9 +56,9 @@ def report(results: Mapping[str, Any]) -> str:
 
 def _task_figures(tasks: Mapping[str, Any]) -> Iterator[Figure]:
     for name, task in tasks.items():
-        protocol = f"zero-shot, without chat template, {TASKS[task['kind']].protocol}; highest log-likelihood"
+        protocol = f"{_data(task, 'example')}; zero-shot, without chat template, {TASKS[task['kind']].protocol}; highest log-likelihood"
         baseline = f"majority {task['majority']:.2%}, chance {task['chance']:.2%}"
-        number = f"{task['examples']:,} examples"
+        number = _count(task["examples"], "example")
         yield Figure(name, "acc", _share(task["acc"], task["acc_stderr"]), baseline, number, protocol)
         if task["acc_norm"] is not None:
             value = _share(task["acc_norm"], task["acc_norm_stderr"])
@@ -66,15 +67,16 @@ def _task_figures(tasks: Mapping[str, Any]) -> Iterator[Figure]:
 
 def _perplexity_figures(texts: Mapping[str, Any]) -> Iterator[Figure]:
     for name, text in texts.items():
-        sizes = f"windows of {text['window_tokens']:,} tokens, stride {text['stride_tokens']:,}"
+        sizes = f"windows of {_count(text['window_tokens'], 'token')}, stride {text['stride_tokens']:,}"
         what = "answers alone, with what ends them" if text["answers_only"] else "EOS not counted"
         original = "; words and bytes of the file before detokenisation" if text["format"] == "wikitext" else ""
-        protocol = f"{sizes}, each of {text['documents']:,} documents behind BOS; {what}{original}"
+        documents = "the document" if text["documents"] == 1 else f"each of {text['documents']:,} documents"
+        protocol = f"{_data(text, 'document')}; {sizes}, {documents} behind BOS; {what}{original}"
         words = f"{protocol}; words: the pieces between white space"
         units = (("token", text["tokens"], protocol), ("word", text["words"], words), ("byte", text["bytes"], protocol))
         for unit, number, how in units:
-            yield Figure(name, f"{unit} perplexity", _number(text[f"{unit}_perplexity"]), "", f"{number:,} {unit}s", how)
-        yield Figure(name, "bits per byte", _number(text["bits_per_byte"]), "", f"{text['bytes']:,} bytes", protocol)
+            yield Figure(name, f"{unit} perplexity", _number(text[f"{unit}_perplexity"]), "", _count(number, unit), how)
+        yield Figure(name, "bits per byte", _number(text["bits_per_byte"]), "", _count(text["bytes"], "byte"), protocol)
 
 
 def _smoke_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
@@ -84,9 +86,8 @@ def _smoke_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
     tokens = results["config"]["smoke_tests"]["max_new_tokens"]
     how = "asked through the chat template" if smoke["style"] == "chat" else "continued as text"
     for name, (passed, prompts) in smoke["categories"].items():
-        yield Figure(
-            f"smoke: {name}", "passed", str(passed), "", f"{prompts} prompts", f"greedy, at most {tokens} tokens, {how}; all checks met"
-        )
+        protocol = f"{smoke['source']}; greedy, at most {_count(tokens, 'token')}, {how}; all checks met"
+        yield Figure(f"smoke: {name}", "passed", str(passed), "", _count(prompts, "prompt"), protocol)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -98,9 +99,19 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<").split())
 
 
+def _data(part: Mapping[str, Any], unit: str) -> str:
+    return part["source"] if part["limit"] is None else f"the first {_count(part['limit'], unit)} of {part['source']}"
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}" + ("" if number == 1 else "s")
+
+
 def _share(value: float, error: float | None) -> str:
     return f"{value:.2%}" + ("" if error is None else f" ± {error:.2%}")
 
 
 def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:,.4g}" if value < 1e6 else f"{value:.3e}"
+    if value is None:
+        return "n/a"
+    return f"{value:.4g}" if value < 9999.5 else f"{value:,.1f}" if value < 1e6 else f"{value:.3e}"  # %g is exponential from 10,000 on

@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import lumi.configs
 from lumi import chat
-from lumi.config import load_config
-from lumi.generate import SamplingConfig, filler_id, generate_ids, text_ids
+from lumi.config import UserError, load_config
+from lumi.generate import SamplingConfig, check_prompts, filler_id, generate_ids, text_ids
 from lumi.messages import Message
 from lumi.model import Transformer
 from lumi.progress import progress_bar
@@ -124,19 +124,50 @@ def read_smoke_tests(config: SmokeConfig) -> SmokeTests:
     return load_config(SmokeTests, config.path or SHIPPED)
 
 
-def run_smoke_tests(config: SmokeConfig, tests: SmokeTests, model: Transformer, tokenizer: Tokenizer) -> SmokeResult:
+class EncodedTests(NamedTuple):
+    """Smoke tests as a model is given them: the token ids of every prompt, category by category, and what ends an answer."""
+
+    tests: SmokeTests
+    is_chat: bool
+    prompts: list[list[int]]
+    stop_ids: frozenset[int]
+
+
+def encode_smoke_tests(config: SmokeConfig, tests: SmokeTests, tokenizer: Tokenizer, max_positions: int) -> EncodedTests:
+    """Encode every prompt, before any work.
+
+    Args:
+        tokenizer: of the model; its chat template asks.
+        max_positions: the model's.
+
+    Raises:
+        UserError: style "chat" without a chat template, one that refuses a prompt (names it), a prompt longer than the model's positions.
+    """
+    is_chat = config.style == "chat" or (config.style == "auto" and bool(tokenizer.chat_template))
+    encoded = []
+    for category, prompts in tests.categories.items():
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                ids = chat.prompt_ids(tokenizer, prompt.conversation) if is_chat else text_ids(tokenizer, _text(prompt))
+                check_prompts([ids], max_positions)
+            except UserError as error:
+                raise UserError(f"smoke tests: {category}, prompt {number}: {error}") from error
+            encoded.append(ids)
+    return EncodedTests(tests, is_chat, encoded, chat.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id}))
+
+
+def run_smoke_tests(config: SmokeConfig, encoded: EncodedTests, model: Transformer, tokenizer: Tokenizer) -> SmokeResult:
     """Ask every prompt and check the answers.
 
     Args:
+        encoded: what `encode_smoke_tests` made with the same config and tokenizer.
         model: in evaluation mode.
-        tokenizer: of the model; its chat template asks.
 
     Raises:
-        UserError: style "chat" without a chat template, or a prompt longer than the model's positions.
+        UserError: the model's output is not finite.
     """
-    is_chat = config.style == "chat" or (config.style == "auto" and bool(tokenizer.chat_template))
+    tests, is_chat, asked, stop_ids = encoded
     entries = [(category, prompt) for category, prompts in tests.categories.items() for prompt in prompts]
-    asked = [_ids(prompt, tokenizer, is_chat) for _, prompt in entries]
     answers: list[SmokeAnswer] = []
     with progress_bar("smoke tests", " prompts", total=len(entries)) as progress:
         for start in range(0, len(entries), _BATCH):
@@ -144,7 +175,7 @@ def run_smoke_tests(config: SmokeConfig, tests: SmokeTests, model: Transformer, 
                 model,
                 asked[start : start + _BATCH],
                 SamplingConfig(temperature=0, max_new_tokens=config.max_new_tokens),
-                stop_ids=chat.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id}),
+                stop_ids=stop_ids,
                 pad_id=filler_id(tokenizer),
                 vocab_size=tokenizer.vocab_size,
             )
@@ -196,10 +227,6 @@ def repetition(ids: Sequence[int], length: int) -> float:
 
 def _holds(answer: str, words: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", answer, re.IGNORECASE) is not None
-
-
-def _ids(prompt: SmokePrompt, tokenizer: Tokenizer, is_chat: bool) -> list[int]:
-    return chat.prompt_ids(tokenizer, prompt.conversation) if is_chat else text_ids(tokenizer, _text(prompt))
 
 
 def _text(prompt: SmokePrompt) -> str:

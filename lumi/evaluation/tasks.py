@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from lumi.config import UserError
-from lumi.evaluation.records import HubSource, JsonlSource, Record, text_field
+from lumi.evaluation.records import HubSource, JsonlSource, Record, check_unicode, text_field
 
 TaskKind = Literal["boolq", "hellaswag", "arc", "piqa", "winogrande"]
 
@@ -69,12 +69,14 @@ def arc(record: Record, place: str) -> Question:
     choices = record.get("choices")
     if not isinstance(choices, dict):
         raise UserError(f"{place}: 'choices' must be an object with 'text' and 'label', got {type(choices).__name__}")
-    labels = _texts(choices.get("label"), "choices.label", place)
+    labels, texts = (_texts(choices.get(name), f"choices.{name}", place) for name in ("label", "text"))
+    if len(labels) != len(texts):
+        raise UserError(f"{place}: 'choices' must have as many texts as labels, got {len(texts)} and {len(labels)}")
     key = text_field(record, "answerKey", place)
     if key not in labels:
         raise UserError(f"{place}: 'answerKey' must be one of {', '.join(labels)}, got {key!r}")
     context = f"Question: {text_field(record, 'question', place)}\nAnswer:"
-    return _question(context, _texts(choices.get("text"), "choices.text", place), labels.index(key), place)
+    return _question(context, texts, labels.index(key), place)
 
 
 def piqa(record: Record, place: str) -> Question:
@@ -120,12 +122,14 @@ def _question(context: str, choices: list[str], answer: int, place: str) -> Ques
 
 def _integer(record: Record, name: str, place: str) -> int:
     value = record.get(name)
-    if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
+    if isinstance(value, int) or (isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)):  # "²" is a digit, too
         return int(value)
-    raise UserError(f"{place}: {name!r} must be an integer, got {value!r}: is this a split without answers?")
+    raise UserError(f"{place}: {name!r} must be an integer, got {repr(value)[:60]}: is this a split without answers?")
 
 
 def _texts(value: object, name: str, place: str) -> list[str]:
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) for item in value):
         raise UserError(f"{place}: {name!r} must be a list of at least two strings, got {str(value)[:60]}")
+    for number, text in enumerate(value, start=1):
+        check_unicode(text, f"{name} {number}", place)
     return value

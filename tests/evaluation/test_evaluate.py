@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from lumi.adapter_format import save_adapter
+import lumi.evaluation.evaluate
+from lumi.adapter_format import save_adapter, weights_fingerprint
 from lumi.cli import dispatch
 from lumi.command_line import run
 from lumi.config import UserError, load_config
@@ -54,7 +55,15 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     assert results["tokenizer_fingerprint"] == tokenizer.fingerprint
     assert results["parameters"] == sum(parameter.numel() for parameter in opinionated_model.parameters())
     assert (results["model"], results["adapter"], results["dtype"], results["device"]) == ("model", None, "float32", "cpu")
-    assert results["limit"] is None
+    assert (results["limit"], results["finished"]) == (None, True)
+    sources = [part["source"] for part in (*results["tasks"].values(), *results["perplexity"].values(), results["smoke_tests"])]
+    assert sources == [
+        "jsonl: boolq.jsonl",
+        "jsonl: piqa.jsonl",
+        "text: river.txt",
+        f"store: {store_dir} / validation",
+        "prompts of smoke.json",
+    ]
     assert results["config"]["batch_tokens"] == 500
     assert set(results["versions"]) == {"lumi", "torch", "python"}
 
@@ -62,7 +71,7 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     for record in BOOLQ:
         prompt = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
         [[no, yes]] = score(opinionated_model, [encode_request(tokenizer, prompt, [" no", " yes"])], batch_tokens=1)
-        right += (yes.log_probability > no.log_probability) == record["answer"]
+        right += (yes > no) == record["answer"]
     boolq = results["tasks"]["boolq"]
     assert (boolq["acc"], boolq["acc_norm"], boolq["examples"]) == (right / 9, None, 9)
     assert (boolq["majority"], boolq["chance"]) == (6 / 9, 0.5)
@@ -77,6 +86,9 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     for figure in (f"{right / 9:.2%}", "majority 66.67%, chance 50.00%", f"{river['bits_per_byte']:,.4g}", "stride 32", "EOS not counted"):
         assert figure in report
     assert "Question: {question}" in report
+    assert "Not finished" not in report
+    for source in sources:  # a figure's protocol names its data
+        assert any(f"| {source}; " in line for line in report.splitlines()), source
     assert "a\\|b" in report
     assert all(line.count(" | ") == report.splitlines()[4].count(" | ") for line in report.splitlines()[4:] if "perplexity" in line)
     for name in ("boolq", "piqa", "river", "smoke: words", f"{right / 9:.2%}"):
@@ -89,7 +101,12 @@ def test_limits_and_overrides(place, monkeypatch, capsys):
     results = json.loads((place / "out2" / "evaluation_results.json").read_text())
     assert results["tasks"]["boolq"]["examples"] == 3
     assert (results["limit"], results["smoke_tests"]) == (4, None)
-    assert "At most 4 examples of each task" in (place / "out2" / "evaluation_report.md").read_text()
+    report = (place / "out2" / "evaluation_report.md").read_text()
+    assert "The first 4 of each task and text at most (--limit)." in report
+    assert "| the first 3 examples of jsonl: boolq.jsonl; zero-shot" in report
+    assert "| the first 4 examples of jsonl: piqa.jsonl; zero-shot" in report
+    assert "| the first 4 documents of text: river.txt; windows" in report
+    assert "| 1 example |" in report
 
 
 def test_data_dirs_alone(place, monkeypatch, capsys, store_dir):
@@ -106,7 +123,7 @@ def test_an_adapter_on_its_base(place, monkeypatch, capsys, opinionated_model, t
     with torch.no_grad():
         for _, module in adapters(model):
             module.lora_B.normal_(std=0.3)
-    save_adapter(place / "adapter", model, lora, tokenizer, place / "model")
+    save_adapter(place / "adapter", model, lora, tokenizer, place / "model", weights_fingerprint(place / "model"))
     merge_lora(model)
     save_model(place / "merged", model, tokenizer)
     nats = {}
@@ -153,20 +170,74 @@ def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokeni
         (['tasks.0.source.paths=["none.jsonl"]'], "paths must match at least one file, got 'none.jsonl'"),
         (['tasks.0.source.paths=["empty.jsonl"]'], "jsonl: empty.jsonl: must hold at least one record, got none"),
         (["tasks.0.kind=piqa"], "task 'boolq': jsonl: boolq.jsonl, record 1: 'goal' must be a string, got no such field (it has question"),
-        (["windows.window_tokens=1000"], "perplexity.window_tokens must be at most the model's 96 positions, got 1000"),
+        (["windows.window_tokens=1000"], "windows.window_tokens must be at most the model's 96 positions, got 1000"),
         (["smoke_tests.path=none.json"], "none.json: cannot be read"),
         (["--data-dirs", "model"], "--data-dirs must name token stores"),
+        (["--data-dirs", "river"], "texts and --data-dirs must have different names, got 'river' twice"),
+        (["--data-dirs", "a", "a/"], "texts and --data-dirs must have different names, got 'a' twice"),
+        (["--output-dir", "river.txt"], "--output-dir must be a folder that can be written to, got river.txt: river.txt is a file"),
+        (["--output-dir", "river.txt/x"], "--output-dir must be a folder that can be written to, got river.txt/x: "),
+        (
+            ["smoke_tests.style=chat", "smoke_tests.path=long.json"],
+            "smoke tests: long, prompt 1: a prompt must be shorter than the model's 96",
+        ),
+        (["smoke_tests.path=deep.json"], "deep.json: not valid JSON: maximum recursion depth"),
         (["--model-path", "none"], "none: must be a model folder"),
         (["--config", "none.json"], "none.json: cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, place, monkeypatch, capsys):
     (place / "empty.jsonl").write_text("")
+    (place / "long.json").write_text(json.dumps({"categories": {"long": [{"prompt": "x" * 300}]}}))
+    (place / "deep.json").write_text("[" * 100_000)
     given = ["--model-path", "model", "--config", "config.json", "--output-dir", "refused"]
+    for name in ("score_questions", "perplexity", "run_smoke_tests"):
+        monkeypatch.setattr(f"lumi.evaluation.evaluate.{name}", lambda *_arguments, **_options: pytest.fail("the model was run"))
     assert call(place, monkeypatch, *given, *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {message}")
     assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "last"), [(KeyboardInterrupt(), 130, None), (UserError("broken"), 2, "error: broken")], ids=["Ctrl-C", "an error"]
+)
+def test_what_was_measured_is_kept(stop, code, last, place, monkeypatch, capsys):
+    seen = []
+
+    def stops(*_arguments, **_options):
+        seen.append(json.loads((place / "stopped" / "evaluation_results.json").read_text()))
+        raise stop
+
+    monkeypatch.setattr(lumi.evaluation.evaluate, "perplexity", stops)
+    assert call(place, monkeypatch, "--model-path", "model", "--config", "config.json", "--output-dir", "stopped") == code
+    results = json.loads((place / "stopped" / "evaluation_results.json").read_text())
+    assert [results] == seen
+    assert (results["finished"], list(results["tasks"]), results["perplexity"]) == (False, ["boolq", "piqa"], {})
+    assert "**Not finished**" in (place / "stopped" / "evaluation_report.md").read_text()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("stopped", "error"))]
+    kept = "stopped; boolq, piqa measured, kept in stopped/evaluation_results.json and evaluation_report.md"
+    assert lines == [line for line in (kept, last) if line]
+
+
+def test_control_c_before_anything_was_measured(place, monkeypatch, capsys):
+    def stops(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lumi.evaluation.evaluate, "score_questions", stops)
+    assert call(place, monkeypatch, "--model-path", "model", "--config", "config.json", "--output-dir", "early") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped before anything was measured; nothing was written"
+    assert not list((place / "early").iterdir())
+
+
+def test_a_broken_model_passes_no_smoke_tests(place, opinionated_model, tokenizer, monkeypatch):
+    monkeypatch.chdir(place)
+    broken = copy.deepcopy(opinionated_model)
+    with torch.no_grad():
+        broken.final_norm.weight[3] = float("nan")
+    config = load_config(EvaluationConfig, "config.json", ["tasks=[]", "texts=[]"])
+    with pytest.raises(UserError, match="the model's output must be finite, got NaN or infinity"):
+        evaluate(config, Pretrained(broken, tokenizer, place / "model"), place / "broken")
 
 
 def test_nothing_to_do(opinionated_model, tokenizer, tmp_path):

@@ -5,14 +5,10 @@ import statistics
 import pytest
 
 from lumi.config import UserError
-from lumi.evaluation.likelihood import Request, Score, score
+from lumi.evaluation.likelihood import Request, score
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions, standard_error
 from lumi.evaluation.records import JsonlSource
 from lumi.evaluation.tasks import Question, TaskConfig
-
-
-def scores(*log_probabilities):
-    return [Score(value, False, 1) for value in log_probabilities]
 
 
 def test_accuracy_by_hand():
@@ -23,7 +19,7 @@ def test_accuracy_by_hand():
         Question(("q",) * 3, ("aa", "bb", "cc"), 0),
         Question(("q",) * 4, ("a", "b", "c", "d"), 1),
     ]
-    found = [scores(-2, -1), scores(-1, -2), scores(-3, -3, -4), scores(-1, -2, -3, -4)]
+    found = [[-2, -1], [-1, -2], [-3, -3, -4], [-1, -2, -3, -4]]
     result = accuracy(questions, found, normalised=True)
     assert (result.acc, result.acc_norm, result.examples) == (0.5, 0.75, 4)
     assert result.chance == pytest.approx((1 / 2 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
@@ -38,7 +34,7 @@ def test_accuracy_by_hand():
 
 def test_characters_and_not_bytes_normalise():
     """As in the harness: "éé" has two characters, in UTF-8 four bytes; its -2.5 is -1.25 and -0.625 for each; "abc" has -1 for either."""
-    result = accuracy([Question(("q",) * 2, ("éé", "abc"), 1)], [scores(-2.5, -3)], normalised=True)
+    result = accuracy([Question(("q",) * 2, ("éé", "abc"), 1)], [[-2.5, -3]], normalised=True)
     assert result.acc_norm == 1
 
 
@@ -55,10 +51,10 @@ def test_contexts_of_their_own_and_shared_ones(opinionated_model, tokenizer):
     got = score_questions([shared, own, shared], opinionated_model, tokenizer, batch_tokens=100)
     pairs = [("The river", " opens"), ("The river", " finds a stone"), *((context, " was late.") for context in own.contexts)]
     requests = [Request([tokenizer.bos_id, *encode(a)], [encode(a + b)[len(encode(a)) :]]) for a, b in pairs]
-    expected = [only.log_probability for [only] in score(opinionated_model, requests, batch_tokens=1)]
+    expected = [only for [only] in score(opinionated_model, requests, batch_tokens=1)]
     expected = [expected[:2], expected[2:], expected[:2]]
     for row, wanted in zip(got, expected, strict=True):
-        assert [s.log_probability for s in row] == pytest.approx(wanted, abs=1e-4)
+        assert row == pytest.approx(wanted, abs=1e-4)
 
 
 def test_limits_and_the_place_of_a_bad_record(tmp_path):

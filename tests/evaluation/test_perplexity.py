@@ -92,8 +92,8 @@ def test_trained_tokens_alone_count(opinionated_model):
 
 def test_a_window_past_the_model_is_refused(opinionated_model):
     for config, message in (
-        (WindowConfig(window_tokens=97), "perplexity.window_tokens must be at most the model's 96 positions, got 97"),
-        (WindowConfig(stride_tokens=97), "perplexity.stride_tokens must be at most the window, here the model's 96 positions, got 97"),
+        (WindowConfig(window_tokens=97), "windows.window_tokens must be at most the model's 96 positions, got 97"),
+        (WindowConfig(stride_tokens=97), "windows.stride_tokens must be at most the window, here the model's 96 positions, got 97"),
     ):
         with pytest.raises(UserError, match=message):
             perplexity(opinionated_model, [make_document(3)], config, batch_tokens=10)

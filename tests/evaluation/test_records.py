@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lumi.config import UserError, from_dict
-from lumi.evaluation.records import HubSource, JsonlSource, TextSource, describe, read_records
+from lumi.evaluation.records import HubSource, JsonlSource, TextSource, describe, read_records, text_field, tightest
 
 
 def test_local_files_in_order(tmp_path):
@@ -26,6 +26,8 @@ def test_local_files_in_order(tmp_path):
         (b'{"a": 1}\nnot json\n', "x.jsonl:2: must be a JSON object, got a line that is not valid JSON"),
         (b"[1]\n", "x.jsonl:1: must be a JSON object, got list"),
         (b'{"a": "\xff"}\n', "x.jsonl: must be UTF-8, got another byte at 7"),
+        (b'\xef\xbb\xbf{"a": "\xff"}\n', "x.jsonl: must be UTF-8, got another byte at 10"),
+        (b"{}\n" + b"[" * 100_000, "x.jsonl:2: must be a JSON object, got a line that is not valid JSON: maximum recursion depth"),
         (b"\n\n", "jsonl: x.jsonl: must hold at least one record, got none"),
         (None, "paths must match at least one file, got 'x.jsonl'"),
     ],
@@ -38,6 +40,15 @@ def test_bad_files(content, message, tmp_path, monkeypatch):
         read_records(JsonlSource(paths=("x.jsonl",)))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_the_place_of_a_lone_surrogate_is_counted_in_the_field():
+    with pytest.raises(UserError, match=r"^here: 'a': text must be valid Unicode, got the lone surrogate U\+D800 at character 2$"):
+        text_field({"b": "x", "a": "xx\ud800"}, "a", "here")
+
+
+def test_the_tightest_limit():
+    assert (tightest(None, None), tightest(3, None), tightest(None, 4), tightest(5, 4)) == (None, 3, 4, 4)
 
 
 def test_the_hub_is_streamed(monkeypatch):

@@ -7,7 +7,17 @@ import pytest
 from lumi import chat
 from lumi.config import UserError, from_dict
 from lumi.evaluation import smoke
-from lumi.evaluation.smoke import SmokeConfig, SmokePrompt, SmokeTests, Turn, check, read_smoke_tests, repetition, run_smoke_tests
+from lumi.evaluation.smoke import (
+    SmokeConfig,
+    SmokePrompt,
+    SmokeTests,
+    Turn,
+    check,
+    encode_smoke_tests,
+    read_smoke_tests,
+    repetition,
+    run_smoke_tests,
+)
 from lumi.generate import Completion, text_ids
 
 PROMPT = SmokePrompt(prompt="What is it?", text="It is", any_of=("stone", "river bed"), all_of=("a",))
@@ -41,6 +51,10 @@ def test_repetition_by_hand():
     assert repetition([1, 1, 1], 4) == 0
 
 
+def run(config, tests, model, tokenizer):
+    return run_smoke_tests(config, encode_smoke_tests(config, tests, tokenizer, model.config.max_positions), model, tokenizer)
+
+
 def scripted(monkeypatch, tokenizer, answers):
     """A model that says `answers`; returns what it is asked."""
     asked = []
@@ -57,7 +71,7 @@ def test_a_chat_model_is_asked_through_its_template(opinionated_model, tokenizer
     turns = (Turn(role="user", content="A"), Turn(role="assistant", content="B"), Turn(role="user", content="C"))
     tests = SmokeTests(categories={"one": (PROMPT,), "two": (SmokePrompt(messages=turns), SmokePrompt(prompt="D"))})
     asked = scripted(monkeypatch, tokenizer, [("a stone", True), ("x " * 40, True), ("fine", False)])
-    result = run_smoke_tests(SmokeConfig(max_new_tokens=9), tests, opinionated_model, tokenizer)
+    result = run(SmokeConfig(max_new_tokens=9), tests, opinionated_model, tokenizer)
     [(prompts, sampling, options)] = asked
     assert prompts == [chat.prompt_ids(tokenizer, prompt.conversation) for category in tests.categories.values() for prompt in category]
     assert options["stop_ids"] == chat.stop_ids(tokenizer)
@@ -71,13 +85,13 @@ def test_a_chat_model_is_asked_through_its_template(opinionated_model, tokenizer
     assert result.answers[2].checks["stops"] is False
     lenient = SmokeConfig(max_repetition=1.0)
     scripted(monkeypatch, tokenizer, [("a stone", True), ("x " * 40, True), ("fine", True)])
-    assert run_smoke_tests(lenient, tests, opinionated_model, tokenizer).passed == 3
+    assert run(lenient, tests, opinionated_model, tokenizer).passed == 3
 
 
 def test_a_base_model_goes_on_with_a_text(opinionated_model, tokenizer, monkeypatch):
     tests = SmokeTests(categories={"one": (PROMPT, SmokePrompt(prompt="Why?"))})
     asked = scripted(monkeypatch, tokenizer, [(" a stone", False), (" So", False)])
-    result = run_smoke_tests(SmokeConfig(style="text"), tests, opinionated_model, tokenizer)
+    result = run(SmokeConfig(style="text"), tests, opinionated_model, tokenizer)
     [(prompts, _, options)] = asked
     assert prompts == [text_ids(tokenizer, "It is"), text_ids(tokenizer, "Why?\n")]
     assert options["stop_ids"] == {tokenizer.eos_id}
@@ -85,16 +99,37 @@ def test_a_base_model_goes_on_with_a_text(opinionated_model, tokenizer, monkeypa
     assert "stops" not in result.answers[0].checks
     without = tokenizer.with_chat_template("")
     scripted(monkeypatch, tokenizer, [(" a stone", False), (" So", False)])
-    assert run_smoke_tests(SmokeConfig(), tests, opinionated_model, without).style == "text"
+    assert run(SmokeConfig(), tests, opinionated_model, without).style == "text"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "message"),
+    [
+        (SmokePrompt(prompt="x" * 300), None, "a prompt must be shorter than the model's 96 positions, got 3"),
+        (SmokePrompt(prompt="b\ud800"), None, "message 1: text must be valid Unicode, got the lone surrogate U+D800 at character 1"),
+        (SmokePrompt(prompt="x"), "", "the tokenizer must have a chat template, got none"),
+        (SmokePrompt(prompt="x"), "{{ raise_exception('no') }}", "the model's chat template must accept the conversation, but says: no"),
+    ],
+    ids=["too long", "no Unicode", "no template", "refused"],
+)
+def test_a_prompt_that_cannot_be_asked_is_named_before_any_is(prompt, template, message, tokenizer):
+    other = SmokePrompt(prompt="A") if template is None else prompt
+    tests = SmokeTests(categories={"one": (other,), "two": (other, prompt)})
+    if template is not None:
+        tokenizer = tokenizer.with_chat_template(template)
+    with pytest.raises(UserError) as error:
+        encode_smoke_tests(SmokeConfig(style="chat"), tests, tokenizer, 96)
+    place = "two, prompt 2" if template is None else "one, prompt 1"
+    assert str(error.value).startswith(f"smoke tests: {place}: {message}")
 
 
 def test_the_shipped_ones_run(opinionated_model, tokenizer):
     tests = read_smoke_tests(SmokeConfig())
     assert len(tests.categories) == 5
     assert sum(map(len, tests.categories.values())) == 20
-    result = run_smoke_tests(SmokeConfig(max_new_tokens=4, style="text"), tests, opinionated_model, tokenizer)
+    result = run(SmokeConfig(max_new_tokens=4, style="text"), tests, opinionated_model, tokenizer)
     assert result.prompts == 20
-    assert result == run_smoke_tests(SmokeConfig(max_new_tokens=4, style="text"), tests, opinionated_model, tokenizer)
+    assert result == run(SmokeConfig(max_new_tokens=4, style="text"), tests, opinionated_model, tokenizer)
 
 
 def test_a_file_of_ones_own(tmp_path):

@@ -51,6 +51,18 @@ def test_hellaswag_is_cleaned():
         ("hellaswag", {**HELLASWAG, "endings": "x"}, "here: 'endings' must be a list of at least two strings, got x"),
         ("arc", {**ARC, "choices": ["a"]}, "here: 'choices' must be an object with 'text' and 'label', got list"),
         ("arc", {**ARC, "answerKey": "D"}, "here: 'answerKey' must be one of A, B, C, got 'D'"),
+        (
+            "arc",
+            {**ARC, "choices": {"text": ["ice", "sand"], "label": ["A", "B", "C"]}},
+            "here: 'choices' must have as many texts as labels, got 2 and 3",
+        ),
+        ("piqa", {**PIQA, "label": "²"}, "here: 'label' must be an integer, got '²': is this a split without answers?"),
+        ("piqa", {**PIQA, "label": "9" * 5000}, f"here: 'label' must be an integer, got '{'9' * 59}: is this a split without answers?"),
+        (
+            "hellaswag",
+            {**HELLASWAG, "endings": ["a", "b\udfff"]},
+            "here: 'endings 2': text must be valid Unicode, got the lone surrogate U+DFFF at character 1",
+        ),
         ("piqa", {**PIQA, "goal": 3}, "here: 'goal' must be a string, got int"),
         ("winogrande", {**WINOGRANDE, "sentence": "No blank."}, "here: 'sentence' must hold the blank '_', got none"),
         ("winogrande", {**WINOGRANDE, "answer": "3"}, "here: 'answer' must be 1 or 2, got 3"),
