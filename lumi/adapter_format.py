@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lumi.checkpoint import load_tensors, save_tensors
 from lumi.config import UserError, from_dict, read_json, write_json
@@ -39,15 +40,9 @@ def save_adapter(
         base: the folder of the model that they were put on.
         base_fingerprint: `weights_fingerprint` of it when it was loaded.
     """
-    tensors = {
-        f"{_PREFIX}{hf_name(f'{name}.')}{theirs}": tensor
-        for name, module in adapters(model)
-        for theirs, ours in _PARTS.items()
-        if (tensor := getattr(module, ours)) is not None
-    }
-    freed = {hf_name(f"{name}."): rows for name, module in token_matrices(model).items() if (rows := trained_rows(module)) is not None}
-    tensors |= {f"{_PREFIX}{name}{_ROWS}": rows.rows for name, rows in freed.items()}
-    row_ids = {name.split(".")[-2]: rows.ids.tolist() for name, rows in freed.items()} or None
+    tensors = {f"{_PREFIX}{key}": tensor for key, tensor in _parameters(model).items()}
+    freed = {name: rows.ids.tolist() for name, matrix in token_matrices(model).items() if (rows := trained_rows(matrix)) is not None}
+    row_ids = {hf_name(f"{name}.").split(".")[-2]: ids for name, ids in freed.items()} or None
     metadata = {"base_fingerprint": base_fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     with atomic_folder(folder, replace=True) as temporary:
         tokenizer.save(temporary)
@@ -109,23 +104,24 @@ def load_adapter(folder: str | Path, model: Transformer, base: str | Path, token
     if not adapted:
         raise UserError(f"{file}: must hold adapters of the model's linears, got none")
     wrap(model, adapted, config, token_ids)
-    expected_tensors = {
-        f"{hf_name(f'{name}.')}{theirs}": tensor
-        for name, module in adapters(model)
-        for theirs, ours in _PARTS.items()
-        if (tensor := getattr(module, ours)) is not None
-    }
-    expected_tensors |= {
-        f"{hf_name(f'{name}.')}{_ROWS}": rows.rows for name, matrix in token_matrices(model).items() if (rows := trained_rows(matrix))
-    }
-    for key in expected_tensors | tensors:
-        expected_shape, got_shape = (tuple(group[key].shape) if key in group else "nothing" for group in (expected_tensors, tensors))
+    parameters = _parameters(model)
+    for key in parameters | tensors:
+        expected_shape, got_shape = (tuple(group[key].shape) if key in group else "nothing" for group in (parameters, tensors))
         if expected_shape != got_shape:
             hint = " (the loss is fused with lm_head)" if key.startswith("lm_head.lora") else ""
             raise UserError(f"{file}: {key} must have shape {expected_shape} by {CONFIG} and the model, got {got_shape}{hint}")
-    for key, parameter in expected_tensors.items():
+    for key, parameter in parameters.items():
         parameter.data = tensors[key].float().to(parameter.device)
     return config
+
+
+def _parameters(model: Transformer) -> dict[str, Tensor]:
+    """What an adapter consists of, by PEFT's names without its prefix."""
+    found = {f"{hf_name(f'{name}.')}{theirs}": getattr(module, ours) for name, module in adapters(model) for theirs, ours in _PARTS.items()}
+    for name, matrix in token_matrices(model).items():
+        rows = trained_rows(matrix)
+        found[f"{hf_name(f'{name}.')}{_ROWS}"] = None if rows is None else rows.rows
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
