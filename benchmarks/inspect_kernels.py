@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -54,6 +55,10 @@ class Entry:
 
 def entries() -> list[Entry]:
     """The registry: a further kernel is further entries here, with the block sizes that its launcher would choose."""
+    return [*_rms_norm_entries(), *_swiglu_entries()]
+
+
+def _rms_norm_entries() -> Iterator[Entry]:
     from lumi.kernels.rms_norm import backward_config, forward_config
 
     forward = {
@@ -65,8 +70,6 @@ def entries() -> list[Entry]:
         "stride_dyn": "i32", "stride_xn": "i32", "stride_dxn": "i32", "N": "i32", "D": "i32",
     }  # fmt: skip
     backward = wide | {"num_tiles": "i32"}
-
-    result = []
     for D in (64, 8192, 16_384):  # rows that share a program, the most registers, the looped backward
         narrow = "BLOCK_N" in backward_config(D)
         for name, kernel, signature, config in (
@@ -75,10 +78,24 @@ def entries() -> list[Entry]:
             if narrow
             else ("rms_norm_bwd_wide", "_rms_norm_bwd_wide_kernel", wide, backward_config(D)),
         ):
-            num_warps = config.pop("num_warps")
-            aligned = tuple(argument for argument in signature if argument == "D" or argument.startswith("stride_"))
-            result.append(Entry(f"{name} D={D}", "lumi.kernels.rms_norm", kernel, signature, config, num_warps, aligned=aligned))
-    return result
+            yield _entry(f"{name} D={D}", "lumi.kernels.rms_norm", kernel, signature, config, "D")
+
+
+def _swiglu_entries() -> Iterator[Entry]:
+    from lumi.kernels.swiglu import tile_config
+
+    for name, tensors in (("fwd", ("gate", "up", "y")), ("bwd", ("dy", "gate", "up", "dgate", "dup"))):
+        pointers, strides = {f"{tensor}_ptr": "*T" for tensor in tensors}, {f"stride_{tensor}n": "i32" for tensor in tensors}
+        for F in (64, 1536):  # rows that share a program, rows that are cut
+            signature = pointers | strides | {"N": "i32", "F": "i32"}
+            yield _entry(f"swiglu_{name} F={F}", "lumi.kernels.swiglu", f"_swiglu_{name}_kernel", signature, tile_config(F), "F")
+
+
+def _entry(name: str, module: str, kernel: str, signature: dict[str, str], config: dict[str, int], width: str) -> Entry:
+    """`config` as the launcher chose it; strides and the argument `width` are multiples of 16 for the sizes that models have."""
+    aligned = tuple(argument for argument in signature if argument == width or argument.startswith("stride_"))
+    blocks = {key: value for key, value in config.items() if key != "num_warps"}
+    return Entry(name, module, kernel, signature, blocks, config["num_warps"], aligned=aligned)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lumi.kernels.linear_cross_entropy import linear_cross_entropy_reference
 from lumi.kernels.optional_triton import HAS_TRITON
 from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
 from lumi.kernels.rope import rope_reference
-from lumi.kernels.swiglu import swiglu_reference
+from lumi.kernels.swiglu import swiglu, swiglu_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ REFERENCE = Ops(
 )
 
 # An operator without a Triton kernel yet is its reference here.
-TRITON = replace(REFERENCE, name="triton", rms_norm=rms_norm)
+TRITON = replace(REFERENCE, name="triton", rms_norm=rms_norm, swiglu=swiglu)
 
 
 def select(name: str, device: torch.device | str) -> Ops:

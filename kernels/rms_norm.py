@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lumi.kernels.optional_triton import tl, triton
+from lumi.kernels.strided_rows import strided_rows
 
 MAX_D = 16_384  # the forward holds a row in registers
 _WIDE_D = 8192  # above this the backward's row does not fit in registers, and it walks the row in pieces
@@ -148,12 +149,6 @@ def _max_programs(device: torch.device, num_warps: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * max(16 // num_warps, 1)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """(..., D) as (N, D) with unit stride inside a row: a view where one stride can walk the rows, else a copy."""
-    t_ND = t.reshape(-1, t.shape[-1])
-    return t_ND if t_ND.stride(1) == 1 or t_ND.shape[1] == 1 else t_ND.contiguous()
-
-
 def rms_norm_fwd(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns y_ND in x's dtype and rstd_N in float32. `x_ND` may have any row stride; within a row the stride is 1."""
     N, D = x_ND.shape
@@ -191,13 +186,13 @@ def rms_norm_bwd(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor) 
 
 @torch.library.custom_op("lumi::rms_norm", mutates_args=())
 def _rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y_ND, rstd_N = rms_norm_fwd(_rows(x), weight.contiguous(), eps)
+    y_ND, rstd_N = rms_norm_fwd(strided_rows(x), weight.contiguous(), eps)
     return y_ND.view(x.shape), rstd_N
 
 
 @torch.library.custom_op("lumi::rms_norm_backward", mutates_args=())
 def _rms_norm_backward_op(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx_ND, dweight_D = rms_norm_bwd(_rows(dy), _rows(x), weight.contiguous(), rstd)
+    dx_ND, dweight_D = rms_norm_bwd(strided_rows(dy), strided_rows(x), weight.contiguous(), rstd)
     return dx_ND.view(x.shape), dweight_D
 
 
