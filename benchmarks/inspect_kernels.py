@@ -55,7 +55,7 @@ class Entry:
 
 def entries() -> list[Entry]:
     """The registry: a further kernel is further entries here, with the block sizes that its launcher would choose."""
-    return [*_rms_norm_entries(), *_swiglu_entries()]
+    return [*_rms_norm_entries(), *_rope_entries(), *_swiglu_entries()]
 
 
 def _rms_norm_entries() -> Iterator[Entry]:
@@ -81,6 +81,16 @@ def _rms_norm_entries() -> Iterator[Entry]:
             yield _entry(f"{name} D={D}", "lumi.kernels.rms_norm", kernel, signature, config, "D")
 
 
+def _rope_entries() -> Iterator[Entry]:
+    from lumi.kernels.rope import tile_config
+
+    tensors = ("q", "k", "q_out", "k_out")
+    signature = {f"{tensor}_ptr": "*T" for tensor in tensors} | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "stride_tn": "i32"}
+    signature |= {f"stride_{tensor}{axis}": "i32" for tensor in tensors for axis in "nh"} | {"N": "i32", "H": "i32", "G": "i32"}
+    for K in (64, 96, 128):
+        yield _entry(f"rope K={K}", "lumi.kernels.rope", "_rope_kernel", signature, {"SIGN": -1, **tile_config(K)})
+
+
 def _swiglu_entries() -> Iterator[Entry]:
     from lumi.kernels.swiglu import tile_config
 
@@ -91,7 +101,7 @@ def _swiglu_entries() -> Iterator[Entry]:
             yield _entry(f"swiglu_{name} F={F}", "lumi.kernels.swiglu", f"_swiglu_{name}_kernel", signature, tile_config(F), "F")
 
 
-def _entry(name: str, module: str, kernel: str, signature: dict[str, str], config: dict[str, int], width: str) -> Entry:
+def _entry(name: str, module: str, kernel: str, signature: dict[str, str], config: dict[str, int], width: str = "") -> Entry:
     """`config` as the launcher chose it; strides and the argument `width` are multiples of 16 for the sizes that models have."""
     aligned = tuple(argument for argument in signature if argument == width or argument.startswith("stride_"))
     blocks = {key: value for key, value in config.items() if key != "num_warps"}

@@ -14,7 +14,7 @@ from lumi.kernels.decode_attention import decode_attention_reference
 from lumi.kernels.linear_cross_entropy import linear_cross_entropy_reference
 from lumi.kernels.optional_triton import HAS_TRITON
 from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
-from lumi.kernels.rope import rope_reference
+from lumi.kernels.rope import rope, rope_reference
 from lumi.kernels.swiglu import swiglu, swiglu_reference
 
 
@@ -47,7 +47,7 @@ REFERENCE = Ops(
 )
 
 # An operator without a Triton kernel yet is its reference here.
-TRITON = replace(REFERENCE, name="triton", rms_norm=rms_norm, swiglu=swiglu)
+TRITON = replace(REFERENCE, name="triton", rms_norm=rms_norm, rope=rope, swiglu=swiglu)
 
 
 def select(name: str, device: torch.device | str) -> Ops:

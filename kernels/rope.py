@@ -9,6 +9,8 @@ frequencies down, so that longer texts than those of pre-training stay within an
 Shape letters: B batch, T tokens, H query heads, G kv heads, K head dim.
 Precision: angles and rotation in float32 (float64 stays float64), cast once. Angles are rounded exactly as transformers'
 `LlamaRotaryEmbedding` rounds them, so logits of an exported model agree to float32 rounding.
+Cost: q and k are read and written once, in one launch; the first halves of cos and sin once for every 4 heads. The backward is the same
+rotation by the negative angle, and keeps nothing but the tables.
 """
 
 import math
@@ -16,6 +18,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lumi.kernels.optional_triton import tl, triton
+
+_TILE = 1024  # elements of each half of a head that a program turns at a time
+_HEADS = 4  # heads that a program turns, one after the other, with the cosines and sines that it has loaded
+_NUM_WARPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,9 @@ def _slow_down(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(wavelengths < known / scaling.high_freq_factor, frequencies, slowed)
 
 
+# --- reference: the definition. Slow, obvious, any device, any dtype. ---
+
+
 def rope_reference(q_BTHK: Tensor, k_BTGK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries (B, T, H, K) and keys (B, T, G, K) by cos and sin (B, T, K) float32; dtypes are kept."""
 
@@ -92,3 +103,123 @@ def rope_reference(q_BTHK: Tensor, k_BTGK: Tensor, cos_BTK: Tensor, sin_BTK: Ten
         return (x * cos_BTK[:, :, None].to(wide) + rotated * sin_BTK[:, :, None].to(wide)).to(x.dtype)
 
     return rotate(q_BTHK), rotate(k_BTGK)
+
+
+# --- Triton kernel: a tile of tokens, and some of the heads of q and k together ---
+
+
+@triton.jit(do_not_specialize=["N"])  # one compilation for every number of tokens
+def _rope_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_tn, stride_q_outn, stride_q_outh, stride_k_outn, stride_k_outh,
+    N, H, G,
+    SIGN: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: N * H * K can exceed 2**31
+    cols = tl.arange(0, BLOCK_K)
+    mask = (tokens < N)[:, None] & (cols < HALF)[None, :]
+    cos = tl.load(cos_ptr + tokens[:, None] * stride_tn + cols[None, :], mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + tokens[:, None] * stride_tn + cols[None, :], mask=mask, other=0.0) * SIGN
+
+    for index in tl.static_range(HEADS):
+        head = tl.program_id(1) * HEADS + index
+        if head < H:
+            q_ptrs = q_ptr + head * stride_qh + tokens[:, None] * stride_qn + cols[None, :]
+            _turn(q_ptrs, q_out_ptr + head * stride_q_outh + tokens[:, None] * stride_q_outn + cols[None, :], cos, sin, mask, HALF)
+        elif head < H + G:
+            k_ptrs = k_ptr + (head - H) * stride_kh + tokens[:, None] * stride_kn + cols[None, :]
+            _turn(k_ptrs, k_out_ptr + (head - H) * stride_k_outh + tokens[:, None] * stride_k_outn + cols[None, :], cos, sin, mask, HALF)
+
+
+@triton.jit
+def _turn(x_ptrs, y_ptrs, cos, sin, mask, HALF: tl.constexpr):
+    first = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, first * cos - second * sin, mask=mask)
+    tl.store(y_ptrs + HALF, second * cos + first * sin, mask=mask)
+
+
+# --- launcher: allocate, pick block sizes, launch. Never autograd. ---
+
+
+def tile_config(K: int) -> dict[str, int]:
+    """HALF, HEADS, BLOCK_N, BLOCK_K and num_warps for heads of K elements."""
+    block_k = triton.next_power_of_2(K // 2)
+    return {"HALF": K // 2, "HEADS": _HEADS, "BLOCK_N": max(_TILE // block_k, 1), "BLOCK_K": block_k, "num_warps": _NUM_WARPS}
+
+
+def _tokens(x_BTHK: Tensor) -> Tensor:
+    """(B, T, H, K) as (N, H, K) with unit stride inside a head: a view where one stride can walk the tokens, else a copy."""
+    x_NHK = x_BTHK.reshape(-1, *x_BTHK.shape[2:])
+    return x_NHK if x_NHK.stride(2) == 1 else x_NHK.contiguous()
+
+
+def rope_launch(q_NHK: Tensor, k_NGK: Tensor, cos_NK: Tensor, sin_NK: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """Returns q and k turned by `sign` times the angle, contiguous. Token and head strides are free, within a head the stride is 1."""
+    N, H, K = q_NHK.shape
+    q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q_NHK, k_NGK))
+    config = tile_config(K)
+    grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(H + k_NGK.shape[1], _HEADS))
+    strides = (*q_NHK.stride()[:2], *k_NGK.stride()[:2], cos_NK.stride(0), *q_out.stride()[:2], *k_out.stride()[:2])
+    with torch.cuda.device_of(q_NHK):  # Triton launches on the current device, which need not be q's
+        _rope_kernel[grid](q_NHK, k_NGK, cos_NK, sin_NK, q_out, k_out, *strides, N, H, k_NGK.shape[1], SIGN=sign, **config)
+    return q_out, k_out
+
+
+# --- registration: torch.compile, checkpointing and FSDP2 see one opaque operator with known shapes ---
+
+
+@torch.library.custom_op("lumi::rope", mutates_args=())
+def _rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    cos_NK, sin_NK = (t.reshape(-1, t.shape[-1]).contiguous() for t in (cos, sin))
+    q_out, k_out = rope_launch(_tokens(q), _tokens(k), cos_NK, sin_NK, sign)
+    return q_out.view(q.shape), k_out.view(k.shape)
+
+
+@_rope_op.register_fake
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, _, cos, sin, ctx.sign = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    return (*_rope_op(dq, dk, *ctx.saved_tensors, -ctx.sign), None, None, None)
+
+
+_rope_op.register_autograd(_backward, setup_context=_save)
+
+
+# --- public function: the only name other packages import ---
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by the angles of their positions.
+
+    Args:
+        q: queries (B, T, H, K), float32 / bfloat16 / float16, any strides; K even.
+        k: keys (B, T, G, K), dtype and device of `q`.
+        cos, sin: (B, T, K) float32 as `rope_table` makes them, both halves of K alike: only the first is read.
+
+    Returns:
+        q and k turned, same shapes and dtype, contiguous. Differentiable in q and k.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit each other, or K is odd.
+
+    Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
+    """
+    if q.ndim != 4 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or q.shape[3] % 2 or q.shape[3] == 0:
+        raise ValueError(f"q and k must have shapes (B, T, H, K) and (B, T, G, K), K even, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if k.dtype != q.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"q and k must be of one dtype, float32, bfloat16 or float16, got {q.dtype} and {k.dtype}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (*q.shape[:2], q.shape[3]) or table.dtype != torch.float32:
+            expected = (*q.shape[:2], q.shape[3])
+            raise ValueError(f"{name} must be float32 of shape {expected}, got {table.dtype} of shape {tuple(table.shape)}")
+    if not q.device == k.device == cos.device == sin.device:
+        raise ValueError(f"q, k, cos and sin must be on one device, got {q.device}, {k.device}, {cos.device} and {sin.device}")
+    return _rope_op(q, k, cos, sin, 1)

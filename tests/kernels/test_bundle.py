@@ -7,6 +7,7 @@ import torch
 
 from lumi.kernels.bundle import REFERENCE, TRITON, select
 from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
+from lumi.kernels.rope import rope, rope_reference
 from lumi.kernels.swiglu import swiglu, swiglu_reference
 
 
@@ -39,8 +40,8 @@ def test_bundles_are_frozen_and_differ_where_kernels_exist():
     with pytest.raises(dataclasses.FrozenInstanceError):
         REFERENCE.rms_norm = None
     assert REFERENCE.rms_norm is rms_norm_reference
-    assert REFERENCE.swiglu is swiglu_reference
-    assert (TRITON.rms_norm, TRITON.swiglu) == (rms_norm, swiglu)
+    assert (REFERENCE.rope, REFERENCE.swiglu) == (rope_reference, swiglu_reference)
+    assert (TRITON.rms_norm, TRITON.rope, TRITON.swiglu) == (rms_norm, rope, swiglu)
     assert (REFERENCE.name, TRITON.name) == ("reference", "triton")
 
 

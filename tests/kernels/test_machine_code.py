@@ -29,7 +29,7 @@ def test_every_dtype_and_architecture_is_there(reports):
     assert {r["arch"] for r in reports} == {80, 89, 90, 100}
     assert {r["dtype"] for r in reports} == {"fp32", "fp16", "bf16"}
     kernels = {r["kernel"] for r in reports}
-    expected = {"rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_wide", "swiglu_fwd", "swiglu_bwd"}
+    expected = {"rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_wide", "rope", "swiglu_fwd", "swiglu_bwd"}
     assert {name.split()[0] for name in kernels} == expected
     assert len(reports) == len(set(names(reports))) == 12 * len(kernels)
 

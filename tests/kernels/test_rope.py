@@ -7,7 +7,7 @@ from parity import assert_parity
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from lumi.kernels.rope import RopeScaling, rope_reference, rope_table
+from lumi.kernels.rope import RopeScaling, _rope_op, rope, rope_reference, rope_table
 
 LLAMA_3_1 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 SHORT = RopeScaling(factor=32.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_positions=100)
@@ -125,3 +125,116 @@ def test_table_is_exact_to_its_dtype():
 def test_rejects(positions, head_dim, message):
     with pytest.raises(ValueError, match=message):
         rope_table(torch.zeros(positions, dtype=torch.int64), head_dim, 10_000.0)
+
+
+# --- the Triton kernel ---
+
+# The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+def turned(q, k, cos, sin):
+    """The rotation as a product of complex numbers, without casts."""
+
+    def turn(x):
+        first, second = x.chunk(2, dim=-1)
+        product = torch.complex(first, second) * torch.complex(cos, sin).to(torch.complex128)[:, :, None, : x.shape[-1] // 2]
+        return torch.cat((product.real, product.imag), dim=-1)
+
+    return turn(q), turn(k)
+
+
+def run(function, q, k, dq, dk, cos, sin):
+    q, k = (t.detach().requires_grad_() for t in (q, k))
+    out = function(q, k, cos, sin)
+    return *out, *torch.autograd.grad(out, (q, k), (dq, dk))
+
+
+def assert_all_parity(q, k, dq, dk, cos, sin):
+    exact = run(turned, *(t.double() for t in (q, k, dq, dk, cos, sin)))
+    same_dtype, actual = (run(function, q, k, dq, dk, cos, sin) for function in (rope_reference, rope))
+    for name, *results in zip(("q", "k", "dq", "dk"), actual, same_dtype, exact, strict=True):
+        assert_parity(name, *results)
+
+
+def case(batch, tokens, heads, kv_heads, head_dim, device, dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = (heads, kv_heads, heads, kv_heads)
+    tensors = [torch.randn(batch, tokens, size, head_dim, device=device).to(dtype) for size in sizes]
+    positions = torch.randint(0, 2000, (batch, tokens), device=device)
+    return *tensors, *rope_table(positions, head_dim, 10_000.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 63, 64, 65, 129])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (4, 2, 96), (3, 1, 128), (5, 5, 2)], ids=str)
+def test_parity(tokens, heads, kv_heads, head_dim, dtype, device):
+    assert_all_parity(*case(2, tokens, heads, kv_heads, head_dim, device, dtype))
+
+
+def test_heads_and_rows_of_a_joint_projection(device):
+    """q, k and v as slices of one matrix; gradients that are transposed, or one number for all."""
+    *_, cos, sin = case(2, 9, 4, 2, 64, device)
+    torch.manual_seed(1)
+    joint = torch.randn(2, 9, 8 * 64, device=device)
+    q, k = joint[..., : 4 * 64].unflatten(-1, (4, 64)), joint[..., 4 * 64 : 6 * 64].unflatten(-1, (2, 64))
+    dq = torch.randn(2, 4, 9, 64, device=device).transpose(1, 2)
+    assert_all_parity(q, k, dq, torch.ones(1, device=device).expand(2, 9, 2, 64), cos, sin)
+    assert_all_parity(q.transpose(1, 2).contiguous().transpose(1, 2), k[..., ::2].repeat(1, 1, 1, 2), dq, torch.randn_like(k), cos, sin)
+
+
+def test_inputs_are_left_alone_and_no_tokens_are_none(device):
+    tensors = case(1, 5, 2, 1, 32, device)
+    before = [t.clone() for t in tensors]
+    run(rope, *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    q, k = rope(*(torch.zeros(1, 0, heads, 32, device=device) for heads in (2, 1)), *torch.zeros(2, 1, 0, 32, device=device))
+    assert (q.shape, k.shape) == ((1, 0, 2, 32), (1, 0, 1, 32))
+
+
+def test_operator_is_registered_whole(device):
+    q, k, *_, cos, sin = case(2, 3, 4, 2, 32, device)
+    torch.library.opcheck(_rope_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, 1))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda *arguments: torch.utils.checkpoint.checkpoint(rope, *arguments, use_reentrant=False),
+        torch.compile(rope, fullgraph=True, backend="aot_eager"),
+    ],
+    ids=["checkpointed", "compiled"],
+)
+def test_checkpointed_and_compiled_it_is_the_same(wrap, device):
+    tensors = case(2, 7, 4, 2, 32, device)
+    assert all(torch.equal(a, b) for a, b in zip(run(wrap, *tensors), run(rope, *tensors), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, cos, sin: (q[0], k, cos, sin), r"q and k must have shapes \(B, T, H, K\) and \(B, T, G, K\)"),
+        (lambda q, k, cos, sin: (q, k[:, :3], cos, sin), "q and k must have shapes"),
+        (lambda q, k, cos, sin: (q[..., :5], k[..., :5], cos[..., :5], sin[..., :5]), "K even, got"),
+        (lambda q, k, cos, sin: (q, k.half(), cos, sin), r"of one dtype, .*, got torch\.float32 and torch\.float16"),
+        (lambda q, k, cos, sin: (q.double(), k.double(), cos, sin), r"of one dtype, .*, got torch\.float64"),
+        (lambda q, k, cos, sin: (q, k, cos.half(), sin), r"cos must be float32 of shape \(2, 4, 8\), got torch\.float16"),
+        (lambda q, k, cos, sin: (q, k, cos, sin[:1]), r"sin must be float32 of shape \(2, 4, 8\), got .* \(1, 4, 8\)"),
+        (lambda q, k, cos, sin: (q, k, cos, sin.to("meta")), "must be on one device, got .* and meta"),
+    ],
+    ids=["three dimensions", "tokens", "odd", "dtypes", "float64", "cos", "sin", "device"],
+)
+def test_refuses(change, message, device):
+    q, k, *_, cos, sin = case(2, 4, 2, 1, 8, device)
+    with pytest.raises(ValueError, match=message):
+        rope(*change(q, k, cos, sin))
+
+
+@pytest.mark.gpu
+def test_tokens_past_two_to_the_31_elements():
+    """Addresses of the last tokens do not fit 32 bits."""
+    q = torch.zeros(1, 2**19 + 3, 32, 128, device="cuda", dtype=torch.bfloat16)
+    k = torch.zeros(1, 2**19 + 3, 1, 128, device="cuda", dtype=torch.bfloat16)
+    q[0, -1] = k[0, -1] = 1
+    cos, sin = rope_table(torch.zeros(1, 2**19 + 3, dtype=torch.int64, device="cuda"), 128, 10_000.0)
+    assert all(torch.equal(out[0, -1], torch.ones_like(out[0, -1])) for out in rope(q, k, cos, sin))
