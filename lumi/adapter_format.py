@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lumi.checkpoint import load_tensors, save_tensors
 from lumi.config import UserError, from_dict, read_json, write_json
-from lumi.hf_format import hf_name
+from lumi.hf_format import DTYPES, hf_name
 from lumi.lora import ALL_LINEAR, LoraConfig, adapters, find_targets, token_matrices, trained_rows, wrap
 from lumi.model import Transformer
 from lumi.storage import atomic_folder, sha256_file
@@ -68,7 +68,9 @@ def base_of(folder: str | Path) -> Path:
     base = _read_config(Path(folder)).get("base_model_name_or_path")
     if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
         named = f"names {base}, where there is no model now" if base else "does not name its base"
-        raise UserError(f"{folder}: the adapter {named}; pass the base by --model-path and this by --adapter-path")
+        raise UserError(
+            f"{folder}: the adapter {named}; pass both: the base by --model-path, this by --adapter-path (merge: --base-path, --model-path)"
+        )
     return Path(base)
 
 
@@ -97,8 +99,8 @@ def load_adapter(folder: str | Path, model: Transformer, base: str | Path, token
         if (expected := metadata.get(f"{what}_fingerprint", got)) != got:
             raise UserError(f"{folder}: the {what} must be the one that it was trained with, of fingerprint {expected}, got {got}")
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_tensors(file).items()}
-    if broken := [key for key, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]:
-        raise UserError(f"{file}: {broken[0]} must hold finite floats; it is damaged, or quantised, which is not supported")
+    if broken := [key for key, tensor in tensors.items() if not (tensor.dtype in DTYPES.values() and tensor.isfinite().all())]:
+        raise UserError(f"{file}: {broken[0]} must hold finite {', '.join(DTYPES)}; it is damaged, or quantised, which is not supported")
     linears = {f"{hf_name(f'{name}.')}{part}": name for name in find_targets(model, ALL_LINEAR) for part in _PARTS}
     adapted = sorted({linears[key] for key in tensors if key in linears})
     if not adapted:
@@ -108,7 +110,7 @@ def load_adapter(folder: str | Path, model: Transformer, base: str | Path, token
     for key in parameters | tensors:
         expected_shape, got_shape = (tuple(group[key].shape) if key in group else "nothing" for group in (parameters, tensors))
         if expected_shape != got_shape:
-            hint = " (the loss is fused with lm_head)" if key.startswith("lm_head.lora") else ""
+            hint = " (the loss is fused with lm_head)" if key.startswith("lm_head.") else ""
             raise UserError(f"{file}: {key} must have shape {expected_shape} by {CONFIG} and the model, got {got_shape}{hint}")
     for key, parameter in parameters.items():
         parameter.data = tensors[key].float().to(parameter.device)
@@ -176,13 +178,15 @@ def _lora_config(data: dict[str, Any], where: str) -> LoraConfig:
     allowed = {
         "peft_type": ("LORA",),
         "bias": ("none",),
-        "init_lora_weights": (True, False, "gaussian", "eva"),  # the others change the base as well
+        "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base as well
     }
     for key, value in data.items():
         if key in allowed and value not in allowed[key]:
             raise UserError(f"{where}: {key} must be {' or '.join(map(repr, allowed[key]))}, got {value!r}: this adapter cannot be read")
         if value and key not in [*allowed, *_NAMES, *_HARMLESS, _ROW_IDS]:
             raise UserError(f"{where}: {key} must not be set, got {str(value)[:60]}: this adapter computes what Lumi does not")
+    if missing := [key for key in ("r", "lora_alpha") if key not in data]:
+        raise UserError(f"{where}: {missing[0]} is missing; copy the adapter again")
     return from_dict(LoraConfig, {ours: data[theirs] for theirs, ours in _NAMES.items() if theirs in data}, where)
 
 

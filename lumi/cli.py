@@ -142,7 +142,7 @@ def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
     to_stdout = options.output in (None, "-")
     if not to_stdout and os.path.realpath(options.output) == os.path.realpath(options.input):
         raise UserError(f"--output must be another file than --input, got {options.output} for both")
-    if not to_stdout and (os.path.isdir(options.output) or not os.path.isdir(os.path.dirname(options.output) or ".")):
+    if not to_stdout and (not options.output or os.path.isdir(options.output) or not os.path.isdir(os.path.dirname(options.output) or ".")):
         raise UserError(f"--output must be a file in a folder that exists, got {options.output}; make the folder or mend the path")
     try:
         data = sys.stdin.buffer.read() if options.input == "-" else Path(options.input).read_bytes()
@@ -227,7 +227,9 @@ def evaluate(argv: list[str]) -> int:
     add_config(arguments, f"{CONFIGS / 'standard.json'}, or data_dirs.json beside it where --data-dirs is given")
     _add_model(arguments)
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument("--data-dirs", nargs="+", metavar="DIR", help="token stores: perplexity on their validation splits")
+    arguments.add_argument(
+        "--data-dirs", nargs="+", metavar="DIR", help="token stores, or corpus folders: perplexity on their validation splits"
+    )
     arguments.add_argument("--limit", type=int, help="at most so many examples of each task and documents of each text")
     options = parse(arguments, argv)
     path = options.config or CONFIGS / ("data_dirs.json" if options.data_dirs else "standard.json")

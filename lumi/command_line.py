@@ -33,7 +33,7 @@ def add_config(arguments: argparse.ArgumentParser, default: str = "") -> None:
 def parse(arguments: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; overrides may stand anywhere, also behind an option that takes several values. A path that exists is not an override."""
     overrides = [argument for argument in argv if _OVERRIDE.match(argument) and not Path(argument).exists()]
-    return arguments.parse_args([*overrides, *(argument for argument in argv if argument not in overrides)])
+    return arguments.parse_args([*overrides, *(argument for argument in argv if argument not in [*overrides, "--"])])
 
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")

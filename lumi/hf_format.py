@@ -116,7 +116,7 @@ def load_model(folder: str | Path, ops: Ops, compute_dtype: torch.dtype = torch.
     if tokenizer is not None and expected_tokenizer not in (None, tokenizer.fingerprint):
         raise UserError(
             f"{folder}: the tokenizer must be the one it was trained with, of fingerprint {expected_tokenizer}, got "
-            f"{tokenizer.fingerprint}; leave out --tokenizer-path to use the one in the folder"
+            f"{tokenizer.fingerprint}; pass --tokenizer-path {folder}"
         )
     model = Transformer(shape, ops, compute_dtype=compute_dtype)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
@@ -228,9 +228,9 @@ def model_config(data: dict[str, Any], where: str) -> ModelConfig:
     rope, older = data.get("rope_parameters") or data.get("rope_scaling") or {}, data.get("rope_scaling")
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters must be an object, got {rope!r}")
-    if isinstance(older, dict) and any(rope.get(key) != value for key, value in older.items() if key != "type"):
+    if older is not None and (not isinstance(older, dict) or _rope_type(older) != _rope_type(rope) or _contradict(rope, older)):
         raise UserError(f"{where}: rope_parameters and rope_scaling must say the same, got {rope} and {older}; take one out")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope_type = _rope_type(rope)
     supported = {
         "model_type": (data.get("model_type"), ("llama", "qwen3")),
         "architectures": ((data.get("architectures") or [None])[0], (None, "LlamaForCausalLM", "Qwen3ForCausalLM")),
@@ -265,6 +265,14 @@ def model_config(data: dict[str, Any], where: str) -> ModelConfig:
         "qk_norm": data["model_type"] == "qwen3",
     }
     return from_dict(ModelConfig, ours, where)
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _contradict(rope: dict[str, Any], older: dict[str, Any]) -> bool:
+    return any(rope.get(key) != value for key, value in older.items() if key not in ("type", "rope_type"))
 
 
 def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any]:

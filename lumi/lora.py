@@ -49,6 +49,8 @@ class LoraConfig:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", (self.targets,))
         if not self.targets:
             raise ValueError(f'targets must name linears, or be "{ALL_LINEAR}", got none')
 

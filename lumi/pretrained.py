@@ -13,6 +13,7 @@ from lumi.lora import settle_rows
 from lumi.model import Transformer
 from lumi.parallel import choose_device
 from lumi.tokenizer import MODEL_FILE, Tokenizer
+from lumi.tokenizer_files import TEMPLATE_FILE
 
 
 class Pretrained(NamedTuple):
@@ -37,7 +38,7 @@ def load_pretrained(
     Args:
         path: a run folder, its `final/`, or a Hugging Face folder; one that holds an adapter brings the base that it names.
         adapter_path: a run folder with an adapter, or the adapter's; `path` is then the base.
-        tokenizer_path: None: the one in the adapter's folder, or, where there is none, in the model's.
+        tokenizer_path: None: the one in the adapter's folder, or, where there is none, in the model's, with the adapter's chat template.
         device: "auto", "cpu" or "cuda".
         dtype: of activations and products.
 
@@ -54,6 +55,8 @@ def load_pretrained(
         folder, adapter = base_of(folder), folder
     own = adapter is not None and (adapter / MODEL_FILE).is_file()  # PEFT's adapters come without
     tokenizer = Tokenizer.load(tokenizer_path or (adapter if own else None) or folder)
+    if adapter is not None and not own and tokenizer_path is None and (template := adapter / TEMPLATE_FILE).is_file():
+        tokenizer = tokenizer.with_chat_template(template.read_text(encoding="utf-8"))
     model = load_model(folder, select("auto", chosen), dtype, tokenizer)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)

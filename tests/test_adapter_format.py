@@ -146,6 +146,10 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def drop(path, key):
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+
+
 def rewrite(path, change):
     tensors = safetensors.torch.load_file(path)
     change(tensors)
@@ -176,6 +180,7 @@ REFUSALS = [
     (config_with(rank_pattern={"q_proj": 2}), "rank_pattern must not be set"),
     (config_with(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens must not be set"),
     (config_with(use_something_new=True), "use_something_new must not be set, got True"),
+    (lambda base, adapter: drop(adapter / "adapter_config.json", "lora_alpha"), "lora_alpha is missing"),
     (config_with(r=0), "rank must be at least 1, got 0"),
     (config_with(r=5), r"q_proj.lora_A.weight must have shape \(5, 32\) by adapter_config.json and the model, got \(4, 32\)"),
     (config_with(use_dora=True), r"lora_magnitude_vector must have shape \(32,\) .*, got nothing"),
@@ -193,8 +198,9 @@ REFUSALS = [
         replace_weight(A_WEIGHT.replace("lora_A.weight", "lora_magnitude_vector"), torch.clone),
         "lora_magnitude_vector must have shape nothing",
     ),
-    (replace_weight(A_WEIGHT, lambda tensor: tensor * float("nan")), "q_proj.lora_A.weight must hold finite floats"),
-    (replace_weight(A_WEIGHT, lambda tensor: tensor.to(torch.int8)), "q_proj.lora_A.weight must hold finite floats"),
+    (replace_weight(A_WEIGHT, lambda tensor: tensor * float("nan")), "q_proj.lora_A.weight must hold finite float32"),
+    (replace_weight(A_WEIGHT, lambda tensor: tensor.to(torch.int8)), "q_proj.lora_A.weight must hold finite float32"),
+    (replace_weight(A_WEIGHT, lambda tensor: tensor.to(torch.float8_e4m3fn)), "q_proj.lora_A.weight must hold finite float32"),
     (lambda base, adapter: rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"].mul_(2)), "the base must be the one"),
 ]
 
@@ -225,6 +231,8 @@ def test_an_adapter_without_a_tokenizer_takes_the_base_s(base_dir, tokenizer, tm
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base_dir), peft.LoraConfig(target_modules=["q_proj"]))
     theirs.save_pretrained(tmp_path / "adapter")
     assert load_pretrained(tmp_path / "adapter", device="cpu").tokenizer.fingerprint == tokenizer.fingerprint
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert load_pretrained(tmp_path / "adapter", device="cpu").tokenizer.chat_template == "{{ messages[0]['content'] }}"
 
 
 def test_a_path_must_be_what_it_is_given_for(base_dir, tokenizer, tmp_path):
@@ -239,6 +247,6 @@ def test_a_path_must_be_what_it_is_given_for(base_dir, tokenizer, tmp_path):
         load_pretrained(tmp_path / "adapter", device="cpu")
     edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(base_dir))
     base_dir.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="pass the base by --model-path and this by --adapter-path"):
+    with pytest.raises(UserError, match="pass both: the base by --model-path, this by --adapter-path"):
         load_pretrained(tmp_path / "adapter", device="cpu")
     assert load_pretrained(tmp_path / "moved", adapter_path=tmp_path / "adapter", device="cpu").adapter == tmp_path / "adapter"

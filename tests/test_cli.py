@@ -83,6 +83,7 @@ def test_overrides_stand_anywhere(tmp_path, monkeypatch):
     for argv in (
         ["seed=1", "--config", "c.json", "--data-dirs", "S", "a=b", "model.dim=2"],
         ["--data-dirs", "S", "seed=1", "a=b", "--config", "c.json", "model.dim=2"],
+        ["--config", "c.json", "--data-dirs", "S", "a=b", "--", "seed=1", "model.dim=2"],
     ):
         options = parse(arguments, argv)
         assert (options.config, options.data_dirs, options.overrides) == ("c.json", ["S", "a=b"], ["seed=1", "model.dim=2"])

@@ -209,6 +209,8 @@ def corrupt(folder, **changes):
         ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters and rope_scaling must say the same"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_parameters and rope_scaling must say the same"),
+        ({"rope_scaling": [1]}, "rope_parameters and rope_scaling must say the same"),
         ({"architectures": {"a": 1}}, "must be the config of a model, an object with a list of architectures"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures must be 'LlamaForCausalLM' or .*, got 'LlamaForSeq"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config must be absent, got {'bits': 4}: this model cannot be imported"),

@@ -109,6 +109,10 @@ def test_targets_that_are_none(targets, message):
         add_lora(build(), LoraConfig(targets=targets))
 
 
+def test_one_target_may_stand_without_a_list():
+    assert from_dict(LoraConfig, {"targets": "all-linear"}) == from_dict(LoraConfig, {"targets": ["all-linear"]}) == LoraConfig()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

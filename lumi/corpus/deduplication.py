@@ -43,7 +43,7 @@ class DeduplicationConfig:
 
 
 class Fingerprint(NamedTuple):
-    """`digest`: SHA-256, or b""; `signature`: MinHash as little-endian uint32, or b""."""
+    """`digest`: SHA-256, or b""; `signature`: MinHash as little-endian uint32, of the whole and perhaps of a part, or b""."""
 
     digest: bytes
     signature: bytes
@@ -56,8 +56,8 @@ def fingerprint(texts: Sequence[str], config: DeduplicationConfig, parts: Sequen
         texts: the documents.
         config: what is computed.
         parts: of each document the part that tells it from others, if that may be small: the answers of conversations, many of which
-            may be about one long passage. Near duplicates are then alike in both, the whole and this part (a signature agrees only
-            where both minima do); where the part has fewer than LEAST_PART_WORDS words, the wholes must be the same.
+            may be about one long passage. Near duplicates are then alike in both, the whole and this part, which has a signature of
+            its own; where the part has fewer than LEAST_PART_WORDS words, the wholes must be the same.
     """
     words = [_split_words(text) for text in texts]
     digests = [hashlib.sha256(" ".join(document).encode()).digest() if config.exact else b"" for document in words]
@@ -66,7 +66,7 @@ def fingerprint(texts: Sequence[str], config: DeduplicationConfig, parts: Sequen
     rows = _sign([shingle(document, config.shingle_words) for document in words], config)
     if parts is not None:
         sets = [_shingle_part(_split_words(part), document, config) for part, document in zip(parts, words, strict=True)]
-        rows = _pair(rows, _sign(sets, config))
+        rows = np.concatenate([rows, _sign(sets, config)], axis=1)
     return [Fingerprint(digest, row.tobytes()) for digest, row in zip(digests, rows, strict=True)]
 
 
@@ -90,12 +90,6 @@ def _sign(shingles: list[list[str]], config: DeduplicationConfig) -> "npt.NDArra
     return np.array(rensa.RMinHash.digests_from_token_sets(shingles, config.num_permutations, config.seed), dtype="<u4")
 
 
-def _pair(first: "npt.NDArray[np.uint32]", second: "npt.NDArray[np.uint32]") -> "npt.NDArray[np.uint32]":
-    """Hashes of 32 bits that agree where both agree."""
-    pairs = (first.astype(np.uint64) << np.uint64(32) | second) * np.uint64(0x9E3779B97F4A7C15)
-    return ((pairs ^ (pairs >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)).astype("<u4")
-
-
 def choose_bands(threshold: float, num_permutations: int) -> int:
     """The fewest bands that find a pair at the threshold with probability RECALL: 1 - (1 - t^(n/b))^b."""
     divisors = [bands for bands in range(1, num_permutations + 1) if num_permutations % bands == 0]
@@ -106,14 +100,19 @@ def choose_bands(threshold: float, num_permutations: int) -> int:
 
 
 class Deduplicator:
-    """Remembers the documents that were kept: 32 bytes for exact, about 4 `num_permutations` + 12 bands bytes for near."""
+    """Remembers the documents that were kept: 32 bytes for exact, about 4 `num_permutations` + 12 bands bytes for near.
 
-    def __init__(self, config: DeduplicationConfig) -> None:
-        self.config = config
+    Args:
+        config: what a duplicate is.
+        has_parts: whether fingerprints are of wholes and their parts, whose signatures then take as much again.
+    """
+
+    def __init__(self, config: DeduplicationConfig, *, has_parts: bool = False) -> None:
+        self.config, self._num_views = config, 1 + has_parts
         self._digests: set[bytes] = set()
         self._bands = BandIndex(choose_bands(config.threshold, config.num_permutations), config.num_permutations)
         self._num_kept = 0
-        self._signatures = np.empty((1024, config.num_permutations), dtype="<u4")
+        self._signatures = np.empty((1024, self._num_views, config.num_permutations), dtype="<u4")
 
     def decide(self, fingerprints: Sequence[Fingerprint | None]) -> Iterator[str]:
         """The reason to drop each document, or "" to keep it; None stands for one that is dropped already.
@@ -122,7 +121,7 @@ class Deduplicator:
         """
         self._bands.pack_if_large()
         present = [item for item in fingerprints if item is not None]
-        hashes = self._bands.hash_rows(_stack(present, self.config)) if self.config.near else None
+        hashes = self._bands.hash_rows(self._stack(present)[:, 0]) if self.config.near else None
         packed = iter(self._bands.find_packed(hashes)) if hashes is not None else iter(())
         rows = iter(hashes.tolist() if hashes is not None else ())
         for item in fingerprints:
@@ -138,10 +137,10 @@ class Deduplicator:
             self._digests.add(item.digest)
         if hashes is None:
             return ""
-        signature = np.frombuffer(item.signature, dtype="<u4")
+        signature = self._stack([item])[0]
         candidates = sorted({*packed, *self._bands.find_recent(hashes)})
         if candidates:
-            agreements = (self._signatures[candidates] == signature).sum(axis=1)
+            agreements = (self._signatures[candidates] == signature).sum(axis=2).min(axis=1)  # of the view that is least alike
             if agreements.max() >= self.config.threshold * self.config.num_permutations - 1e-6:  # float rounding
                 return "near_duplicate"
         if self._num_kept == len(self._signatures):
@@ -150,6 +149,11 @@ class Deduplicator:
         self._bands.add(hashes, self._num_kept)
         self._num_kept += 1
         return ""
+
+    def _stack(self, fingerprints: Sequence[Fingerprint]) -> "npt.NDArray[np.uint32]":
+        """(documents, views, permutations)"""
+        data = b"".join(item.signature for item in fingerprints)
+        return np.frombuffer(data, dtype="<u4").reshape(len(fingerprints), self._num_views, self.config.num_permutations)
 
 
 class BandIndex:
@@ -212,8 +216,3 @@ class BandIndex:
         """Pack between two batches, when the dictionary has grown to RECENT_BANDS entries."""
         if self._num_recent >= RECENT_BANDS:
             self.pack()
-
-
-def _stack(fingerprints: Sequence[Fingerprint], config: DeduplicationConfig) -> "npt.NDArray[np.uint32]":
-    data = b"".join(item.signature for item in fingerprints)
-    return np.frombuffer(data, dtype="<u4").reshape(len(fingerprints), config.num_permutations)

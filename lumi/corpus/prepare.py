@@ -26,7 +26,7 @@ from lumi.corpus.sources import Source, describe, identify
 from lumi.progress import progress_bar
 from lumi.workers import Workers, num_cores
 
-CACHE_FORMAT = 3  # raise it when cleaning, filters or fingerprints change their results
+CACHE_FORMAT = 4  # raise it when cleaning, filters or fingerprints change their results
 OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")
 
 
@@ -122,7 +122,7 @@ def _write(
 
 def _run(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers, writer: CorpusWriter | None) -> list[SourceCounts]:
     """Take every source in order until its budget is reached; decisions about duplicates are made here, one by one."""
-    deduplicator = Deduplicator(config.deduplication)
+    deduplicator = Deduplicator(config.deduplication, has_parts=config.conversation_filters is not None)
     all_counts = []
     for source in config.sources:
         counts = SourceCounts(source.name, describe(source))

@@ -134,6 +134,8 @@ def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path]
         raise UserError(f"--limit must be at least 1, got {limit}")
     if not (config.tasks or config.texts or config.smoke_tests or data_dirs):
         raise UserError("the config must name at least one of tasks, texts and smoke_tests, got none; or pass --data-dirs")
+    if len({folder.resolve() for folder in data_dirs}) < len(data_dirs):
+        raise UserError(f"--data-dirs must be different folders, got {' '.join(map(str, data_dirs))}; leave one out")
     names = Counter([*(text.name for text in config.texts), *map(str, data_dirs)])
     if twice := [name for name, count in names.items() if count > 1]:
         raise UserError(f"texts and --data-dirs must have different names, got {twice[0]!r} twice; leave one out or rename the text")

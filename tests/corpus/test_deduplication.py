@@ -39,8 +39,9 @@ def test_exact_and_near_can_be_switched_off():
 
 def decide_parts(pairs, **options):
     config = DeduplicationConfig(**options)
+    pairs = list(pairs)
     texts, parts = [f"{question} {answer}" for question, answer in pairs], [answer for _, answer in pairs]
-    return list(Deduplicator(config).decide(fingerprint(texts, config, parts)))
+    return list(Deduplicator(config, has_parts=True).decide(fingerprint(texts, config, parts)))
 
 
 def test_near_duplicates_are_alike_as_a_whole_and_in_their_part():
@@ -66,6 +67,8 @@ def test_threshold_is_honoured_in_the_part_too(threshold):
         passage = " ".join(f"p{i}" for i in range(100_000))  # the whole is the same but for a hundredth
         options = {"threshold": threshold, "num_permutations": 1024, "shingle_words": 1}
         assert decide_parts([(passage, part) for part in parts], **options) == ["", expected]
+        questions = [" ".join(f"q{word}" for word in part.split()) for part in parts]  # different in other words than the answers
+        assert decide_parts(zip(questions, parts, strict=True), **options) == ["", expected]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])

@@ -174,7 +174,7 @@ def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokeni
         (["smoke_tests.path=none.json"], "none.json: cannot be read"),
         (["--data-dirs", "model"], "--data-dirs must name token stores"),
         (["--data-dirs", "river"], "texts and --data-dirs must have different names, got 'river' twice"),
-        (["--data-dirs", "a", "a/"], "texts and --data-dirs must have different names, got 'a' twice"),
+        (["--data-dirs", "a", "a/"], "--data-dirs must be different folders, got a a; leave one out"),
         (["--output-dir", "river.txt"], "--output-dir must be a folder that can be written to, got river.txt: river.txt is a file"),
         (["--output-dir", "river.txt/x"], "--output-dir must be a folder that can be written to, got river.txt/x: "),
         (
