@@ -7,12 +7,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lumi.checkpoint import load_tensors, save_tensors
 from lumi.config import UserError, from_dict, read_json, write_json
-from lumi.hf_format import DTYPES, hf_name
+from lumi.hf_format import DTYPES, hf_name, open_tensors
 from lumi.lora import ALL_LINEAR, LoraConfig, adapters, find_targets, token_matrices, trained_rows, wrap
 from lumi.model import Transformer
 from lumi.storage import atomic_folder, sha256_file
@@ -93,7 +92,8 @@ def load_adapter(folder: str | Path, model: Transformer, base: str | Path, token
     file = folder / WEIGHTS
     if not file.is_file():
         raise UserError(f"{file}: is missing; only safetensors weights are read (no pickle)")
-    metadata = _metadata(file)
+    with open_tensors(file) as opened:
+        metadata = opened.metadata() or {}
     fingerprints = {"base": weights_fingerprint(base)} | ({"tokenizer": tokenizer.fingerprint} if tokenizer else {})
     for what, got in fingerprints.items():
         if (expected := metadata.get(f"{what}_fingerprint", got)) != got:
@@ -188,11 +188,3 @@ def _lora_config(data: dict[str, Any], where: str) -> LoraConfig:
     if missing := [key for key in ("r", "lora_alpha") if key not in data]:
         raise UserError(f"{where}: {missing[0]} is missing; copy the adapter again")
     return from_dict(LoraConfig, {ours: data[theirs] for theirs, ours in _NAMES.items() if theirs in data}, where)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: must be a safetensors file: {error}") from error

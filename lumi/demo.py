@@ -16,7 +16,7 @@ from lumi.config import load_config, read_json
 from lumi.corpus import PrepareConfig, prepare, read_corpus
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.export import merge
-from lumi.generate import SamplingConfig, generate_ids
+from lumi.generate import SamplingConfig, filler_id, generate_ids
 from lumi.kernels.bundle import select
 from lumi.metrics import human, read_metrics
 from lumi.model import Transformer
@@ -127,7 +127,7 @@ class Demo:
             chosen = [asked[(2 * index + 1) * len(asked) // (2 * count)] for index in range(count)]
             prompts = [prompt_ids(tokenizer, messages[:-1]) for messages in chosen]
             greedy = SamplingConfig(max_new_tokens=80, temperature=0.0)
-            answers = generate_ids(model, prompts, greedy, stop_ids=stop_ids(tokenizer), pad_id=tokenizer.pad_id or tokenizer.eos_id)
+            answers = generate_ids(model, prompts, greedy, stop_ids=stop_ids(tokenizer), pad_id=filler_id(tokenizer))
             for messages, answer in zip(chosen, answers, strict=True):
                 end = "" if answer.stopped else " ... [cut]"
                 print(f"\n  [{side}] {messages[-2].content}")

@@ -134,7 +134,7 @@ def _load_weights(folder: Path, model: Transformer) -> None:
     places: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in _weight_files(folder):
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
                 if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied_embeddings):
                     continue  # old writers store the frequencies, some repeat the tied embedding
@@ -148,7 +148,7 @@ def _load_weights(folder: Path, model: Transformer) -> None:
     if unknown := sorted(places.keys() - expected.keys()):
         raise UserError(f"{folder}: holds a weight that this model has no place for: {unknown[0]} ({len(unknown)} in all)")
     for file in sorted(set(places.values())):
-        with _open(file) as tensors, torch.no_grad():
+        with open_tensors(file) as tensors, torch.no_grad():
             for name in (name for name, place in places.items() if place == file):
                 expected[name].copy_(tensors.get_tensor(name))
 
@@ -171,7 +171,8 @@ def _weight_files(folder: Path) -> Sequence[Path]:
     return [folder / name for name in names]
 
 
-def _open(file: Path) -> Any:
+def open_tensors(file: Path) -> Any:
+    """A safetensors file, opened as a context. Raises UserError where it is none."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

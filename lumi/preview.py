@@ -35,13 +35,12 @@ def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 def describe_conversations(name: str, rows: ConversationRows, stored: SplitManifest, tokenizer: Tokenizer) -> str:
     """What of a store is trained: its share of the tokens, what was and is left out, and the first conversation with the mask marked."""
-    trained = sum(int(rows.packed(place).trained.sum()) for place in range(rows.rows_per_epoch))
     padding = 1 - rows.num_tokens / (rows.rows_per_epoch * rows.capacity)
     dropped = "".join(f"; {count:,} {reason} left out by tokenize" for reason, count in stored.dropped.items())
     first = int(np.flatnonzero(rows.lengths)[0])
     return (
         f"{name}: {len(rows.lengths) - rows.num_dropped:,} conversations in {rows.rows_per_epoch:,} rows ({padding:.1%} padding)\n"
-        f"  trained: {trained:,} of {rows.num_tokens:,} tokens ({trained / rows.num_tokens:.1%})\n"
+        f"  trained: {rows.num_trained:,} of {rows.num_tokens:,} tokens ({rows.num_trained / rows.num_tokens:.1%})\n"
         f"  longer than a row: {rows.num_cut:,} end at an earlier answer, {rows.num_dropped:,} left out{dropped}\n"
         f"  an example, what is trained between {OPEN} and {CLOSE}:\n"
         f"{marked_example(rows.split, first, int(rows.lengths[first]), tokenizer)}"

@@ -65,12 +65,15 @@ class ConversationRows:
     def __init__(self, split: Split, length: int, seed: int):
         self.split, self.capacity, self.seed = split, length + 1, seed
         stored = np.diff(np.asarray(split.offsets).astype(np.int64))
-        self.lengths = _lengths_that_fit(split, stored, self.capacity)
+        trained_N = split.loss_mask(0, len(split.tokens))
+        self.lengths = _lengths_that_fit(split, trained_N, stored, self.capacity)
         kept = np.flatnonzero(self.lengths)
         self.num_cut, self.num_dropped = int((self.lengths[kept] < stored[kept]).sum()), len(stored) - len(kept)
         if not len(kept):
             raise UserError(f"a token store must hold an answer that ends within sequence_length = {length} tokens, got none; raise it")
         self.num_tokens = int(self.lengths.sum())
+        begins, before = np.asarray(split.offsets[:-1]).astype(np.int64), np.concatenate([[0], np.cumsum(trained_N)])
+        self.num_trained = int((before[begins + self.lengths] - before[begins]).sum())
         self.rows = pack(self.lengths, np.random.default_rng(seed).permutation(kept).tolist(), self.capacity)
         self.rows_per_epoch = len(self.rows)
         self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.rows_per_epoch))
@@ -161,9 +164,8 @@ def pack(lengths: np.ndarray, order: Iterable[int], capacity: int) -> list[list[
     return rows
 
 
-def _lengths_that_fit(split: Split, stored: np.ndarray, capacity: int) -> np.ndarray:
+def _lengths_that_fit(split: Split, trained_N: np.ndarray, stored: np.ndarray, capacity: int) -> np.ndarray:
     """How many tokens of each conversation go into a row: all, those up to its last answer that fits, or 0."""
-    trained_N = split.loss_mask(0, len(split.tokens))
     lengths = np.where(np.add.reduceat(trained_N, np.asarray(split.offsets[:-1]).astype(np.int64), dtype=np.int64) > 0, stored, 0)
     for document in np.flatnonzero(lengths > capacity):
         begin = int(split.offsets[document])

@@ -1,10 +1,11 @@
-"""Files that are whole or absent: hashes, atomic folders, and the message when something on disk is not what was written."""
+"""Files on disk: hashes, the message when one is not what was written, glob patterns, and folders that are whole or absent."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,29 @@ def check_file(path: str | Path, record: dict[str, Any], *, remedy: str, check_h
         raise UserError(f"{path}: must be {record['size']} bytes, got {size}: the file is truncated or was changed; {remedy}")
     if check_hash and (sha256 := sha256_file(path)) != record["sha256"]:
         raise UserError(f"{path}: SHA-256 must be {record['sha256']}, got {sha256}: the file is corrupt; {remedy}")
+
+
+def check_patterns(paths: Sequence[str]) -> None:
+    """Raises ValueError unless `paths` holds paths or glob patterns."""
+    if not paths or "" in paths:
+        raise ValueError(f"paths must hold at least one path or glob pattern, got {list(paths)}")
+
+
+def matching_files(paths: Sequence[str]) -> list[str]:
+    """The files that paths and glob patterns mean: in their order, the matches of each sorted, none twice.
+
+    Raises:
+        UserError: one matches no file.
+    """
+    found: dict[str, None] = {}
+    for pattern in paths:
+        matches = sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
+        if not matches:
+            raise UserError(
+                f"paths must match at least one file, got {pattern!r} (looked from {os.getcwd()}); mend the path, or take it out"
+            )
+        found |= dict.fromkeys(matches)
+    return list(found)
 
 
 @contextlib.contextmanager

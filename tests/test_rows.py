@@ -76,6 +76,7 @@ def test_a_conversation_longer_than_a_row_ends_behind_its_last_answer_that_fits(
     # capacity 6: the first keeps one answer; the second has none that fits; the third fills a row; the last trains nothing
     assert rows.lengths.tolist() == [4, 0, 6, 5, 0]
     assert (rows.num_cut, rows.num_dropped, rows.num_tokens) == (1, 2, 15)
+    assert rows.num_trained == 8
     trained = sorted(int(t) for place in range(rows.rows_per_epoch) for t in rows.packed(place).tokens[rows.packed(place).trained])
     assert trained == [2, 3, 2002, 2003, 2004, 2005, 3001, 3002]
 

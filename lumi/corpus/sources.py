@@ -1,6 +1,5 @@
 """Where text comes from: the config of each kind of source, and what identifies its content."""
 
-import glob
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from lumi.corpus.conversations import AlpacaFormat, DollyFormat, MessagesFormat,
 from lumi.corpus.oasst import OasstFormat, OasstMessagesFormat
 from lumi.corpus.python_docs import LAYOUT_VERSION, installed_versions
 from lumi.corpus.python_questions import PHRASING_VERSION
+from lumi.storage import check_patterns, matching_files
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -85,7 +85,7 @@ class JsonlSource(RecordSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_paths(self.paths)
+        check_patterns(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class JsonSource(RecordSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_paths(self.paths)
+        check_patterns(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class ParquetSource(RecordSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_paths(self.paths)
+        check_patterns(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class TextSource(AnySource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_paths(self.paths)
+        check_patterns(self.paths)
         if self.separator == "":
             raise ValueError('separator must be null (one document per file) or at least one character, got ""')
 
@@ -178,16 +178,10 @@ def find_files(source: FileSource) -> list[str]:
     Raises:
         UserError: a path matches no file.
     """
-    found: dict[str, None] = {}
-    for pattern in source.paths:
-        matches = sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
-        if not matches:
-            raise UserError(
-                f"source {source.name!r}: paths must match at least one file, got {pattern!r}"
-                f" (looked from {os.getcwd()}); mend the path, or take it out"
-            )
-        found |= dict.fromkeys(matches)
-    return list(found)
+    try:
+        return matching_files(source.paths)
+    except UserError as error:
+        raise UserError(f"source {source.name!r}: {error}") from error
 
 
 def identify(source: Source) -> dict[str, Any]:
@@ -217,11 +211,6 @@ def describe(source: Source) -> str:
     if isinstance(source, PythonQuestionsSource):
         return f"python_questions: {', '.join(source.packages)} ({source.modules})"
     return f"{source.kind}: " + ", ".join(source.paths)
-
-
-def _check_paths(paths: tuple[str, ...]) -> None:
-    if not paths or "" in paths:
-        raise ValueError(f"paths must hold at least one path or glob pattern, got {list(paths)}")
 
 
 def _check_packages(packages: tuple[str, ...]) -> None:

@@ -3,16 +3,15 @@
 What is evaluated decides a published figure, so nothing is skipped here: a record that cannot be read is an error.
 """
 
-import glob
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lumi.config import UserError
+from lumi.storage import check_patterns, matching_files
 from lumi.tokenizer import utf8
 
 Record = dict[str, Any]
@@ -42,7 +41,7 @@ class JsonlSource:
     paths: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _check_paths(self.paths)
+        check_patterns(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class TextSource:
     paths: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _check_paths(self.paths)
+        check_patterns(self.paths)
 
 
 def read_records(source: HubSource | JsonlSource | TextSource, limit: int | None = None) -> list[Record]:
@@ -66,7 +65,7 @@ def read_records(source: HubSource | JsonlSource | TextSource, limit: int | None
         records = _read_hub(source, limit)
     else:
         read = _read_jsonl if isinstance(source, JsonlSource) else _read_text
-        found = itertools.chain.from_iterable(read(path) for path in _find_files(source.paths))
+        found = itertools.chain.from_iterable(read(path) for path in map(Path, matching_files(source.paths)))
         records = list(itertools.islice(found, limit))
     if not records:
         raise UserError(f"{describe(source)}: must hold at least one record, got none")
@@ -101,19 +100,6 @@ def check_unicode(text: str, name: str, place: str) -> None:
 def tightest(*limits: int | None) -> int | None:
     """The smallest limit; None is no limit."""
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _check_paths(paths: tuple[str, ...]) -> None:
-    if not paths or "" in paths:
-        raise ValueError(f"paths must hold at least one path or glob pattern, got {list(paths)}")
-
-
-def _find_files(paths: tuple[str, ...]) -> Iterator[Path]:
-    for pattern in paths:
-        matches = sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
-        if not matches:
-            raise UserError(f"paths must match at least one file, got {pattern!r} (looked from {os.getcwd()}); mend the path")
-        yield from map(Path, matches)
 
 
 def _read_utf8(path: Path) -> str:
