@@ -2,8 +2,9 @@
 
     python benchmarks/inspect_kernels.py [--arch 90] [--dtype bf16] [--kernel rms_norm] [--json]
 
-One line for each kernel, dtype, size and architecture: registers, shared memory, spills, 16-byte accesses, float64 instructions, and the
-share of a multiprocessor's threads that can be resident. `tests/kernels/test_machine_code.py` asserts on the same figures.
+One line for each kernel, dtype, size and architecture: registers, shared memory, spills, 16-byte accesses (bulk tensor copies among
+them), tensor-core instructions, float64 instructions, the share of a multiprocessor's threads that can be resident, and the bytes that a
+row (of attention: a token and head) must move at least. `tests/kernels/test_machine_code.py` asserts on the same figures.
 
 Spills are counted as instructions (LDL, STL) and as stack: the LOCAL field of the resource report reads 0 even when a kernel spills.
 """
@@ -17,9 +18,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("TRITON_INTERPRET must be unset or 0 to compile kernels, got 1")
 
 import triton
+from kernel_entries import Entry, entries
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,76 +37,6 @@ SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes th
 THREADS_PER_SM = {80: 2048, 89: 1536, 90: 2048, 100: 2048}
 SHARED_PER_SM = {80: 167_936, 89: 102_400, 90: 233_472, 100: 233_472}  # bytes
 REGISTERS_PER_SM = 65_536
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One kernel at one size. `signature` types every run-time argument, where T stands for the dtype under inspection."""
-
-    name: str
-    module: str
-    kernel: str
-    signature: dict[str, str]
-    constexprs: dict[str, int]
-    num_warps: int
-    num_stages: int = 3
-    aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as Triton finds at launch; pointers always are
-    expects: tuple[str, ...] = field(default=("LDG.128", "STG.128"))  # instructions that must be there
-
-
-def entries() -> list[Entry]:
-    """The registry: a further kernel is further entries here, with the block sizes that its launcher would choose."""
-    return [*_rms_norm_entries(), *_rope_entries(), *_swiglu_entries()]
-
-
-def _rms_norm_entries() -> Iterator[Entry]:
-    from lumi.kernels.rms_norm import backward_config, forward_config
-
-    forward = {
-        "x_ptr": "*T", "weight_ptr": "*fp32", "y_ptr": "*T", "rstd_ptr": "*fp32",
-        "stride_xn": "i32", "stride_yn": "i32", "N": "i32", "D": "i32", "eps": "fp32",
-    }  # fmt: skip
-    wide = {
-        "dy_ptr": "*T", "x_ptr": "*T", "weight_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": "*T", "dweight_partial_ptr": "*fp32",
-        "stride_dyn": "i32", "stride_xn": "i32", "stride_dxn": "i32", "N": "i32", "D": "i32",
-    }  # fmt: skip
-    backward = wide | {"num_tiles": "i32"}
-    for D in (64, 8192, 16_384):  # rows that share a program, the most registers, the looped backward
-        narrow = "BLOCK_N" in backward_config(D)
-        for name, kernel, signature, config in (
-            ("rms_norm_fwd", "_rms_norm_fwd_kernel", forward, forward_config(D)),
-            ("rms_norm_bwd", "_rms_norm_bwd_kernel", backward, backward_config(D))
-            if narrow
-            else ("rms_norm_bwd_wide", "_rms_norm_bwd_wide_kernel", wide, backward_config(D)),
-        ):
-            yield _entry(f"{name} D={D}", "lumi.kernels.rms_norm", kernel, signature, config, "D")
-
-
-def _rope_entries() -> Iterator[Entry]:
-    from lumi.kernels.rope import tile_config
-
-    tensors = ("q", "k", "q_out", "k_out")
-    signature = {f"{tensor}_ptr": "*T" for tensor in tensors} | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "stride_tn": "i32"}
-    signature |= {f"stride_{tensor}{axis}": "i32" for tensor in tensors for axis in "nh"} | {"N": "i32", "H": "i32", "G": "i32"}
-    for K in (64, 96, 128):
-        yield _entry(f"rope K={K}", "lumi.kernels.rope", "_rope_kernel", signature, {"SIGN": -1, **tile_config(K)})
-
-
-def _swiglu_entries() -> Iterator[Entry]:
-    from lumi.kernels.swiglu import tile_config
-
-    for name, tensors in (("fwd", ("gate", "up", "y")), ("bwd", ("dy", "gate", "up", "dgate", "dup"))):
-        pointers, strides = {f"{tensor}_ptr": "*T" for tensor in tensors}, {f"stride_{tensor}n": "i32" for tensor in tensors}
-        for F in (64, 1536):  # rows that share a program, rows that are cut
-            signature = pointers | strides | {"N": "i32", "F": "i32"}
-            yield _entry(f"swiglu_{name} F={F}", "lumi.kernels.swiglu", f"_swiglu_{name}_kernel", signature, tile_config(F), "F")
-
-
-def _entry(name: str, module: str, kernel: str, signature: dict[str, str], config: dict[str, int], width: str = "") -> Entry:
-    """`config` as the launcher chose it; strides and the argument `width` are multiples of 16 for the sizes that models have."""
-    aligned = tuple(argument for argument in signature if argument == width or argument.startswith("stride_"))
-    blocks = {key: value for key, value in config.items() if key != "num_warps"}
-    return Entry(name, module, kernel, signature, blocks, config["num_warps"], aligned=aligned)
 
 
 @dataclass(frozen=True)
@@ -126,6 +57,7 @@ class Report:
     fp64_instructions: int
     mma_instructions: int
     occupancy: float
+    row_bytes: int
     missing: tuple[str, ...]
 
 
@@ -147,8 +79,8 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
     if not opcodes or resources.keys() != {"REG", "STACK", "SHARED"}:
         raise RuntimeError(f"{entry.name}: could not read the disassembler's output")
     counts = {
-        "LDG.128": sum(op.startswith("LDG") and ".128" in op for op in opcodes),
-        "STG.128": sum(op.startswith("STG") and ".128" in op for op in opcodes),
+        "LDG.128": sum((op.startswith("LDG") and ".128" in op) or op.startswith("UTMALDG") for op in opcodes),
+        "STG.128": sum((op.startswith("STG") and ".128" in op) or op.startswith("UTMASTG") for op in opcodes),
         "MMA": sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA|QGMMA)", op)) for op in opcodes),
     }
     shared = max(resources["SHARED"], compiled.metadata.shared)  # dynamic shared memory is not in the resource report
@@ -167,7 +99,8 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
         fp64_instructions=sum(_is_float64(op) for op in opcodes),
         mma_instructions=counts["MMA"],
         occupancy=_occupancy(resources["REG"], shared, 32 * entry.num_warps, arch),
-        missing=tuple(name for name in entry.expects if not counts[name]),
+        row_bytes=entry.moved[0] * (4 if dtype == "fp32" else 2) + entry.moved[1] * 4,
+        missing=tuple(name for name in entry.expects if not counts[name] and not (name == "MMA" and dtype == "fp32")),
     )
 
 
@@ -200,22 +133,26 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
-    chosen = [entry for entry in entries() if args.kernel in entry.name]
-    if not chosen:
-        parser.error(f"--kernel must be part of one of {sorted(entry.name for entry in entries())}, got {args.kernel!r}")
-    jobs = list(itertools.product(chosen, args.dtype, args.arch))
+    pairs = itertools.product(args.dtype, args.arch)
+    jobs = [(entry, dtype, arch) for dtype, arch in pairs for entry in entries(dtype, arch) if args.kernel in entry.name]
+    if not jobs:
+        names = sorted(entry.name for entry in entries(DTYPES[0], ARCHES[0]))
+        parser.error(f"--kernel must be part of one of {names}, got {args.kernel!r}")
+    jobs.sort(key=lambda job: (job[0].name, DTYPES.index(job[1]), job[2]))
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         reports = list(pool.map(inspect, *zip(*jobs, strict=True)))
     if args.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
         return
     print(
-        f"{'kernel':<25} {'dtype':<5} sm  {'warps':>5} {'regs':>4} {'shared':>6} {'stack':>5} {'spills':>6} LDG.128 STG.128 fp64 occupancy"
+        f"{'kernel':<30} {'dtype':<5} sm  {'warps':>5} {'regs':>4} {'shared':>6} {'stack':>5} {'spills':>6} "
+        f"LDG.128 STG.128  MMA fp64 occupancy {'bytes/row':>9}"
     )
     for r in reports:
         print(
-            f"{r.kernel:<25} {r.dtype:<5} {r.arch:<3} {r.num_warps:>5} {r.registers:>4} {r.shared_bytes:>6} {r.stack_bytes:>5} "
-            f"{r.spill_instructions:>6} {r.ldg_128:>7} {r.stg_128:>7} {r.fp64_instructions:>4} {r.occupancy:>9.0%}"
+            f"{r.kernel:<30} {r.dtype:<5} {r.arch:<3} {r.num_warps:>5} {r.registers:>4} {r.shared_bytes:>6} {r.stack_bytes:>5} "
+            f"{r.spill_instructions:>6} {r.ldg_128:>7} {r.stg_128:>7} {r.mma_instructions:>4} {r.fp64_instructions:>4} "
+            f"{r.occupancy:>9.0%} {r.row_bytes:>9}"
         )
 
 
