@@ -1,9 +1,15 @@
-# Two commands: `make demo` and `make test`. Each sets up what it needs in .venv.
+# Two commands: `make demo` and `make test`. Each sets up what it needs in .venv. On a machine with a GPU, `make gpu`: benchmarks/README.md.
 PYTHON ?= python3
 VENV := .venv
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test check clean
+# The GPU's targets use PYTHON itself, which must have a CUDA build of torch, and install Lumi there without its dependencies.
+GPU_INSTALLED = build/gpu-installed$(subst /,-,$(shell command -v $(PYTHON)))
+GPU_TESTS = tests/kernels tests/test_model_bundles.py tests/test_csrc.py $(wildcard tests/test_cuda_code.py)
+ONLY ?=
+LIMIT ?= 540
+
+.PHONY: demo test check clean gpu gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
@@ -15,6 +21,22 @@ check: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+gpu:
+	$(MAKE) gpu-check
+	$(MAKE) gpu-sanitize
+	$(MAKE) gpu-bench
+
+gpu-check: $(GPU_INSTALLED)
+	$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a GPU and a CUDA build of torch; PYTHON is " + sys.executable)'
+	$(PYTHON) -m pytest $(GPU_TESTS) $$($(PYTHON) -c 'import xdist; print("-n 4 --dist loadfile")' 2>/dev/null)
+	$(PYTHON) benchmarks/correctness.py
+
+gpu-sanitize: $(GPU_INSTALLED)
+	$(PYTHON) benchmarks/sanitize.py
+
+gpu-bench: $(GPU_INSTALLED)
+	$(PYTHON) benchmarks/run_all.py --seconds $(LIMIT) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build *.egg-info lumi/_csrc.*
@@ -30,3 +52,10 @@ $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
 $(VENV)/installed-test: $(SOURCES) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/installed
+
+$(GPU_INSTALLED): $(SOURCES)
+	$(PYTHON) -c 'import pybind11, pytest, setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null \
+		|| $(PYTHON) -m pip install 'pybind11>=3.0' 'setuptools>=77' pytest
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	mkdir -p build
+	touch $@

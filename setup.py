@@ -1,33 +1,101 @@
-"""Builds `lumi._csrc` from csrc/ and installs kernels/ and configs/ as `lumi.kernels` and `lumi.configs`."""
+"""Builds `lumi._csrc` from csrc/ and installs kernels/ and configs/ as `lumi.kernels` and `lumi.configs`.
 
+The CUDA files are compiled where nvcc is found (in $CUDA_HOME/bin, else on PATH); LUMI_CUDA=0 leaves them out, LUMI_CUDA=1 insists.
+"""
+
+import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-# No -march=native: a wheel must run on other machines than the one that built it. Threads are std::thread, hence -pthread.
+# No -march=native: a wheel must run on other machines than the one that built it. Without -fno-math-errno no loop with a square root
+# becomes vectors. Threads are OpenMP's where the usual compiler has it, else std::thread.
 if sys.platform == "win32":
     compile_args, link_args = ["/O2"], []
 elif sys.platform == "darwin":
-    compile_args, link_args = ["-O3"], []
+    compile_args, link_args = ["-O3", "-fno-math-errno"], []
 else:
-    compile_args, link_args = ["-O3", "-pthread"], ["-pthread"]
+    compile_args, link_args = ["-O3", "-fno-math-errno", "-fopenmp"], ["-fopenmp"]
 
+CUDA_ARCHES = (80, 89, 90, 100)  # of the last the portable code goes along as well, for GPUs still newer
+OLDEST_NVCC = (12, 8)  # the first that knows sm_100
+
+
+class BuildExtension(build_ext):
+    """Adds the CUDA files, where there is an nvcc."""
+
+    def build_extension(self, extension: Pybind11Extension) -> None:
+        if os.environ.get("LUMI_CUDA") != "0":
+            try:
+                self._add_cuda(extension, *_find_cuda())
+            except FileNotFoundError as error:
+                if os.environ.get("LUMI_CUDA") == "1":
+                    raise
+                message = f"{error}: lumi._csrc is built without its CUDA operators; on a GPU torch's take their place"
+                print(f"warning: {message}", file=sys.stderr)
+        super().build_extension(extension)
+
+    def _add_cuda(self, extension: Pybind11Extension, nvcc: str, library_dir: str) -> None:
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHES]
+        targets.append(f"arch=compute_{CUDA_ARCHES[-1]},code=compute_{CUDA_ARCHES[-1]}")
+        flags = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags += [flag for target in targets for flag in ("-gencode", target)]
+
+        def compile_file(source: Path) -> str:
+            target = folder / f"{source.stem}.o"
+            command = [nvcc, *flags, "-c", str(source), "-o", str(target)]
+            print(" ".join(command), flush=True)
+            if subprocess.run(command).returncode != 0:
+                raise RuntimeError(f"nvcc failed on {source}; LUMI_CUDA=0 installs Lumi without its CUDA operators")
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            extension.extra_objects += pool.map(compile_file, sorted(Path("csrc").glob("*.cu")))
+        extension.define_macros.append(("LUMI_HAS_CUDA", None))
+        extension.library_dirs.append(library_dir)
+        extension.libraries += ["cudart_static", "dl", "rt"]  # static: nothing to find at run time, and nothing to disagree with torch's
+
+
+def _find_cuda() -> tuple[str, str]:
+    """nvcc and the folder of libcudart_static.a. Raises FileNotFoundError, which says what is missing."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if nvcc is None or not sys.platform.startswith("linux"):
+        raise FileNotFoundError(f"no nvcc in {home}/bin" if home else "no nvcc found")
+    version = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if version is None or tuple(map(int, version.groups())) < OLDEST_NVCC:
+        raise FileNotFoundError(f"{nvcc} is {version[0] if version else 'unreadable'}, older than {'.'.join(map(str, OLDEST_NVCC))}")
+    # nvcc itself knows where its libraries are, however it was installed; asked for a dry run, it says so.
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True).stderr
+    for folder in re.findall(r'"-L([^"]+)"', plan):
+        if Path(folder, "libcudart_static.a").exists():
+            return nvcc, folder
+    raise FileNotFoundError(f"{nvcc} has no libcudart_static.a beside it")
+
+
+ParallelCompile().install()
 setup(
     packages=["lumi", "lumi.corpus", "lumi.evaluation", "lumi.kernels", "lumi.configs"],
     package_dir={"lumi.kernels": "kernels", "lumi.configs": "configs"},
-    package_data={"lumi.configs": ["**/*.json"]},
+    package_data={"lumi.configs": ["**/*.json"], "lumi.kernels": ["*.json"]},
     ext_modules=[
         Pybind11Extension(
             "lumi._csrc",
             sorted(path.as_posix() for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(path.as_posix() for path in Path("csrc").glob("*.h")),
+            depends=sorted(path.as_posix() for path in Path("csrc").iterdir() if path.suffix != ".cpp"),
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=compile_args,
             extra_link_args=link_args,
         )
     ],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildExtension},
 )

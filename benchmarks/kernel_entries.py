@@ -20,7 +20,7 @@ class Entry:
     module: str
     kernel: str
     signature: dict[str, str]
-    constexprs: dict[str, int]
+    constexprs: dict[str, int | None]  # None: a pointer that the launcher leaves out
     num_warps: int
     num_stages: int = 3
     aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as Triton finds at launch; pointers always are
@@ -30,30 +30,43 @@ class Entry:
 
 def entries(dtype: str, arch: int) -> list[Entry]:
     """The registry. `dtype`: "fp32", "fp16" or "bf16"; `arch`: 80, 89, 90 or 100. The names are the same for all of them."""
-    return [*_rms_norm_entries(), *_rope_entries(), *_swiglu_entries()]
+    return [
+        *_decode_attention_entries(dtype),
+        *_rms_norm_entries(),
+        *_rope_entries(),
+        *_swiglu_entries(),
+        *_attention_entries(dtype, arch),
+        *_linear_cross_entropy_entries(dtype),
+    ]
 
 
 def _rms_norm_entries() -> Iterator[Entry]:
     from lumi.kernels.rms_norm import backward_config, forward_config
 
     forward = {
-        "x_ptr": "*T", "weight_ptr": "*fp32", "y_ptr": "*T", "rstd_ptr": "*fp32",
-        "stride_xn": "i32", "stride_yn": "i32", "N": "i32", "D": "i32", "eps": "fp32",
+        "x_ptr": "*T", "residual_ptr": "*T", "weight_ptr": "*fp32", "total_ptr": "*T", "y_ptr": "*T", "rstd_ptr": "*fp32",
+        "stride_xn": "i32", "stride_residualn": "i32", "stride_yn": "i32", "N": "i32", "D": "i32", "eps": "fp32",
     }  # fmt: skip
     wide = {
-        "dy_ptr": "*T", "x_ptr": "*T", "weight_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": "*T", "dweight_partial_ptr": "*fp32",
-        "stride_dyn": "i32", "stride_xn": "i32", "stride_dxn": "i32", "N": "i32", "D": "i32",
+        "dy_ptr": "*T", "dtotal_ptr": "*T", "x_ptr": "*T", "weight_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": "*T",
+        "dweight_partial_ptr": "*fp32",
+        "stride_dyn": "i32", "stride_dtotaln": "i32", "stride_xn": "i32", "stride_dxn": "i32", "N": "i32", "D": "i32",
     }  # fmt: skip
     backward = wide | {"num_tiles": "i32"}
-    for D in (64, 8192, 16_384):  # rows that share a program, the most registers, the looped backward
-        narrow = "BLOCK_N" in backward_config(D)
-        for name, kernel, signature, config, moved in (
-            ("rms_norm_fwd", "_rms_norm_fwd_kernel", forward, forward_config(D), 2 * D),
-            ("rms_norm_bwd", "_rms_norm_bwd_kernel", backward, backward_config(D), 3 * D)
-            if narrow
-            else ("rms_norm_bwd_wide", "_rms_norm_bwd_wide_kernel", wide, backward_config(D), 3 * D),
-        ):
-            yield _entry(f"{name} D={D}", "lumi.kernels.rms_norm", kernel, signature, config, "D", moved=(moved, 1))
+    absent = dict.fromkeys(("residual_ptr", "total_ptr", "dtotal_ptr"))  # what `rms_norm` passes None for
+    # Rows that share a program, the most registers, the looped backward.
+    for operator, left_out, more, sizes in (("rms_norm", absent, 0, (64, 8192, 16_384)), ("add_rms_norm", {}, 1, (1024, 8192, 16_384))):
+        for D in sizes:
+            narrow = "BLOCK_N" in backward_config(D)
+            for direction, kernel, signature, config, moved in (
+                ("fwd", "_rms_norm_fwd_kernel", forward, forward_config(D), (2 + 2 * more) * D),
+                ("bwd", "_rms_norm_bwd_kernel", backward, backward_config(D), (3 + more) * D)
+                if narrow
+                else ("bwd_wide", "_rms_norm_bwd_wide_kernel", wide, backward_config(D), (3 + more) * D),
+            ):
+                config |= {argument: None for argument in left_out if argument in signature}
+                name, counts = f"{operator}_{direction} D={D}", (moved, 1)
+                yield _entry(name, "lumi.kernels.rms_norm", kernel, signature, config, "D", moved=counts)
 
 
 def _rope_entries() -> Iterator[Entry]:
@@ -79,9 +92,96 @@ def _swiglu_entries() -> Iterator[Entry]:
             yield _entry(f"swiglu_{name} F={F}", "lumi.kernels.swiglu", f"_swiglu_{name}_kernel", signature, config, "F", moved=moved)
 
 
+def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
+    import torch
+
+    from lumi.kernels.decode_attention import combine_config, tile_config
+
+    module, kernel = "lumi.kernels.decode_attention", "_decode_attention_kernel"
+    signature = {f"{tensor}_ptr": "*T" for tensor in ("q", "k", "v")} | {"positions_ptr": "*i64", "page_table_ptr": "*i32"}
+    signature |= {f"stride_{tensor}{axis}": "i32" for tensor, axes in (("q", "bth"), ("k", "bsg"), ("v", "bsg")) for axis in axes}
+    signature |= dict.fromkeys(("stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"), "i32") | {"scale": "fp32"}
+    split = {"out_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32"}
+    whole = {"out_ptr": "*T"}  # y itself
+    element = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    group, mma = 4, ("LDG.128", "STG.128", "MMA")
+    for name, rows, out, absent, sizes in (
+        ("decode_attention", group, split, ("page_table_ptr",), (64, 96, 128)),
+        ("decode_attention_paged", group, split, (), (64, 96, 128)),
+        ("decode_attention_prompt", 512 * group, whole, ("page_table_ptr", "max_ptr", "sum_ptr"), (64, 128)),
+    ):
+        for K in sizes:
+            config = {"K": K, "GROUP": group, "PAGE_SIZE": 0 if absent else 16, "SPLIT": out is split, **tile_config(K, rows, element)}
+            config |= dict.fromkeys(absent)  # what the launcher passes None for
+            moved = (2 * K, 0)  # of a key slot and kv head
+            yield _entry(f"{name} K={K}", module, kernel, signature | out, config, expects=mma, moved=moved)
+    signature = {"partial_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "y_ptr": "*T", "num_splits": "i32"}
+    config, loads = {"K": 128, **combine_config(128)}, ("LDG.128",)  # a row of y is too short for 16 bytes from every thread
+    moved = (0, 130)  # of a share of the keys
+    yield _entry("decode_attention_combine K=128", module, "_combine_kernel", signature, config, expects=loads, moved=moved)
+
+
+def _linear_cross_entropy_entries(dtype: str) -> Iterator[Entry]:
+    from lumi.kernels.linear_cross_entropy import IGNORE_INDEX, rescale_config, tile_config
+
+    module = "lumi.kernels.linear_cross_entropy"
+    signature = {
+        "logits_ptr": "*T", "targets_ptr": "*i64", "losses_ptr": "*fp32",
+        "stride_c": "i32", "V": "i32", "z_loss": "fp32", "softcap": "fp32", "dloss": "fp32",
+    }  # fmt: skip
+    for V, softcap in ((32_768, False), (128_256, False), (50_257, True)):
+        flags = {"IGNORE_INDEX": IGNORE_INDEX, "HAS_SOFTCAP": softcap, "GRADIENT": True}
+        config = flags | tile_config(V, 4 if dtype == "fp32" else 2)
+        name, width = f"linear_cross_entropy V={V}", "V" if V % 16 == 0 else ""
+        yield _entry(name, module, "_cross_entropy_kernel", signature, config, width, moved=(2 * V, 3))  # the target is 8 bytes
+    rescale = {"gradient_ptr": "*T", "dloss_ptr": "*fp32", "expected_dloss": "fp32", "num_elements": "i32"}
+    yield _entry("linear_cross_entropy_rescale", module, "_rescale_kernel", rescale, rescale_config(), "num_elements", moved=(2, 0))
+
+
 def _entry(name: str, module: str, kernel: str, signature: dict[str, str], config: dict[str, int], width: str = "", **more: Any) -> Entry:
     """`config` as the launcher chose it; strides and the argument `width` are multiples of 16 for the sizes that models have."""
     aligned = tuple(argument for argument in signature if argument == width or argument.startswith("stride_"))
     blocks = {key: value for key, value in config.items() if key not in ("num_warps", "num_stages")}
     stages = {"num_stages": config["num_stages"]} if "num_stages" in config else {}
     return Entry(name, module, kernel, signature, blocks, config["num_warps"], aligned=aligned, **stages, **more)
+
+
+def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
+    import torch
+
+    from lumi.kernels.attention import ORDER_BLOCK
+    from lumi.kernels.attention_tiles import tile
+
+    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    plan = {"first_key": "*i32", "last_query": "*i32", "order": "*i32"}
+    walks = {"fwd": ("k", "v"), "delta": (), "dkdv": ("q", "dy"), "dq": ("k", "v")}  # what a program reads tile by tile
+    for kernel, tensors, rows in (
+        ("fwd", ("q", "k", "v", "y"), ("lse", "first_key", "order")),
+        ("delta", ("dy", "y"), ("delta",)),
+        ("dkdv", ("q", "k", "v", "dy", "dk", "dv"), ("lse", "delta", "last_query", "order")),
+        ("dq", ("q", "k", "v", "dy", "dq"), ("lse", "delta", "first_key", "order")),
+    ):
+        for K, softcap in ((64, False), (96, False), (128, False), (128, True)):
+            if kernel == "delta" and softcap:
+                continue
+            config = tile(kernel, K, torch_dtype, arch, softcap)
+            walked = config.get("BLOCK_M" if kernel == "dkdv" else "BLOCK_N")
+            source = f"tensordesc<T[{walked}, 1, {config['BLOCK_K']}]>" if config.get("DESCRIPTORS") else "*T"
+            signature = {f"{name}_source": source for name in walks[kernel]}
+            signature |= {f"{name}_ptr": "*T" for name in tensors if name not in walks[kernel]}
+            signature |= {f"{name}_ptr": plan.get(name, "*fp32") for name in rows}
+            signature |= {f"stride_{name}{axis}": "i32" for name in tensors for axis in "nh"} | {"N": "i32"}
+            if kernel != "delta":
+                signature |= {"G" if kernel == "dkdv" else "H": "i32", "group": "i32", "scale": "fp32", "scale_cap": "fp32"}
+                config |= {"ORDER": ORDER_BLOCK, "SOFTCAP": softcap}
+            if kernel in ("dkdv", "dq"):
+                signature |= {"dscore": "fp32"}
+            yield _entry(
+                f"attention_{kernel} K={K}{' softcap' if softcap else ''}",
+                "lumi.kernels.attention",
+                f"_attention_{kernel}_kernel",
+                signature,
+                {"HEAD_DIM": K, **config},
+                moved=(len(tensors) * K, len(set(rows) - set(plan))),
+                expects=("LDG.128",) if kernel == "delta" else ("LDG.128", "STG.128", "MMA"),
+            )

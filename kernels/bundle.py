@@ -5,13 +5,16 @@ The model never asks which device it is on: it calls what it was given. Parity i
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from lumi.kernels.attention import attention_plan_reference, attention_reference
-from lumi.kernels.decode_attention import decode_attention_reference
-from lumi.kernels.linear_cross_entropy import linear_cross_entropy_reference
+from lumi.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from lumi.kernels.attention import attention, attention_reference
+from lumi.kernels.attention_plan import attention_plan, attention_plan_reference
+from lumi.kernels.decode_attention import decode_attention, decode_attention_reference
+from lumi.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from lumi.kernels.lora_linear import lora_linear, lora_linear_reference
 from lumi.kernels.optional_triton import HAS_TRITON
 from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
 from lumi.kernels.rope import rope, rope_reference
@@ -27,27 +30,41 @@ class Ops:
 
     name: str
     rms_norm: Callable
+    add_rms_norm: Callable
     rope: Callable
     attention_plan: Callable
     attention: Callable
     decode_attention: Callable
     swiglu: Callable
+    lora_linear: Callable
     linear_cross_entropy: Callable
 
 
 REFERENCE = Ops(
     name="reference",
     rms_norm=rms_norm_reference,
+    add_rms_norm=add_rms_norm_reference,
     rope=rope_reference,
     attention_plan=attention_plan_reference,
     attention=attention_reference,
     decode_attention=decode_attention_reference,
     swiglu=swiglu_reference,
+    lora_linear=lora_linear_reference,
     linear_cross_entropy=linear_cross_entropy_reference,
 )
 
-# An operator without a Triton kernel yet is its reference here.
-TRITON = replace(REFERENCE, name="triton", rms_norm=rms_norm, rope=rope, swiglu=swiglu)
+TRITON = Ops(
+    name="triton",
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    rope=rope,
+    attention_plan=attention_plan,
+    attention=attention,
+    decode_attention=decode_attention,
+    swiglu=swiglu,
+    lora_linear=lora_linear,  # not a kernel: fewer matrix products
+    linear_cross_entropy=linear_cross_entropy,
+)
 
 
 def select(name: str, device: torch.device | str) -> Ops:

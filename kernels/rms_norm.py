@@ -39,13 +39,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return (x_wide * rstd * weight.to(wide)).to(x.dtype)
 
 
-# --- Triton kernels: a tile of BLOCK_N whole rows at a time ---
+# --- Triton kernels: a tile of BLOCK_N whole rows at a time. Where `add_rms_norm` launches them they also read residual_ptr and write
+# total_ptr, or read dtotal_ptr; `rms_norm` passes None for these, which the compiler takes as a constant ---
 
 
 @triton.jit(do_not_specialize=["N"])  # one compilation for every number of rows
 def _rms_norm_fwd_kernel(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr,
-    stride_xn, stride_yn,
+    x_ptr, residual_ptr, weight_ptr, total_ptr, y_ptr, rstd_ptr,
+    stride_xn, stride_residualn, stride_yn,
     N, D, eps,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -55,6 +56,11 @@ def _rms_norm_fwd_kernel(
 
     x = tl.load(x_ptr + rows[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + rows[:, None] * stride_residualn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        total = (x + residual).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + rows[:, None] * stride_yn + cols[None, :], total, mask=mask)
+        x = total.to(tl.float32)  # what is normalised is the sum as it was stored, so that backward has it exactly
 
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
     y = x * rstd[:, None] * weight[None, :]
@@ -65,8 +71,8 @@ def _rms_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N", "num_tiles"])
 def _rms_norm_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
-    stride_dyn, stride_xn, stride_dxn,
+    dy_ptr, dtotal_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
+    stride_dyn, stride_dtotaln, stride_xn, stride_dxn,
     N, D, num_tiles,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +92,8 @@ def _rms_norm_bwd_kernel(
         dx_hat = dy * weight[None, :]
         dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1) / D)[:, None])
         dweight += dy * x_hat
+        if dtotal_ptr is not None:
+            dx += tl.load(dtotal_ptr + rows[:, None] * stride_dtotaln + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows[:, None] * stride_dxn + cols[None, :], dx, mask=mask)
 
     tl.store(dweight_partial_ptr + program * D + cols, tl.sum(dweight, axis=0), mask=cols < D)
@@ -93,8 +101,8 @@ def _rms_norm_bwd_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _rms_norm_bwd_wide_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
-    stride_dyn, stride_xn, stride_dxn,
+    dy_ptr, dtotal_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
+    stride_dyn, stride_dtotaln, stride_xn, stride_dxn,
     N, D,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +128,10 @@ def _rms_norm_bwd_wide_kernel(
             weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
             dweight = tl.load(partial_ptr + cols, mask=cols < D, other=0.0)
             tl.store(partial_ptr + cols, dweight + dy * x_hat, mask=cols < D)
-            tl.store(dx_ptr + row * stride_dxn + cols, rstd * (dy * weight - x_hat * mean), mask=cols < D)
+            dx = rstd * (dy * weight - x_hat * mean)
+            if dtotal_ptr is not None:
+                dx += tl.load(dtotal_ptr + row * stride_dtotaln + cols, mask=cols < D, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + row * stride_dxn + cols, dx, mask=cols < D)
 
 
 # --- launchers: allocate, pick block sizes, launch. Never autograd. ---
@@ -157,21 +168,21 @@ def rms_norm_fwd(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Te
     config = forward_config(D)
     with torch.cuda.device_of(x_ND):  # Triton launches on the current device, which need not be x's
         _rms_norm_fwd_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            x_ND, weight_D, y_ND, rstd_N, x_ND.stride(0), y_ND.stride(0), N, D, eps, **config
+            x_ND, None, weight_D, None, y_ND, rstd_N, x_ND.stride(0), 0, y_ND.stride(0), N, D, eps, **config
         )
     return y_ND, rstd_N
 
 
-def rms_norm_bwd(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns dx_ND in x's dtype and dweight_D in weight's dtype. Writes to no input."""
+def rms_norm_bwd(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, dtotal_ND: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns dx_ND in x's dtype, with `dtotal_ND` added where there is one, and dweight_D in weight's dtype. Writes to no input."""
     N, D = x_ND.shape
     dx_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
     config = backward_config(D)
     num_tiles = triton.cdiv(N, config.get("BLOCK_N", 1))
     num_programs = min(num_tiles, _max_programs(x_ND.device, config["num_warps"]))
     dweight_PD = torch.empty(num_programs, D, dtype=torch.float32, device=x_ND.device)
-    tensors = (dy_ND, x_ND, weight_D, rstd_N, dx_ND, dweight_PD)
-    strides = (dy_ND.stride(0), x_ND.stride(0), dx_ND.stride(0))
+    tensors = (dy_ND, dtotal_ND, x_ND, weight_D, rstd_N, dx_ND, dweight_PD)
+    strides = (dy_ND.stride(0), 0 if dtotal_ND is None else dtotal_ND.stride(0), x_ND.stride(0), dx_ND.stride(0))
     with torch.cuda.device_of(x_ND):
         if D <= _WIDE_D:
             _rms_norm_bwd_kernel[(num_programs,)](*tensors, *strides, N, D, num_tiles, **config)
@@ -211,6 +222,7 @@ def _save(ctx, inputs, output) -> None:
     x, weight, _ = inputs
     _, rstd = output
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for rstd's gradient
     ctx.save_for_backward(x, weight, rstd)
 
 

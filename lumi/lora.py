@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lumi.config import UserError
-from lumi.model import Linear, Transformer
+from lumi.kernels.bundle import Ops
+from lumi.model import MLP, Attention, Linear, Transformer, apply_each
 
 ALL_LINEAR = "all-linear"
 
@@ -63,18 +64,26 @@ class LoraConfig:
 class LoraLinear(Linear):
     """A frozen `Linear` with an adapter: float32 parameters `lora_A`, `lora_B` and, for DoRA, `lora_magnitude`."""
 
-    def __init__(self, base: Linear, config: LoraConfig):
+    def __init__(self, base: Linear, config: LoraConfig, ops: Ops):
         nn.Module.__init__(self)
         out_features, in_features = base.weight.shape
         device = base.weight.device
-        self.config, self.weight = config, base.weight
+        self.config, self.ops, self.weight = config, ops, base.weight
         self.lora_A = nn.Parameter(torch.zeros(config.rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank, device=device))
         self.lora_magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1)) if config.dora else None
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout gives the adapter another input than the frozen matrix has."""
+        return self.training and self.config.dropout > 0
+
     def forward(self, x: Tensor) -> Tensor:
-        narrow = F.linear(F.dropout(x, self.config.dropout, self.training), self.lora_A.to(x.dtype))
-        y = F.linear(x, self.weight.to(x.dtype)) + self.config.scale * F.linear(narrow, self.lora_B.to(x.dtype))
+        if self.drops:
+            narrow = F.linear(F.dropout(x, self.config.dropout), self.lora_A.to(x.dtype))
+            y = F.linear(x, self.weight.to(x.dtype)) + self.config.scale * F.linear(narrow, self.lora_B.to(x.dtype))
+        else:
+            (y,) = self.ops.lora_linear(x, [self.weight], [self.lora_A], [self.lora_B], [self.config.scale])
         if self.lora_magnitude is None:
             return y
         with torch.no_grad():
@@ -90,6 +99,16 @@ class LoraLinear(Linear):
 
     def _sum(self) -> Tensor:
         return torch.addmm(self.weight.to(self.lora_B.dtype), self.lora_B, self.lora_A, alpha=self.config.scale)
+
+
+def apply_adapted(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """Several linears of one input, those of them in one operator that have an adapter and neither dropout at work nor DoRA."""
+    joined = [linear for linear in linears if isinstance(linear, LoraLinear) and not linear.drops and linear.lora_magnitude is None]
+    if not joined:
+        return apply_each(x, *linears)
+    weights, As, Bs = ([getattr(linear, name) for linear in joined] for name in ("weight", "lora_A", "lora_B"))
+    ys = iter(joined[0].ops.lora_linear(x, weights, As, Bs, [linear.config.scale for linear in joined]))
+    return [next(ys) if linear in joined else linear(x) for linear in linears]
 
 
 class TrainedRows(nn.Module):
@@ -131,12 +150,21 @@ def wrap(model: Transformer, names: Sequence[str], config: LoraConfig, token_ids
         if parameter.ndim >= 2:
             parameter.data = parameter.data.to(getattr(torch, config.base_dtype))
     for name in names:
-        owner, _, attribute = name.rpartition(".")
-        base = model.get_submodule(name)
+        owner, attribute = _owner(model, name)
+        base = getattr(owner, attribute)
         assert isinstance(base, Linear)
-        setattr(model.get_submodule(owner), attribute, LoraLinear(base, config))
+        setattr(owner, attribute, LoraLinear(base, config, model.ops))
+        owner.project = apply_adapted
     for module in token_matrices(model).values() if token_ids else ():
         parametrize.register_parametrization(module, "weight", TrainedRows(module.weight, token_ids))
+
+
+def _owner(model: Transformer, name: str) -> tuple[Attention | MLP, str]:
+    """The module that has the linear `name`, and the attribute that it is there."""
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    assert isinstance(owner, Attention | MLP)
+    return owner, attribute
 
 
 def find_targets(model: Transformer, targets: str | Sequence[str]) -> list[str]:
@@ -178,11 +206,12 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 def merge_lora(model: Transformer) -> None:
     """Put a plain linear of the merged matrix in every adapted one's place, in float32 (float64 stays float64); nothing is frozen then."""
     for name, module in list(adapters(model)):
-        owner, _, attribute = name.rpartition(".")
+        owner, attribute = _owner(model, name)
         with torch.no_grad():
             merged = Linear(module.weight.shape[1], module.weight.shape[0])
             merged.weight = nn.Parameter(module.merged_weight())
-        setattr(model.get_submodule(owner), attribute, merged)
+        setattr(owner, attribute, merged)
+        owner.project = apply_each
     settle_rows(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

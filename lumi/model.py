@@ -7,7 +7,7 @@ Shape letters: B batch, T tokens, D model_dim, H query heads, G kv heads, K head
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -95,6 +95,11 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def apply_each(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """Several linears of one input."""
+    return [linear(x) for linear in linears]
+
+
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension, by the bundle's operator."""
 
@@ -106,13 +111,19 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key-value heads."""
+    """Causal self-attention with rotary positions and grouped key-value heads. `project` applies linears that share their input."""
+
+    project: Callable[..., list[Tensor]]
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.ops, self.per_head = ops, config.per_head
+        self.ops, self.per_head, self.project = ops, config.per_head, apply_each
         self.q_proj = Linear(config.model_dim, config.num_heads * config.per_head)
         self.k_proj = Linear(config.model_dim, config.kv_heads * config.per_head)
         self.v_proj = Linear(config.model_dim, config.kv_heads * config.per_head)
@@ -121,7 +132,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.per_head, config, ops) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, context: "Context") -> Tensor:
-        q_BTHK, k_BTGK, v_BTGK = (p(x_BTD).unflatten(-1, (-1, self.per_head)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projected = self.project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BTHK, k_BTGK, v_BTGK = (heads.unflatten(-1, (-1, self.per_head)) for heads in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         q_BTHK, k_BTGK = self.ops.rope(q_BTHK, k_BTGK, context.cos, context.sin)
@@ -134,17 +146,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202). `project` applies linears that share their input."""
+
+    project: Callable[..., list[Tensor]]
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.ops = ops
+        self.ops, self.project = ops, apply_each
         self.gate_proj = Linear(config.model_dim, config.mlp_dim)
         self.up_proj = Linear(config.model_dim, config.mlp_dim)
         self.down_proj = Linear(config.mlp_dim, config.model_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        return self.down_proj(self.ops.swiglu(*self.project(x_BTD, self.gate_proj, self.up_proj)))
 
 
 class Layer(nn.Module):
@@ -158,8 +172,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(self, x_BTD: Tensor, context: "Context") -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        normed_BTD, x_BTD = self.mlp_norm.add(x_BTD, self.attention(self.attention_norm(x_BTD), context))
+        return x_BTD + self.mlp(normed_BTD)
 
 
 @dataclass(frozen=True)
@@ -246,7 +260,15 @@ class Transformer(nn.Module):
         """(..., V) float32 logits from (..., D) hidden states."""
         return F.linear(hidden, self.output_weight.to(hidden.dtype)).float()
 
-    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The summed next-token loss of a batch, in nats, float32; `targets` (B, T) are already shifted, -100 is not trained."""
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        expected_dloss: float = 1.0,
+    ) -> Tensor:
+        """The summed next-token loss of a batch, in nats, float32; `targets` (B, T) are already shifted, -100 is not trained. Backward is
+        cheapest when the loss's gradient is `expected_dloss`."""
         hidden_ND = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
-        return self.ops.linear_cross_entropy(hidden_ND, self.output_weight, targets.flatten())
+        return self.ops.linear_cross_entropy(hidden_ND, self.output_weight, targets.flatten(), expected_dloss=expected_dloss)

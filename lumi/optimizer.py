@@ -1,13 +1,15 @@
-"""Parameter groups, AdamW and Muon (torch's own), gradient clipping, and the learning rate as a function of the step."""
+"""Parameter groups, AdamW, Muon (torch's own), gradient clipping, and the learning rate as a function of the step."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lumi.config import UserError
+from lumi.kernels.adamw import adamw, has_native
 from lumi.kernels.global_norm import global_norm
 
 
@@ -98,24 +100,64 @@ def lr_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
     return config.peak_lr * (schedule.final_lr_ratio + (1 - schedule.final_lr_ratio) * shape)
 
 
+class AdamW(torch.optim.Optimizer):
+    """AdamW by `lumi.kernels.adamw`: all parameters in one operator, gradients clipped as they are read. Its states bear the names of
+    torch's AdamW; `step` is on the CPU, where the bias corrections are made."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.clip: dict[str, Any] = {}  # norm, max_norm and loss_scale, where the gradients are to be clipped
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient. Groups may differ in weight decay alone."""
+        members = [(p, self.state[p], group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not members:
+            return
+        for parameter, state, _ in members:
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        torch._foreach_add_([state["step"] for _, state, _ in members], 1)
+        by_step: dict[int, list[tuple[Tensor, dict[str, Tensor], float]]] = {}
+        for member in members:
+            by_step.setdefault(int(member[1]["step"]), []).append(member)
+        group = self.param_groups[0]
+        for number, alike in by_step.items():  # one, unless some parameters had no gradient in some steps
+            parameters, states, weight_decays = zip(*alike, strict=True)
+            adamw(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                weight_decays=weight_decays,
+                step=number,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                **self.clip,
+            )
+
+
 class Optimizer:
     """The optimizers of one model behind one `step`; their states have names, so that a checkpoint needs no pickle."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig):
         self.config = config
+        self.measured: tuple[Tensor, float, float] | None = None  # the gradients' norm, their loss scale, the norm without it
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = {name: p for name, p in self.named.items() if p.ndim >= 2}
         vectors = [p for p in self.named.values() if p.ndim < 2]
         hidden = {name: p for name, p in matrices.items() if name.startswith("layers.")} if config.kind == "muon" else {}
         rest = [p for name, p in matrices.items() if name not in hidden]
         groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        native = all(has_native(p.device) for p in self.named.values())
+        # A GPU without our CUDA code gets torch's fused kernel: the plain-torch definition would be many launches.
+        adamw_class = AdamW if native else partial(torch.optim.AdamW, fused=True)
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [group for group in groups if group["params"]],
-                lr=config.peak_lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                fused=True,
+            adamw_class(
+                [group for group in groups if group["params"]], lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps
             )
         ]
         if hidden:
@@ -130,27 +172,38 @@ class Optimizer:
             )
 
     def clip_gradients(self, loss_scale: float = 1.0) -> float:
-        """Take `loss_scale` out of all gradients and scale them so that their joint L2 norm is at most `max_grad_norm`.
+        """Have the next `step` take `loss_scale` out of all gradients and scale them so that their joint L2 norm is at most
+        `max_grad_norm`. It does so as it reads them: until then they stay as they are.
 
         Returns:
-            The norm before clipping; where it is not finite the gradients are left as they are, for nobody to use.
+            The norm before clipping; where it is not finite the next `step` does nothing.
         """
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        norm = float(global_norm(gradients)) / loss_scale
-        factor = min(1.0, self.config.max_grad_norm / norm if norm > 0 else 1.0) / loss_scale
-        if math.isfinite(norm) and factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
-        return norm
+        norm = global_norm([p.grad for p in self.named.values() if p.grad is not None])
+        self.measured = norm, loss_scale, float(norm) / loss_scale
+        return self.measured[2]
 
     def step(self, lr: float) -> None:
-        """One update with learning rate `lr`."""
+        """One update with learning rate `lr`, on gradients as they are or, after `clip_gradients`, clipped."""
+        clip, factor = {}, 1.0
+        if self.measured is not None:
+            norm, loss_scale, value = self.measured
+            self.measured = None
+            if not math.isfinite(value):
+                return
+            clip = {"norm": norm, "max_norm": self.config.max_grad_norm, "loss_scale": loss_scale}
+            factor = min(1.0, self.config.max_grad_norm / value if value > 0 else 1.0) / loss_scale
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            if isinstance(optimizer, AdamW):
+                optimizer.clip = clip
+            elif factor != 1.0:
+                torch._foreach_mul_([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], factor)
             optimizer.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
+        self.measured = None
         for parameter in self.named.values():
             parameter.grad = None
 
@@ -174,7 +227,8 @@ class Optimizer:
             known = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
             if parameter is None or optimizer is None or state not in known:
                 raise UserError(f"the checkpoint's optimizer state {key!r} does not belong to this model and optimizer; {remedy}")
-            optimizer.state[parameter][state] = value.to(parameter.device)
+            on_cpu = isinstance(optimizer, AdamW) and state == "step"
+            optimizer.state[parameter][state] = value.to("cpu" if on_cpu else parameter.device)
         missing = [name for name, parameter in self.named.items() if tensors and not owners[id(parameter)].state[parameter]]
         if missing:
             raise UserError(f"the checkpoint holds no optimizer state for {missing[0]} ({len(missing)} parameters in all); {remedy}")

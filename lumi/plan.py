@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from lumi.batches import BatchConfig
-from lumi.kernels.linear_cross_entropy import chunk_rows
+from lumi.kernels.linear_cross_entropy import chunk_rows, workspace_bytes
 from lumi.model import ModelConfig
 from lumi.run_config import TrainConfig
 
@@ -43,7 +43,7 @@ def describe_plan(
     frozen = None
     if num_trained is not None and config.lora is not None:
         frozen = Frozen(num_trained, 2 if config.lora.base_dtype == "bfloat16" else 4, bool(config.lora.tokens))
-    memory = memory_estimate(model, batches, config.optimizer.kind, narrow, config.gradient_checkpointing, device.type, frozen)
+    memory = memory_estimate(model, batches, config.optimizer.kind, narrow, config.gradient_checkpointing, device.type, kernels, frozen)
     trained = "" if num_trained is None else f"; {num_trained:,} of adapters are trained ({num_trained / model.num_parameters:.2%})"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     shares = f"{processes} x {batches.micro_steps(num_processes)} micro-steps x {batches.micro_batch_size} rows x {batches.sequence_length}"
@@ -69,19 +69,23 @@ def memory_estimate(
     compute_bytes: int,
     checkpointing: bool,
     device_type: str,
+    kernels: str = "reference",
     frozen: Frozen | None = None,
 ) -> dict[str, int]:
     """Bytes one process needs to train, by part; arithmetic, not a measurement, and without what torch itself takes.
 
     Weights, gradients and optimizer state are float32; backward also keeps a copy of the layers' weights in a narrower compute dtype.
     For it a layer of the reference operators keeps about 4D + 2(H+G)K + 3F values a token in the compute dtype and 6D + 2(H+G)K + 3F
-    in float32 (norms, rotation, SwiGLU); with checkpointing only its input D. The loss holds the logits of one chunk of rows thrice (as
-    they are, their float32 log-softmax, their gradient) and its matrix's float32 gradient twice. Under adapters only
+    in float32 (norms, rotation, SwiGLU), and a layer of the Triton operators the former and H + 2 in float32 (a sum per head and norm);
+    with checkpointing only its input D. The loss of the reference holds the logits of one chunk of rows thrice (as they are, their float32
+    log-softmax, their gradient) and its matrix's float32 gradient twice; that of Triton says itself what it takes. Under adapters only
     they have gradients and states; the matrices of tokens of which rows are trained are put together anew, and have a gradient.
     """
+    triton = kernels == "triton"
     tokens = batches.micro_batch_size * batches.sequence_length
     heads, dim, mlp = 2 * (model.num_heads + model.kv_heads) * model.per_head, model.model_dim, model.mlp_dim
-    per_layer = compute_bytes * (4 * dim + heads + 3 * mlp) + 4 * (6 * dim + heads + 3 * mlp)
+    wide = model.num_heads + 2 if triton else 6 * dim + heads + 3 * mlp
+    per_layer = compute_bytes * (4 * dim + heads + 3 * mlp) + 4 * wide
     kept = compute_bytes * model.num_layers * dim + per_layer if checkpointing else model.num_layers * per_layer
     embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
     adapters, weight_bytes, rows_trained = frozen or Frozen(0, 4, True)
@@ -89,12 +93,17 @@ def memory_estimate(
     states = 2 * trained if optimizer == "adamw" else trained + (0 if frozen else embeddings)
     copies = model.num_parameters - embeddings if compute_bytes < weight_bytes else 0
     put_together = weight_bytes * embeddings if frozen and rows_trained else 0
-    rows = min(tokens, chunk_rows(model.vocab_size, device_type))
+    if triton:
+        dtype = torch.float32 if compute_bytes == 4 else torch.bfloat16
+        loss = workspace_bytes(tokens, dim, model.vocab_size, dtype, torch.float32, True, rows_trained, device_type)
+    else:
+        rows = min(tokens, chunk_rows(model.vocab_size, device_type))
+        loss = (4 + 2 * compute_bytes) * rows * model.vocab_size + (8 * model.vocab_size * dim if rows_trained else 0)
     parts = {
         "weights": weight_bytes * model.num_parameters + compute_bytes * copies + 4 * adapters + put_together,
         "gradients": 4 * trained,
         "optimizer": 4 * states,
         "activations": tokens * kept,
-        "loss": (4 + 2 * compute_bytes) * rows * model.vocab_size + (8 * model.vocab_size * dim if rows_trained else 0),
+        "loss": loss,
     }
     return {**parts, "total": sum(parts.values())}

@@ -70,13 +70,13 @@ class Trainer:
                 self._save()
                 return False
             torch.manual_seed(_step_seed(config.seed, step, world.rank))  # what a step draws depends on nothing before it
+            dloss = self.loss_scale.value * world.size / num_targets  # DDP takes a mean over processes; the loss is the sum / all targets
             nats: list[Tensor] = []
             for index, batch in enumerate(micro_batches):
                 batch = batch.to(world.device)
                 with gradient_sync(self.parallel_model, enabled=index == len(micro_batches) - 1):
-                    loss = self.parallel_model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens)
-                    # DDP takes a mean over processes; the loss is the sum over all of them / all targets.
-                    (loss * (self.loss_scale.value * world.size / num_targets)).backward()
+                    loss = self.parallel_model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, dloss)
+                    (loss * dloss).backward()
                 nats.append(loss.detach())
             mean_loss = world.sum(torch.stack(nats).sum().item())[0] / num_targets
             gradient_norm, lr = self.optimizer.clip_gradients(self.loss_scale.value), lr_at(step, config.num_steps, config.optimizer)

@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -7,21 +9,22 @@ from parity import assert_parity
 
 from lumi.config import UserError, from_dict
 from lumi.kernels.bundle import REFERENCE
-from lumi.lora import LoraConfig, adapters, add_lora, load_trained, merge_lora, trained_tensors
-from lumi.model import ModelConfig, Transformer
+from lumi.kernels.lora_linear import lora_linear
+from lumi.lora import LoraConfig, adapters, add_lora, apply_adapted, load_trained, merge_lora, trained_tensors
+from lumi.model import ModelConfig, Transformer, apply_each
 
 SHAPE = ModelConfig(vocab_size=61, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, max_positions=64)
 TOKENS = torch.tensor([[1, 5, 9, 33, 60, 2, 7, 8], [3, 3, 3, 4, 5, 6, 7, 8]])
 LINEARS = 7 * SHAPE.num_layers
 
 
-def build(dtype=torch.float32, seed=3):
-    return Transformer(SHAPE, REFERENCE, compute_dtype=dtype).init_weights(seed)
+def build(dtype=torch.float32, seed=3, ops=REFERENCE):
+    return Transformer(SHAPE, ops, compute_dtype=dtype).init_weights(seed)
 
 
-def adapted(config, dtype=torch.float32, trained=True):
+def adapted(config, dtype=torch.float32, trained=True, ops=REFERENCE, seed=3):
     """A model with adapters that do something, as after some training."""
-    model = build(dtype)
+    model = build(dtype, seed, ops)
     add_lora(model, config, seed=1)
     if trained:
         generator = torch.Generator().manual_seed(5)
@@ -198,6 +201,93 @@ def test_dropout_is_of_training_alone_and_follows_the_seed():
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], still)
+
+
+def recorded(operator=REFERENCE.lora_linear):
+    """A bundle that writes down how many linears each call of `lora_linear` had, and the list that it writes to."""
+    calls = []
+
+    def recording(x, weights, *adapters):
+        calls.append(len(weights))
+        return operator(x, weights, *adapters)
+
+    return dataclasses.replace(REFERENCE, lora_linear=recording), calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "calls"),
+    [
+        ({}, True, [3, 1, 2, 1]),  # q k v, o, gate up, down
+        ({"targets": ("q_proj", "v_proj")}, True, [2]),
+        ({"targets": ("up_proj", "o_proj")}, True, [1, 1]),
+        ({"dropout": 0.5}, True, []),
+        ({"dropout": 0.5}, False, [3, 1, 2, 1]),
+        ({"dora": True}, True, [1] * 7),
+        ({"dora": True, "dropout": 0.5}, True, []),
+    ],
+    ids=["all", "q and v", "one of each", "dropout", "dropout at rest", "dora", "dora and dropout"],
+)
+def test_linears_of_one_input_are_one_operator(changes, training, calls):
+    ops, made = recorded()
+    model = adapted(LoraConfig(rank=4, **changes), ops=ops).train(training)
+    torch.manual_seed(0)
+    ours = logits(model)
+    assert made == calls * SHAPE.num_layers
+    for layer in model.layers:  # and that changes nothing
+        layer.attention.project = layer.mlp.project = apply_each
+    torch.manual_seed(0)
+    assert torch.equal(ours, logits(model))
+
+
+def test_one_layer_alone_is_adapted():
+    ops, made = recorded()
+    model = adapted(LoraConfig(rank=4, targets=("layers.1.mlp.gate_proj", "layers.1.mlp.up_proj")), ops=ops)
+    owners = [module for layer in model.layers for module in (layer.attention, layer.mlp)]
+    logits(model)
+    assert made == [2]
+    assert [owner.project for owner in owners] == [apply_each, apply_each, apply_each, apply_adapted]
+    merge_lora(model)
+    logits(model)
+    assert made == [2]
+    assert all(owner.project is apply_each for owner in owners)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=["plain", "rslora", "some", "dora"])
+def test_the_fast_operator_trains_the_same_adapters(config):
+    """The gradients of all adapters of several models together, judged by float64: one rounding error reaches most of one model's."""
+    fast = dataclasses.replace(REFERENCE, lora_linear=lora_linear)
+    gradients = []
+    for dtype, ops in ((torch.float32, fast), (torch.float32, REFERENCE), (torch.float64, REFERENCE)):
+        models = [adapted(config, dtype, ops=ops, seed=seed).to(dtype).train() for seed in range(4)]
+        for model in models:
+            for _, module in adapters(model):
+                module.lora_B.data /= 5  # larger ones amplify every rounding error on the way through the norms
+            model(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for model in models for parameter in trained_tensors(model).values()]))
+    assert_parity("gradient", *gradients)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_layer_trains_the_same_adapters(checkpointing):
+    torch._dynamo.reset()
+    ops = dataclasses.replace(REFERENCE, lora_linear=lora_linear)
+    gradients = []
+    for compiled in (False, True):
+        model = adapted(LoraConfig(rank=4, targets=("q_proj", "v_proj", "gate_proj", "up_proj")), torch.bfloat16, ops=ops).train()
+        model.gradient_checkpointing = checkpointing
+        if compiled:
+            model.layers[1].compile(backend="aot_eager", fullgraph=True)
+        model(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        gradients.append([tensor.grad for tensor in trained_tensors(model).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_an_adapted_model_is_copied_and_pickled():
+    model = adapted(LoraConfig(rank=4))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), logits(model))
+        assert other.layers[0].mlp.project is apply_adapted
+        assert other.state_dict().keys() == model.state_dict().keys()
 
 
 def test_the_base_is_kept_in_bfloat16_where_asked():

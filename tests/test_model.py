@@ -111,6 +111,21 @@ def test_trained_on_counting_it_predicts_the_next_number(tied):
     assert loss.item() < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_is_two_steps_of_the_residual_stream(dtype):
+    """Bit by bit what the formula says, although a sum and the norm behind it are one operator."""
+    model = build()
+    tokens = random_documents([20])[0][None]
+    inputs = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args))
+    model.compute_dtype = dtype
+    model.hidden(tokens)
+    for layer, (x, context) in zip(model.layers, tuple(inputs), strict=True):
+        middle = x + layer.attention(layer.attention_norm(x), context)
+        assert torch.equal(layer(x, context), middle + layer.mlp(layer.mlp_norm(middle)))
+
+
 def test_gradient_checkpointing_changes_memory_not_numbers():
     plain, recomputing = build(), build()
     recomputing.gradient_checkpointing = True

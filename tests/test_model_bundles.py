@@ -1,10 +1,11 @@
-"""The same weights under two bundles: one training step of a whole model, judged by float64."""
+"""The same weights under two bundles: one training step of a whole model, with adapters and without, judged by float64."""
 
 import pytest
 import torch
 from parity import assert_parity
 
 from lumi.kernels.bundle import REFERENCE, TRITON
+from lumi.lora import LoraConfig, adapters, add_lora, trained_tensors
 from lumi.model import ModelConfig, Transformer
 
 SHAPES = {
@@ -13,11 +14,16 @@ SHAPES = {
 }
 
 
-def step(shape, ops, dtype, device, compute_dtype):
+def step(shape, ops, dtype, device, compute_dtype, lora=None, seed=0):
     """Loss and gradients of one packed batch; weights and arithmetic in `dtype`, products in `compute_dtype`."""
     config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, mlp_dim=96, **shape)
-    model = Transformer(config, ops, compute_dtype=compute_dtype).init_weights(0).to(device, dtype)
-    generator = torch.Generator().manual_seed(0)
+    model = Transformer(config, ops, compute_dtype=compute_dtype).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    if lora is not None:
+        add_lora(model, lora)
+        for _, module in adapters(model):  # B begins at zero, and A would have no gradient; much larger, norms amplify rounding errors
+            module.lora_B.data = 0.05 * torch.randn(module.lora_B.shape, generator=generator)
+    model = model.to(device, dtype)
     tokens, targets = (torch.randint(0, 97, (2, 40), generator=generator).to(device) for _ in range(2))
     targets[0, 5:9] = -100
     lengths = [17, 22, 1, 40]
@@ -25,7 +31,7 @@ def step(shape, ops, dtype, device, compute_dtype):
     cu_seqlens = torch.tensor([0, 17, 39, 40, 80], dtype=torch.int32, device=device)
     loss = model(tokens, targets, positions, cu_seqlens)
     loss.backward()
-    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in trained_tensors(model).items()}}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -36,3 +42,17 @@ def test_one_step_under_triton_is_one_under_the_reference(shape, device):
     assert exact.keys() == actual.keys()
     for name in exact:
         assert_parity(name, actual[name], same_dtype[name], exact[name])
+
+
+def test_one_step_with_adapters(device):
+    """On all seven linears of each layer; what is trained is the adapters alone. All A's and all B's of several models are judged
+    together: one rounding error reaches most of one model's gradients."""
+    lora, shape, seeds = LoraConfig(rank=3, alpha=5), SHAPES["grouped"], range(4)
+    exact = [step(shape, REFERENCE, torch.float64, device, torch.float64, lora, seed) for seed in seeds]
+    same_dtype = [step(shape, REFERENCE, torch.float32, device, torch.float32, lora, seed) for seed in seeds]
+    actual = [step(shape, TRITON, torch.float32, device, torch.float32, lora, seed) for seed in seeds]
+    assert exact[0].keys() == actual[0].keys()
+    assert len(exact[0]) == 1 + 2 * 7 * 2
+    for part in ("loss", "lora_A", "lora_B"):
+        joined = lambda steps, part=part: torch.cat([t.flatten() for each in steps for name, t in each.items() if name.endswith(part)])
+        assert_parity(part, joined(actual), joined(same_dtype), joined(exact))

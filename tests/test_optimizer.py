@@ -84,25 +84,51 @@ def test_muon_takes_the_matrices_of_the_layers_and_makes_them_orthogonal():
     assert singular.max() < 1.3
 
 
-def test_clip_scales_the_joint_norm():
-    model, optimizer = build(max_grad_norm=0.5)
-    fill_gradients(model, 3)
-    exact = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
-    before = model.lm_head.weight.grad.clone()
-    assert optimizer.clip_gradients() == pytest.approx(exact, rel=1e-6)
-    torch.testing.assert_close(model.lm_head.weight.grad, before * (0.5 / exact), rtol=1e-5, atol=0)
-    small = model.lm_head.weight.grad.clone()
-    assert optimizer.clip_gradients() == pytest.approx(0.5, rel=1e-5)
-    torch.testing.assert_close(model.lm_head.weight.grad, small, rtol=1e-5, atol=0)
+def gradient_norm(model):
+    return math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
 
 
-def test_clip_takes_the_loss_scale_out():
-    model, optimizer = build(max_grad_norm=1e9)
+def step_on(kind, gradients, clip=None, **changes):
+    """The model after one step on these gradients; `clip` is the loss scale to clip with, if any."""
+    model, optimizer = build(kind=kind, **changes)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    if clip is not None:
+        optimizer.clip_gradients(clip)
+    optimizer.step(0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize(("max_norm", "loss_scale"), [(0.5, 1.0), (0.5, 8.0), (1e9, 8.0), (1e9, 1.0)])
+def test_clipping_equals_a_step_on_scaled_gradients(kind, max_norm, loss_scale):
+    model, optimizer = build(kind=kind)
     fill_gradients(model, 3)
-    exact = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
-    before = model.lm_head.weight.grad.clone()
-    assert optimizer.clip_gradients(loss_scale=8.0) == pytest.approx(exact / 8, rel=1e-6)
-    assert torch.equal(model.lm_head.weight.grad, before / 8)
+    gradients, exact = [p.grad for p in model.parameters()], gradient_norm(model)
+    before = [gradient.clone() for gradient in gradients]
+    assert optimizer.clip_gradients(loss_scale) == pytest.approx(exact / loss_scale, rel=1e-6)
+    assert all(map(torch.equal, gradients, before))
+    factor = min(1.0, max_norm / (exact / loss_scale)) / loss_scale
+    settings = {"max_grad_norm": max_norm, "eps": 0.1}  # an eps that large makes the update depend on the gradients' size
+    actual = step_on(kind, gradients, loss_scale, **settings)
+    expected = step_on(kind, [gradient * factor for gradient in gradients], **settings)
+    for a, b in zip(actual.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_clipping_is_for_one_step(kind):
+    """What was measured must not scale the gradients of later steps."""
+    model, optimizer = build(kind=kind, max_grad_norm=0.5, eps=0.1)
+    other, other_optimizer = build(kind=kind, max_grad_norm=0.5, eps=0.1)
+    for m, o in ((model, optimizer), (other, other_optimizer)):
+        fill_gradients(m, 1, scale=100.0)
+        o.clip_gradients()
+        o.zero_grad() if m is other else o.step(0.0)
+        fill_gradients(m, 2)
+        expected = [p.grad.clone() for p in m.parameters()]
+        o.step(0.1)
+        assert all(torch.equal(p.grad, gradient) for p, gradient in zip(m.parameters(), expected, strict=True))
 
 
 def test_loss_scale():
@@ -117,14 +143,97 @@ def test_loss_scale():
     assert other.value == 1.0
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_clip_reports_what_is_not_finite_and_leaves_the_rest(bad):
-    model, optimizer = build()
+def test_a_step_on_what_is_not_finite_does_nothing(bad, kind):
+    model, optimizer = build(kind=kind)
     fill_gradients(model, 3)
+    optimizer.step(0.1)
+    fill_gradients(model, 4)
     model.final_norm.weight.grad[2] = bad
-    before = model.lm_head.weight.grad.clone()
+    before = {**{k: v.clone() for k, v in model.state_dict().items()}, **{k: v.clone() for k, v in optimizer.state_tensors().items()}}
     assert not math.isfinite(optimizer.clip_gradients())
-    assert torch.equal(model.lm_head.weight.grad, before)
+    optimizer.step(0.1)
+    after = {**model.state_dict(), **optimizer.state_tensors()}
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_a_parameter_without_a_gradient_keeps_its_own_count():
+    model, optimizer = build()
+    frozen = model.final_norm.weight
+    before = frozen.detach().clone()
+    for seed in range(3):
+        fill_gradients(model, seed)
+        if seed == 1:
+            frozen.grad = None
+            before = frozen.detach().clone()
+        optimizer.clip_gradients()
+        optimizer.step(0.1)
+        if seed == 1:
+            assert torch.equal(frozen.detach(), before)
+    assert optimizer.state_tensors()["final_norm.weight/step"] == 2
+    assert optimizer.state_tensors()["lm_head.weight/step"] == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_on_a_gpu_as_on_the_cpu(kind):
+    model, optimizer = build(kind=kind)
+    other = build()[0].cuda()
+    other_optimizer = Optimizer(other, OptimizerConfig(kind=kind))
+    for seed in range(4):
+        fill_gradients(model, seed)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            b.grad = a.grad.cuda()
+        if seed == 2:
+            other_optimizer.load_state_tensors({k: v.cpu() for k, v in other_optimizer.state_tensors().items()})
+        assert other_optimizer.clip_gradients(4.0) == pytest.approx(optimizer.clip_gradients(4.0), rel=1e-12)
+        for o in (optimizer, other_optimizer):
+            o.step(0.01)
+    tolerance = 1e-5 if kind == "adamw" else 1e-2  # Muon's iteration is in bfloat16
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=tolerance, atol=tolerance)
+
+
+def test_no_gradients_no_step():
+    model, optimizer = build()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert optimizer.clip_gradients() == 0
+    optimizer.step(0.1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert optimizer.state_tensors() == {}
+
+
+def test_states_and_updates_are_those_of_torch():
+    """A checkpoint of one may go on in the other: same names, shapes and dtypes, and the same numbers but for rounding."""
+    model, optimizer = build(weight_decay=0.1)
+    other, other_optimizer = build(weight_decay=0.1)
+    config = other_optimizer.config
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in other_optimizer.optimizers[0].param_groups]
+    betas = (config.beta1, config.beta2)
+    other_optimizer.optimizers = [torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=config.eps, fused=True)]
+    for seed in range(4):
+        if seed == 2:  # each goes on from the other's state
+            ours, theirs = ({k: v.clone() for k, v in o.state_tensors().items()} for o in (optimizer, other_optimizer))
+            assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+            optimizer.load_state_tensors(theirs)
+            other_optimizer.load_state_tensors(ours)
+        for m, o in ((model, optimizer), (other, other_optimizer)):
+            fill_gradients(m, seed)
+            o.clip_gradients(loss_scale=4.0)
+            o.step(0.01)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_without_native_code_for_the_device_torch_updates(monkeypatch):
+    monkeypatch.setattr("lumi.optimizer.has_native", lambda device: False)
+    model, optimizer = build(max_grad_norm=0.5)
+    assert type(optimizer.optimizers[0]) is torch.optim.AdamW
+    fill_gradients(model, 3)
+    optimizer.clip_gradients()
+    optimizer.step(0.1)
+    assert gradient_norm(model) == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

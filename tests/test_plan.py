@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import torch
 
 from lumi.batches import BatchConfig
+from lumi.kernels.bundle import TRITON
+from lumi.kernels.linear_cross_entropy import workspace_bytes
 from lumi.lora import LoraConfig
-from lumi.model import ModelConfig
+from lumi.model import ModelConfig, Transformer
 from lumi.plan import Frozen, describe_plan, memory_estimate
 from lumi.run_config import TrainConfig
 
@@ -23,6 +27,26 @@ def test_memory_by_hand():
     assert memory_estimate(model, batches, "muon", 2, False, "cpu")["optimizer"] == 4 * (parameters + 2 * 100 * 8)
     assert memory_estimate(model, batches, "adamw", 2, True, "cpu")["activations"] == 30 * (2 * 2 * 8 + per_layer)
     assert memory_estimate(model, batches, "adamw", 4, False, "cpu")["weights"] == 4 * parameters
+
+
+def test_activations_under_triton_are_what_autograd_keeps():
+    model = ModelConfig(vocab_size=50, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48)
+    batches = BatchConfig(sequence_length=10, batch_tokens=20, micro_batch_size=2)
+
+    def kept(num_layers):
+        """Bytes of the tensors that are neither parameters nor shared by all layers."""
+        config = replace(model, num_layers=num_layers)
+        transformer = Transformer(config, TRITON).init_weights(0)
+        storages = {}
+        parameters = {p.data_ptr() for p in transformer.parameters()}
+        pack = lambda t: (storages.__setitem__(t.data_ptr(), t), t)[1]  # kept alive, so that no address comes twice
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            transformer(*torch.zeros(2, 2, 10, dtype=torch.int64))
+        return sum(t.nbytes for address, t in storages.items() if address not in parameters)
+
+    estimate = memory_estimate(model, batches, "adamw", 4, False, "cpu", "triton")
+    assert estimate["activations"] == (kept(3) - kept(2)) * 3
+    assert estimate["loss"] == workspace_bytes(20, 32, 50, torch.float32, torch.float32, device_type="cpu")
 
 
 def test_memory_under_adapters_by_hand():

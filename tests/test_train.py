@@ -113,9 +113,9 @@ def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):
 
 def test_micro_batches_and_processes_change_rounding_only(start, command, tmp_path):
     whole = losses(start("whole", batches={"micro_batch_size": 8}))
-    assert losses(start("slices", batches={"micro_batch_size": 1})) == pytest.approx(whole, rel=2e-5)
+    assert losses(start("slices", batches={"micro_batch_size": 1})) == pytest.approx(whole, rel=5e-5)
     launch(command("two", processes=2))
-    assert losses(tmp_path / "two") == pytest.approx(whole, rel=2e-5)
+    assert losses(tmp_path / "two") == pytest.approx(whole, rel=5e-5)
     assert losses(start("other seed", seed=1)) != pytest.approx(whole, rel=2e-3)
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from parity import assert_parity
 
-from lumi.kernels.attention import attention_plan_reference, attention_reference
+from lumi.kernels.attention import _attention_backward_op, _attention_op, attention, attention_reference
+from lumi.kernels.attention_plan import attention_plan, attention_plan_reference
 
 
-def naive(q, k, v, cu_seqlens):
+def naive(q, k, v, cu_seqlens, window=None, softcap=None):
     """Document by document, head by head, token by token, in float64. Shares nothing with the code under test."""
     B, T, H, K = q.shape
     G = k.shape[2]
@@ -17,10 +18,12 @@ def naive(q, k, v, cu_seqlens):
     for start, end in itertools.pairwise(cu_seqlens):
         for t, h in itertools.product(range(start, end), range(H)):
             g = h * G // H
-            scores = torch.stack([q[t, h].dot(k[s, g]) / math.sqrt(K) for s in range(start, t + 1)])
+            first = start if window is None else max(start, t - window + 1)
+            scores = torch.stack([q[t, h].dot(k[s, g]) / math.sqrt(K) for s in range(first, t + 1)])
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             weights = (scores - scores.max()).exp()
             weights = weights / weights.sum()
-            rows[t][h] = sum(weight * v[start + i, g] for i, weight in enumerate(weights))
+            rows[t][h] = sum(weight * v[first + i, g] for i, weight in enumerate(weights))
     return torch.stack([torch.stack(row) for row in rows]).view(B, T, H, K)
 
 
@@ -53,6 +56,18 @@ def test_matches_a_loop_over_documents(documents, heads):
     expected = run(lambda q, k, v: naive(q, k, v, documents), q, k, v, dy)
     for name, a, e in zip(("y", "dq", "dk", "dv"), actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-14, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (3, None), (100, None), (None, 0.7), (3, 0.7)])
+@pytest.mark.parametrize("documents", [None, [0, 4, 9, 12, 18]], ids=["rows", "several"])
+def test_windows_and_caps_match_the_loop(documents, window, softcap):
+    q, k, v, dy = inputs(2, 9, 4, 2, 4)
+    cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+    plan = attention_plan_reference(cu_seqlens, 2, 9, "cpu", window)
+    actual = run(lambda q, k, v: attention_reference(q, k, v, plan, softcap), q, k, v, dy)
+    expected = run(lambda q, k, v: naive(q, k, v, documents or [0, 9, 18], window, softcap), q, k, v, dy)
+    for name, a, e in zip(("y", "dq", "dk", "dv"), actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)], ids=["gqa1", "gqa4"])
@@ -112,25 +127,6 @@ def test_low_precision_is_as_good_as_plain_torch(dtype):
         assert_parity(name, a, s, e)
 
 
-@pytest.mark.parametrize(
-    ("cu_seqlens", "message"),
-    [
-        ([0, 18], "every row boundary .multiples of 9., got none at 9"),
-        ([0, 9, 17], "must go from 0 to batch . length = 18"),
-        ([1, 9, 18], "must go from 0"),
-        ([0, 12, 9, 18], "must go from 0"),
-    ],
-)
-def test_rejects_wrong_boundaries(cu_seqlens, message):
-    with pytest.raises(ValueError, match=message):
-        attention_plan_reference(torch.tensor(cu_seqlens, dtype=torch.int32), 2, 9, "cpu")
-
-
-def test_rejects_wrong_boundary_dtype():
-    with pytest.raises(ValueError, match=r"cu_seqlens must be int32 of shape \(num_documents \+ 1,\), got torch.int64"):
-        attention_plan_reference(torch.tensor([0, 9]), 1, 9, "cpu")
-
-
 def test_rejects_shapes_that_do_not_fit():
     q, k, v, _ = inputs(2, 9, 4, 3, 4)
     plan = attention_plan_reference(None, 2, 9, "cpu")
@@ -140,3 +136,243 @@ def test_rejects_shapes_that_do_not_fit():
         attention_reference(q, k, v[:, :8], plan)
     with pytest.raises(ValueError, match=r"plan's batch and length \(2, 9\), got \(2, 8\)"):
         attention_reference(q[:, :8], k[:, :8], v[:, :8], plan)
+    plan = attention_plan_reference(None, 2, 9, "cpu")
+    with pytest.raises(ValueError, match="softcap must be positive, got -1"):
+        attention_reference(*inputs(2, 9, 4, 2, 4)[:3], plan, -1.0)
+
+
+# --- the Triton kernels ---
+
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter's bfloat16 is broken
+NAMES = ("y", "dq", "dk", "dv")
+
+
+def written_out(q, k, v, dy, seen, softcap):
+    """The equations of the module's docstring over all tokens at once, (N, heads, K) each; `seen` (N, N). In q's dtype, as the kernels
+    round: products of that dtype are exact in float32, p and dz are rounded to it. In float64 it is the truth."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group, root = q.shape[1] // k.shape[1], 1 / math.sqrt(q.shape[2])
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    product = lambda equation, *tensors: torch.einsum(equation, *(t.to(q.dtype).to(wide) for t in tensors))
+    z = product("thk,shk->hts", q, k) * root
+    capped = softcap * torch.tanh(z / softcap) if softcap else z
+    lse = capped.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True)
+    p = (capped - lse).exp().masked_fill(~seen, 0)
+    y = product("hts,shk->thk", p, v)
+    delta = (dy.to(wide) * y.to(q.dtype)).sum(-1).T[..., None]
+    dz = p * (product("thk,shk->hts", dy, v) - delta) * root * (1 - (capped / softcap) ** 2 if softcap else 1)
+    dq, dk, dv = product("hts,shk->thk", dz, k), product("hts,thk->shk", dz, q), product("hts,thk->shk", p, dy)
+    dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+    return [t.to(q.dtype) for t in (y, dq, dk, dv)]
+
+
+def visible(offsets, window):
+    """(N, N) bool from a list of offsets."""
+    position = torch.arange(offsets[-1])
+    document = torch.cat([torch.full((b - a,), i) for i, (a, b) in enumerate(itertools.pairwise(offsets))])
+    distance = position[:, None] - position
+    return (document[:, None] == document) & (distance >= 0) & (distance < (window or offsets[-1]))
+
+
+def assert_all_parity(dtype, device, B, T, H, G, K, offsets=None, window=None, softcap=None, view=lambda t: t, names=NAMES):
+    torch.manual_seed(0)
+    tensors = [view(torch.randn(B, T, heads, K, device=device).to(dtype)) for heads in (H, G, G, H)]
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    plan = attention_plan(cu_seqlens, B, T, device, window)
+    before = [t.clone() for t in tensors]
+    actual = run(lambda q, k, v: attention(q, k, v, plan, softcap), *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    seen = visible(offsets or list(range(0, B * T + 1, T)), window).to(device)
+    same_dtype, exact = (written_out(*(t.flatten(0, 1).to(wide) for t in tensors), seen, softcap) for wide in (dtype, torch.float64))
+    for name, a, s, e in zip(NAMES, actual, same_dtype, exact, strict=True):
+        if name in names:
+            assert_parity(name, a.detach().flatten(0, 1), s, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [64, 96, 128])
+@pytest.mark.parametrize(("T", "group"), [(17, 2), (63, 4), (64, 1), (65, 2), (129, 4)])
+def test_parity(T, group, K, dtype, device):
+    assert_all_parity(dtype, device, 1, T, group, 1, K)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [64, 96, 128])
+def test_one_token_attends_to_itself(K, dtype, device):
+    """Its weight is 1 whatever its score; dz is the difference of two equal sums of K products, each summed in an order of its own."""
+    torch.manual_seed(0)
+    q, k, v, dy = torch.randn(4, 1, 1, 1, K, device=device).to(dtype)
+    y, dq, dk, dv = run(lambda q, k, v: attention(q, k, v, attention_plan(None, 1, 1, device)), q, k, v, dy)
+    assert torch.equal(y, v)
+    assert torch.equal(dv, dy)
+    dz = 2 * K * torch.finfo(torch.float32).eps * (dy * v).double().abs().sum() / math.sqrt(K)
+    assert (dq.abs() <= dz * k.abs()).all()
+    assert (dk.abs() <= dz * q.abs()).all()
+
+
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "DESCRIPTORS": False}
+SMALL_TILES = {
+    "square": SMALL,
+    "wide": {**SMALL, "BLOCK_N": 32},
+    "tall": {**SMALL, "BLOCK_M": 64},
+    "descriptors": {**SMALL, "BLOCK_M": 32, "DESCRIPTORS": True},
+}
+
+
+@pytest.fixture(params=SMALL_TILES)
+def small_tiles(request, monkeypatch):
+    """Tiles so small that a short text has full ones, diagonal ones, and ones that a document or a window begins or ends in."""
+    chosen = {"BLOCK_K": 16, **SMALL_TILES[request.param]}
+    delta = {"BLOCK_M": 32, "BLOCK_K": 16, "num_warps": 4}
+    monkeypatch.setattr("lumi.kernels.attention.tile", lambda kernel, *_: dict(delta if kernel == "delta" else chosen))
+
+
+MANY = {
+    "rows": (2, 50, None, None),
+    "documents": (2, 40, [0, 1, 1, 25, 40, 79, 80], None),
+    "many tokens alone": (1, 40, [*range(20), 40], None),
+    "short window": (1, 60, None, 5),
+    "window and documents": (1, 90, [0, 0, 70, 71, 90, 90], 40),
+    "window of everything": (1, 40, None, 1000),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_parity_over_many_tiles(case, small_tiles, device):
+    B, T, offsets, window = MANY[case]
+    assert_all_parity(torch.float32, device, B, T, 2, 1, 16, offsets, window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offsets", [[0, 0, 140, 140], [0, 63, 64, 65, 129, 140]], ids=["one and empty", "many"])
+def test_parity_of_documents(offsets, dtype, device):
+    assert_all_parity(dtype, device, 1, 140, 2, 1, 64, offsets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 50.0])
+def test_parity_of_caps(softcap, dtype, device):
+    assert_all_parity(dtype, device, 1, 90, 2, 1, 64, softcap=softcap)
+
+
+@pytest.mark.parametrize("K", [1, 8, 24, 80])
+def test_other_head_dims(K, device):
+    assert_all_parity(torch.float32, device, 1, 33, 2, 2, K)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # the interpreter's numpy, where a mask then chooses zero
+def test_large_scores_do_not_overflow(device):
+    """Scores of some hundreds, whose powers no float holds: only differences within a row are raised. (Backward takes them from the saved
+    sum of the row, whose own rounding grows with the scores.)"""
+    assert_all_parity(torch.float32, device, 1, 65, 1, 1, 64, view=lambda t: 6 * t, names=("y",))
+    assert_all_parity(torch.float32, device, 1, 65, 1, 1, 64, view=lambda t: 2 * t)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),  # heads outermost
+        lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],  # a slice of a wider projection
+        lambda t: t.mT.contiguous().mT,  # no unit stride
+        lambda t: t[:, :1].expand(t.shape),
+        lambda t: t.flatten().roll(1)[1:].new_zeros(t.numel() + 1)[1:].view(t.shape).copy_(t),  # not 16-byte aligned
+    ],
+    ids=["heads first", "slice", "transposed", "stride 0", "unaligned"],
+)
+def test_strides_are_respected(view, device):
+    assert_all_parity(torch.float16, device, 2, 70, 2, 1, 64, view=view)
+
+
+def test_a_document_is_what_it_is_alone(device):
+    """Bit for bit the same wherever it stands in a tile, as long as no tile boundary moves in it."""
+    q, k, v, dy = (t.to(device) for t in inputs(1, 256, 1, 1, 64, torch.float16))
+    together = attention_plan(torch.tensor([0, 128, 256], dtype=torch.int32), 1, 256, device)
+    alone = attention_plan(None, 1, 128, device)
+    packed = run(lambda q, k, v: attention(q, k, v, together), q, k, v, dy)
+    for start in (0, 128):
+        tensors = (t[:, start : start + 128] for t in (q, k, v, dy))
+        for a, b in zip(packed, run(lambda q, k, v: attention(q, k, v, alone), *tensors), strict=True):
+            assert torch.equal(a[:, start : start + 128], b)
+
+
+def test_twice_the_same(device):
+    q, k, v, dy = (t.to(device) for t in inputs(2, 100, 4, 2, 64, torch.float16))
+    plan = attention_plan(torch.tensor([0, 30, 100, 200], dtype=torch.int32), 2, 100, device)
+    first, second = (run(lambda q, k, v: attention(q, k, v, plan), q, k, v, dy) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def operator_inputs(device, requires_grad):
+    plan = attention_plan(None, 2, 9, device, 4)
+    q, k, v, _ = (t.to(device).requires_grad_(requires_grad) for t in inputs(2, 9, 2, 1, 16, torch.float32))
+    return q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order
+
+
+def test_operator_is_registered_whole(device):
+    """Schema, fake tensors, autograd and AOT dispatch agree with what the kernels do."""
+    torch.library.opcheck(_attention_op, (*operator_inputs(device, True), 2.0))
+    q, k, v, *plan = operator_inputs(device, False)
+    y, lse = _attention_op(q, k, v, *plan, 2.0)
+    torch.library.opcheck(_attention_backward_op, (torch.randn_like(y), q, k, v, y, lse, *plan, 2.0))
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "compiled"])
+def test_checkpointed_and_compiled_it_is_the_same(how, device):
+    q, k, v, dy = (t.to(device) for t in inputs(1, 40, 2, 1, 16, torch.float32))
+    plan = attention_plan(torch.tensor([0, 13, 40], dtype=torch.int32), 1, 40, device)
+    plain = lambda q, k, v: attention(q, k, v, plan)
+    wrapped = {
+        "checkpointed": lambda q, k, v: torch.utils.checkpoint.checkpoint(plain, q, k, v, use_reentrant=False),
+        "compiled": torch.compile(plain, fullgraph=True, backend="aot_eager"),
+    }[how]
+    assert all(torch.equal(a, b) for a, b in zip(run(wrapped, q, k, v, dy), run(plain, q, k, v, dy), strict=True))
+
+
+def test_no_tokens(device):
+    q, k, v = (torch.zeros(0, 5, heads, 16, device=device, requires_grad=True) for heads in (2, 1, 1))
+    attention(q, k, v, attention_plan(None, 0, 5, device)).sum().backward()
+    assert q.grad.shape == (0, 5, 2, 16)
+
+
+def test_refuses(device):
+    q, k, v = (torch.zeros(1, 8, 2, 16, device=device) for _ in range(3))
+    plan = attention_plan(None, 1, 8, device)
+    for bad, message in (
+        ((q.double(), k.double(), v.double()), "q, k and v must all be float32, bfloat16 or float16, got torch.float64, torch.float64"),
+        ((q, k.half(), v), "q, k and v must all be .* got torch.float32, torch.float16 and torch.float32"),
+        ((q, k, v.to("meta")), "v must be on the device of q, .*, got meta"),
+        ((torch.zeros(1, 8, 2, 136, device=device),) * 3, 'head_dim must be at most 128 for this kernel, got 136; "kernels": "reference"'),
+        ((q[:, :7], k[:, :7], v[:, :7]), r"plan's batch and length \(1, 8\), got \(1, 7\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(*bad, plan)
+    with pytest.raises(ValueError, match="softcap must be positive, got 0"):
+        attention(q, k, v, plan, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("K", [64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_shipped_tile(arch, K, dtype, device, monkeypatch):
+    """Long enough that each kind of tile is there; twice for equality."""
+    monkeypatch.setattr("lumi.kernels.attention.architecture", lambda _: int(arch))
+    for offsets, window, softcap in (([0, 1, 700, 1500], None, None), (None, 300, 30.0)):
+        assert_all_parity(dtype, device, 1, 1500, 4, 2, K, offsets, window, softcap)
+        q, k, v, dy = (torch.randn(1, 1500, heads, K, device=device).to(dtype) for heads in (4, 2, 2, 4))
+        plan = attention_plan(None, 1, 1500, device, window)
+        first, second = (run(lambda q, k, v, plan=plan: attention(q, k, v, plan, softcap), q, k, v, dy) for _ in range(2))  # noqa: B023
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_tokens_past_two_to_the_31_elements():
+    """Addresses of the last tokens do not fit 32 bits."""
+    T, count = 1024, 1030
+    q, k = (torch.zeros(count, T, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v = torch.zeros_like(k)
+    v[-1, -1] = 1024
+    assert v.numel() > 2**31
+    y = attention(q, k, v, attention_plan(None, count, T, "cuda"))
+    assert torch.equal(y[-1, -1], torch.ones_like(y[-1, -1]))
+    assert y[:-1].count_nonzero() == 0

@@ -30,6 +30,10 @@ def test_every_dtype_and_architecture_is_there(reports):
     assert {r["dtype"] for r in reports} == {"fp32", "fp16", "bf16"}
     kernels = {r["kernel"] for r in reports}
     expected = {"rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_wide", "rope", "swiglu_fwd", "swiglu_bwd"}
+    expected |= {"add_rms_norm_fwd", "add_rms_norm_bwd", "add_rms_norm_bwd_wide"}
+    expected |= {"linear_cross_entropy", "linear_cross_entropy_rescale"}
+    expected |= {"decode_attention", "decode_attention_paged", "decode_attention_prompt", "decode_attention_combine"}
+    expected |= {"attention_fwd", "attention_delta", "attention_dkdv", "attention_dq"}
     assert {name.split()[0] for name in kernels} == expected
     assert len(reports) == len(set(names(reports))) == 12 * len(kernels)
 

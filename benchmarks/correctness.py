@@ -1,0 +1,219 @@
+"""Every operator at every tile that it is shipped with, on the GPU: values and gradients against float64, twice for equality.
+
+    python benchmarks/correctness.py [--small] [--operators rms_norm swiglu ...]
+
+The tests of tests/kernels probe edges at small sizes; this walks the sizes that choose tiles, in every dtype. An operator may be at most
+twice as far from float64 as the plain formula in the same dtype, must leave its inputs alone and give the same bits again. `--small` takes
+the smallest case of each operator and dtype, and the references from the CPU, so that few kernels run beside those under test: for
+compute-sanitizer (`sanitize.py`).
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import measure
+import torch
+from measure import Operands
+from torch import Tensor
+
+from lumi.kernels.adamw import adamw, adamw_reference
+from lumi.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from lumi.kernels.attention import attention, attention_reference
+from lumi.kernels.attention_plan import attention_plan, attention_plan_reference
+from lumi.kernels.decode_attention import decode_attention, decode_attention_reference
+from lumi.kernels.global_norm import global_norm, global_norm_reference
+from lumi.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from lumi.kernels.lora_linear import lora_linear, lora_linear_reference
+from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
+from lumi.kernels.rope import rope, rope_reference, rope_table
+from lumi.kernels.swiglu import swiglu, swiglu_reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `make(dtype)` draws the inputs on the CPU; what else a call needs is in the functions."""
+
+    name: str
+    ours: Callable
+    reference: Callable
+    make: Callable[[torch.dtype], Operands]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+def _draw(*shape: int, scale: float = 1.0) -> Callable[[torch.dtype], Tensor]:
+    return lambda dtype: (scale * torch.randn(shape)).to(dtype).requires_grad_()
+
+
+def _operands(inputs: list[Callable], incoming: list[Callable]) -> Callable[[torch.dtype], Operands]:
+    return lambda dtype: Operands(tuple(draw(dtype) for draw in inputs), tuple(draw(dtype).detach() for draw in incoming))
+
+
+def _master(draw: Callable[[torch.dtype], Tensor]) -> Callable[[torch.dtype], Tensor]:
+    return lambda dtype: draw(torch.float32)
+
+
+def _rms_norm() -> Iterator[Case]:
+    for D in (64, 128, 256, 512, 768, 2048, 4096, 8192, 12_288, 16_384):
+        make = _operands([_draw(517, D), _master(_draw(D))], [_draw(517, D)])
+        yield Case(f"rms_norm D={D}", rms_norm, rms_norm_reference, make)
+
+
+def _add_rms_norm() -> Iterator[Case]:
+    for D in (64, 256, 768, 2048, 4096, 8192, 16_384):
+        make = _operands([_draw(517, D), _draw(517, D), _master(_draw(D))], [_draw(517, D), _draw(517, D)])
+        yield Case(f"add_rms_norm D={D}", add_rms_norm, add_rms_norm_reference, make)
+
+
+def _swiglu() -> Iterator[Case]:
+    for F in (64, 96, 1024, 1536, 11_008):
+        yield Case(f"swiglu F={F}", swiglu, swiglu_reference, _operands([_draw(517, F), _draw(517, F)], [_draw(517, F)]))
+
+
+def _rope() -> Iterator[Case]:
+    for K, (H, G) in itertools.product((32, 64, 96, 128, 256), ((4, 4), (12, 3))):
+        table = rope_table(torch.arange(173).expand(3, 173), K, 10_000.0)
+        make = _operands([_draw(3, 173, H, K), _draw(3, 173, G, K)], [_draw(3, 173, H, K), _draw(3, 173, G, K)])
+        with_table = lambda function, table=table: lambda q, k: function(q, k, *(t.to(q.device) for t in table))
+        yield Case(f"rope K={K} H={H} G={G}", with_table(rope), with_table(rope_reference), make)
+
+
+def _attention() -> Iterator[Case]:
+    documents = torch.tensor([0, 1, 70, 70, 399, 400, 517, 800], dtype=torch.int32)  # two rows of 400
+    variants: list[tuple[int, int, int, int, Tensor | None, int | None, float | None]] = [
+        (1, 130, 2, 2, None, None, None),
+        (2, 400, 4, 4, None, None, None),
+        (2, 400, 6, 2, documents, None, None),
+        (2, 400, 6, 2, None, 100, 20.0),
+    ]
+    for K, (B, T, H, G, cu_seqlens, window, softcap) in itertools.product((64, 96, 128), variants):
+        ours = lambda q, k, v, c=cu_seqlens, w=window, s=softcap: attention(q, k, v, attention_plan(c, *q.shape[:2], q.device, w), s)
+        plan = lambda q, c=cu_seqlens, w=window: attention_plan_reference(c, *q.shape[:2], q.device, w)
+        reference = lambda q, k, v, plan=plan, s=softcap: attention_reference(q, k, v, plan(q), s)
+        make = _operands([_draw(B, T, heads, K) for heads in (H, G, G)], [_draw(B, T, H, K)])
+        what = "causal" if cu_seqlens is None else "documents"
+        yield Case(f"attention B={B} T={T} K={K} H={H} G={G} {what} window={window} softcap={softcap}", ours, reference, make)
+
+
+def _decode_attention() -> Iterator[Case]:
+    for K, (T, S), (H, G) in itertools.product((64, 128, 96), ((1, 700), (17, 129)), ((4, 4), (8, 2))):
+        positions = torch.arange(T) + torch.tensor([[S - T], [0], [S // 2 - T]])
+        make = _operands([lambda dtype, s=s: _draw(3, *s)(dtype).detach() for s in ((T, H, K), (S, G, K), (S, G, K))], [])
+        with_positions = lambda function, p=positions: lambda q, k, v: function(q, k, v, p.to(q.device))
+        yield Case(
+            f"decode_attention K={K} T={T} S={S} H={H} G={G}", *map(with_positions, (decode_attention, decode_attention_reference)), make
+        )
+
+
+def _linear_cross_entropy() -> Iterator[Case]:
+    for (N, D, V), z_loss, softcap in ((70, 64, 333), 0.0, None), ((2500, 128, 32_769), 1e-4, None), ((515, 256, 128_256), 0.0, 30.0):
+        targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0))
+        targets[::7] = -100
+        bind = lambda f, t=targets, z=z_loss, s=softcap: lambda h, w: f(h, w, t.to(h.device), z, s)
+        make = _operands([_draw(N, D), _draw(V, D, scale=0.1)], [lambda dtype: torch.ones(())])
+        yield Case(f"linear_cross_entropy N={N} D={D} V={V}", bind(linear_cross_entropy), bind(linear_cross_entropy_reference), make)
+
+
+def _lora_linear() -> Iterator[Case]:
+    for D, width, rank in ((64, 96, 8), (1024, 768, 16)):
+        weights = [torch.randn(width, D, generator=torch.Generator().manual_seed(index)) / D**0.5 for index in range(2)]
+        bind = lambda f, ws=weights: lambda x, *ab: f(x, [w.to(x.device, x.dtype) for w in ws], ab[:2], ab[2:], [2.0, 0.5])
+        adapters = [_master(_draw(rank, D, scale=D**-0.5))] * 2 + [_master(_draw(width, rank))] * 2
+        make = _operands([_draw(517, D), *adapters], [_draw(517, width)] * 2)
+        yield Case(f"lora_linear D={D} O={width} R={rank}", bind(lora_linear), bind(lora_linear_reference), make)
+
+
+def _adamw() -> Iterator[Case]:
+    shapes = [(17,), (768, 256), (1,), (8193,), (50_000,), (3, 5)]
+    numbers = {"step": 3, "lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "max_norm": 1.0, "weight_decays": [0.1] * len(shapes)}
+
+    def bind(norm: Callable, update: Callable) -> Callable:
+        def step(*tensors: Tensor) -> list[Tensor]:
+            params, grads, means, squares = ([t.clone() for t in tensors[i::4]] for i in range(4))
+            total = norm(grads)
+            copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
+            update(params, grads, means, squares, norm=total, copies=copies, **numbers)
+            return [total.float(), *params, *means, *squares, *copies]
+
+        return step
+
+    def make(dtype: torch.dtype) -> Operands:
+        return Operands(tuple(torch.rand(shape) for shape in shapes for _ in range(4)), ())
+
+    yield Case("adamw", bind(global_norm, adamw), bind(global_norm_reference, adamw_reference), make, dtypes=(torch.float32,))
+
+
+OPERATORS: dict[str, Callable[[], Iterator[Case]]] = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "swiglu": _swiglu,
+    "rope": _rope,
+    "attention": _attention,
+    "decode_attention": _decode_attention,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "lora_linear": _lora_linear,
+    "adamw": _adamw,
+}
+
+
+def check(case: Case, dtype: torch.dtype, device: torch.device, reference_device: torch.device) -> None:
+    """Raises RuntimeError where the case is wrong, differs from run to run, or changes its inputs."""
+    torch.manual_seed(0)
+    operands = case.make(dtype)
+    ours, again = operands.to(device), operands.to(device)
+    actual = measure.results_and_gradients(case.ours, ours)
+    for before, after in zip((*again.inputs, *again.incoming), (*ours.inputs, *ours.incoming), strict=True):
+        if not torch.equal(before, after):
+            raise RuntimeError(f"{case.name} {dtype}: an input was changed")
+    if not all(map(torch.equal, actual, measure.results_and_gradients(case.ours, again))):
+        raise RuntimeError(f"{case.name} {dtype}: a second run gave other bits")
+    exact = measure.results_and_gradients(case.reference, operands.to(reference_device, torch.float64))
+    same_dtype = measure.results_and_gradients(case.reference, operands.to(reference_device))
+    measure.check(f"{case.name} {dtype}", actual, same_dtype, exact)
+
+
+def run(operator: str, dtypes: Sequence[torch.dtype], device: torch.device, *, small: bool) -> int:
+    """Every case of an operator in these dtypes, or the smallest; returns how many are wrong."""
+    cases = list(itertools.islice(OPERATORS[operator](), 1 if small else None))
+    pairs = [(case, dtype) for case in cases for dtype in dtypes if dtype in case.dtypes]
+    wrong = 0
+    for case, dtype in pairs:
+        try:
+            check(case, dtype, device, torch.device("cpu") if small else device)
+        except Exception:  # whatever it is, it is one wrong case, and the others are wanted too
+            traceback.print_exc()
+            wrong += 1
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    print(f"{operator}, {names}: {len(pairs) - wrong} of {len(pairs)} right, the same bits twice", flush=True)
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/correctness.py needs a CUDA device, and there is none here", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    if args.small:
+        wrong = sum(run(operator, DTYPES, device, small=True) for operator in args.operators)
+    else:  # most of the time goes into compiling, so every operator and dtype is a process of its own
+        jobs = list(itertools.product(args.operators, DTYPES))
+        with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+            wrong = sum(future.result() for future in [pool.submit(run, name, (dtype,), device, small=False) for name, dtype in jobs])
+    print("all right" if wrong == 0 else f"{wrong} cases are wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

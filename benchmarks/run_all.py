@@ -1,0 +1,102 @@
+"""All benchmarks of a GPU, each in a process of its own, and one table of what they aim at.
+
+    python benchmarks/run_all.py [--only attention row_kernels] [--seconds 540] [--output-dir benchmarks/results]
+
+Writes `<subject>-<device>.json` and `.png` as they are measured, and `README-<device>.md` with the table of all subjects that have been
+measured on this device. A benchmark that fails or runs out of time loses nobody else's figures; the exit code is then 1.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import RESULTS, slug
+
+# In this order, with the seconds that each may take: most of it is compiling the peers.
+SUBJECTS = {
+    "attention": 180,
+    "linear_cross_entropy": 90,
+    "optimizer": 60,
+    "row_kernels": 180,
+    "training_step": 270,
+    "lora_linear": 60,
+    "decode_attention": 90,
+}
+LEAST_SECONDS = 15  # with less left a benchmark is not begun
+
+
+def run_one(command: Sequence[str], seconds: float) -> str | None:
+    """Run a program; None, or what went wrong."""
+    process = subprocess.Popen(command, start_new_session=True)  # with its compiler processes it can be ended as a whole
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"not done after {seconds:.0f} s"
+    return None if code == 0 else f"exit code {code}"
+
+
+def table(records: Sequence[dict[str, Any]], problems: dict[str, str]) -> str:
+    """Markdown of every claim of these benchmarks, what failed, and on what they ran."""
+    lines = ["| what | measured | aimed at | met |", "|---|---|---|---|"]
+    for claim in (claim for record in records for claim in record["claims"]):
+        aims = [f"{sign} {claim[key]:g}" for key, sign in (("at_least", ">="), ("at_most", "<=")) if claim[key] is not None]
+        measured = "not measured" if claim["measured"] is None else f"{claim['measured']:.3f}"
+        met = {None: "no" if aims and claim["measured"] is None else "", True: "yes", False: "no"}[claim["met"]]
+        lines.append(f"| {claim['claim']} | {measured} | {' and '.join(aims)} | {met} |")
+    lines += ["", *(f"{subject}: {problem}" for subject, problem in problems.items())]
+    for record in records:
+        for kind, word in (("failures", "failed"), ("left_out", "left out")):
+            lines += [f"{record['subject']}, {word}: {item['where']}: {item['error'].splitlines()[0]}" for item in record[kind]]
+    for record in records:
+        about = record["environment"]
+        versions = ", ".join(f"{key} {about[key]}" for key in ("torch", "triton", "liger-kernel", "cuda") if about.get(key))
+        lines.append(f"{record['subject']}: {about['device']}, {about['date']}, {versions}, driver {_driver(about)}")
+    return "\n\n".join(["\n".join(lines[: lines.index("")]), *(line for line in lines[lines.index("") :] if line)]) + "\n"
+
+
+def _driver(environment: dict[str, Any]) -> str:
+    return (environment.get("nvidia-smi") or {}).get("driver_version", "unknown")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--seconds", type=float, default=540, help="limit of all together")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/run_all.py needs a CUDA device, and there is none here", file=sys.stderr)
+        return 2
+    device = slug(torch.device("cuda", torch.cuda.current_device()))
+    path = lambda subject: args.output_dir / f"{subject}-{device}.json"
+    deadline, problems = time.monotonic() + args.seconds, {}
+    for subject in args.only:
+        path(subject).unlink(missing_ok=True)  # figures of another day must not pass for today's
+        left = deadline - time.monotonic()
+        script = str(Path(__file__).with_name(f"{subject}.py"))
+        start = time.monotonic()
+        if left < LEAST_SECONDS:
+            problems[subject] = "not begun, no time left"
+        elif problem := run_one([sys.executable, script, "--output-dir", str(args.output_dir)], min(SUBJECTS[subject], left)):
+            problems[subject] = problem
+        print(f"{subject}: {problems.get(subject, 'done')}, {time.monotonic() - start:.0f} s", flush=True)
+    records = [json.loads(path(subject).read_text(encoding="utf-8")) for subject in SUBJECTS if path(subject).exists()]
+    text = table(records, problems)
+    target = args.output_dir / f"README-{device}.md"
+    target.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nwrote {target}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+// AdamW on a CUDA device: all tensors in one launch, each element read once and written once.
+#include "adamw.h"
+#include "tensor_table.cuh"
+
+namespace lumi {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunkSize = 8192;  // 8 groups of four for each thread
+constexpr int kCapacity = 480;
+using Table = TensorTable<AdamWTensor, kCapacity, kChunkSize>;
+
+// One thread: the division is in double, which would cost every block of the update more than reading its result does.
+__global__ void clip_factor_kernel(GradientClip clip, float* factor) { *factor = clip_factor(clip); }
+
+struct Group {
+    float values[4];
+};
+
+__device__ Group read4(const float* pointer) {
+    const float4 four = *reinterpret_cast<const float4*>(pointer);
+    return {{four.x, four.y, four.z, four.w}};
+}
+
+__device__ void write4(float* pointer, const Group& group) {
+    *reinterpret_cast<float4*>(pointer) = make_float4(group.values[0], group.values[1], group.values[2], group.values[3]);
+}
+
+__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table, const __grid_constant__ AdamWStep step,
+                                                         const float* factor_pointer) {
+    const float factor = *factor_pointer;
+    if (isnan(factor)) return;
+    const int index = table.find(blockIdx.x);
+    const AdamWTensor& t = table.arrays[index];
+    const std::size_t start = table.start(blockIdx.x, index);
+    const int count = static_cast<int>(min(static_cast<std::size_t>(kChunkSize), t.size - start));
+    float* const param = t.param + start;
+    const float* const grad = t.grad + start;
+    float* const exp_avg = t.exp_avg + start;
+    float* const exp_avg_sq = t.exp_avg_sq + start;
+    std::uint16_t* const copy = t.copy == nullptr ? nullptr : t.copy + start;
+    const float decay = step.lr * t.weight_decay;
+    // One array that lies elsewhere sends the whole chunk through the scalar path; torch's allocations all start at a 16-byte boundary.
+    const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(exp_avg, 16) && is_aligned(exp_avg_sq, 16) &&
+                         is_aligned(copy, 8);
+
+    for (int i = threadIdx.x * 4; i < count; i += kThreads * 4) {
+        if (aligned && i + 4 <= count) {
+            Group p = read4(param + i), m = read4(exp_avg + i), v = read4(exp_avg_sq + i);
+            const Group g = read4(grad + i);
+            for (int k = 0; k < 4; ++k) adamw_update(p.values[k], g.values[k], m.values[k], v.values[k], factor, decay, step);
+            write4(param + i, p);
+            write4(exp_avg + i, m);
+            write4(exp_avg_sq + i, v);
+            if (copy != nullptr) {
+                *reinterpret_cast<ushort4*>(copy + i) = make_ushort4(to_bfloat16(p.values[0]), to_bfloat16(p.values[1]),
+                                                                     to_bfloat16(p.values[2]), to_bfloat16(p.values[3]));
+            }
+        } else {
+            for (int k = i; k < min(i + 4, count); ++k) {
+                adamw_update(param[k], grad[k], exp_avg[k], exp_avg_sq[k], factor, decay, step);
+                if (copy != nullptr) copy[k] = to_bfloat16(param[k]);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip, float* factor, int device,
+                void* stream) {
+    static_assert(sizeof(Table) + sizeof(AdamWStep) + sizeof(float*) <= kMaxArgumentBytes, "the arguments must fit");
+    check_cuda(cudaSetDevice(device));  // this module's runtime is a copy of its own, with its own idea of the current device
+    const auto cuda_stream = static_cast<cudaStream_t>(stream);
+    clip_factor_kernel<<<1, 1, 0, cuda_stream>>>(clip, factor);
+    check_cuda(cudaGetLastError());
+    for_each_table<AdamWTensor, kCapacity, kChunkSize>(tensors, [&](const Table& table, int chunks, std::size_t) {
+        adamw_kernel<<<chunks, kThreads, 0, cuda_stream>>>(table, step, factor);
+        check_cuda(cudaGetLastError());
+    });
+}
+
+}  // namespace lumi

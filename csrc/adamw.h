@@ -1,0 +1,91 @@
+// AdamW with decoupled weight decay (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) on gradients that are clipped as they
+// are read. What happens to one element stands here once, for the CPU and for CUDA.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __CUDACC__
+#define LUMI_HOST_DEVICE __host__ __device__
+#else
+#define LUMI_HOST_DEVICE
+#endif
+
+namespace lumi {
+
+// One parameter with what belongs to it: contiguous memory of `size` elements each, owned by the caller. Nothing overlaps.
+struct AdamWTensor {
+    float* param;
+    const float* grad;
+    float* exp_avg;
+    float* exp_avg_sq;
+    std::uint16_t* copy;  // the new parameter in bfloat16, or null
+    std::size_t size;
+    float weight_decay;
+};
+
+// What all elements of a step share, rounded once from double.
+struct AdamWStep {
+    float lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+    float step_size;   // lr / (1 - beta1^step)
+    float root_scale;  // 1 / sqrt(1 - beta2^step)
+
+    AdamWStep(double lr, double beta1, double beta2, double eps, std::int64_t step)
+        : lr(static_cast<float>(lr)),
+          beta1(static_cast<float>(beta1)),
+          one_minus_beta1(static_cast<float>(1.0 - beta1)),
+          beta2(static_cast<float>(beta2)),
+          one_minus_beta2(static_cast<float>(1.0 - beta2)),
+          eps(static_cast<float>(eps)),
+          step_size(static_cast<float>(lr / (1.0 - std::pow(beta1, static_cast<double>(step))))),
+          root_scale(static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(step))))) {}
+};
+
+// How gradients are scaled: their norm, still multiplied by loss_scale, is to be at most max_norm without it.
+struct GradientClip {
+    const double* norm;  // null: the gradients are not clipped
+    double max_norm;
+    double loss_scale;
+};
+
+// What gradients are multiplied by; NaN where the norm is not finite, which means that the step is skipped.
+LUMI_HOST_DEVICE inline float clip_factor(const GradientClip& clip) {
+    double factor = 1.0 / clip.loss_scale;
+    if (clip.norm != nullptr) {
+        const double norm = *clip.norm;
+        if (!std::isfinite(norm)) return NAN;
+        if (norm / clip.loss_scale > clip.max_norm) factor = clip.max_norm / norm;
+    }
+    return static_cast<float>(factor);
+}
+
+// The decay is part of the update, not a factor 1 - decay of the parameter: that factor loses most of the decay's digits.
+LUMI_HOST_DEVICE inline void adamw_update(float& param, float grad, float& exp_avg, float& exp_avg_sq, float factor, float decay,
+                                          const AdamWStep& step) {
+    const float g = grad * factor;
+    exp_avg = step.beta1 * exp_avg + step.one_minus_beta1 * g;
+    exp_avg_sq = step.beta2 * exp_avg_sq + step.one_minus_beta2 * (g * g);
+    param -= decay * param + step.step_size * (exp_avg / (sqrtf(exp_avg_sq) * step.root_scale + step.eps));
+}
+
+// Bits of the nearest bfloat16, ties to even; NaN stays NaN.
+LUMI_HOST_DEVICE inline std::uint16_t to_bfloat16(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// One step of all tensors, in place. Gradients are read only. Where the norm is not finite nothing is written. The result does not depend
+// on max_threads (>= 1).
+void adamw(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip, int max_threads);
+
+// The same of tensors on a CUDA device: launches on `stream` (a cudaStream_t) and returns without waiting. clip.norm is on the device
+// too, and so is `factor`, room for one float, of no use afterwards.
+void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip, float* factor, int device,
+                void* stream);
+
+}  // namespace lumi

@@ -1,0 +1,56 @@
+// Work that is cut into pieces of a fixed size, done by as many threads as pay. Which thread takes which piece is left to chance, so the
+// work on a piece must not depend on it.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace lumi {
+
+constexpr std::size_t kPieceSize = 1 << 16;  // floats: 256 KiB, so that taking a piece costs nothing beside working on it
+constexpr std::size_t kPiecesPerThread = 8;  // with fewer, threads cost more than they save
+
+// Calls work(index) once for each index below num_pieces, and returns when all are done.
+template <typename Work>
+void for_each_piece(std::size_t num_pieces, int max_threads, const Work& work) {
+    if (max_threads <= 1 || num_pieces < 2 * kPiecesPerThread) {
+        for (std::size_t i = 0; i < num_pieces; ++i) work(i);
+        return;
+    }
+#ifdef _OPENMP
+    // torch's threads, where it brings the same OpenMP: after a backward pass they keep spinning for a while, in the way of any others.
+    // Always as many, since OpenMP ends those that a smaller number leaves out.
+#pragma omp parallel for schedule(dynamic, 1) num_threads(max_threads)
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(num_pieces); ++i) work(static_cast<std::size_t>(i));
+#else
+    std::atomic<std::size_t> next{0};
+    const auto take = [&] {
+        for (std::size_t i = next++; i < num_pieces; i = next++) work(i);
+    };
+    const std::size_t num_threads = std::min<std::size_t>(max_threads, num_pieces / kPiecesPerThread);
+    std::vector<std::thread> helpers;
+    helpers.reserve(num_threads - 1);
+    try {
+        for (std::size_t i = 1; i < num_threads; ++i) helpers.emplace_back(take);
+    } catch (const std::system_error&) {
+        // The system has no thread left to give: those that there are do the same work to the same result.
+    }
+    take();
+    for (std::thread& helper : helpers) helper.join();
+#endif
+}
+
+}  // namespace lumi
+
+// Compiles a function twice where the loader can choose by processor. Both versions give the same bits: neither has fused multiply-add,
+// and without that vectors round as scalars do.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define LUMI_VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define LUMI_VECTOR_CLONES
+#endif

@@ -1,0 +1,82 @@
+// Many arrays in one launch. Their addresses travel as an argument of the kernel: the driver copies arguments when a kernel is launched
+// (or captured into a graph), so there is no staging buffer to guard, no copy to wait for and no race with the step before, although
+// gradients lie elsewhere in every step. Kernels may have 32,764 bytes of arguments from CUDA 12.1 on; more arrays than that holds take
+// more launches.
+//
+// Arrays are cut into chunks, one block each; a block finds its array by binary search among the numbers of the arrays' first chunks.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace lumi {
+
+constexpr std::size_t kMaxArgumentBytes = 32764;
+
+// Array has a member `size`, in elements.
+template <typename Array, int kCapacity, int kChunkSize>
+struct TensorTable {
+    Array arrays[kCapacity];
+    int first_chunks[kCapacity];
+    int num_arrays;
+
+    // Which array a chunk belongs to.
+    __device__ int find(int chunk) const {
+        int low = 0;
+        for (int high = num_arrays; high - low > 1;) {
+            const int middle = (low + high) / 2;
+            if (first_chunks[middle] <= chunk) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        return low;
+    }
+
+    // The chunk's first element in its array `index`.
+    __device__ std::size_t start(int chunk, int index) const { return static_cast<std::size_t>(chunk - first_chunks[index]) * kChunkSize; }
+};
+
+template <int kChunkSize>
+std::size_t num_chunks(std::size_t size) {
+    return (size + kChunkSize - 1) / kChunkSize;
+}
+
+// Calls launch(table, its chunks, chunks before it) for as many tables as the arrays need. Empty arrays are left out.
+template <typename Array, int kCapacity, int kChunkSize, typename Launch>
+void for_each_table(const std::vector<Array>& arrays, const Launch& launch) {
+    using Table = TensorTable<Array, kCapacity, kChunkSize>;
+    static_assert(sizeof(Table) <= kMaxArgumentBytes, "a table must fit into a kernel's arguments");
+    Table table{};
+    std::size_t chunks = 0, before = 0;
+    const auto flush = [&] {
+        if (table.num_arrays > 0) launch(table, static_cast<int>(chunks), before);
+        before += chunks;
+        chunks = 0;
+        table.num_arrays = 0;
+    };
+    for (const Array& array : arrays) {
+        if (array.size == 0) continue;
+        if (table.num_arrays == kCapacity) flush();
+        table.arrays[table.num_arrays] = array;
+        table.first_chunks[table.num_arrays++] = static_cast<int>(chunks);
+        chunks += num_chunks<kChunkSize>(array.size);
+    }
+    flush();
+}
+
+inline void check_cuda(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    std::string message = std::string("CUDA: ") + cudaGetErrorString(error);
+    if (error == cudaErrorInsufficientDriver) message += "; install Lumi with an nvcc no newer than the driver, or with LUMI_CUDA=0";
+    throw std::runtime_error(message);
+}
+
+inline __device__ bool is_aligned(const void* pointer, std::size_t bytes) { return reinterpret_cast<std::size_t>(pointer) % bytes == 0; }
+
+}  // namespace lumi

@@ -1,0 +1,179 @@
+"""AdamW with decoupled weight decay, on gradients that are clipped as they are read: all tensors of a model in one operator.
+
+    g = grad * factor,   factor = min(1, max_norm / (norm / loss_scale)) / loss_scale
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g^2
+    param = param - lr * weight_decay * param - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+
+Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. Where `norm` is not finite nothing changes: that is decided on the device, so
+that nobody waits for it.
+
+Precision: float32 throughout; the factors that all elements share are made in float64 and rounded once.
+Cost: param, m and v are read and written once and grad is read once: 28 bytes for each element, 30 with the bfloat16 copy. Clipping
+apart would read and write grad once more. csrc/adamw.h holds the update, csrc/adamw.cpp and csrc/adamw.cu what calls it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lumi._csrc as _csrc
+
+
+def adamw_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    weight_decays: Sequence[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    norm: Tensor | None = None,
+    max_norm: float = math.inf,
+    loss_scale: float = 1.0,
+    copies: Sequence[Tensor] | None = None,
+) -> None:
+    """The definition: arguments as `adamw` has them, in any floating dtype, with any strides, on any device."""
+    if not params:
+        return
+    if norm is None:
+        norm = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    factor, finite = (max_norm / (norm / loss_scale)).clamp(max=1.0) / loss_scale, norm.isfinite()
+    with torch.no_grad():
+        for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+            g = grad * factor.to(param.dtype)
+            m = beta1 * exp_avg + (1 - beta1) * g
+            v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+            update = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + eps)
+            new = param - lr * weight_decays[index] * param - lr * update
+            for target, value in ((param, new), (exp_avg, m), (exp_avg_sq, v)):
+                target.copy_(torch.where(finite, value, target))
+            if copies is not None:
+                copies[index].copy_(torch.where(finite, param.to(copies[index].dtype), copies[index]))
+
+
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    weight_decays: Sequence[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    norm: Tensor | None = None,
+    max_norm: float = math.inf,
+    loss_scale: float = 1.0,
+    copies: Sequence[Tensor] | None = None,
+) -> None:
+    """One AdamW step of all tensors, in place.
+
+    Plain contiguous float32 tensors on one device go to C++ or CUDA (`has_native`) when all of them are such; anything else (another
+    dtype, other strides, a tensor subclass such as DTensor) goes to `adamw_reference`. Errors in either are raised, never retried in the
+    other. On a CUDA device the step is queued on the current stream, which nobody waits for.
+
+    Args:
+        params: tensors of any shapes, floating, all on one device; written. Memory must not overlap, here or below.
+        grads: gradients, one for each parameter, of its shape and dtype; left alone.
+        exp_avgs, exp_avg_sqs: running means of gradients and of their squares, likewise; written.
+        weight_decays: one for each parameter, at least 0.
+        step: the number of this step, counted from 1.
+        lr: learning rate. beta1, beta2: in [0, 1). eps: positive.
+        norm: float64 scalar on the parameters' device, the L2 norm of all gradients as they are, or None not to clip. Where it is not
+            finite, nothing is written.
+        max_norm: positive; the norm that gradients may have once `loss_scale` is taken out.
+        loss_scale: positive; what the gradients are multiplied by.
+        copies: bfloat16 tensors, one for each parameter, of its shape; written with the new parameters. Or None.
+
+    Raises:
+        ValueError: if lengths, shapes, dtypes or devices do not fit each other, or a number is out of its range.
+
+    Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+    numbers: dict[str, Any] = {"step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
+    numbers |= {"max_norm": max_norm, "loss_scale": loss_scale}
+    _check_numbers(numbers, weight_decays)
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_tensors(lists, weight_decays, norm, copies)
+    if not params:
+        return
+    every = [*params, *grads, *exp_avgs, *exp_avg_sqs, *(copies or ())]
+    native = has_native(params[0].device) and all(param.dtype == torch.float32 for param in params)
+    if not native or not all(map(_is_plain, every)):
+        adamw_reference(*lists.values(), weight_decays=weight_decays, norm=norm, copies=copies, **numbers)
+        return
+    arguments = _csrc.AdamWArguments(
+        **{name: [tensor.data_ptr() for tensor in tensors] for name, tensors in lists.items()},
+        copies=[tensor.data_ptr() for tensor in copies or ()],
+        sizes=[tensor.numel() for tensor in params],
+        weight_decays=weight_decays,
+        norm=0 if norm is None else norm.data_ptr(),
+        **numbers,
+    )
+    device = params[0].device
+    if device.type == "cpu":
+        _csrc.adamw(arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            factor = torch.empty((), dtype=torch.float32, device=device)
+            _csrc.adamw_cuda(arguments, factor.data_ptr(), device.index, torch.cuda.current_stream(device).cuda_stream)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *(copies or ())])  # autograd saw none of the writing
+
+
+def has_native(device: torch.device) -> bool:
+    """Whether the update of plain float32 tensors on `device` is C++ or CUDA here; CUDA needs an nvcc when Lumi is installed."""
+    return device.type == "cpu" or (device.type == "cuda" and _csrc.has_cuda)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_contiguous()
+
+
+def _check_numbers(numbers: dict[str, Any], weight_decays: Sequence[float]) -> None:
+    for name in ("eps", "max_norm", "loss_scale"):
+        if not numbers[name] > 0:
+            raise ValueError(f"{name} must be positive, got {numbers[name]}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= numbers[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {numbers[name]}")
+    if not numbers["lr"] >= 0:
+        raise ValueError(f"lr must be at least 0, got {numbers['lr']}")
+    if numbers["step"] < 1:
+        raise ValueError(f"step must be at least 1, got {numbers['step']}")
+    for index, decay in enumerate(weight_decays):
+        if not decay >= 0:
+            raise ValueError(f"weight_decays[{index}] must be at least 0, got {decay}")
+
+
+def _check_tensors(
+    lists: dict[str, Sequence[Tensor]], weight_decays: Sequence[float], norm: Tensor | None, copies: Sequence[Tensor] | None
+) -> None:
+    params = lists["params"]
+    others: dict[str, Sequence[Any]] = {**lists, "weight_decays": weight_decays, **({} if copies is None else {"copies": copies})}
+    for name, items in others.items():
+        if len(items) != len(params):
+            raise ValueError(f"{name} must be one for each of {len(params)} parameters, got {len(items)}")
+    for index, param in enumerate(params):
+        if not param.dtype.is_floating_point or param.device != params[0].device:
+            raise ValueError(f"params[{index}] must be floating-point and on {params[0].device}, got {param.dtype} on {param.device}")
+    for name, tensors in ((name, items) for name, items in others.items() if name not in ("params", "weight_decays")):
+        for index, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
+            dtype = torch.bfloat16 if name == "copies" else param.dtype
+            if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
+                raise ValueError(
+                    f"{name}[{index}] must be {dtype} of shape {tuple(param.shape)} on {param.device}, "
+                    f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+                )
+    if norm is not None and (norm.ndim or norm.dtype != torch.float64 or (params and norm.device != params[0].device)):
+        expected = f"a float64 scalar on {params[0].device if params else 'the device of the parameters'}"
+        raise ValueError(f"norm must be {expected}, got {norm.dtype} of shape {tuple(norm.shape)} on {norm.device}")

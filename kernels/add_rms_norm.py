@@ -1,0 +1,139 @@
+"""The sum of a residual stream and a branch, and its RMSNorm, in one pass: each is read once and each result is written once.
+
+    total = x + residual,   y = rms_norm(total, weight)
+
+    dx = dresidual = dtotal + d rms_norm(total),   dweight as in `rms_norm`
+
+RMSNorm: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467. Pre-norm residual layers: Xiong et al. 2020, https://arxiv.org/abs/2002.04745.
+
+Shape letters: N rows (all leading dims flattened), D model dim.
+Precision: the sum is float32 and rounded once to the dtype of `x`; what is normalised is that rounded sum, as if the two steps were apart,
+and backward is the gradient of exactly that. The rest as in `rms_norm`, whose kernels these are.
+Cost: forward reads x and residual and writes total and y; backward reads dy, dtotal and total and writes one gradient, which x and
+residual share. Apart, the same steps move one tensor more forwards (total is read again) and two more backwards.
+"""
+
+import torch
+from torch import Tensor
+
+from lumi.kernels.optional_triton import triton
+from lumi.kernels.rms_norm import (
+    MAX_D,
+    _rms_norm_backward_op,
+    _rms_norm_fwd_kernel,
+    forward_config,
+    rms_norm_bwd,
+    rms_norm_reference,
+)
+from lumi.kernels.strided_rows import strided_rows
+
+# --- reference: the definition. Slow, obvious, any device, any dtype. ---
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """y and total (..., D) from x and residual (..., D), weight (D,); total is rounded once and normalised as it was rounded."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
+
+
+# --- launchers: allocate and launch the kernels of `rms_norm`. Never autograd. ---
+
+
+def add_rms_norm_fwd(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y_ND and total_ND in x's dtype, rstd_N in float32. The inputs may have any row stride; within a row the stride is 1."""
+    N, D = x_ND.shape
+    y_ND, total_ND = (torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device) for _ in range(2))
+    rstd_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
+    config = forward_config(D)
+    with torch.cuda.device_of(x_ND):  # Triton launches on the current device, which need not be x's
+        _rms_norm_fwd_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
+            x_ND, residual_ND, weight_D, total_ND, y_ND, rstd_N, x_ND.stride(0), residual_ND.stride(0), y_ND.stride(0), N, D, eps, **config
+        )
+    return y_ND, total_ND, rstd_N
+
+
+# --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
+
+
+@torch.library.custom_op("lumi::add_rms_norm", mutates_args=())
+def _add_rms_norm_op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y_ND, total_ND, rstd_N = add_rms_norm_fwd(strided_rows(x), strided_rows(residual), weight.contiguous(), eps)
+    return y_ND.view(x.shape), total_ND.view(x.shape), rstd_N
+
+
+@torch.library.custom_op("lumi::add_rms_norm_backward", mutates_args=())
+def _add_rms_norm_backward_op(dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx_ND, dweight_D = rms_norm_bwd(strided_rows(dy), strided_rows(total), weight.contiguous(), rstd, strided_rows(dtotal))
+    return dx_ND.view(total.shape), dweight_D
+
+
+@_add_rms_norm_op.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1].numel()
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
+
+
+@_add_rms_norm_backward_op.register_fake
+def _(dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return total.new_empty(total.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, _, weight, _ = inputs
+    _, total, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # an output that nothing uses brings None, not zeros to be written and read
+    ctx.save_for_backward(total, weight, rstd)
+
+
+def _backward(ctx, dy: Tensor | None, dtotal: Tensor | None, _) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    total, weight, rstd = ctx.saved_tensors
+    if dy is None:
+        return dtotal, dtotal, None, None
+    if dtotal is None:
+        dx, dweight = _rms_norm_backward_op(dy, total, weight, rstd)
+    else:
+        dx, dweight = _add_rms_norm_backward_op(dy, dtotal, total, weight, rstd)
+    return dx, dx, dweight, None  # one tensor for both, as torch does for a sum: autograd adds in place only to what it alone holds
+
+
+_add_rms_norm_op.register_autograd(_backward, setup_context=_save)
+
+
+# --- public function: the only name other packages import ---
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """x + residual, and its RMSNorm over the last dimension, scaled by `weight`.
+
+    Args:
+        x: activations (..., D), float32 / bfloat16 / float16, any strides. 1 <= D <= 16,384.
+        residual: what to add; shape, dtype and device of `x`, any strides.
+        weight: gain (D,), float32 / bfloat16 / float16 (not necessarily the dtype of `x`), same device as `x`.
+        eps: added to mean(total^2) before the root; dimensionless.
+
+    Returns:
+        y and total (..., D), dtype of `x`, contiguous. Differentiable once, in `x`, `residual` and `weight`.
+
+    Raises:
+        ValueError: if `residual` or `weight` does not fit `x`, a dtype is none of the three, or D is out of range.
+
+    Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
+    """
+    D = x.shape[-1] if x.ndim > 0 else 0
+    if not 1 <= D <= MAX_D:
+        raise ValueError(f"the last dimension of x must be between 1 and {MAX_D} (a row is held in registers), got {D}")
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"residual must have shape, dtype and device of x, {tuple(x.shape)}, {x.dtype}, {x.device}, "
+            f"got {tuple(residual.shape)}, {residual.dtype}, {residual.device}"
+        )
+    if weight.shape != (D,):
+        raise ValueError(f"weight must have shape ({D},) to match x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on the device of x, {x.device}, got {weight.device}")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    y, total, _ = _add_rms_norm_op(x, residual, weight, eps)
+    return y, total

@@ -1,0 +1,69 @@
+"""The tile sizes of the attention kernels: a table by architecture, head dim and kernel, in `attention_tiles.json`.
+
+`python benchmarks/tune_attention.py` measures the candidates on the GPU at hand and writes its rows of the table. An architecture without
+rows uses those of the newest one before it. float32 has rows of its own, for all architectures: its products run outside the tensor
+cores, for checks and not for speed.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_suffix(".json")
+_FLOAT32 = {
+    "fwd": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
+    "dkdv": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "DESCRIPTORS": False},
+    "dq": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
+}
+_FLOAT32_NARROW = {**_FLOAT32, "dq": {**_FLOAT32["dq"], "num_warps": 16}}  # up to 64 wide, where 8 warps spill on sm_90
+_DELTA = {"BLOCK_M": 16, "num_warps": 4}
+_INTERPRETER = 90
+
+
+Row = dict[str, Any]
+
+
+@cache
+def table() -> dict[str, dict[str, dict[str, Row]]]:
+    """The table: architecture -> "64" or "128" (the widest head dim) -> kernel -> row. What is changed in it holds for this process."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def rows_of(arch: int) -> str:
+    """The table's key for an architecture: itself, or the newest one before it."""
+    known = [int(key) for key in table()]
+    return str(max((key for key in known if key <= arch), default=min(known)))
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Compute capability as in sm_90; Triton's interpreter takes the tiles of sm_90."""
+    if device.type != "cuda":
+        return _INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tile(kernel: str, K: int, dtype: torch.dtype, arch: int, capped: bool = False) -> Row:
+    """Block sizes, warps and stages of one kernel.
+
+    Args:
+        kernel: "fwd", "delta", "dkdv" or "dq".
+        K: head dim, at most 128.
+        dtype: of q.
+        arch: from `architecture`.
+        capped: whether scores are capped, which takes registers; "<kernel> capped" is the row where that makes a difference.
+
+    Returns:
+        keyword arguments of the launch; BLOCK_K is K's next power of two, at least 16.
+    """
+    block_k = max(1 << (K - 1).bit_length(), 16)
+    if kernel == "delta":
+        return {**_DELTA, "BLOCK_K": block_k}
+    if dtype == torch.float32:
+        return {**(_FLOAT32_NARROW if block_k <= 64 else _FLOAT32)[kernel], "BLOCK_K": block_k}
+    kernels = table()[rows_of(arch)]["64" if block_k <= 64 else "128"]
+    return {**(kernels.get(f"{kernel} capped", kernels[kernel]) if capped else kernels[kernel]), "BLOCK_K": block_k}

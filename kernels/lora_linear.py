@@ -1,0 +1,207 @@
+"""Several linears of one input, each with a low-rank adapter: q, k and v of attention, gate and up of the MLP, or a single one.
+
+    y_i = x W_i^T + s_i (x A_i^T) B_i^T
+
+    z_i = s_i dy_i B_i   (the gradient of x A_i^T)
+    dB_i = s_i dy_i^T (x A_i^T),   dA_i = z_i^T x,   dx = sum over i of dy_i W_i + z_i A_i
+
+The W's are frozen and have no gradient. Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+Shape letters: N rows (all leading dims flattened), I input features, O output features of one linear, R the ranks of all adapters together.
+Precision: products accumulate in float32 (float64 for the reference's float64) and are rounded to the dtype of `x`; the low-rank product
+is added to the frozen one by the same matrix product that computes it. Gradients of adapters are in the dtype of `x` until autograd casts
+them to theirs.
+Cost: nothing here is a kernel of our own: all of it is matrix products of the vendor's library. Taken as the formula stands, every linear
+reads x twice and makes three tensors of y's size besides y; backward makes one of dy's and two of dx's size for each linear, and adds
+the latter up. Here the A's are one product, forwards and backwards, and what is added is accumulated in place by the product that computes
+it. Only x and x A^T (N, R) are kept for backward, besides the matrices.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# --- reference: the definition. Slow, obvious, any device, any dtype. ---
+
+
+def lora_linear_reference(
+    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]
+) -> list[Tensor]:
+    """y_i (..., O_i) from x (..., I), weights (O_i, I), As (R_i, I) and Bs (O_i, R_i), which are cast to the dtype of x."""
+    ys = []
+    for weight, A, B, scale in zip(weights, As, Bs, scales, strict=True):
+        narrow = F.linear(x, A.to(x.dtype))
+        ys.append(F.linear(x, weight.to(x.dtype)) + scale * F.linear(narrow, B.to(x.dtype)))
+    return ys
+
+
+# --- the products: allocate and multiply. Never autograd. ---
+
+
+def lora_linear_fwd(
+    x_NI: Tensor, weights_OI: Sequence[Tensor], A_RI: Tensor, Bs_OR: Sequence[Tensor], scales: Sequence[float]
+) -> tuple[list[Tensor], Tensor]:
+    """Returns every y_NO, and xa_NR = x A^T of all adapters side by side, in x's dtype."""
+    xa_NR = x_NI @ A_RI.T
+    ys_NO = []
+    for weight_OI, B_OR, scale, own_NR in zip(weights_OI, Bs_OR, scales, _split(xa_NR, Bs_OR), strict=True):
+        ys_NO.append((x_NI @ weight_OI.T).addmm_(own_NR, B_OR.T, alpha=scale))
+    return ys_NO, xa_NR
+
+
+def lora_linear_bwd(
+    dys_NO: Sequence[Tensor],
+    x_NI: Tensor,
+    xa_NR: Tensor,
+    weights_OI: Sequence[Tensor],
+    A_RI: Tensor,
+    Bs_OR: Sequence[Tensor],
+    scales: Sequence[float],
+    needs_dx: bool,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Returns dx_NI, alone in a list that is empty where it is not needed, dA_RI of all adapters and every dB_OR. Writes to no input."""
+    dxa_NR = torch.empty_like(xa_NR)
+    dBs_OR = []
+    for dy_NO, B_OR, scale, xa, dxa in zip(dys_NO, Bs_OR, scales, _split(xa_NR, Bs_OR), _split(dxa_NR, Bs_OR), strict=True):
+        dxa.addmm_(dy_NO, B_OR, beta=0, alpha=scale)
+        dB_OR = torch.empty(B_OR.shape, dtype=B_OR.dtype, device=B_OR.device)
+        dBs_OR.append(dB_OR.addmm_(dy_NO.T, xa, beta=0, alpha=scale))
+    dx = []
+    if needs_dx:
+        dx_NI = dxa_NR @ A_RI
+        for dy_NO, weight_OI in zip(dys_NO, weights_OI, strict=True):
+            dx_NI.addmm_(dy_NO, weight_OI)
+        dx.append(dx_NI)
+    return dx, dxa_NR.T @ x_NI, dBs_OR
+
+
+def _split(all_NR: Tensor, Bs_OR: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each adapter's own columns, as views."""
+    return all_NR.split([B_OR.shape[1] for B_OR in Bs_OR], dim=1)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+# --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
+
+
+@torch.library.custom_op("lumi::lora_linear", mutates_args=())
+def _lora_linear_op(
+    x: Tensor, weights: Sequence[Tensor], A: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]
+) -> tuple[list[Tensor], Tensor]:
+    ys_NO, xa_NR = lora_linear_fwd(_rows(x), weights, A, Bs, scales)
+    return [y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in ys_NO], xa_NR
+
+
+@torch.library.custom_op("lumi::lora_linear_backward", mutates_args=())
+def _lora_linear_backward_op(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    xa: Tensor,
+    weights: Sequence[Tensor],
+    A: Tensor,
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    needs_dx: bool,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    dx, dA, dBs = lora_linear_bwd([_rows(dy) for dy in dys], _rows(x), xa, weights, A, Bs, scales, needs_dx)
+    return [dx_NI.view(x.shape) for dx_NI in dx], dA, dBs
+
+
+@_lora_linear_op.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], A: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]) -> tuple[list[Tensor], Tensor]:
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights], x.new_empty(x.shape[:-1].numel(), A.shape[0])
+
+
+@_lora_linear_backward_op.register_fake
+def _(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    xa: Tensor,
+    weights: Sequence[Tensor],
+    A: Tensor,
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    needs_dx: bool,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    return [x.new_empty(x.shape)] if needs_dx else [], A.new_empty(A.shape), [B.new_empty(B.shape) for B in Bs]
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weights, A, Bs, scales = inputs
+    _, xa = output
+    ctx.mark_non_differentiable(xa)
+    ctx.set_materialize_grads(False)  # else autograd fills zeros for xa's gradient
+    ctx.save_for_backward(x, xa, A, *weights, *Bs)
+    ctx.scales = scales
+
+
+def _backward(ctx, dys: list[Tensor | None], _) -> tuple[Tensor | None, list[None], Tensor, list[Tensor], None]:
+    x, xa, A, *rest = ctx.saved_tensors
+    weights, Bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    present = [x.new_zeros(*x.shape[:-1], B.shape[0]) if dy is None else dy for dy, B in zip(dys, Bs, strict=True)]
+    dx, dA, dBs = _lora_linear_backward_op(present, x, xa, weights, A, Bs, ctx.scales, ctx.needs_input_grad[0])
+    return dx[0] if dx else None, [None] * len(weights), dA, dBs, None
+
+
+_lora_linear_op.register_autograd(_backward, setup_context=_save)
+
+
+# --- public function: the only name other packages import ---
+
+
+def lora_linear(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
+    """The adapted linears of one input, with gradients of `x` and the adapters.
+
+    Args:
+        x: activations (..., I), float32 / bfloat16 / float16, any strides. 1 <= I.
+        weights: frozen matrices (O_i, I), at least one; device of `x`. Another dtype is cast to that of `x` in every call, and the cast
+            copy is kept for backward. 1 <= O_i.
+        As: (R_i, I), one for each weight; device of `x`, any floating dtype, the same for all. 1 <= R_i.
+        Bs: (O_i, R_i), one for each weight; as `As`.
+        scales: s_i, one for each weight.
+
+    Returns:
+        One y_i (..., O_i) for each weight, dtype of `x`, contiguous. Differentiable once, in `x`, `As` and `Bs`, whose gradients have
+        their dtype.
+
+    Raises:
+        ValueError: if there are no weights, the lists differ in length, shapes or devices do not fit, x's dtype is none of the three, or a
+            weight requires a gradient, which it would not get.
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    in_features = x.shape[-1] if x.ndim > 0 else 0
+    if in_features == 0:
+        raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
+    if not len(weights) == len(As) == len(Bs) == len(scales) > 0:
+        raise ValueError(
+            f"weights, As, Bs and scales must be equally many, and at least one, got {len(weights)}, {len(As)}, {len(Bs)} and {len(scales)}"
+        )
+    for index, (weight, A, B) in enumerate(zip(weights, As, Bs, strict=True)):
+        for name, letter, matrix in (("weights", "O", weight), ("As", "R", A)):
+            if matrix.ndim != 2 or matrix.shape[0] == 0 or matrix.shape[1] != in_features:
+                raise ValueError(
+                    f"{name}[{index}] must have shape ({letter}, {in_features}), {letter} at least 1, to match x {tuple(x.shape)}, "
+                    f"got {tuple(matrix.shape)}"
+                )
+        if B.shape != (weight.shape[0], A.shape[0]):
+            raise ValueError(f"Bs[{index}] must have shape {(weight.shape[0], A.shape[0])} to match its weight and A, got {tuple(B.shape)}")
+        for name, tensor in (("weights", weight), ("As", A), ("Bs", B)):
+            if tensor.device != x.device:
+                raise ValueError(f"{name}[{index}] must be on the device of x, {x.device}, got {tensor.device}")
+        if A.dtype != As[0].dtype or B.dtype != As[0].dtype:
+            raise ValueError(f"As[{index}] and Bs[{index}] must have the dtype of As[0], {As[0].dtype}, got {A.dtype} and {B.dtype}")
+        if weight.requires_grad:
+            raise ValueError(f"weights[{index}] must be frozen (requires_grad=False), got one that requires a gradient")
+    # The A's are joined and all are cast here, where autograd takes their gradients apart and casts them back.
+    ys, _ = _lora_linear_op(
+        x, [weight.to(x.dtype) for weight in weights], torch.cat(list(As)).to(x.dtype), [B.to(x.dtype) for B in Bs], list(scales)
+    )
+    return ys
