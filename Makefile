@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 check: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .

@@ -19,7 +19,7 @@ _FLOAT32 = {
     "dq": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
 }
 _FLOAT32_NARROW = {**_FLOAT32, "dq": {**_FLOAT32["dq"], "num_warps": 16}}  # up to 64 wide, where 8 warps spill on sm_90
-_DELTA = {"BLOCK_M": 16, "num_warps": 4}
+_DELTA_TILE = 1024  # elements of a program of the delta kernel: 8 for each of its 128 threads
 _INTERPRETER = 90
 
 
@@ -62,7 +62,7 @@ def tile(kernel: str, K: int, dtype: torch.dtype, arch: int, capped: bool = Fals
     """
     block_k = max(1 << (K - 1).bit_length(), 16)
     if kernel == "delta":
-        return {**_DELTA, "BLOCK_K": block_k}
+        return {"BLOCK_M": _DELTA_TILE // block_k, "BLOCK_K": block_k, "num_warps": 4}
     if dtype == torch.float32:
         return {**(_FLOAT32_NARROW if block_k <= 64 else _FLOAT32)[kernel], "BLOCK_K": block_k}
     kernels = table()[rows_of(arch)]["64" if block_k <= 64 else "128"]

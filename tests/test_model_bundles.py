@@ -14,16 +14,18 @@ SHAPES = {
 }
 
 
-def step(shape, ops, dtype, device, compute_dtype, lora=None, seed=0):
+def step(shape, ops, dtype, device, compute_dtype, lora=None, seed=0, how="plain"):
     """Loss and gradients of one packed batch; weights and arithmetic in `dtype`, products in `compute_dtype`."""
     config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, mlp_dim=96, **shape)
-    model = Transformer(config, ops, compute_dtype=compute_dtype).init_weights(seed)
+    model = Transformer(config, ops, compute_dtype=compute_dtype, gradient_checkpointing=how == "checkpointed").init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     if lora is not None:
         add_lora(model, lora)
         for _, module in adapters(model):  # B begins at zero, and A would have no gradient; much larger, norms amplify rounding errors
             module.lora_B.data = 0.05 * torch.randn(module.lora_B.shape, generator=generator)
     model = model.to(device, dtype)
+    for layer in model.layers if how == "compiled" else ():
+        layer.compile(fullgraph=True, backend="aot_eager")
     tokens, targets = (torch.randint(0, 97, (2, 40), generator=generator).to(device) for _ in range(2))
     targets[0, 5:9] = -100
     lengths = [17, 22, 1, 40]
@@ -56,3 +58,13 @@ def test_one_step_with_adapters(device):
     for part in ("loss", "lora_A", "lora_B"):
         joined = lambda steps, part=part: torch.cat([t.flatten() for each in steps for name, t in each.items() if name.endswith(part)])
         assert_parity(part, joined(actual), joined(same_dtype), joined(exact))
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3, alpha=5)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
+    """Bit for bit, under the Triton bundle: every operator stands in a graph as one node with known shapes."""
+    plain, other = (step(SHAPES["grouped"], TRITON, torch.float32, device, torch.float32, lora, how=h) for h in ("plain", how))
+    assert plain.keys() == other.keys()
+    for name in plain:
+        assert torch.equal(plain[name], other[name]), name

@@ -16,7 +16,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inspect_kernels.py"
 @pytest.fixture(scope="module")
 def reports():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    result = subprocess.run([sys.executable, SCRIPT, "--json"], env=environment, capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, "--json", "--dtype", "fp32", "bf16"]  # float16 differs from bfloat16 by names of instructions
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -27,7 +28,7 @@ def names(reports):
 
 def test_every_dtype_and_architecture_is_there(reports):
     assert {r["arch"] for r in reports} == {80, 89, 90, 100}
-    assert {r["dtype"] for r in reports} == {"fp32", "fp16", "bf16"}
+    assert {r["dtype"] for r in reports} == {"fp32", "bf16"}
     kernels = {r["kernel"] for r in reports}
     expected = {"rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_wide", "rope", "swiglu_fwd", "swiglu_bwd"}
     expected |= {"add_rms_norm_fwd", "add_rms_norm_bwd", "add_rms_norm_bwd_wide"}
@@ -35,7 +36,7 @@ def test_every_dtype_and_architecture_is_there(reports):
     expected |= {"decode_attention", "decode_attention_paged", "decode_attention_prompt", "decode_attention_combine"}
     expected |= {"attention_fwd", "attention_delta", "attention_dkdv", "attention_dq"}
     assert {name.split()[0] for name in kernels} == expected
-    assert len(reports) == len(set(names(reports))) == 12 * len(kernels)
+    assert len(reports) == len(set(names(reports))) == 8 * len(kernels)
 
 
 def test_nothing_spills(reports):
