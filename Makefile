@@ -5,11 +5,12 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 # The GPU's targets use PYTHON itself, which must have a CUDA build of torch, and install Lumi there without its dependencies.
 GPU_INSTALLED = build/gpu-installed$(subst /,-,$(shell command -v $(PYTHON)))
-GPU_TESTS = tests/kernels tests/test_model_bundles.py tests/test_csrc.py $(wildcard tests/test_cuda_code.py)
+GPU_TESTS = tests/kernels tests/test_model_bundles.py tests/test_csrc.py tests/test_optimizer.py
+NOT_ON_A_GPU = tests/kernels/test_machine_code.py  # minutes of a compiler's work on the CPU, the same everywhere
 ONLY ?=
 LIMIT ?= 540
 
-.PHONY: demo test check clean gpu gpu-check gpu-sanitize gpu-bench
+.PHONY: demo test check clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
@@ -24,12 +25,16 @@ check: $(VENV)/installed-test
 
 gpu:
 	$(MAKE) gpu-check
-	$(MAKE) gpu-sanitize
-	$(MAKE) gpu-bench
+	$(MAKE) gpu-sanitize; code=$$?; $(MAKE) gpu-bench && exit $$code
+
+gpu-there:
+	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; \
+		find_spec("torch") and __import__("torch").cuda.is_available() \
+		or sys.exit("make gpu needs a GPU and a CUDA build of torch; PYTHON is " + sys.executable)'
 
 gpu-check: $(GPU_INSTALLED)
-	$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a GPU and a CUDA build of torch; PYTHON is " + sys.executable)'
-	$(PYTHON) -m pytest $(GPU_TESTS) $$($(PYTHON) -c 'import xdist; print("-n 4 --dist loadfile")' 2>/dev/null)
+	$(PYTHON) -c 'from lumi import _csrc; print("CUDA operators of lumi._csrc (they need nvcc):", "built" if _csrc.has_cuda else "NOT built")'
+	$(PYTHON) -m pytest $(GPU_TESTS) $(NOT_ON_A_GPU:%=--ignore=%) $$($(PYTHON) -c 'import xdist; print("-n 4 --dist loadfile")' 2>/dev/null)
 	$(PYTHON) benchmarks/correctness.py
 
 gpu-sanitize: $(GPU_INSTALLED)
@@ -53,7 +58,7 @@ $(VENV)/installed-test: $(SOURCES) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/installed
 
-$(GPU_INSTALLED): $(SOURCES)
+$(GPU_INSTALLED): $(SOURCES) | gpu-there
 	$(PYTHON) -c 'import pybind11, pytest, setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null \
 		|| $(PYTHON) -m pip install 'pybind11>=3.0' 'setuptools>=77' pytest
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .

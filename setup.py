@@ -31,6 +31,7 @@ class BuildExtension(build_ext):
     """Adds the CUDA files, where there is an nvcc."""
 
     def build_extension(self, extension: Pybind11Extension) -> None:
+        self.force = True  # setuptools looks at the sources' times, which say nothing of another LUMI_CUDA or nvcc
         if os.environ.get("LUMI_CUDA") != "0":
             try:
                 self._add_cuda(extension, *_find_cuda())
@@ -46,7 +47,8 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHES]
         targets.append(f"arch=compute_{CUDA_ARCHES[-1]},code=compute_{CUDA_ARCHES[-1]}")
-        flags = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        # Without -fmad=false nvcc chooses, path by path, which products to fuse: results would depend on where tensors lie.
+        flags = ["-std=c++17", "-O3", "-fmad=false", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += [flag for target in targets for flag in ("-gencode", target)]
 
         def compile_file(source: Path) -> str:

@@ -1,11 +1,11 @@
-"""Every operator at every tile that it is shipped with, on the GPU: values and gradients against float64, twice for equality.
+"""Every operator on the GPU at the sizes that its tiles depend on: values and gradients against float64, twice for equality.
 
     python benchmarks/correctness.py [--small] [--operators rms_norm swiglu ...]
 
-The tests of tests/kernels probe edges at small sizes; this walks the sizes that choose tiles, in every dtype. An operator may be at most
-twice as far from float64 as the plain formula in the same dtype, must leave its inputs alone and give the same bits again. `--small` takes
-the smallest case of each operator and dtype, and the references from the CPU, so that few kernels run beside those under test: for
-compute-sanitizer (`sanitize.py`).
+The tests of tests/kernels probe edges at small sizes; this walks widths and options from one choice of tile and warps to the next, in
+every dtype. An operator may be at most twice as far from float64 as the plain formula in the same dtype, must leave its inputs alone and
+give the same bits again. `--small` takes the cases marked so, the riskiest of those that are small, and the references from the CPU, so
+that few kernels run beside those under test: for compute-sanitizer (`sanitize.py`).
 """
 
 import argparse
@@ -40,13 +40,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `make(dtype)` draws the inputs on the CPU; what else a call needs is in the functions."""
+    """One call. `make(dtype)` draws the inputs on the CPU; what else a call needs is in the functions. `terms`: of `measure.check`."""
 
     name: str
     ours: Callable
     reference: Callable
     make: Callable[[torch.dtype], Operands]
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    terms: int = 1
+    small: bool = False
 
 
 def _draw(*shape: int, scale: float = 1.0) -> Callable[[torch.dtype], Tensor]:
@@ -62,73 +64,114 @@ def _master(draw: Callable[[torch.dtype], Tensor]) -> Callable[[torch.dtype], Te
 
 
 def _rms_norm() -> Iterator[Case]:
-    for D in (64, 128, 256, 512, 768, 2048, 4096, 8192, 12_288, 16_384):
-        make = _operands([_draw(517, D), _master(_draw(D))], [_draw(517, D)])
-        yield Case(f"rms_norm D={D}", rms_norm, rms_norm_reference, make)
+    sizes = [(517, D) for D in (64, 128, 256, 512, 768, 2048, 4096, 8192, 12_288, 16_384)]
+    small = [(67, 96), (19, 12_288), (5, 16_384)]
+    for rows, D in sizes + small:
+        make = _operands([_draw(rows, D), _master(_draw(D))], [_draw(rows, D)])
+        yield Case(f"rms_norm rows={rows} D={D}", rms_norm, rms_norm_reference, make, small=(rows, D) in small)
 
 
 def _add_rms_norm() -> Iterator[Case]:
-    for D in (64, 256, 768, 2048, 4096, 8192, 16_384):
-        make = _operands([_draw(517, D), _draw(517, D), _master(_draw(D))], [_draw(517, D), _draw(517, D)])
-        yield Case(f"add_rms_norm D={D}", add_rms_norm, add_rms_norm_reference, make)
+    sizes = [(517, D) for D in (64, 256, 768, 2048, 4096, 8192, 16_384)]
+    small = [(67, 96), (19, 12_288), (5, 16_384)]
+    for rows, D in sizes + small:
+        make = _operands([_draw(rows, D), _draw(rows, D), _master(_draw(D))], [_draw(rows, D), _draw(rows, D)])
+        yield Case(f"add_rms_norm rows={rows} D={D}", add_rms_norm, add_rms_norm_reference, make, small=(rows, D) in small)
 
 
 def _swiglu() -> Iterator[Case]:
-    for F in (64, 96, 1024, 1536, 11_008):
-        yield Case(f"swiglu F={F}", swiglu, swiglu_reference, _operands([_draw(517, F), _draw(517, F)], [_draw(517, F)]))
+    sizes, small = [(517, F) for F in (64, 96, 1024, 1536, 11_008)], [(67, 96), (3, 11_008)]
+    for rows, F in sizes + small:
+        make = _operands([_draw(rows, F), _draw(rows, F)], [_draw(rows, F)])
+        yield Case(f"swiglu rows={rows} F={F}", swiglu, swiglu_reference, make, small=(rows, F) in small)
 
 
 def _rope() -> Iterator[Case]:
-    for K, (H, G) in itertools.product((32, 64, 96, 128, 256), ((4, 4), (12, 3))):
-        table = rope_table(torch.arange(173).expand(3, 173), K, 10_000.0)
-        make = _operands([_draw(3, 173, H, K), _draw(3, 173, G, K)], [_draw(3, 173, H, K), _draw(3, 173, G, K)])
+    sizes = list(itertools.product((173,), (32, 64, 96, 128, 256), ((4, 4), (12, 3))))
+    small = [(19, 96, (12, 3)), (19, 256, (4, 4))]
+    for T, K, (H, G) in sizes + small:
+        table = rope_table(torch.arange(T).expand(3, T), K, 10_000.0)
+        make = _operands([_draw(3, T, H, K), _draw(3, T, G, K)], [_draw(3, T, H, K), _draw(3, T, G, K)])
         with_table = lambda function, table=table: lambda q, k: function(q, k, *(t.to(q.device) for t in table))
-        yield Case(f"rope K={K} H={H} G={G}", with_table(rope), with_table(rope_reference), make)
+        name, is_small = f"rope T={T} K={K} H={H} G={G}", (T, K, (H, G)) in small
+        yield Case(name, with_table(rope), with_table(rope_reference), make, small=is_small)
 
 
 def _attention() -> Iterator[Case]:
     documents = torch.tensor([0, 1, 70, 70, 399, 400, 517, 800], dtype=torch.int32)  # two rows of 400
+    few = torch.tensor([0, 1, 40, 40, 97], dtype=torch.int32)  # a row of 97
     variants: list[tuple[int, int, int, int, Tensor | None, int | None, float | None]] = [
         (1, 130, 2, 2, None, None, None),
         (2, 400, 4, 4, None, None, None),
         (2, 400, 6, 2, documents, None, None),
+        (2, 400, 6, 2, documents, 100, None),
         (2, 400, 6, 2, None, 100, 20.0),
     ]
-    for K, (B, T, H, G, cu_seqlens, window, softcap) in itertools.product((64, 96, 128), variants):
+    small = [(96, (1, 97, 4, 2, few, 30, None)), (64, (1, 97, 2, 1, few, 30, 20.0))]
+    for K, (B, T, H, G, cu_seqlens, window, softcap) in [*itertools.product((64, 96, 128), variants), *small]:
         ours = lambda q, k, v, c=cu_seqlens, w=window, s=softcap: attention(q, k, v, attention_plan(c, *q.shape[:2], q.device, w), s)
         plan = lambda q, c=cu_seqlens, w=window: attention_plan_reference(c, *q.shape[:2], q.device, w)
         reference = lambda q, k, v, plan=plan, s=softcap: attention_reference(q, k, v, plan(q), s)
         make = _operands([_draw(B, T, heads, K) for heads in (H, G, G)], [_draw(B, T, H, K)])
         what = "causal" if cu_seqlens is None else "documents"
-        yield Case(f"attention B={B} T={T} K={K} H={H} G={G} {what} window={window} softcap={softcap}", ours, reference, make)
+        name = f"attention B={B} T={T} K={K} H={H} G={G} {what} window={window} softcap={softcap}"
+        yield Case(name, ours, reference, make, small=cu_seqlens is few)
 
 
 def _decode_attention() -> Iterator[Case]:
-    for K, (T, S), (H, G) in itertools.product((64, 128, 96), ((1, 700), (17, 129)), ((4, 4), (8, 2))):
+    sizes = [(*size, None) for size in itertools.product((64, 128, 96), ((1, 700), (17, 129)), ((4, 4), (8, 2)))]
+    small = [(96, (1, 260), (4, 4), None), (128, (3, 320), (8, 2), 64), (64, (1, 160), (6, 3), 16)]
+    for K, (T, S), (H, G), page_size in [*sizes, (128, (1, 4096), (32, 8), 64), (256, (17, 512), (8, 2), 16), *small]:
         positions = torch.arange(T) + torch.tensor([[S - T], [0], [S // 2 - T]])
-        make = _operands([lambda dtype, s=s: _draw(3, *s)(dtype).detach() for s in ((T, H, K), (S, G, K), (S, G, K))], [])
-        with_positions = lambda function, p=positions: lambda q, k, v: function(q, k, v, p.to(q.device))
+        num_pages = 0 if page_size is None else 3 * S // page_size
+        order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
+        table = None if page_size is None else order.to(torch.int32).view(3, -1)
+        cache = (3, S, G, K) if page_size is None else (num_pages, page_size, G, K)
+        make = _operands([lambda dtype, s=s: _draw(*s)(dtype).detach() for s in ((3, T, H, K), cache, cache)], [])
+        bind = lambda f, p=positions, t=table: lambda q, k, v: f(q, k, v, p.to(q.device), None if t is None else t.to(q.device))
         yield Case(
-            f"decode_attention K={K} T={T} S={S} H={H} G={G}", *map(with_positions, (decode_attention, decode_attention_reference)), make
+            f"decode_attention K={K} T={T} S={S} H={H} G={G} page_size={page_size}",
+            *map(bind, (decode_attention, decode_attention_reference)),
+            make,
+            small=(K, (T, S), (H, G), page_size) in small,
         )
 
 
 def _linear_cross_entropy() -> Iterator[Case]:
-    for (N, D, V), z_loss, softcap in ((70, 64, 333), 0.0, None), ((2500, 128, 32_769), 1e-4, None), ((515, 256, 128_256), 0.0, 30.0):
+    plain, master = _draw, lambda *shape, scale: _master(_draw(*shape, scale=scale))
+    sizes: list[tuple[tuple[int, int, int], float, float | None, Callable]] = [
+        ((70, 64, 333), 0.0, None, plain),
+        ((515, 128, 16_384), 0.0, None, plain),
+        ((515, 128, 32_768), 0.0, None, plain),
+        ((2500, 128, 32_769), 1e-4, None, plain),
+        ((515, 256, 128_256), 0.0, 30.0, plain),
+        ((5000, 64, 128_256), 0.0, None, plain),  # two chunks, in float32 three
+        ((5000, 64, 128_256), 1e-4, None, master),
+    ]
+    small = [((70, 64, 333), 1e-4, 30.0, plain), ((5, 64, 32_769), 0.0, None, master)]
+    for (N, D, V), z_loss, softcap, draw in sizes + small:
         targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0))
         targets[::7] = -100
         bind = lambda f, t=targets, z=z_loss, s=softcap: lambda h, w: f(h, w, t.to(h.device), z, s)
-        make = _operands([_draw(N, D), _draw(V, D, scale=0.1)], [lambda dtype: torch.ones(())])
-        yield Case(f"linear_cross_entropy N={N} D={D} V={V}", bind(linear_cross_entropy), bind(linear_cross_entropy_reference), make)
+        make = _operands([_draw(N, D), draw(V, D, scale=0.1)], [lambda dtype: torch.ones(())])
+        yield Case(
+            f"linear_cross_entropy N={N} D={D} V={V} z_loss={z_loss} softcap={softcap}{' float32 weight' * (draw is master)}",
+            *map(bind, (linear_cross_entropy, linear_cross_entropy_reference)),
+            make,
+            terms=N,
+            small=((N, D, V), z_loss, softcap, draw) in small,
+        )
 
 
 def _lora_linear() -> Iterator[Case]:
-    for D, width, rank in ((64, 96, 8), (1024, 768, 16)):
+    sizes, small = [(517, 64, 96, 8), (517, 1024, 768, 16)], [(67, 64, 96, 8), (33, 256, 64, 16)]
+    for rows, D, width, rank in sizes + small:
         weights = [torch.randn(width, D, generator=torch.Generator().manual_seed(index)) / D**0.5 for index in range(2)]
         bind = lambda f, ws=weights: lambda x, *ab: f(x, [w.to(x.device, x.dtype) for w in ws], ab[:2], ab[2:], [2.0, 0.5])
         adapters = [_master(_draw(rank, D, scale=D**-0.5))] * 2 + [_master(_draw(width, rank))] * 2
-        make = _operands([_draw(517, D), *adapters], [_draw(517, width)] * 2)
-        yield Case(f"lora_linear D={D} O={width} R={rank}", bind(lora_linear), bind(lora_linear_reference), make)
+        make = _operands([_draw(rows, D), *adapters], [_draw(rows, width)] * 2)
+        name, is_small = f"lora_linear rows={rows} D={D} O={width} R={rank}", (rows, D, width, rank) in small
+        yield Case(name, bind(lora_linear), bind(lora_linear_reference), make, small=is_small)
 
 
 def _adamw() -> Iterator[Case]:
@@ -148,7 +191,7 @@ def _adamw() -> Iterator[Case]:
     def make(dtype: torch.dtype) -> Operands:
         return Operands(tuple(torch.rand(shape) for shape in shapes for _ in range(4)), ())
 
-    yield Case("adamw", bind(global_norm, adamw), bind(global_norm_reference, adamw_reference), make, dtypes=(torch.float32,))
+    yield Case("adamw", bind(global_norm, adamw), bind(global_norm_reference, adamw_reference), make, dtypes=(torch.float32,), small=True)
 
 
 OPERATORS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -177,12 +220,12 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, reference_device
         raise RuntimeError(f"{case.name} {dtype}: a second run gave other bits")
     exact = measure.results_and_gradients(case.reference, operands.to(reference_device, torch.float64))
     same_dtype = measure.results_and_gradients(case.reference, operands.to(reference_device))
-    measure.check(f"{case.name} {dtype}", actual, same_dtype, exact)
+    measure.check(f"{case.name} {dtype}", actual, same_dtype, exact, terms=case.terms)
 
 
 def run(operator: str, dtypes: Sequence[torch.dtype], device: torch.device, *, small: bool) -> int:
-    """Every case of an operator in these dtypes, or the smallest; returns how many are wrong."""
-    cases = list(itertools.islice(OPERATORS[operator](), 1 if small else None))
+    """Every case of an operator in these dtypes, or the small ones; returns how many are wrong."""
+    cases = [case for case in OPERATORS[operator]() if case.small or not small]
     pairs = [(case, dtype) for case in cases for dtype in dtypes if dtype in case.dtypes]
     wrong = 0
     for case, dtype in pairs:

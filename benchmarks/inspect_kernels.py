@@ -81,7 +81,9 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
     counts = {
         "LDG.128": sum((op.startswith("LDG") and ".128" in op) or op.startswith("UTMALDG") for op in opcodes),
         "STG.128": sum((op.startswith("STG") and ".128" in op) or op.startswith("UTMASTG") for op in opcodes),
-        "MMA": sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA|QGMMA)", op)) for op in opcodes),
+        "MMA": sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA)", op)) for op in opcodes),
+        "HGMMA": sum(op.startswith("HGMMA") for op in opcodes),
+        "UTCMMA": sum(bool(re.match(r"UTC\w*MMA", op)) for op in opcodes),
     }
     shared = max(resources["SHARED"], compiled.metadata.shared)  # dynamic shared memory is not in the resource report
     return Report(
@@ -100,7 +102,7 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
         mma_instructions=counts["MMA"],
         occupancy=_occupancy(resources["REG"], shared, 32 * entry.num_warps, arch),
         row_bytes=entry.moved[0] * (4 if dtype == "fp32" else 2) + entry.moved[1] * 4,
-        missing=tuple(name for name in entry.expects if not counts[name] and not (name == "MMA" and dtype == "fp32")),
+        missing=tuple(name for name in entry.expects if not counts[name] and not (name.endswith("MMA") and dtype == "fp32")),
     )
 
 

@@ -24,7 +24,9 @@ class Entry:
     num_warps: int
     num_stages: int = 3
     aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as Triton finds at launch; pointers always are
-    expects: tuple[str, ...] = field(default=("LDG.128", "STG.128"))  # instructions that must be there; MMA: in 16 bits, on tensor cores
+    expects: tuple[str, ...] = field(
+        default=("LDG.128", "STG.128")
+    )  # instructions that must be there; those of tensor cores in 16 bits only
     moved: tuple[int, int] = (0, 0)
 
 
@@ -183,5 +185,5 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
                 signature,
                 {"HEAD_DIM": K, **config},
                 moved=(len(tensors) * K, len(set(rows) - set(plan))),
-                expects=("LDG.128",) if kernel == "delta" else ("LDG.128", "STG.128", "MMA"),
+                expects=("LDG.128",) if kernel == "delta" else ("LDG.128", "STG.128", {90: "HGMMA", 100: "UTCMMA"}.get(arch, "MMA")),
             )

@@ -117,8 +117,13 @@ def check(
 
 def prepared(calls: list[Callable], device: torch.device, *, graph: bool) -> tuple[Callable, int]:
     """Something to time, warmed up, and how many calls it makes; `graph` has no meaning on the CPU."""
-    repeated = calls * _repeats(calls, device)
-    return (_captured(repeated) if graph and device.type == "cuda" else _in_turn(repeated)), len(repeated)
+    once = _in_turn(calls)
+    for _ in range(2):  # whatever is compiled or tuned at the first call
+        once()
+    arrange = _captured if graph and device.type == "cuda" else _in_turn
+    run = arrange(calls)
+    repeats = _repeats(run, device)
+    return (run if repeats == 1 else arrange(calls * repeats)), len(calls) * repeats
 
 
 def interleaved(candidates: dict[str, tuple[Callable, int]], device: torch.device, rounds: int = ROUNDS) -> dict[str, Sample]:
@@ -138,10 +143,8 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _repeats(calls: list[Callable], device: torch.device) -> int:
-    run = _in_turn(calls)
-    run()  # whatever is compiled or tuned at the first call
-    run()
+def _repeats(run: Callable, device: torch.device) -> int:
+    """How often `run` makes a sample; as it will be launched, since a graph takes far less than the calls that it was captured from."""
     return min(max(round(_SAMPLE_SECONDS / _seconds(run, device)), 1), 100)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,7 +58,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{subject}-{slug(device)}.json"
         self.data: dict[str, Any] = {"subject": subject, "environment": environment(device)}
-        self.data |= {"claims": [], "times": [], "failures": [], "left_out": [], "notes": {}}
+        self.data |= {"finished": False, "claims": [], "times": [], "failures": [], "left_out": [], "notes": {}}
         self._write()
 
     def time(
@@ -70,10 +70,12 @@ class Results:
         num_bytes: int = 0,
         flops: int = 0,
         rounds: int | None = None,
+        replays: Collection[str] = (),
     ) -> dict[str, float]:
         """Seconds of each candidate, which is a function that checks and then returns the calls to time.
 
         "lumi" must work; a peer that does not is recorded and left out. `num_bytes` and `flops` of one call become rates.
+        `graph`: the calls are captured here; `replays`: candidates whose calls replay graphs of their own.
         """
         ready = {}
         for name, prepare in candidates.items():
@@ -81,7 +83,8 @@ class Results:
                 ready[name] = prepared(prepare(), self.device, graph=graph)
         samples = interleaved(ready, self.device, rounds or self.rounds)
         for name, sample in samples.items():
-            record = {"case": case, "candidate": name, "launch": "graph" if graph and self.device.type == "cuda" else "eager"}
+            captured = (graph or name in replays) and self.device.type == "cuda"
+            record: dict[str, Any] = {"case": case, "candidate": name, "launch": "graph" if captured else "eager"}
             record |= {key: round(getattr(sample, key) * 1e6, 3) for key in ("seconds", "low", "high")}
             record["microseconds"] = record.pop("seconds")
             rates = {"gb_per_second": num_bytes / sample.seconds / 1e9, "tflops": flops / sample.seconds / 1e12}
@@ -114,6 +117,11 @@ class Results:
     def note(self, **values: Any) -> None:
         """Further figures of the machine or a case."""
         self.data["notes"].update(values)
+        self._write()
+
+    def finish(self) -> None:
+        """All has been run that there is: a file without this mark is of a run that was ended from outside."""
+        self.data["finished"] = True
         self._write()
 
     @contextmanager
@@ -171,6 +179,7 @@ def main(subject: str, description: str, run: Callable[[Results], None]) -> int:
     results = Results(subject, device, args.output_dir, args.rounds)
     with ready(device), results.case(subject):
         run(results)
+    results.finish()
     results.draw()
     print(f"wrote {results.path}")
     return 1 if results.data["failures"] else 0

@@ -3,7 +3,9 @@
     python benchmarks/run_all.py [--only attention row_kernels] [--seconds 540] [--output-dir benchmarks/results]
 
 Writes `<subject>-<device>.json` and `.png` as they are measured, and `README-<device>.md` with the table of all subjects that have been
-measured on this device. A benchmark that fails or runs out of time loses nobody else's figures; the exit code is then 1.
+measured on this device, earlier ones too: each is named with its date. A benchmark that fails, runs out of time or is not begun loses
+nobody else's figures; the exit code is then 1. What comes first has the aims that matter most, and fits the default limit; the rest gets
+what is left of it, or a run of its own with --only.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,20 @@ from results import RESULTS, slug
 
 # In this order, with the seconds that each may take: most of it is compiling the peers.
 SUBJECTS = {
-    "attention": 180,
+    "attention": 165,
+    "training_step": 225,
     "linear_cross_entropy": 90,
     "optimizer": 60,
-    "row_kernels": 180,
-    "training_step": 270,
-    "lora_linear": 60,
-    "decode_attention": 90,
+    "row_kernels": 240,
+    "lora_linear": 90,
+    "decode_attention": 120,
 }
 LEAST_SECONDS = 15  # with less left a benchmark is not begun
 
 
-def run_one(command: Sequence[str], seconds: float) -> str | None:
-    """Run a program; None, or what went wrong."""
-    process = subprocess.Popen(command, start_new_session=True)  # with its compiler processes it can be ended as a whole
+def run_one(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> str | None:
+    """Run a program, in `environment` instead of this one's; None, or what went wrong."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True)  # with all of its processes it can be ended as a whole
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -46,7 +48,7 @@ def run_one(command: Sequence[str], seconds: float) -> str | None:
 
 
 def table(records: Sequence[dict[str, Any]], problems: dict[str, str]) -> str:
-    """Markdown of every claim of these benchmarks, what failed, and on what they ran."""
+    """Markdown of every claim of these benchmarks, what failed or is missing, and on what they ran."""
     lines = ["| what | measured | aimed at | met |", "|---|---|---|---|"]
     for claim in (claim for record in records for claim in record["claims"]):
         aims = [f"{sign} {claim[key]:g}" for key, sign in (("at_least", ">="), ("at_most", "<=")) if claim[key] is not None]
@@ -54,7 +56,11 @@ def table(records: Sequence[dict[str, Any]], problems: dict[str, str]) -> str:
         met = {None: "no" if aims and claim["measured"] is None else "", True: "yes", False: "no"}[claim["met"]]
         lines.append(f"| {claim['claim']} | {measured} | {' and '.join(aims)} | {met} |")
     lines += ["", *(f"{subject}: {problem}" for subject, problem in problems.items())]
+    missing = SUBJECTS.keys() - problems.keys() - {record["subject"] for record in records}
+    lines += [f"{subject}: not measured" for subject in SUBJECTS if subject in missing]
     for record in records:
+        if not record["finished"]:
+            lines.append(f"{record['subject']}: it was ended before it was done, so cases and claims are missing")
         for kind, word in (("failures", "failed"), ("left_out", "left out")):
             lines += [f"{record['subject']}, {word}: {item['where']}: {item['error'].splitlines()[0]}" for item in record[kind]]
     for record in records:
@@ -81,14 +87,15 @@ def main() -> int:
     path = lambda subject: args.output_dir / f"{subject}-{device}.json"
     deadline, problems = time.monotonic() + args.seconds, {}
     for subject in args.only:
-        path(subject).unlink(missing_ok=True)  # figures of another day must not pass for today's
-        left = deadline - time.monotonic()
         script = str(Path(__file__).with_name(f"{subject}.py"))
         start = time.monotonic()
+        left = deadline - start
         if left < LEAST_SECONDS:
-            problems[subject] = "not begun, no time left"
-        elif problem := run_one([sys.executable, script, "--output-dir", str(args.output_dir)], min(SUBJECTS[subject], left)):
-            problems[subject] = problem
+            problems[subject] = "not begun, no time left; what is shown of it, if anything, is of its date"
+        else:
+            path(subject).unlink(missing_ok=True)  # figures of another day must not pass for this run's
+            if problem := run_one([sys.executable, script, "--output-dir", str(args.output_dir)], min(SUBJECTS[subject], left)):
+                problems[subject] = problem
         print(f"{subject}: {problems.get(subject, 'done')}, {time.monotonic() - start:.0f} s", flush=True)
     records = [json.loads(path(subject).read_text(encoding="utf-8")) for subject in SUBJECTS if path(subject).exists()]
     text = table(records, problems)

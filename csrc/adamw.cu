@@ -1,4 +1,8 @@
-// AdamW on a CUDA device: all tensors in one launch, each element read once and written once.
+// AdamW on a CUDA device: one launch for each kCapacity tensors, after a small one for the clip factor. Parameters and running means are
+// read once and written once, gradients are read once.
+//
+// The bits do not depend on where the tensors lie: setup.py compiles without fusing multiply and add, which nvcc might do in one of the
+// two paths through the kernel and not in the other.
 #include "adamw.h"
 #include "tensor_table.cuh"
 
@@ -6,28 +10,16 @@ namespace lumi {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunkSize = 8192;  // 8 groups of four for each thread
+constexpr int kBlocksPerMultiprocessor = 6;  // all that sm_89 has room for; they leave each thread 40 registers
+constexpr int kChunkSize = 8192;             // 8 groups of four for each thread
 constexpr int kCapacity = 480;
 using Table = TensorTable<AdamWTensor, kCapacity, kChunkSize>;
 
 // One thread: the division is in double, which would cost every block of the update more than reading its result does.
 __global__ void clip_factor_kernel(GradientClip clip, float* factor) { *factor = clip_factor(clip); }
 
-struct Group {
-    float values[4];
-};
-
-__device__ Group read4(const float* pointer) {
-    const float4 four = *reinterpret_cast<const float4*>(pointer);
-    return {{four.x, four.y, four.z, four.w}};
-}
-
-__device__ void write4(float* pointer, const Group& group) {
-    *reinterpret_cast<float4*>(pointer) = make_float4(group.values[0], group.values[1], group.values[2], group.values[3]);
-}
-
-__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table, const __grid_constant__ AdamWStep step,
-                                                         const float* factor_pointer) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    adamw_kernel(const __grid_constant__ Table table, const __grid_constant__ AdamWStep step, const float* factor_pointer) {
     const float factor = *factor_pointer;
     if (isnan(factor)) return;
     const int index = table.find(blockIdx.x);

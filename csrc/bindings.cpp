@@ -1,4 +1,5 @@
-// Python names of the operators in this folder. No logic here: arguments are checked, the lock is released, the operator is called.
+// Python names of the operators in this folder. Here lists from Python become tables of pointers, what would make the operators read out
+// of bounds is refused (lengths that differ, null pointers), and the interpreter's lock is released. The operators' own logic is elsewhere.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -75,15 +76,9 @@ void adamw(const AdamWArguments& arguments, int max_threads) {
 void global_norm_cuda(const Addresses& pointers, const Sizes& sizes, std::uintptr_t norm, std::uintptr_t partials, int device,
                       std::uintptr_t stream) {
     const auto arrays = float_arrays(pointers, sizes);
-    double* const sums = pointer<double>(partials, lumi::global_norm_num_partials(arrays));
+    double* const sums = pointer<double>(partials, lumi::global_norm_num_partials(sizes));
     py::gil_scoped_release release;
     lumi::global_norm_cuda(arrays, pointer<double>(norm), sums, device, reinterpret_cast<void*>(stream));
-}
-
-std::size_t global_norm_num_partials(const Sizes& sizes) {
-    std::vector<lumi::FloatArray> arrays;
-    for (const std::size_t size : sizes) arrays.push_back({nullptr, size});
-    return lumi::global_norm_num_partials(arrays);
 }
 
 void adamw_cuda(const AdamWArguments& arguments, std::uintptr_t factor, int device, std::uintptr_t stream) {
@@ -109,7 +104,8 @@ PYBIND11_MODULE(_csrc, m) {
     m.attr("has_cuda") = true;
     m.def("global_norm_cuda", &global_norm_cuda, py::arg("pointers"), py::arg("sizes"), py::arg("norm"), py::arg("partials"),
           py::arg("device"), py::arg("stream"), "global_norm of arrays on a CUDA device; the double result is left at `norm` there.");
-    m.def("global_norm_num_partials", &global_norm_num_partials, py::arg("sizes"), "How many doubles global_norm_cuda's `partials` holds.");
+    m.def("global_norm_num_partials", &lumi::global_norm_num_partials, py::arg("sizes"),
+          "How many doubles global_norm_cuda's `partials` holds.");
     m.def("adamw_cuda", &adamw_cuda, py::arg("arguments"), py::arg("factor"), py::arg("device"), py::arg("stream"),
           "One AdamW step in place, with clipping, on a CUDA device; `factor` is the address of one float there.");
 #else

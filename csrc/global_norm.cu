@@ -44,15 +44,15 @@ __global__ void __launch_bounds__(kThreads) partial_norm_kernel(const __grid_con
     double sums[4] = {};
 #pragma unroll 4
     for (int i = threadIdx.x * 4; i < count; i += kThreads * 4) {
-        float group[4] = {};
+        Group group;
         if (aligned && i + 4 <= count) {
-            *reinterpret_cast<float4*>(group) = *reinterpret_cast<const float4*>(data + i);
+            group = read4(data + i);
         } else {
-            for (int k = 0; k < 4; ++k) group[k] = i + k < count ? data[i + k] : 0.0f;
+            for (int k = 0; k < 4; ++k) group.values[k] = i + k < count ? data[i + k] : 0.0f;
         }
         for (int k = 0; k < 4; ++k) {
-            const double x = group[k];
-            sums[k] += x * x;
+            const double x = group.values[k];
+            sums[k] = fma(x, x, sums[k]);  // one instruction; the square is exact, so it rounds as two would
         }
     }
     const double sum = block_sum<kThreads>((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -69,20 +69,21 @@ __global__ void __launch_bounds__(kFinishThreads) finish_norm_kernel(const doubl
 
 }  // namespace
 
-std::size_t global_norm_num_partials(const std::vector<FloatArray>& arrays) {
+std::size_t global_norm_num_partials(const std::vector<std::size_t>& sizes) {
     std::size_t count = 0;
-    for (const FloatArray& array : arrays) count += num_chunks<kChunkSize>(array.size);
+    for (const std::size_t size : sizes) count += num_chunks<kChunkSize>(size);
     return count;
 }
 
 void global_norm_cuda(const std::vector<FloatArray>& arrays, double* norm, double* partials, int device, void* stream) {
     check_cuda(cudaSetDevice(device));  // this module's runtime is a copy of its own, with its own idea of the current device
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    for_each_table<FloatArray, kCapacity, kChunkSize>(arrays, [&](const Table& table, int chunks, std::size_t before) {
+    const auto launch = [&](const Table& table, int chunks, std::size_t before) {
         partial_norm_kernel<<<chunks, kThreads, 0, cuda_stream>>>(table, partials + before);
         check_cuda(cudaGetLastError());
-    });
-    finish_norm_kernel<<<1, kFinishThreads, 0, cuda_stream>>>(partials, global_norm_num_partials(arrays), norm);
+    };
+    const std::size_t num_partials = for_each_table<FloatArray, kCapacity, kChunkSize>(arrays, launch);
+    finish_norm_kernel<<<1, kFinishThreads, 0, cuda_stream>>>(partials, num_partials, norm);
     check_cuda(cudaGetLastError());
 }
 

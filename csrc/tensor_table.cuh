@@ -47,9 +47,10 @@ std::size_t num_chunks(std::size_t size) {
     return (size + kChunkSize - 1) / kChunkSize;
 }
 
-// Calls launch(table, its chunks, chunks before it) for as many tables as the arrays need. Empty arrays are left out.
+// Calls launch(table, its chunks, chunks before it) for as many tables as the arrays need, and returns the number of all chunks. Empty
+// arrays are left out.
 template <typename Array, int kCapacity, int kChunkSize, typename Launch>
-void for_each_table(const std::vector<Array>& arrays, const Launch& launch) {
+std::size_t for_each_table(const std::vector<Array>& arrays, const Launch& launch) {
     using Table = TensorTable<Array, kCapacity, kChunkSize>;
     static_assert(sizeof(Table) <= kMaxArgumentBytes, "a table must fit into a kernel's arguments");
     Table table{};
@@ -68,6 +69,7 @@ void for_each_table(const std::vector<Array>& arrays, const Launch& launch) {
         chunks += num_chunks<kChunkSize>(array.size);
     }
     flush();
+    return before;
 }
 
 inline void check_cuda(cudaError_t error) {
@@ -78,5 +80,19 @@ inline void check_cuda(cudaError_t error) {
 }
 
 inline __device__ bool is_aligned(const void* pointer, std::size_t bytes) { return reinterpret_cast<std::size_t>(pointer) % bytes == 0; }
+
+// Four neighbours, read and written at once where they lie at a 16-byte boundary.
+struct Group {
+    float values[4];
+};
+
+inline __device__ Group read4(const float* pointer) {
+    const float4 four = *reinterpret_cast<const float4*>(pointer);
+    return {{four.x, four.y, four.z, four.w}};
+}
+
+inline __device__ void write4(float* pointer, const Group& group) {
+    *reinterpret_cast<float4*>(pointer) = make_float4(group.values[0], group.values[1], group.values[2], group.values[3]);
+}
 
 }  // namespace lumi

@@ -15,12 +15,16 @@ apart would read and write grad once more. csrc/adamw.h holds the update, csrc/a
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lumi._csrc as _csrc
+from lumi.kernels.native import native_device
+
+_shape = attrgetter("shape")
 
 
 def adamw_reference(
@@ -78,9 +82,12 @@ def adamw(
 ) -> None:
     """One AdamW step of all tensors, in place.
 
-    Plain contiguous float32 tensors on one device go to C++ or CUDA (`has_native`) when all of them are such; anything else (another
-    dtype, other strides, a tensor subclass such as DTensor) goes to `adamw_reference`. Errors in either are raised, never retried in the
-    other. On a CUDA device the step is queued on the current stream, which nobody waits for.
+    Plain contiguous float32 tensors on one device go to C++ or CUDA when all of them are such (`native_device`); anything else (another
+    dtype, other strides, a tensor subclass such as DTensor, a GPU without compiled code) goes to `adamw_reference`. Errors in either are
+    raised, never retried in the other. On a CUDA device the step is queued on the current stream, which nobody waits for.
+
+    A CUDA graph keeps `step`, `lr` and every other number as they were at capture, and the tensors' addresses: only `norm` and what the
+    tensors hold are read anew by a replay. Call it once before a capture: a first call loads the kernels.
 
     Args:
         params: tensors of any shapes, floating, all on one device; written. Memory must not overlap, here or below.
@@ -104,23 +111,26 @@ def adamw(
     numbers |= {"max_norm": max_norm, "loss_scale": loss_scale}
     _check_numbers(numbers, weight_decays)
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _check_tensors(lists, weight_decays, norm, copies)
+    if len(weight_decays) != len(params):
+        raise ValueError(f"weight_decays must be one for each of {len(params)} parameters, got {len(weight_decays)}")
+    device = _native_device(lists, copies)
+    if device is None:  # tensors for the reference, or such as do not fit each other
+        _check_tensors(lists if copies is None else {**lists, "copies": copies})
+    if norm is not None:
+        _check_norm(norm, params)
     if not params:
         return
-    every = [*params, *grads, *exp_avgs, *exp_avg_sqs, *(copies or ())]
-    native = has_native(params[0].device) and all(param.dtype == torch.float32 for param in params)
-    if not native or not all(map(_is_plain, every)):
+    if device is None:
         adamw_reference(*lists.values(), weight_decays=weight_decays, norm=norm, copies=copies, **numbers)
         return
     arguments = _csrc.AdamWArguments(
-        **{name: [tensor.data_ptr() for tensor in tensors] for name, tensors in lists.items()},
-        copies=[tensor.data_ptr() for tensor in copies or ()],
-        sizes=[tensor.numel() for tensor in params],
+        **{name: list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items()},
+        copies=list(map(Tensor.data_ptr, copies or ())),
+        sizes=list(map(Tensor.numel, params)),
         weight_decays=weight_decays,
         norm=0 if norm is None else norm.data_ptr(),
         **numbers,
     )
-    device = params[0].device
     if device.type == "cpu":
         _csrc.adamw(arguments, torch.get_num_threads())
     else:
@@ -130,13 +140,14 @@ def adamw(
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *(copies or ())])  # autograd saw none of the writing
 
 
-def has_native(device: torch.device) -> bool:
-    """Whether the update of plain float32 tensors on `device` is C++ or CUDA here; CUDA needs an nvcc when Lumi is installed."""
-    return device.type == "cpu" or (device.type == "cuda" and _csrc.has_cuda)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_contiguous()
+def _native_device(lists: dict[str, Sequence[Tensor]], copies: Sequence[Tensor] | None) -> torch.device | None:
+    """The device whose compiled code can take these tensors as they are, all fitting each other, or None."""
+    device = native_device([tensor for tensors in lists.values() for tensor in tensors])
+    if device is None or (copies and native_device(copies, torch.bfloat16) != device):
+        return None
+    shapes = list(map(_shape, lists["params"]))
+    others = [lists["grads"], lists["exp_avgs"], lists["exp_avg_sqs"], *([] if copies is None else [copies])]
+    return device if all(list(map(_shape, tensors)) == shapes for tensors in others) else None
 
 
 def _check_numbers(numbers: dict[str, Any], weight_decays: Sequence[float]) -> None:
@@ -150,23 +161,20 @@ def _check_numbers(numbers: dict[str, Any], weight_decays: Sequence[float]) -> N
         raise ValueError(f"lr must be at least 0, got {numbers['lr']}")
     if numbers["step"] < 1:
         raise ValueError(f"step must be at least 1, got {numbers['step']}")
-    for index, decay in enumerate(weight_decays):
+    for decay in set(weight_decays):  # few, however many parameters there are
         if not decay >= 0:
-            raise ValueError(f"weight_decays[{index}] must be at least 0, got {decay}")
+            raise ValueError(f"weight_decays[{list(weight_decays).index(decay)}] must be at least 0, got {decay}")
 
 
-def _check_tensors(
-    lists: dict[str, Sequence[Tensor]], weight_decays: Sequence[float], norm: Tensor | None, copies: Sequence[Tensor] | None
-) -> None:
+def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
     params = lists["params"]
-    others: dict[str, Sequence[Any]] = {**lists, "weight_decays": weight_decays, **({} if copies is None else {"copies": copies})}
-    for name, items in others.items():
-        if len(items) != len(params):
-            raise ValueError(f"{name} must be one for each of {len(params)} parameters, got {len(items)}")
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} must be one for each of {len(params)} parameters, got {len(tensors)}")
     for index, param in enumerate(params):
         if not param.dtype.is_floating_point or param.device != params[0].device:
             raise ValueError(f"params[{index}] must be floating-point and on {params[0].device}, got {param.dtype} on {param.device}")
-    for name, tensors in ((name, items) for name, items in others.items() if name not in ("params", "weight_decays")):
+    for name, tensors in lists.items():
         for index, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
             dtype = torch.bfloat16 if name == "copies" else param.dtype
             if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
@@ -174,6 +182,9 @@ def _check_tensors(
                     f"{name}[{index}] must be {dtype} of shape {tuple(param.shape)} on {param.device}, "
                     f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
                 )
-    if norm is not None and (norm.ndim or norm.dtype != torch.float64 or (params and norm.device != params[0].device)):
+
+
+def _check_norm(norm: Tensor, params: Sequence[Tensor]) -> None:
+    if norm.ndim or norm.dtype != torch.float64 or (params and norm.device != params[0].device):
         expected = f"a float64 scalar on {params[0].device if params else 'the device of the parameters'}"
         raise ValueError(f"norm must be {expected}, got {norm.dtype} of shape {tuple(norm.shape)} on {norm.device}")

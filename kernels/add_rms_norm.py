@@ -13,14 +13,16 @@ Cost: forward reads x and residual and writes total and y; backward reads dy, dt
 residual share. Apart, the same steps move one tensor more forwards (total is read again) and two more backwards.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from lumi.kernels.optional_triton import triton
 from lumi.kernels.rms_norm import (
-    MAX_D,
     _rms_norm_backward_op,
     _rms_norm_fwd_kernel,
+    check_operands,
     forward_config,
     rms_norm_bwd,
     rms_norm_reference,
@@ -69,7 +71,7 @@ def _add_rms_norm_backward_op(dy: Tensor, dtotal: Tensor, total: Tensor, weight:
 
 @_add_rms_norm_op.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # not numel(), which would tie a graph to one length
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
 
 
@@ -120,20 +122,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5)
 
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """
-    D = x.shape[-1] if x.ndim > 0 else 0
-    if not 1 <= D <= MAX_D:
-        raise ValueError(f"the last dimension of x must be between 1 and {MAX_D} (a row is held in registers), got {D}")
+    check_operands(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
             f"residual must have shape, dtype and device of x, {tuple(x.shape)}, {x.dtype}, {x.device}, "
             f"got {tuple(residual.shape)}, {residual.dtype}, {residual.device}"
         )
-    if weight.shape != (D,):
-        raise ValueError(f"weight must have shape ({D},) to match x {tuple(x.shape)}, got {tuple(weight.shape)}")
-    if weight.device != x.device:
-        raise ValueError(f"weight must be on the device of x, {x.device}, got {weight.device}")
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
     y, total, _ = _add_rms_norm_op(x, residual, weight, eps)
     return y, total

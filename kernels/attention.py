@@ -27,6 +27,7 @@ from torch import Tensor
 from lumi.kernels.attention_plan import ORDER_BLOCK, IntervalPlan, MaskPlan
 from lumi.kernels.attention_tiles import architecture, tile
 from lumi.kernels.optional_triton import HAS_TRITON, tl, triton
+from lumi.kernels.tanh import tanh
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -56,6 +57,8 @@ def attention_reference(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: Ma
 
 
 def _check(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan | IntervalPlan, softcap: float | None) -> None:
+    if q_BTHK.ndim != 4 or k_BTGK.ndim != 4:
+        raise ValueError(f"q and k must have shapes (B, T, H, K) and (B, T, G, K), got {tuple(q_BTHK.shape)} and {tuple(k_BTGK.shape)}")
     B, T, H, K = q_BTHK.shape
     G = k_BTGK.shape[2]
     if (plan.batch, plan.length) != (B, T):
@@ -100,17 +103,6 @@ def _store_tile(target, stride_n, stride_h, start, head, N, values, HEAD_DIM: tl
 
 
 @triton.jit
-def _capped(products, scale_cap):
-    """tanh(products * scale_cap): Lambert's continued fraction up to 2, where it is off by 1e-8, and 1 - 2 / (1 + exp 2z) beyond."""
-    z = products * scale_cap
-    square = z * z
-    small = z * (135135.0 + square * (17325.0 + square * (378.0 + square)))
-    small = small / (135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0)))
-    large = 1.0 - 2.0 / (1.0 + tl.exp2(z * 2.8853900817779268))  # 2 log2 e
-    return tl.where(square < 4.0, small, large)
-
-
-@triton.jit
 def _query_tiles(pid, num_heads, order_ptr, ORDER: tl.constexpr, BLOCK: tl.constexpr):
     """The first token and the head of a program: heads side by side, tiles with the most work first."""
     parts: tl.constexpr = ORDER // BLOCK
@@ -147,7 +139,7 @@ def _fwd_step(
     k = _load_tile(k_source, stride_kn, stride_kh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED)
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
-        score = _capped(score, scale_cap)
+        score = tanh(score * scale_cap)
     if MASKED:
         keys = start + tl.arange(0, BLOCK_N)
         score = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None]), score, float("-inf"))
@@ -229,7 +221,7 @@ def _dkdv_step(
     lse = tl.load(lse_head + rows, mask=rows < N, other=0.0)
     score = tl.dot(k, tl.trans(q), input_precision="ieee")
     if SOFTCAP:
-        score = _capped(score, scale_cap)
+        score = tanh(score * scale_cap)
     p = tl.exp2(score * scale - lse[None, :])
     if MASKED:
         p = tl.where((rows[None, :] >= keys[:, None]) & (rows[None, :] <= last_query[:, None]), p, 0.0)
@@ -297,7 +289,7 @@ def _dq_step(
     k = _load_tile(k_source, stride_kn, stride_kh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED)
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
-        score = _capped(score, scale_cap)
+        score = tanh(score * scale_cap)
     p = tl.exp2(score * scale - lse[:, None])
     if MASKED:
         keys = start + tl.arange(0, BLOCK_N)
@@ -368,14 +360,16 @@ def _scales(K: int, softcap: float) -> tuple[float, float, float]:
 
 def _sources(config: dict[str, Any], rows: int, *tensors: Tensor) -> tuple[dict[str, Any], list[Any]]:
     """The tensors that a kernel walks in tiles of `rows` tokens, as descriptors for the bulk tensor copy engine where `config` asks for
-    them and all tensors have the alignment that it needs."""
-    describable = config["DESCRIPTORS"] and all(
-        t.numel() and not any(address % 16 for address in (t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:2])))
-        for t in tensors
-    )
-    if not describable:
+    them. It needs 16-byte alignment, which a tensor that lies otherwise gets by a copy, and a K that allows it."""
+    if not config["DESCRIPTORS"] or any(t.numel() == 0 or t.shape[2] * t.element_size() % 16 for t in tensors):
         return {**config, "DESCRIPTORS": False}, list(tensors)
+    tensors = tuple(t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
     return config, [TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, 1, config["BLOCK_K"]]) for t in tensors]
+
+
+def _is_aligned(t_NGK: Tensor) -> bool:
+    strides = t_NGK.stride()[:2]
+    return t_NGK.data_ptr() % 16 == 0 and all(stride > 0 and stride * t_NGK.element_size() % 16 == 0 for stride in strides)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -464,11 +458,14 @@ def _save(ctx, inputs, output) -> None:
     *tensors, softcap = inputs
     y, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # or autograd would fill an (H, N) with zeros, as the gradient of lse
     ctx.save_for_backward(*tensors[:3], y, lse, *tensors[3:])
     ctx.softcap = softcap
 
 
-def _backward(ctx, dy: Tensor, _) -> tuple[Tensor | None, ...]:
+def _backward(ctx, dy: Tensor | None, _) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
     return *_attention_backward_op(dy, *ctx.saved_tensors, ctx.softcap), None, None, None, None, None
 
 

@@ -73,10 +73,9 @@ def attention_plan_reference(
 def attention_plan(
     cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device | str, window: int | None = None
 ) -> IntervalPlan:
-    """Turn document boundaries into intervals, without waiting for the device.
-
-    Arguments as `attention_plan_reference`. Offsets that are on a GPU are not read back to be checked: wrong ones there give wrong
-    documents, but never a token of another row nor an access out of bounds.
+    """Turn document boundaries into intervals. Offsets that are on the device already are neither waited for nor read back to be checked:
+    wrong ones there give wrong documents, but never a token of another row nor an access out of bounds. Arguments as
+    `attention_plan_reference`.
 
     Returns:
         the plan that `attention` takes.

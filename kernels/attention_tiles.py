@@ -1,8 +1,8 @@
 """The tile sizes of the attention kernels: a table by architecture, head dim and kernel, in `attention_tiles.json`.
 
 `python benchmarks/tune_attention.py` measures the candidates on the GPU at hand and writes its rows of the table. An architecture without
-rows uses those of the newest one before it. float32 has rows of its own, for all architectures: its products run outside the tensor
-cores, for checks and not for speed.
+rows uses those of the newest one before it; head dims below 64 use those of 64, and are right but not tuned. float32 has rows of its
+own, for all architectures: its products run outside the tensor cores, for checks and not for speed.
 """
 
 import json
@@ -16,9 +16,8 @@ TABLE = Path(__file__).with_suffix(".json")
 _FLOAT32 = {
     "fwd": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
     "dkdv": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "DESCRIPTORS": False},
-    "dq": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
+    "dq": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "DESCRIPTORS": False},
 }
-_FLOAT32_NARROW = {**_FLOAT32, "dq": {**_FLOAT32["dq"], "num_warps": 16}}  # up to 64 wide, where 8 warps spill on sm_90
 _DELTA_TILE = 1024  # elements of a program of the delta kernel: 8 for each of its 128 threads
 _INTERPRETER = 90
 
@@ -33,9 +32,10 @@ def table() -> dict[str, dict[str, dict[str, Row]]]:
 
 
 def rows_of(arch: int) -> str:
-    """The table's key for an architecture: itself, or the newest one before it."""
+    """The table's key for an architecture: itself, or the newest one before it. sm_120 has the shared memory of sm_89, not of sm_100."""
     known = [int(key) for key in table()]
-    return str(max((key for key in known if key <= arch), default=min(known)))
+    like = 89 if arch >= 120 and arch not in known else arch
+    return str(max((key for key in known if key <= like), default=min(known)))
 
 
 @cache
@@ -64,6 +64,6 @@ def tile(kernel: str, K: int, dtype: torch.dtype, arch: int, capped: bool = Fals
     if kernel == "delta":
         return {"BLOCK_M": _DELTA_TILE // block_k, "BLOCK_K": block_k, "num_warps": 4}
     if dtype == torch.float32:
-        return {**(_FLOAT32_NARROW if block_k <= 64 else _FLOAT32)[kernel], "BLOCK_K": block_k}
+        return {**_FLOAT32[kernel], "BLOCK_K": block_k}
     kernels = table()[rows_of(arch)]["64" if block_k <= 64 else "128"]
     return {**(kernels.get(f"{kernel} capped", kernels[kernel]) if capped else kernels[kernel]), "BLOCK_K": block_k}

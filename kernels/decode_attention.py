@@ -124,7 +124,7 @@ def _decode_attention_kernel(
     q_offsets = b * stride_qb + t * stride_qt + head * stride_qh
     q = tl.load(q_ptr + q_offsets[:, None] + cols[None, :], mask=inside[:, None] & (cols < K)[None, :], other=0.0)
     positions = tl.load(positions_ptr + b * stride_pb + t * stride_pt, mask=inside, other=-1)
-    positions = tl.minimum(positions, S - 1).to(tl.int32)  # whatever they hold, nothing past the cache is read
+    positions = tl.maximum(tl.minimum(positions, S - 1), -1).to(tl.int32)  # whatever they hold, nothing outside the cache is read
     end = tl.max(positions, axis=0) + 1
 
     num_blocks = tl.cdiv(end, BLOCK_S)  # shared out in the kernel, for only here it is known how many slots are in use

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import lumi._csrc as _csrc
+from lumi.kernels.native import native_device
 
 
 def global_norm_reference(tensors: Iterable[Tensor]) -> Tensor:
@@ -27,9 +28,11 @@ def global_norm_reference(tensors: Iterable[Tensor]) -> Tensor:
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The L2 norm over all elements of `tensors`.
 
-    Plain contiguous float32 tensors on one device, the CPU or (where Lumi was installed with an nvcc) CUDA, go to C++ or CUDA when all
-    of them are such; anything else (another dtype, other strides, several devices, a tensor subclass such as DTensor) goes to
+    Plain contiguous float32 tensors on one device go to C++ or CUDA when all of them are such (`native_device`); anything else (another
+    dtype, other strides, several devices, a tensor subclass such as DTensor, a GPU without compiled code) goes to
     `global_norm_reference`. Errors in either are raised, never retried in the other.
+
+    A CUDA graph keeps the tensors' addresses as they were at capture. Call it once before a capture: a first call loads the kernels.
 
     Args:
         tensors: any number of floating tensors of any shapes. NaN and inf propagate; empty tensors count as zero.
@@ -41,16 +44,14 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
         ValueError: if an element is not a tensor of a real floating dtype.
     """
     tensors = list(tensors)
-    for index, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"tensors[{index}] must be a floating-point tensor, got {got}")
-    device = tensors[0].device if tensors else torch.device("cpu")
-    native = device.type == "cpu" or (device.type == "cuda" and _csrc.has_cuda)
-    if not native or not all(tensor.device == device and _is_native(tensor) for tensor in tensors):
+    device = native_device(tensors)
+    if device is None:
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"tensors[{index}] must be a floating-point tensor, got {got}")
         return global_norm_reference(tensors)
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    sizes = [tensor.numel() for tensor in tensors]
+    pointers, sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
     if device.type == "cpu":
         return torch.tensor(_csrc.global_norm(pointers, sizes, torch.get_num_threads()), dtype=torch.float64)
     with torch.cuda.device(device):
@@ -59,7 +60,3 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
         stream = torch.cuda.current_stream(device).cuda_stream
         _csrc.global_norm_cuda(pointers, sizes, norm.data_ptr(), partials.data_ptr(), device.index, stream)
     return norm
-
-
-def _is_native(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_contiguous()

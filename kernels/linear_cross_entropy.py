@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumi.kernels.optional_triton import tl, triton
+from lumi.kernels.tanh import tanh
 
 IGNORE_INDEX = -100
 LOGITS_BYTES = 2**30  # of the one buffer for logits: 2048 rows of 262,144 16-bit logits
@@ -193,16 +194,6 @@ def _check_numbers(z_loss: float, softcap: float | None, expected_dloss: float) 
 
 
 @triton.jit
-def _tanh(u):
-    # Not all Triton targets have one, and the interpreter has none. Near 0, where 1 - exp(-2|u|) cancels, a continued fraction.
-    u2 = u * u
-    t = tl.exp(-2.0 * tl.abs(u))
-    small = u2 < 0.25
-    numerator = tl.where(small, u * (945.0 + u2 * (105.0 + u2)), tl.where(u < 0, t - 1.0, 1.0 - t))
-    return numerator / tl.where(small, 945.0 + u2 * (420.0 + u2 * 15.0), 1.0 + t)
-
-
-@triton.jit
 def _cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr,
     stride_c,
@@ -230,12 +221,12 @@ def _cross_entropy_kernel(
         target_col = target.to(tl.int32)  # to be compared with every column
         x_target = tl.load(row_ptr + target, mask=in_range, other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
-            x_target = softcap * _tanh(x_target / softcap)
+            x_target = softcap * tanh(x_target / softcap)
         for start in range(0, V, LANES * VECTOR):
             cols = start + offsets
             x = tl.load(row_ptr + cols, mask=cols < stride_c, other=0.0).to(tl.float32)
             if HAS_SOFTCAP:
-                x = softcap * _tanh(x / softcap)
+                x = softcap * tanh(x / softcap)
             x = tl.where(cols < V, x, -float("inf"))
             new_maxima = tl.maximum(maxima, tl.max(x, axis=1))
             sums = sums * tl.exp(maxima - new_maxima) + tl.sum(tl.exp(x - new_maxima[:, None]), axis=1)
@@ -255,9 +246,9 @@ def _cross_entropy_kernel(
                 x = tl.load(row_ptr + cols, mask=cols < stride_c, other=0.0).to(tl.float32)
                 slope = 1.0
                 if HAS_SOFTCAP:
-                    tanh = _tanh(x / softcap)
-                    x = softcap * tanh
-                    slope = 1.0 - tanh * tanh
+                    capped = tanh(x / softcap)
+                    x = softcap * capped
+                    slope = 1.0 - capped * capped
                 dx = tl.exp(x - maximum) * scale
                 dx = tl.where(cols == target_col, dx - dloss, dx)
                 tl.store(row_ptr + cols, dx * slope, mask=cols < stride_c)
@@ -508,10 +499,10 @@ def linear_cross_entropy(
         targets_N: (N,) int64 in [0, V), or -100 for a row that does not count.
         z_loss: weight of lse^2, at least 0; 0 leaves it out.
         softcap: bound of the logits, above 0; None leaves them as they are.
-        expected_dloss: the gradient that the loss will get in backward: f, if the caller runs `(loss * f).backward()`. Backward then
-            moves no data. Any other gradient is right as well and costs a read and a write of both gradients: 8 * V * D bytes and
-            2 * N * D elements. It is multiplied in before the gradient of the logits is rounded to the dtype of hidden: with float16,
-            the place for loss scaling. 2^-100 to 2^100 in size.
+        expected_dloss: the gradient that the loss will get in backward: f, if the caller runs `(loss * f).backward()`. Backward then moves
+            no data (unless the loss itself is inside `torch.compile`, which copies what backward changes). Any other gradient is right as
+            well and costs a read and a write of both gradients: 8 * V * D bytes and 2 * N * D elements. It is multiplied in before the
+            gradient of the logits is rounded to the dtype of hidden: with float16, the place for loss scaling. 2^-100 to 2^100 in size.
 
     Returns:
         scalar, float32, in nats, not multiplied by `expected_dloss`. NaN if a target is out of range. Divide by the number of counted

@@ -17,6 +17,7 @@ the latter up. Here the A's are one product, forwards and backwards, and what is
 it. Only x and x A^T (N, R) are kept for backward, besides the matrices.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -114,7 +115,8 @@ def _lora_linear_backward_op(
 
 @_lora_linear_op.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], A: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]) -> tuple[list[Tensor], Tensor]:
-    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights], x.new_empty(x.shape[:-1].numel(), A.shape[0])
+    rows = math.prod(x.shape[:-1])  # not numel(), which would tie a graph to one length
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights], x.new_empty(rows, A.shape[0])
 
 
 @_lora_linear_backward_op.register_fake

@@ -13,6 +13,7 @@ the dtype of `x`, the weight gradient the dtype of `weight`.
 Cost: forward reads x once and writes y once; backward reads x and dy once and writes dx once.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -209,7 +210,7 @@ def _rms_norm_backward_op(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -
 
 @_rms_norm_op.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # not numel(), which would tie a graph to one length
     return x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
 
 
@@ -253,6 +254,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """
+    check_operands(x, weight)
+    y, _ = _rms_norm_op(x, weight, eps)
+    return y
+
+
+def check_operands(x: Tensor, weight: Tensor) -> None:
+    """Raises ValueError as `rms_norm` says."""
     D = x.shape[-1] if x.ndim > 0 else 0
     if not 1 <= D <= MAX_D:
         raise ValueError(f"the last dimension of x must be between 1 and {MAX_D} (a row is held in registers), got {D}")
@@ -263,5 +271,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-    y, _ = _rms_norm_op(x, weight, eps)
-    return y

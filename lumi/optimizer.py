@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lumi.config import UserError
-from lumi.kernels.adamw import adamw, has_native
+from lumi.kernels.adamw import adamw
 from lumi.kernels.global_norm import global_norm
+from lumi.kernels.native import native_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,13 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.clip: dict[str, Any] = {}  # norm, max_norm and loss_scale, where the gradients are to be clipped
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. Groups may differ in weight decay alone."""
+    def step(  # type: ignore[override]
+        self, closure: None = None, *, norm: Tensor | None = None, max_norm: float = math.inf, loss_scale: float = 1.0
+    ) -> None:
+        """One update of every parameter that has a gradient, clipped by `norm`, `max_norm` and `loss_scale` as `adamw` has them. Groups
+        may differ in weight decay alone."""
         members = [(p, self.state[p], group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not members:
             return
@@ -136,7 +139,9 @@ class AdamW(torch.optim.Optimizer):
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 eps=group["eps"],
-                **self.clip,
+                norm=norm,
+                max_norm=max_norm,
+                loss_scale=loss_scale,
             )
 
 
@@ -147,19 +152,21 @@ class Optimizer:
         self.config = config
         self.measured: tuple[Tensor, float, float] | None = None  # the gradients' norm, their loss scale, the norm without it
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.named:
+            raise ValueError("model must have parameters that require gradients, got none")
         matrices = {name: p for name, p in self.named.items() if p.ndim >= 2}
         vectors = [p for p in self.named.values() if p.ndim < 2]
         hidden = {name: p for name, p in matrices.items() if name.startswith("layers.")} if config.kind == "muon" else {}
         rest = [p for name, p in matrices.items() if name not in hidden]
         groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        native = all(has_native(p.device) for p in self.named.values())
-        # A GPU without our CUDA code gets torch's fused kernel: the plain-torch definition would be many launches.
-        adamw_class = AdamW if native else partial(torch.optim.AdamW, fused=True)
-        self.optimizers: list[torch.optim.Optimizer] = [
-            adamw_class(
-                [group for group in groups if group["params"]], lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps
-            )
-        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if groups:
+            # What compiled code cannot take (a GPU without ours, DTensor, another dtype) gets torch's fused kernel on every device: the
+            # plain-torch definition of ours would be many launches.
+            native = native_device(list(self.named.values())) is not None
+            adamw_class = AdamW if native else partial(torch.optim.AdamW, fused=True)
+            self.optimizers.append(adamw_class(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps))
         if hidden:
             self.optimizers.append(
                 torch.optim.Muon(
@@ -184,7 +191,8 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`, on gradients as they are or, after `clip_gradients`, clipped."""
-        clip, factor = {}, 1.0
+        clip: dict[str, Any] = {}
+        factor = 1.0
         if self.measured is not None:
             norm, loss_scale, value = self.measured
             self.measured = None
@@ -196,8 +204,9 @@ class Optimizer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             if isinstance(optimizer, AdamW):
-                optimizer.clip = clip
-            elif factor != 1.0:
+                optimizer.step(**clip)
+                continue
+            if factor != 1.0:
                 torch._foreach_mul_([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], factor)
             optimizer.step()
 

@@ -94,8 +94,8 @@ def memory_estimate(
     copies = model.num_parameters - embeddings if compute_bytes < weight_bytes else 0
     put_together = weight_bytes * embeddings if frozen and rows_trained else 0
     if triton:
-        dtype = torch.float32 if compute_bytes == 4 else torch.bfloat16
-        loss = workspace_bytes(tokens, dim, model.vocab_size, dtype, torch.float32, True, rows_trained, device_type)
+        dtype, weight_dtype = (torch.float32 if size == 4 else torch.bfloat16 for size in (compute_bytes, weight_bytes))
+        loss = workspace_bytes(tokens, dim, model.vocab_size, dtype, weight_dtype, True, rows_trained, device_type)
     else:
         rows = min(tokens, chunk_rows(model.vocab_size, device_type))
         loss = (4 + 2 * compute_bytes) * rows * model.vocab_size + (8 * model.vocab_size * dim if rows_trained else 0)

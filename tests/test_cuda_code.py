@@ -13,7 +13,7 @@ from lumi import _csrc
 ROOT = Path(__file__).parent.parent
 ARCHES = {"sm_80", "sm_89", "sm_90", "sm_100"}
 KERNELS = {"partial_norm_kernel", "finish_norm_kernel", "adamw_kernel", "clip_factor_kernel"}
-FLOAT64 = re.compile(r"(DADD|DMUL|DFMA|DSETP|DMNX)|.*\.F64|MUFU\.\w+64")
+FLOAT64 = re.compile(r"(DADD|DMUL|DFMA|DSETP|DMNMX)|.*\.F64|MUFU\.\w+64")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,14 @@ def test_the_update_has_no_float64_instructions(opcodes):
     for arch in ARCHES:
         assert not [op for op in opcodes[arch, "adamw_kernel"] if FLOAT64.match(op)], arch
         assert [op for op in opcodes[arch, "partial_norm_kernel"] if FLOAT64.match(op)], "what looks for them must find them"
+
+
+def test_the_norm_multiplies_and_adds_in_one_instruction(opcodes):
+    """Double instructions are what it may have to wait for, and the compiler fuses none by itself here."""
+    for arch in ARCHES:
+        names = {op.split(".")[0] for op in opcodes[arch, "partial_norm_kernel"]}
+        assert "DFMA" in names, arch
+        assert "DMUL" not in names, arch
 
 
 def test_no_cuda_library_is_needed_to_import():

@@ -68,3 +68,51 @@ def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
     assert plain.keys() == other.keys()
     for name in plain:
         assert torch.equal(plain[name], other[name]), name
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
+def test_one_graph_serves_all_lengths(lora, device):
+    """Under `compile` a layer must not be compiled again for each length: shapes of fake results follow the symbols of their inputs."""
+    config = ModelConfig(vocab_size=97, num_layers=1, model_dim=32, num_heads=2, mlp_dim=48)
+    model = Transformer(config, TRITON).init_weights(0)
+    if lora is not None:
+        add_lora(model, lora)
+    graphs = []
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward
+    model.to(device).layers[0].compile(fullgraph=True, dynamic=True, backend=count)
+    for length in (5, 7, 11):
+        model.hidden(torch.zeros(2, length, dtype=torch.int64, device=device))
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing_and_can_be_captured():
+    """Forward and backward of a packed batch whose offsets are on the device: no synchronisation, and a CUDA graph replays them."""
+    config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=96)
+    model = Transformer(config, TRITON, compute_dtype=torch.bfloat16).init_weights(0).to("cuda")
+    tokens, targets = (torch.randint(0, 97, (2, 40), device="cuda") for _ in range(2))
+    cu_seqlens = torch.tensor([0, 17, 40, 80], dtype=torch.int32, device="cuda")
+
+    def step():
+        model.zero_grad()
+        loss = model(tokens, targets, None, cu_seqlens)
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            expected = [t.clone() for t in step()]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        for t in captured:
+            t.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

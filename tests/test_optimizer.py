@@ -1,12 +1,14 @@
 import math
+import weakref
 
 import pytest
 import torch
 
 from lumi.config import UserError
 from lumi.kernels.bundle import REFERENCE
+from lumi.lora import LoraConfig, add_lora
 from lumi.model import ModelConfig, Transformer
-from lumi.optimizer import CosineSchedule, LossScale, Optimizer, OptimizerConfig, WarmupStableDecay, lr_at
+from lumi.optimizer import AdamW, CosineSchedule, LossScale, Optimizer, OptimizerConfig, WarmupStableDecay, lr_at
 
 MODEL = ModelConfig(vocab_size=17, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24)
 
@@ -227,13 +229,92 @@ def test_states_and_updates_are_those_of_torch():
 
 
 def test_without_native_code_for_the_device_torch_updates(monkeypatch):
-    monkeypatch.setattr("lumi.optimizer.has_native", lambda device: False)
+    monkeypatch.setattr("lumi.kernels.native.has_native", lambda device: False)
     model, optimizer = build(max_grad_norm=0.5)
     assert type(optimizer.optimizers[0]) is torch.optim.AdamW
     fill_gradients(model, 3)
     optimizer.clip_gradients()
     optimizer.step(0.1)
     assert gradient_norm(model) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_other_dtypes_are_updated_by_torch():
+    model = Transformer(MODEL, REFERENCE).init_weights(0)
+    model.final_norm.double()
+    assert type(Optimizer(model, OptimizerConfig()).optimizers[0]) is torch.optim.AdamW
+    model.final_norm.float()
+    assert type(Optimizer(model, OptimizerConfig()).optimizers[0]) is AdamW
+
+
+@pytest.fixture
+def mesh():
+    """One process that is all of a device mesh."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_sharded_parameters_are_clipped_and_updated_by_torch(mesh):
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    settings = {"max_grad_norm": 0.5, "eps": 0.1}  # an eps that large makes the update depend on the gradients' size
+    model, optimizer = build(**settings)
+    sharded = build()[0]
+    shard = lambda t: distribute_tensor(t.detach(), mesh, [Shard(0)])
+
+    def shard_parameters(name, module, mesh):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(key, torch.nn.Parameter(shard(parameter)))
+
+    distribute_module(sharded, mesh, shard_parameters)
+    sharded_optimizer = Optimizer(sharded, OptimizerConfig(**settings))
+    assert type(sharded_optimizer.optimizers[0]) is torch.optim.AdamW
+    for seed in range(2):
+        fill_gradients(model, seed)
+        for a, b in zip(model.parameters(), sharded.parameters(), strict=True):
+            b.grad = shard(a.grad)
+        assert sharded_optimizer.clip_gradients(4.0) == pytest.approx(optimizer.clip_gradients(4.0), rel=1e-12)
+        for o in (optimizer, sharded_optimizer):
+            o.step(0.1)
+    for a, b in zip(model.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(a, b.full_tensor(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_adapters_alone(kind):
+    """Every trained parameter is a matrix of the layers: with Muon nothing is left for AdamW."""
+    model = Transformer(MODEL, REFERENCE).init_weights(0)
+    add_lora(model, LoraConfig(rank=2))
+    optimizer = Optimizer(model, OptimizerConfig(kind=kind))
+    assert [type(o) for o in optimizer.optimizers] == [torch.optim.Muon if kind == "muon" else AdamW]
+    before = {name: p.detach().clone() for name, p in optimizer.named.items()}
+    for parameter in optimizer.named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.clip_gradients()
+    optimizer.step(0.1)
+    assert not [name for name, p in optimizer.named.items() if torch.equal(p, before[name])]
+    again = Optimizer(model, OptimizerConfig(kind=kind))
+    again.load_state_tensors(optimizer.state_tensors())
+    assert again.state_tensors().keys() == optimizer.state_tensors().keys()
+
+
+def test_a_model_without_trained_parameters_is_refused():
+    model = Transformer(MODEL, REFERENCE).init_weights(0).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^model must have parameters that require gradients, got none$"):
+        Optimizer(model, OptimizerConfig())
+
+
+def test_no_norm_outlives_its_step():
+    model, optimizer = build()
+    fill_gradients(model, 3)
+    optimizer.clip_gradients()
+    norm = weakref.ref(optimizer.measured[0])
+    optimizer.step(0.1)
+    assert norm() is None
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -47,6 +47,8 @@ def test_activations_under_triton_are_what_autograd_keeps():
     estimate = memory_estimate(model, batches, "adamw", 4, False, "cpu", "triton")
     assert estimate["activations"] == (kept(3) - kept(2)) * 3
     assert estimate["loss"] == workspace_bytes(20, 32, 50, torch.float32, torch.float32, device_type="cpu")
+    adapters = memory_estimate(model, batches, "adamw", 2, False, "cuda", "triton", Frozen(10, 2, False))
+    assert adapters["loss"] == workspace_bytes(20, 32, 50, torch.bfloat16, torch.bfloat16, needs_dweight=False)
 
 
 def test_memory_under_adapters_by_hand():

@@ -242,9 +242,9 @@ def test_switches_reach_the_run(start, monkeypatch):
         assert seen["compute_dtype"] == getattr(torch, dtype)
         assert narrow != plain
         assert narrow == pytest.approx(plain, rel=0.02)
-    assert losses(start("triton", kernels="triton", num_steps=2, optimizer={"schedule": {"kind": "cosine", "warmup_steps": 4}}))[0] == (
-        pytest.approx(plain[0], rel=1e-5)
-    )
+    small = {"num_steps": 2, "validation_tokens": 32, "model": {"num_layers": 1}, "batches": {"batch_tokens": 64, "micro_batch_size": 1}}
+    reference = losses(start("reference", **small))
+    assert losses(start("triton", kernels="triton", **small)) == pytest.approx(reference, rel=1e-5)
     assert seen["ops"] == "triton"
 
 

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -5,8 +6,10 @@ import torch
 from parity import assert_parity
 
 from lumi import _csrc
-from lumi.kernels.adamw import adamw, adamw_reference, has_native
+from lumi.kernels import native as native_module
+from lumi.kernels.adamw import adamw, adamw_reference
 from lumi.kernels.global_norm import global_norm
+from lumi.kernels.native import has_native, native_device
 
 SHAPES = [(1,), (), (17,), (63,), (64, 3), (65,), (129, 5), (0,), (8191,), (8192,), (8193,), (65_537,)]
 NUMBERS = {"step": 7, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
@@ -166,7 +169,8 @@ def test_addresses_of_any_alignment(native, offset, which):
 
 
 def test_more_tensors_than_one_launch_holds(native):
-    shapes = [(index % 5,) for index in range(1200)]
+    """Empty ones, arrays of one, two and three chunks in every launch, and a last launch that is not full."""
+    shapes = [(index % 5 * (4100 if index % 7 == 0 else 1),) for index in range(1300)]
     lists = tensors(shapes, native)
     actual = clone(lists)
     copies = [torch.empty(shape, dtype=torch.bfloat16, device=native) for shape in shapes]
@@ -291,14 +295,55 @@ def test_refuses(change, message):
 
 @pytest.mark.gpu
 def test_nobody_waits_for_the_device(native):
-    lists = tensors(SHAPES, native)
+    lists, settings = tensors(SHAPES, native), {"weight_decays": decays(SHAPES), "max_norm": 0.5, **NUMBERS}
     norm = global_norm(lists[1])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        adamw(*lists, weight_decays=decays(SHAPES), norm=global_norm(lists[1]), max_norm=0.5, **NUMBERS)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(norm, global_norm(lists[1]))
+    adamw(*lists, norm=norm, **settings)  # loads the kernel
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # about half a second
+    adamw(*lists, norm=norm, **settings)
+    assert not torch.cuda.current_stream().query(), "the step came back only after the device was done"
+
+
+@pytest.mark.gpu
+def test_a_gpu_older_than_the_compiled_code_gets_the_reference(native, calls, monkeypatch):
+    monkeypatch.setattr(native_module, "has_native", lambda device: False)
+    lists = tensors(SHAPES, native)
+    actual = clone(lists)
+    adamw(*actual, weight_decays=decays(SHAPES), norm=global_norm(lists[1]), max_norm=0.5, **NUMBERS)
+    adamw_reference(*lists, weight_decays=decays(SHAPES), norm=global_norm(lists[1]), max_norm=0.5, **NUMBERS)
+    assert not calls
+    for a, b in zip(actual, lists, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "capability", "expected"),
+    [(True, (7, 5), False), (True, (8, 0), True), (True, (8, 9), True), (True, (12, 0), True), (False, (9, 0), False)],
+    ids=str,
+)
+def test_which_gpus_there_is_compiled_code_for(monkeypatch, has_cuda, capability, expected):
+    asked = []
+    monkeypatch.setattr(_csrc, "has_cuda", has_cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(native_module, "_capability", functools.cache(native_module._capability.__wrapped__))
+    for index, name in ((1, "cuda:1"), (1, "cuda:1"), (2, "cuda"), (2, "cuda:2")):
+        assert has_native(torch.device(name)) is expected, index
+    assert asked == ([1, 2] if has_cuda else []), "each device is asked once"
+    assert has_native(torch.device("cpu"))
+    assert not has_native(torch.device("meta"))
+
+
+def test_which_tensors_compiled_code_takes(native):
+    x = torch.ones(4, 4, device=native)
+    assert native_device([x, torch.nn.Parameter(x), x[:0], x[1]]) == x.device
+    assert native_device([x.bfloat16()], torch.bfloat16) == x.device
+    assert native_device([]) is None
+    others = [x.double(), x.T[:2], x.bfloat16(), x.as_subclass(type("Subclass", (torch.Tensor,), {})), x.to("meta"), 1.0]
+    for index, other in enumerate(others):
+        assert native_device([x, other]) is None, index
+        assert native_device([other, x]) is None, index
+    assert native_device([x.to("meta")]) is None
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import torch
 
 from lumi import _csrc
 from lumi.kernels.global_norm import global_norm, global_norm_reference
+from lumi.kernels.native import has_native
 
 
 @pytest.fixture(params=[global_norm, global_norm_reference], ids=["native", "reference"])
@@ -42,7 +43,7 @@ def test_nothing(norm, device):
 
 
 def test_native_path_is_taken_for_plain_float32_only(monkeypatch, device):
-    if device == "cuda" and not _csrc.has_cuda:
+    if not has_native(torch.device(device)):
         pytest.skip("Lumi was installed without an nvcc: there is no CUDA code to test")
     name, calls = ("global_norm_cuda" if device == "cuda" else "global_norm"), []
     real = getattr(_csrc, name)
@@ -89,6 +90,15 @@ def test_many_tensors(norm, device):
     assert_close(norm([torch.ones(3, device=device) for _ in range(3000)]), math.sqrt(9000), 9000)
 
 
+def test_many_tensors_of_one_and_of_several_chunks(norm, device):
+    """More than the 1,024 that one launch on a GPU holds, with empty ones among them."""
+    generator, several_chunks = torch.Generator().manual_seed(0), (16_384, 16_385, 40_000, 3, 50_001)
+    sizes = [several_chunks[index % 5] if index % 50 < 5 else index % 5 for index in range(2500)]
+    values = torch.randint(-9, 10, (sum(sizes),), generator=generator)
+    tensors = [part.clone() for part in values.float().to(device).split(sizes)]
+    assert_close(norm(tensors), math.sqrt(values.square().sum().item()), sum(sizes))
+
+
 def test_does_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
     tensors = [torch.randn(n) * scale for n, scale in ((3_000_001, 1.0), (7, 1e6), (2_000_000, 1e-3))]
@@ -133,11 +143,11 @@ def test_twice_the_same(device):
 @pytest.mark.gpu
 def test_nobody_waits_for_the_device(device):
     tensors = [torch.ones(9, device=device), torch.ones(70_000, device=device)]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        norm = global_norm(tensors)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    global_norm(tensors)  # loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)  # about half a second
+    norm = global_norm(tensors)
+    assert not torch.cuda.current_stream().query(), "the norm came back only after the device was done"
     assert norm == math.sqrt(70_009)
 
 

@@ -4,8 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 from parity import assert_parity
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from lumi.kernels.rope import RopeScaling, _rope_op, rope, rope_reference, rope_table
 
@@ -13,7 +11,16 @@ LLAMA_3_1 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, o
 SHORT = RopeScaling(factor=32.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_positions=100)
 
 
-def judge(head_dim, theta, scaling=None, max_positions=32_768):
+@pytest.fixture(scope="module")
+def llama():
+    """transformers' module of that name; `make gpu` does without."""
+    pytest.importorskip("transformers", reason="transformers is not installed here")
+    from transformers.models.llama import modeling_llama
+
+    return modeling_llama
+
+
+def judge(llama, head_dim, theta, scaling=None, max_positions=32_768):
     rope_parameters = {"rope_type": "default", "rope_theta": theta}
     if scaling is not None:
         rope_parameters |= {
@@ -23,8 +30,8 @@ def judge(head_dim, theta, scaling=None, max_positions=32_768):
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_positions,
         }
-    return LlamaRotaryEmbedding(
-        LlamaConfig(
+    return llama.LlamaRotaryEmbedding(
+        llama.LlamaConfig(
             head_dim=head_dim,
             hidden_size=4 * head_dim,
             num_attention_heads=4,
@@ -37,10 +44,10 @@ def judge(head_dim, theta, scaling=None, max_positions=32_768):
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize("head_dim", [2, 48, 64, 128])
 @pytest.mark.parametrize("scaling", [None, LLAMA_3_1, SHORT], ids=["unscaled", "llama 3.1", "short"])
-def test_table_is_transformers_table_to_the_bit(head_dim, theta, scaling):
+def test_table_is_transformers_table_to_the_bit(llama, head_dim, theta, scaling):
     torch.manual_seed(0)
     positions = torch.stack((torch.arange(700), torch.randint(0, 32_768, (700,))))
-    cos, sin = judge(head_dim, theta, scaling)(torch.zeros(1), positions)
+    cos, sin = judge(llama, head_dim, theta, scaling)(torch.zeros(1), positions)
     ours = rope_table(positions, head_dim, theta, scaling)
     assert torch.equal(ours[0], cos)
     assert torch.equal(ours[1], sin)
@@ -71,12 +78,12 @@ def test_impossible_scaling(changes, message):
         replace(LLAMA_3_1, **changes)
 
 
-def test_rotation_is_transformers_rotation_to_the_bit():
+def test_rotation_is_transformers_rotation_to_the_bit(llama):
     torch.manual_seed(0)
     q, k = torch.randn(2, 9, 4, 64), torch.randn(2, 9, 2, 64)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12, 13, 0, 1]])
     cos, sin = rope_table(positions, 64, 10_000.0)
-    theirs = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    theirs = llama.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     for ours, expected in zip(rope_reference(q, k, cos, sin), theirs, strict=True):
         assert torch.equal(ours, expected.transpose(1, 2))
 
