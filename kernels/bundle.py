@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from lumi.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from lumi.kernels.attention import attention, attention_reference
+from lumi.kernels.attention import MAX_K, attention, attention_reference
 from lumi.kernels.attention_plan import attention_plan, attention_plan_reference
 from lumi.kernels.decode_attention import decode_attention, decode_attention_reference
 from lumi.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from lumi.kernels.lora_linear import lora_linear, lora_linear_reference
+from lumi.kernels.native import OLDEST_CAPABILITY, capability
 from lumi.kernels.optional_triton import HAS_TRITON
 from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
 from lumi.kernels.rope import rope, rope_reference
@@ -67,27 +68,32 @@ TRITON = Ops(
 )
 
 
-def select(name: str, device: torch.device | str) -> Ops:
+def select(name: str, device: torch.device | str, head_dim: int) -> Ops:
     """The bundle called `name` for a model on `device`.
 
     Args:
-        name: "reference", "triton", or "auto": triton on CUDA, reference elsewhere.
+        name: "reference", "triton", or "auto": triton on a GPU of compute capability 8.0 or newer, for heads that its kernels take;
+            reference elsewhere.
         device: where the model will run.
+        head_dim: K, of the model.
 
     Returns:
         `REFERENCE` or `TRITON`.
 
     Raises:
-        ValueError: for another name; for "triton" where Triton is not installed, or on a device other than CUDA without
-            TRITON_INTERPRET=1 (Triton's interpreter: slow, for tests).
+        ValueError: for another name; for "triton" where Triton is not installed, on a device other than CUDA without TRITON_INTERPRET=1
+            (Triton's interpreter: slow, for tests), or for heads that its kernels do not take.
     """
-    device_type = torch.device(device).type
+    device = torch.device(device)
     if name not in ("auto", "reference", "triton"):
         raise ValueError(f"kernels must be 'auto', 'reference' or 'triton', got {name!r}")
-    if name == "reference" or (name == "auto" and device_type != "cuda"):
+    fits = head_dim <= MAX_K and head_dim % 8 == 0
+    if name == "reference" or (name == "auto" and not (fits and device.type == "cuda" and capability(device) >= OLDEST_CAPABILITY)):
         return REFERENCE
     if not HAS_TRITON:
-        raise ValueError(f"kernels must be 'reference' where Triton is not installed, got {name!r} on {device_type}")
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"kernels must be 'reference' or 'auto' on {device_type} (Triton needs CUDA), got {name!r}")
+        raise ValueError(f"kernels must be 'reference' where Triton is not installed, got {name!r} on {device.type}")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"kernels must be 'reference' or 'auto' on {device.type} (Triton needs CUDA), got {name!r}")
+    if not fits:
+        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_K} for kernels 'triton', got {head_dim}; 'reference' takes any")
     return TRITON

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lumi._csrc as _csrc
 
-OLDEST_CAPABILITY = (8, 0)  # the oldest that setup.py compiles for
+OLDEST_CAPABILITY = (8, 0)  # the oldest that setup.py compiles for, and that the Triton kernels have tiles for
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}  # any other type may keep its elements elsewhere, as DTensor does
 
 _device, _dtype = attrgetter("device"), attrgetter("dtype")
@@ -23,7 +23,12 @@ def has_native(device: torch.device) -> bool:
     compute capability is at least 8.0."""
     if device.type != "cuda" or not _csrc.has_cuda:
         return device.type == "cpu"
-    return _capability(torch.cuda.current_device() if device.index is None else device.index) >= OLDEST_CAPABILITY
+    return capability(device) >= OLDEST_CAPABILITY
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, such as (9, 0); each is asked once."""
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def native_device(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> torch.device | None:

@@ -17,7 +17,7 @@ from lumi.corpus import PrepareConfig, prepare, read_corpus
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.export import merge
 from lumi.generate import SamplingConfig, filler_id, generate_ids
-from lumi.kernels.bundle import select
+from lumi.kernels.bundle import REFERENCE
 from lumi.metrics import human, read_metrics
 from lumi.model import Transformer
 from lumi.parallel import choose_device
@@ -193,7 +193,7 @@ def rehearse(config: TrainConfig, minutes: float) -> Pace:
 def step_seconds(config: TrainConfig) -> float:
     """Seconds of one optimizer step's forward and backward passes: the second of two micro-batches of random tokens, times their number."""
     assert config.model is not None
-    model = Transformer(config.model, select("reference", "cpu"), compute_dtype=getattr(torch, config.dtype)).init_weights(0)
+    model = Transformer(config.model, REFERENCE, compute_dtype=getattr(torch, config.dtype)).init_weights(0)
     size, length = config.batches.micro_batch_size, config.batches.sequence_length
     tokens = torch.randint(config.model.vocab_size, (size, length), generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.arange(0, size * length + 1, length, dtype=torch.int32)

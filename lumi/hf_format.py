@@ -108,8 +108,7 @@ def load_model(folder: str | Path, ops: Ops, compute_dtype: torch.dtype = torch.
             another tokenizer.
     """
     folder = model_folder(folder)
-    data = read_json(folder / "config.json")
-    shape = model_config(data, str(folder / "config.json"))
+    data, shape = read_json(folder / "config.json"), read_shape(folder)
     expected_tokenizer = data.get("tokenizer_fingerprint")
     if expected_tokenizer is None and (folder / MODEL_FILE).is_file():
         expected_tokenizer = sha256_file(folder / MODEL_FILE)  # what our fingerprint is
@@ -220,6 +219,12 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str
         "torch_dtype": dtype,
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
+
+
+def read_shape(folder: str | Path) -> ModelConfig:
+    """The shape of the model in a folder. Raises UserError as `load_model`."""
+    path = model_folder(folder) / "config.json"
+    return model_config(read_json(path), str(path))
 
 
 def model_config(data: dict[str, Any], where: str) -> ModelConfig:

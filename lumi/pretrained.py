@@ -7,7 +7,7 @@ import torch
 
 from lumi.adapter_format import base_of, is_adapter, load_adapter
 from lumi.config import UserError
-from lumi.hf_format import load_model, model_folder
+from lumi.hf_format import load_model, model_folder, read_shape
 from lumi.kernels.bundle import select
 from lumi.lora import settle_rows
 from lumi.model import Transformer
@@ -57,7 +57,7 @@ def load_pretrained(
     tokenizer = Tokenizer.load(tokenizer_path or (adapter if own else None) or folder)
     if adapter is not None and not own and tokenizer_path is None and (template := adapter / TEMPLATE_FILE).is_file():
         tokenizer = tokenizer.with_chat_template(template.read_text(encoding="utf-8"))
-    model = load_model(folder, select("auto", chosen), dtype, tokenizer)
+    model = load_model(folder, select("auto", chosen, read_shape(folder).per_head), dtype, tokenizer)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from lumi.adapter_format import is_adapter, save_adapter, weights_fingerprint
-from lumi.config import UserError, read_json, to_dict
-from lumi.hf_format import load_model, model_config, save_model
+from lumi.config import UserError, to_dict
+from lumi.hf_format import load_model, read_shape, save_model
 from lumi.kernels.bundle import Ops
 from lumi.lora import add_lora
 from lumi.model import ModelConfig, Transformer
@@ -33,7 +33,7 @@ def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, 
     folder = locate(model_path)
     if is_adapter(folder):
         raise UserError(f"--model-path must be a whole model to train, got the adapter {folder}; `lumi merge` makes one of it and its base")
-    shape = model_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    shape = read_shape(folder)
     if config.model is not None and (ours := _resolved(config.model)) != (theirs := _resolved(shape)):
         key = next(key for key in theirs if ours[key] != theirs[key])
         raise UserError(f"config.model must be null, or that of --model-path {folder}: {key} must be {theirs[key]}, got {ours[key]}")

@@ -43,7 +43,7 @@ class Trainer:
         self.micro_steps = config.batches.micro_steps(world.size)
         self.data = RunData(config, paths, world)
         self.identity = self._identity()
-        self.ops = _select_kernels(config.kernels, world.device)
+        self.ops = _select_kernels(config.kernels, world.device, shape.per_head)
         self.model = build(config, shape, self.start, self.data.tokenizer, self.ops, world.device)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.loss_scale = LossScale(config.dtype)
@@ -256,9 +256,9 @@ class Trainer:
         return 128 + number
 
 
-def _select_kernels(name: str, device: torch.device) -> Ops:
+def _select_kernels(name: str, device: torch.device, head_dim: int) -> Ops:
     try:
-        return select(name, device)
+        return select(name, device, head_dim)
     except ValueError as error:
         raise UserError(str(error)) from error
 

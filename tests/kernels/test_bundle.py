@@ -8,29 +8,38 @@ import torch
 from lumi.kernels.bundle import REFERENCE, TRITON, Ops, select
 
 
-def test_auto_follows_the_device():
-    assert select("auto", "cpu") is REFERENCE
-    assert select("auto", "mps") is REFERENCE
-    assert select("auto", torch.device("cuda", 0)) is TRITON
+def test_auto_follows_the_device(monkeypatch):
+    assert select("auto", "cpu", 64) is REFERENCE
+    assert select("auto", "mps", 64) is REFERENCE
+    for capability, expected in (((7, 5), REFERENCE), ((8, 0), TRITON), ((12, 0), TRITON)):
+        monkeypatch.setattr("lumi.kernels.bundle.capability", lambda device, capability=capability: capability)
+        assert select("auto", torch.device("cuda", 0), 64) is expected
+        assert select("auto", "cuda", 128) is expected
+        assert select("auto", "cuda", 256) is REFERENCE
+        assert select("auto", "cuda", 36) is REFERENCE
 
 
 def test_by_name(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert select("reference", "cuda") is REFERENCE
-    assert select("triton", "cpu") is TRITON
-    assert select("triton", "cuda") is TRITON
+    assert select("reference", "cuda", 64) is REFERENCE
+    assert select("triton", "cpu", 64) is TRITON
+    assert select("triton", "cuda", 64) is TRITON
+    for head_dim in (36, 256):
+        assert select("reference", "cuda", head_dim) is REFERENCE
+        with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 up to 128 for kernels 'triton', got {head_dim}"):
+            select("triton", "cuda", head_dim)
 
 
 def test_triton_needs_cuda_or_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert select("triton", "cuda") is TRITON
+    assert select("triton", "cuda", 64) is TRITON
     with pytest.raises(ValueError, match=r"kernels must be 'reference' or 'auto' on cpu .*, got 'triton'"):
-        select("triton", "cpu")
+        select("triton", "cpu", 64)
 
 
 def test_rejects_another_name():
     with pytest.raises(ValueError, match="kernels must be 'auto', 'reference' or 'triton', got 'fast'"):
-        select("fast", "cpu")
+        select("fast", "cpu", 64)
 
 
 def test_bundles_are_frozen_and_differ_where_kernels_exist():
@@ -55,9 +64,9 @@ sys.meta_path.insert(0, Missing())
 import torch
 from lumi.kernels.bundle import REFERENCE, select
 from lumi.kernels.rms_norm import rms_norm
-assert select("auto", "cpu") is REFERENCE
+assert select("auto", "cpu", 64) is REFERENCE
 REFERENCE.rms_norm(torch.ones(2, 4), torch.ones(4))
-for attempt in (lambda: select("triton", "cpu"), lambda: rms_norm(torch.ones(2, 4), torch.ones(4))):
+for attempt in (lambda: select("triton", "cpu", 64), lambda: rms_norm(torch.ones(2, 4), torch.ones(4))):
     try:
         attempt()
     except ValueError as error:
