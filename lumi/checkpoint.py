@@ -60,11 +60,24 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not (path / "manifest.json").is_file():
         raise UserError(f"{path}: must be a checkpoint folder with a manifest.json, and has none; pass .../checkpoints/step-XXXXXXXX")
-    records = read_json(path / "manifest.json")["files"]
+    records = _records(path / "manifest.json")
     for name, record in records.items():
         check_file(path / name, record, remedy=_REMEDY)
     tensors = {Path(name).stem: load_tensors(path / name) for name in records if name.endswith(".safetensors")}
     return Checkpoint(tensors, read_json(path / "state.json"))
+
+
+def _records(manifest: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 by file name. Raises UserError where the manifest is not as `save_checkpoint` writes it."""
+    data = read_json(manifest)
+    try:
+        files = data["files"]
+        whole = data["format"] == 1 and all(set(record) == {"size", "sha256"} for record in files.values())
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{manifest}: must give every file's size and SHA-256, and does not: it is corrupt; {_REMEDY}")
+    return files
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The folder of one run: `config.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `final/`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,27 @@ class RunFolder:
             )
         return [str(folder / name) for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)]
 
-    def find(self, resume: str | None) -> Path | None:
-        """The checkpoint to go on from: a path as it is given; for "auto" the newest of this run, or None where there is none."""
-        if resume == "auto":
-            return max(list_checkpoints(self.checkpoints), default=None)
-        return Path(resume) if resume is not None else None
+    def find(self, resume: str | None, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+        """The checkpoint to go on from: that of a path, or for "auto" the newest whole one of this run; None where there is none.
+
+        Args:
+            say: is told of every newer checkpoint that is damaged.
+
+        Raises:
+            UserError: the checkpoint of a path, or every one of this run, is damaged.
+        """
+        if resume != "auto":
+            return None if resume is None else (Path(resume), self.load(Path(resume)))
+        faults: list[UserError] = []
+        for path in reversed(list_checkpoints(self.checkpoints)):
+            try:
+                return path, self.load(path)
+            except UserError as error:
+                faults.append(error)
+                say(f"{error}; trying the one before it")
+        if faults:
+            raise UserError(f"{self.checkpoints}: none of {len(faults)} checkpoints is whole; the newest: {faults[0]}") from faults[0]
+        return None
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of `step`, whether or not there is one."""

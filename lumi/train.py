@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lumi.batches import Batch, prefetch
+from lumi.checkpoint import Checkpoint
 from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, differences, load_config, to_dict, write_json
 from lumi.evaluation import held_out_loss
@@ -182,9 +183,9 @@ class Trainer:
 
     def _resume(self) -> None:
         """Weights, optimizer state and step from the checkpoint that `--resume-from-checkpoint` means."""
-        path = self.folder.find(self.paths.resume)
-        if path is not None:
-            self._restore(path)
+        found = self.folder.find(self.paths.resume, self._say)
+        if found is not None:
+            self._restore(*found)
             if self.world.is_main:
                 for name in self.folder.abandon_after(self.state["step"]):
                     self._say(f"removed {name}: this run goes on from before it")
@@ -195,8 +196,7 @@ class Trainer:
                 f"--output-dir must be on a disk that all machines share, got {self.paths.output_dir} with different checkpoints"
             )
 
-    def _restore(self, path: Path) -> None:
-        checkpoint = self.folder.load(path)
+    def _restore(self, path: Path, checkpoint: Checkpoint) -> None:
         tensors, state = checkpoint.tensors, checkpoint.state
         if changed := differences(state.pop("identity"), self.identity):
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""

@@ -45,6 +45,17 @@ def test_one_flipped_byte_is_refused_by_name(tmp_path, name):
         load_checkpoint(file.parent)
 
 
+def test_one_flipped_bit_anywhere_in_the_manifest_is_refused(tmp_path):
+    file = save_checkpoint(tmp_path, 1, make(1)) / "manifest.json"
+    data = file.read_bytes()
+    for index in range(len(data) - 1):  # the last byte is a line's end, which may be any space
+        changed = bytearray(data)
+        changed[index] ^= 1 << index % 8
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match=r"step-00000001/"):
+            load_checkpoint(file.parent)
+
+
 def test_truncated_missing_and_unfinished_are_refused(tmp_path):
     path = save_checkpoint(tmp_path, 1, make(1))
     size = (path / "model.safetensors").stat().st_size

@@ -178,6 +178,29 @@ def test_a_second_signal_stops_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
+    """One flipped byte costs the steps since the checkpoint before; the run then is the one that never stopped."""
+    whole = start("whole")
+    start("damaged", num_steps=8)
+    newest, older = (tmp_path / "damaged" / "checkpoints" / f"step-0000000{step}" for step in (8, 4))
+    file = newest / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    start("damaged", resume="auto")
+    printed = capsys.readouterr().out
+    assert f"{file}: SHA-256 must be" in printed
+    assert f"resumed from {older} at step 4" in printed
+    assert losses(tmp_path / "damaged") == losses(whole)
+    assert final_weights(tmp_path / "damaged") == final_weights(whole)
+    for path in list_checkpoints(tmp_path / "damaged" / "checkpoints"):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"none of 2 checkpoints is whole; the newest: .*step-00000012/state\.json: must be \d+ bytes, got 2"
+    ):
+        start("damaged", resume="auto", num_steps=16)
+
+
 def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
     results = iter([3.0, 1.0, 2.0, 2.5, 2.2])
     real = lumi.train.held_out_loss
@@ -313,14 +336,14 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(start, tmp_p
         start("new", resume=str(tmp_path / "nowhere"))
 
 
-def test_a_corrupt_checkpoint_is_an_error_not_a_fresh_start(start, capsys):
+def test_a_corrupt_checkpoint_that_was_asked_for_is_an_error(start):
     folder = start()
     newest = list_checkpoints(folder / "checkpoints")[-1]
     data = bytearray((newest / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "model.safetensors").write_bytes(data)
     with pytest.raises(UserError, match=rf"{newest.name}/model\.safetensors: SHA-256 must be"):
-        start(resume="auto")
+        start(resume=str(newest))
     assert len(losses(folder)) == 12  # nothing was thrown away
 
 
