@@ -32,7 +32,7 @@ KERNELS = ("fwd", "dkdv", "dq")
 
 def candidates(arch: int) -> list[attention_tiles.Row]:
     """Every tile that is worth compiling; descriptors where the architecture has the bulk tensor copy engine."""
-    grid = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3), (False, True) if arch >= 90 else (False,))
+    grid = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), (arch >= 90,))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DESCRIPTORS")
     return [dict(zip(names, values, strict=True)) for values in grid]
 
@@ -62,7 +62,8 @@ def check(K: int, dtype: torch.dtype, device: torch.device) -> None:
 def tune(
     kernel: str, K: int, rows: Sequence[attention_tiles.Row], device: torch.device, dtype: torch.dtype, shape: Shape, rounds: int
 ) -> attention_tiles.Row:
-    """Put the fastest of `rows` into the table of this process, and return it. Those that do not run are named and left out."""
+    """Put the fastest of `rows` and of what is there now into the table of this process, and return it. Those that do not run are named
+    and left out."""
     table = attention_tiles.table()
     arch = attention_tiles.architecture(device)
     if str(arch) not in table:
@@ -71,7 +72,7 @@ def tune(
     before, function = kernels[kernel], ours(shape, device)
     direction = "forward" if kernel == "fwd" else "backward"
     ready, named = {}, {}
-    for row in rows:
+    for row in [before, *(row for row in rows if row != before)]:
         name = " ".join(str(value) for value in row.values())
         kernels[kernel] = row
         try:
@@ -83,7 +84,7 @@ def tune(
             print(f"{kernel} K={K} {name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
     kernels[kernel] = before
     if not named:
-        raise RuntimeError(f"{kernel} K={K}: not one of {len(rows)} tiles runs")
+        raise RuntimeError(f"{kernel} K={K}: no tile runs")
     samples = measure.interleaved(ready, device, rounds)
     for name, sample in sorted(samples.items(), key=lambda item: item[1].seconds)[:5]:
         print(f"{kernel} K={K} {name}: {direction} {sample.seconds * 1e6:.1f} us", flush=True)

@@ -34,8 +34,8 @@ def table() -> dict[str, dict[str, dict[str, Row]]]:
 def rows_of(arch: int) -> str:
     """The table's key for an architecture: itself, or the newest one before it. sm_120 has the shared memory of sm_89, not of sm_100."""
     known = [int(key) for key in table()]
-    like = 89 if arch >= 120 and arch not in known else arch
-    return str(max((key for key in known if key <= like), default=min(known)))
+    kin = [key for key in known if (key >= 120) == (arch >= 120)] or [key for key in known if key <= 89]
+    return str(max((key for key in kin if key <= arch), default=min(known)))
 
 
 @cache

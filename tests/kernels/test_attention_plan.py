@@ -98,7 +98,9 @@ def test_rejects_a_window_of_nothing(make):
         make(None, 1, 9, "cpu", 0)
 
 
-@pytest.mark.parametrize(("arch", "row"), [(75, "80"), (80, "80"), (86, "80"), (89, "80"), (90, "90"), (100, "90"), (120, "80")])
+@pytest.mark.parametrize(
+    ("arch", "row"), [(75, "80"), (80, "80"), (86, "80"), (89, "80"), (90, "90"), (100, "90"), (103, "90"), (120, "80"), (121, "80")]
+)
 def test_an_architecture_without_rows_uses_older_ones(arch, row):
     """And sm_120, which has the shared memory of sm_89, not those of sm_90."""
     assert rows_of(arch) == row
