@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lumi.kernels.native import capability
+
 TABLE = Path(__file__).with_suffix(".json")
 _FLOAT32 = {
     "fwd": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
@@ -38,12 +40,11 @@ def rows_of(arch: int) -> str:
     return str(max((key for key in kin if key <= arch), default=min(known)))
 
 
-@cache
 def architecture(device: torch.device) -> int:
     """Compute capability as in sm_90; Triton's interpreter takes the tiles of sm_90."""
     if device.type != "cuda":
         return _INTERPRETER
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return 10 * major + minor
 
 
