@@ -7,9 +7,9 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -69,14 +69,12 @@ def tokenize(
         print(f"{output_dir}: already holds these documents in tokens of this tokenizer; kept", file=sys.stderr)
         return existing
     _sweep(output_dir)
-    num_workers = num_cores() if num_workers is None else num_workers
-    encoded = encode_all(_read_batches(readers), recipe, num_workers)
-    held_out = encode_all(_read_batches(validation_readers), replace(recipe, validation_fraction=1.0), num_workers)
+    encoded = _encode(readers, validation_readers, recipe, num_cores() if num_workers is None else num_workers)
     try:
-        with atomic_folder(output_dir) as folder:
+        with closing(encoded), atomic_folder(output_dir) as folder:  # whatever ends this early ends the threads too
             writer = StoreWriter(folder, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
             try:
-                lowest_rank = _write(writer, chain(encoded, held_out))
+                lowest_rank = _write(writer, encoded)
                 manifest = writer.finish(inputs, template.name if template is not None else None)
             finally:
                 writer.close()
@@ -120,7 +118,7 @@ def open_or_tokenize(
     """
     folder = Path(data_dir)
     if is_token_store(folder):
-        return TokenStore.open(folder, tokenizer_fingerprint=tokenizer.fingerprint, verify=verify)
+        return _open(folder, tokenizer, verify)
     if not is_corpus(folder):
         what = "a folder without the manifest.json of either" if folder.is_dir() else "a file" if folder.exists() else "nothing there"
         raise UserError(
@@ -129,9 +127,15 @@ def open_or_tokenize(
     cache = token_cache(folder, tokenizer)
     if is_token_store(cache) and read_store_manifest(cache).inputs["corpus 0"] != _corpus_fingerprint(read_corpus(folder)):
         print(f"{cache}: the corpus has changed since; it is tokenized again", file=sys.stderr)
-        shutil.rmtree(cache)
+        outdated = cache.with_name(f"{TEMPORARY_PREFIX}{cache.name}-{os.getpid()}")
+        os.rename(cache, outdated)  # at once: what an interrupted removal leaves is no token store, and nothing would replace it
+        shutil.rmtree(outdated)
     tokenize([folder], tokenizer, cache, validation_fraction=validation_fraction, num_workers=num_workers)
-    return TokenStore.open(cache, tokenizer_fingerprint=tokenizer.fingerprint, verify=verify)
+    return _open(cache, tokenizer, verify)
+
+
+def _open(folder: Path, tokenizer: Tokenizer, verify: Literal["size", "hash"]) -> TokenStore:
+    return TokenStore.open(folder, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, verify=verify)
 
 
 def _check_fraction(validation_fraction: float, has_validation_corpora: bool) -> None:
@@ -181,6 +185,13 @@ def _read_batches(readers: Sequence[CorpusReader]) -> Iterator[Documents]:
             for documents, sources in reader.iter_conversations() if reader.holds_conversations else reader.iter_batches():
                 yield Documents(documents, sources)
                 progress.update(len(documents))
+
+
+def _encode(
+    readers: Sequence[CorpusReader], validation_readers: Sequence[CorpusReader], recipe: Recipe, num_workers: int
+) -> Generator[dict[str, Encoded], None, None]:
+    yield from encode_all(_read_batches(readers), recipe, num_workers)
+    yield from encode_all(_read_batches(validation_readers), replace(recipe, validation_fraction=1.0), num_workers)
 
 
 def _write(writer: StoreWriter, encoded: Iterable[dict[str, Encoded]]) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 from lumi.config import UserError, from_dict, read_json, to_dict, write_json
 from lumi.encoding import token_dtype
 from lumi.storage import check_file, file_record
+from lumi.stored_array import StoredArray
 
 KIND: Literal["lumi-token-store"] = "lumi-token-store"
 FORMAT = 1
@@ -87,13 +88,14 @@ class StoreManifest:
 
 @dataclass
 class Split:
-    """One split of a token store, mapped from disk.
+    """One split of a token store.
 
-    tokens: (num_tokens,) uint16 or uint32. offsets: (num_documents + 1,) uint64, where each document begins in `tokens`.
+    tokens: (num_tokens,) uint16 or uint32; of a file, read as they are asked for by `tokens[start:stop]`.
+    offsets: (num_documents + 1,) uint64, where each document begins in `tokens`.
     mask: the packed loss mask, (ceil(num_tokens / 8),) uint8, or None where every token is trained. num_bytes: of the trained text.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | StoredArray
     offsets: np.ndarray
     mask: np.ndarray | None
     num_bytes: int
@@ -129,13 +131,18 @@ class TokenStore:
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, tokenizer_fingerprint: str | None = None, verify: Literal["size", "hash"] = "hash"
+        cls,
+        folder: str | Path,
+        *,
+        tokenizer_fingerprint: str | None = None,
+        vocab_size: int | None = None,
+        verify: Literal["size", "hash"] = "hash",
     ) -> "TokenStore":
         """Open a token store and check that it is what was written.
 
         Args:
             folder: what `lumi tokenize` wrote.
-            tokenizer_fingerprint: of the tokenizer that the ids must be of; None accepts any.
+            tokenizer_fingerprint, vocab_size: of the tokenizer that the ids must be of; None accepts any.
             verify: "hash" reads every byte once, for its SHA-256 and the largest id (about 1 s per GB); "size" trusts the content of
                 files of the right size and the largest id on record. One process of a run with "hash" is enough.
 
@@ -151,7 +158,8 @@ class TokenStore:
                 f"{manifest.tokenizer_fingerprint}; give that tokenizer, or tokenize into another folder with `{TOKENIZE_COMMAND} STORE`"
             )
         remedy = f"copy the store again, or remove it and run {command}"
-        splits = {name: _open_split(folder, name, manifest, remedy, verify == "hash") for name in manifest.splits}
+        num_ids = manifest.vocab_size if vocab_size is None else min(vocab_size, manifest.vocab_size)
+        splits = {name: _open_split(folder, name, manifest, num_ids, remedy, verify == "hash") for name in manifest.splits}
         return cls(folder, manifest, splits)
 
     def has_split(self, name: str) -> bool:
@@ -315,28 +323,29 @@ def read_store_manifest(folder: str | Path) -> StoreManifest:
     return manifest
 
 
-def _open_split(folder: Path, name: str, manifest: StoreManifest, remedy: str, check_hash: bool) -> Split:
+def _open_split(folder: Path, name: str, manifest: StoreManifest, num_ids: int, remedy: str, check_hash: bool) -> Split:
     split = manifest.splits[name]
     dtype = token_dtype(manifest.vocab_size)
-    sizes = {"tokens": split.tokens * dtype.itemsize, "offsets": (split.documents + 1) * 8, "mask": -(-split.tokens // 8)}
-    arrays: dict[str, np.ndarray] = {}
-    for kind, array_dtype in (("tokens", dtype), ("offsets", np.dtype("<u8")), ("mask", np.dtype("u1"))):
+    arrays: dict[str, StoredArray] = {}
+    for kind, array_dtype, length in (
+        ("tokens", dtype, split.tokens),
+        ("offsets", np.dtype("<u8"), split.documents + 1),
+        ("mask", np.dtype("u1"), -(-split.tokens // 8)),
+    ):
         record = split.files.get(f"{name}.{kind}")
         if record is None:
             continue
-        path = folder / f"{name}.{kind}"
-        if record.size != sizes[kind] or record.size == 0:
-            raise UserError(
-                f"{folder / 'manifest.json'}: size of {path.name} must be {sizes[kind]} for its counts, got {record.size}; {remedy}"
-            )
+        path, size = folder / f"{name}.{kind}", length * array_dtype.itemsize
+        if record.size != size or record.size == 0:
+            raise UserError(f"{folder / 'manifest.json'}: size of {path.name} must be {size} for its counts, got {record.size}; {remedy}")
         check_file(path, {"size": record.size, "sha256": record.sha256}, remedy=remedy, check_hash=check_hash)
-        arrays[kind] = np.memmap(path, dtype=array_dtype, mode="r")
-    offsets, tokens = arrays["offsets"], arrays["tokens"]
+        arrays[kind] = StoredArray(path, array_dtype, length, remedy=remedy)
+    tokens, offsets = arrays["tokens"], arrays["offsets"][:]
     if offsets[0] != 0 or offsets[-1] != split.tokens or (offsets[1:] <= offsets[:-1]).any():
         raise UserError(f"{folder / name}.offsets: must rise from 0 to {split.tokens}, got other values: the file is corrupt; {remedy}")
     highest = split.max_token_id
     if check_hash:
         highest = max(int(tokens[start : start + _CHECK_TOKENS].max()) for start in range(0, len(tokens), _CHECK_TOKENS))
-    if highest >= manifest.vocab_size:
-        raise UserError(f"{folder / name}.tokens: ids must be below {manifest.vocab_size}, got {highest}; {remedy}")
-    return Split(tokens=tokens, offsets=offsets, mask=arrays.get("mask"), num_bytes=split.bytes)
+    if highest >= num_ids:
+        raise UserError(f"{folder / name}.tokens: ids must be below {num_ids}, got {highest}; {remedy}")
+    return Split(tokens=tokens, offsets=offsets, mask=arrays["mask"][:] if "mask" in arrays else None, num_bytes=split.bytes)

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from lumi import cli, encoding, shards, token_store
+from lumi.batches import BatchConfig, Batches, prefetch
 from lumi.chat import TEMPLATES, render
 from lumi.config import UserError, read_json, write_json
 from lumi.corpus.folder import CorpusWriter
 from lumi.encoding import Documents, Recipe, encode_all, make_tasks, split_of, token_dtype
+from lumi.interruption import Interrupted
 from lumi.messages import Message, to_json
 from lumi.shards import StoreWriter, TokenStore, open_or_tokenize, token_cache, tokenize
 from lumi.tokenizer import Tokenizer
@@ -84,7 +87,7 @@ def test_every_document_is_there_once_in_order_on_its_side(finished, tokenizer):
         assert documents == [[1, *tokenizer.encode(text), 2] for text in texts]
         assert split.num_tokens == sum(map(len, documents)) == int(split.offsets[-1])
         assert split.num_bytes == sum(len(text.encode()) for text in texts)
-        assert sum(tokenizer.token_bytes[split.tokens]) == split.num_bytes
+        assert sum(tokenizer.token_bytes[split.tokens[:]]) == split.num_bytes
 
 
 def test_the_manifest_counts(finished):
@@ -411,6 +414,9 @@ def test_truncated_and_missing_files(folder, name, verify):
         UserError, match=rf"{name}: must be {len(data)} bytes, got {len(data) - 1}.*copy the store again, or remove it and run"
     ):
         TokenStore.open(folder, verify=verify)
+    (folder / name).write_bytes(data + b"\0")
+    with pytest.raises(UserError, match=rf"{name}: must be {len(data)} bytes, got {len(data) + 1}: the file is truncated or was changed"):
+        TokenStore.open(folder, verify=verify)
     (folder / name).unlink()
     with pytest.raises(UserError, match=rf"{name}: is missing; copy the store again"):
         TokenStore.open(folder, verify=verify)
@@ -447,6 +453,38 @@ def test_ids_outside_the_vocabulary_are_refused(folder):
     write_json(folder / "manifest.json", manifest)
     with pytest.raises(UserError, match=r"train.tokens: ids must be below 320, got 321"):
         TokenStore.open(folder, verify="size")
+
+
+def test_ids_beyond_the_tokenizer_that_reads_them_are_refused(folder, tokenizer):
+    """Of the fingerprint is the model alone: one that gives fewer ids than the one that wrote the store could have the same."""
+    for verify in ("size", "hash"):
+        highest = read_json(folder / "manifest.json")["splits"]["train"]["max_token_id"]
+        assert TokenStore.open(folder, vocab_size=highest + 1, verify=verify).split("validation").num_documents > 20
+        with pytest.raises(UserError, match=rf"train.tokens: ids must be below {highest}, got {highest}"):
+            TokenStore.open(folder, vocab_size=highest, verify=verify)
+    manifest = read_json(folder / "manifest.json") | {"vocab_size": 5000}  # one that claims more than the tokenizer has
+
+    def change(values):
+        values[3] = 4999
+
+    write_json(folder / "manifest.json", manifest)
+    rewrite(folder, "train.tokens", change)
+    with pytest.raises(UserError, match=r"train.tokens: ids must be below 320, got 4999"):
+        open_or_tokenize(folder, tokenizer)
+
+
+def test_a_file_that_shrinks_in_the_middle_of_a_run(folder):
+    """np.memmap would end the process here by SIGBUS, without a word."""
+    splits = [TokenStore.open(folder).split("train")]
+    batches = Batches(splits, None, BatchConfig(sequence_length=64, batch_tokens=256, micro_batch_size=1), seed=0)
+    steps = prefetch(batches.__getitem__, range(1, 1000))
+    assert next(steps)[1].tokens.shape == (4, 64)
+    size = (folder / "train.tokens").stat().st_size
+    os.truncate(folder / "train.tokens", size // 2)
+    with pytest.raises(
+        UserError, match=rf"train.tokens: must be {size} bytes, got {size // 2}: the file was truncated while .* copy the st"
+    ):
+        list(steps)
 
 
 @pytest.mark.parametrize(("index", "value"), [(0, 1), (-1, 1 << 40), (5, 0)])
@@ -503,7 +541,7 @@ def test_uint32_past_65536_ids(tmp_path):
     writer.append("train", np.array([1, 69999, 2]), np.array([3]), {"a": (1, 3, 4)})
     assert writer.finish({}).dtype == "uint32"
     assert (tmp_path / "train.tokens").read_bytes() == b"\1\0\0\0" + (69999).to_bytes(4, "little") + b"\2\0\0\0"
-    assert TokenStore.open(tmp_path).split("train").tokens.tolist() == [1, 69999, 2]
+    assert TokenStore.open(tmp_path).split("train").tokens[:].tolist() == [1, 69999, 2]
 
 
 def test_loss_masks_are_bits_across_batches(tmp_path):
@@ -570,6 +608,24 @@ def test_a_corpus_folder_is_tokenized_once(tokenizer, other_tokenizer, tmp_path,
     changed = open_or_tokenize(corpus, tokenizer, validation_fraction=FRACTION)
     assert "the corpus has changed since; it is tokenized again" in capsys.readouterr().err
     assert sum(split.num_documents for split in changed.splits.values()) == 100
+
+
+def test_an_outdated_cache_is_made_anew_also_after_an_interruption(tokenizer, tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus", TEXTS, SOURCES)
+    cache = open_or_tokenize(corpus, tokenizer, validation_fraction=FRACTION).folder
+    write_corpus(corpus, TEXTS[:100], SOURCES[:100])
+
+    def interrupted(path):
+        (path / "manifest.json").unlink()
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(shards.shutil, "rmtree", interrupted)
+    with pytest.raises(Interrupted):
+        open_or_tokenize(corpus, tokenizer, validation_fraction=FRACTION)
+    monkeypatch.undo()
+    store = open_or_tokenize(corpus, tokenizer, validation_fraction=FRACTION)
+    assert sum(split.num_documents for split in store.splits.values()) == 100
+    assert list(cache.parent.iterdir()) == [cache]
 
 
 def test_data_dirs_of_neither_kind(tokenizer, other_tokenizer, finished, tmp_path):

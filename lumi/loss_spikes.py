@@ -1,0 +1,64 @@
+"""Losses far above those before them: the mark of a bad batch, or of a run that is about to diverge. Chowdhery et al. (2022,
+arXiv:2204.02311, section 5.1) skip the batches of spikes; here the step is skipped as it happens.
+
+A loss is a spike beyond the median + k standard deviations of the last ones. While the loss falls its fall counts as deviation, and
+the median lies above the newest: that errs towards silence.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+_LEAST_DEVIATION = 1e-3  # of the median: among losses that are nearly equal, rounding is no spike
+
+
+class LossSpikes:
+    """Tells spikes, from the losses of the last `window` steps. Pure arithmetic: equal on all processes that are given equal losses.
+
+    A spike is recorded as the highest loss that is none. So it widens what comes to be allowed a little, and what goes on is soon no
+    spike any more: a loss that has risen for good, or one step in ten of harder data.
+
+    Args:
+        max_sigmas: standard deviations above the median from which a loss is a spike; above 0. None: no loss is.
+        window: steps, at least 2. Nothing is a spike before so many are recorded.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, max_sigmas: float | None, window: int = 128):
+        if max_sigmas is not None and not 0 < max_sigmas < math.inf:
+            raise ValueError(f"max_sigmas must be above 0, or null for no limit, got {max_sigmas}")
+        if window < 2:
+            raise ValueError(f"window must be at least 2 steps, got {window}")
+        self.max_sigmas, self.window = max_sigmas, window
+        self._losses: list[float] = []
+
+    @property
+    def limit(self) -> float:
+        """The highest loss of the next step that is not a spike, in nats; infinite where none can be told yet."""
+        if self.max_sigmas is None or len(self._losses) < self.window:
+            return math.inf
+        median = statistics.median(self._losses)
+        mean = math.fsum(self._losses) / self.window
+        variance = math.fsum((loss - mean) ** 2 for loss in self._losses) / (self.window - 1)
+        return median + self.max_sigmas * max(math.sqrt(variance), _LEAST_DEVIATION * abs(median))
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether the loss of the next step, in nats, is a spike; one that is not finite is for others to see."""
+        return loss > self.limit
+
+    def record(self, loss: float) -> None:
+        """Take in the finite loss of a step, also of one that was skipped as a spike."""
+        if not math.isfinite(loss):
+            raise ValueError(f"loss must be finite, got {loss}")
+        if self.max_sigmas is not None:
+            self._losses = [*self._losses, min(loss, self.limit)][-self.window :]
+
+    def state(self) -> list[float]:
+        """What `load` needs to go on exactly from here, as JSON values."""
+        return list(self._losses)
+
+    def load(self, state: Sequence[float]) -> None:
+        """Go on from a `state`."""
+        self._losses = list(state)[-self.window :]
