@@ -26,10 +26,10 @@ from results import Results, main
 from torch import Tensor, nn
 
 import lumi.configs
+from lumi.devices import peak_flops
 from lumi.kernels.adamw import adamw
 from lumi.kernels.bundle import REFERENCE, TRITON, Ops
 from lumi.kernels.global_norm import global_norm
-from lumi.metrics import peak_flops
 from lumi.model import ModelConfig, Transformer
 
 OVER_GPT, MFU = 1.6, 0.45  # what is aimed at: of the 23M model, of the 124M model

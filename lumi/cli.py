@@ -282,6 +282,41 @@ def _add_export(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--max-shard-size", metavar="SIZE", help="such as 2GB; larger weights are cut into several files")
 
 
+def plan(argv: list[str]) -> int:
+    """memory, communication, time and checkpoints of a config on many GPUs, on paper"""
+    from lumi.devices import GPUS
+    from lumi.run_config import TrainConfig
+    from lumi.scale import Cluster
+    from lumi.scale_report import describe_scale
+
+    default = {field.name: field.default for field in dataclasses.fields(Cluster)}
+    arguments = parser("lumi plan", _summary(plan))
+    add_config(arguments)
+    arguments.add_argument("--nodes", type=int, required=True)
+    arguments.add_argument("--gpus-per-node", type=int, required=True)
+    arguments.add_argument("--gpu", choices=tuple(GPUS), default=default["gpu"])
+    shares = {
+        "mfu": "what one GPU reaches by itself, as share of its peak; measured: mfu in metrics.jsonl",
+        "link-share": "what collectives reach of the bandwidths",
+    }
+    bandwidths = {
+        "network-gbps": "gigabits/s from each GPU to other nodes",
+        "nvlink-gbps": "gigabits/s from each GPU to those of its node; default: the data sheet's",
+        "disk-gb-per-second": "gigabytes/s to the shared disk, from all nodes together",
+        "host-gb-per-second": "gigabytes/s from each GPU to its host's memory",
+    }
+    for name, text in (shares | bandwidths).items():
+        arguments.add_argument(f"--{name}", type=float, default=default[name.replace("-", "_")], help=text)
+    options = parse(arguments, argv)
+    try:
+        cluster = Cluster(**{name: getattr(options, name) for name in default})
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
+    print(describe_scale(load_config(TrainConfig, options.config, options.overrides), cluster, Path(options.config).stem))
+    return 0
+
+
 def demo(argv: list[str]) -> int:
     """all stages on Python's own documentation, without a download, in a few minutes"""
     from lumi import demo as pipeline
@@ -294,7 +329,7 @@ def demo(argv: list[str]) -> int:
     return pipeline.demo(options.output_dir, options.minutes, options.device)
 
 
-COMMANDS = {command.__name__: command for command in (prepare, tokenizer, tokenize, generate, chat, evaluate, export, merge, demo)}
+COMMANDS = {command.__name__: command for command in (prepare, tokenizer, tokenize, plan, generate, chat, evaluate, export, merge, demo)}
 
 
 def _summary(command) -> str:

@@ -19,6 +19,7 @@ from lumi.tokenizer_training import TokenizerConfig
 
 FOLDER = Path(lumi.configs.__file__).parent
 PARAMETERS = {"micro": 9_438_336, "tiny": 23_072_000, "small": 41_686_656, "medium": 83_898_880, "base": 276_861_696}
+LARGE = {"1b": 1_235_814_400, "8b": 8_030_261_248, "70b": 70_553_706_496}  # as Llama 3.2 1B, Llama 3 8B and 70B
 CLASSES = {
     "corpus": PrepareConfig,
     "tokenizer": TokenizerConfig,
@@ -57,6 +58,14 @@ def test_the_five_sizes_have_chinchilla_budgets(size):
     assert names == {"HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia", "allenai/c4", "Salesforce/wikitext"}
 
 
+@pytest.mark.parametrize("size", LARGE)
+def test_the_large_sizes_have_chinchilla_budgets(size):
+    config = load_config(TrainConfig, FOLDER / "pretrain" / f"{size}.json")
+    assert 20 * LARGE[size] <= config.num_tokens < 20 * LARGE[size] + config.batches.batch_tokens
+    for nodes in (16, 32, 64) if size == "70b" else (1, 2, 4):
+        assert config.batches.micro_steps(config.parallel.layout(8 * nodes).data) >= 1
+
+
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_the_five_sizes_are_fine_tuned_with_adapters(size):
     config = load_config(TrainConfig, FOLDER / "sft" / f"lora_{size}.json")
@@ -93,4 +102,4 @@ def test_training_defaults_are_spelt_out():
     for path in sorted((FOLDER / "pretrain").glob("*.json")):
         data = read_json(path)
         assert {"model", "batches", "optimizer", "num_steps", "seed", "dtype", "validate_every", "save_every"} <= data.keys()
-        assert ModelConfig(**data["model"]).num_parameters == PARAMETERS[path.stem]
+        assert ModelConfig(**data["model"]).num_parameters == (PARAMETERS | LARGE)[path.stem]

@@ -7,6 +7,7 @@ from lumi.kernels.bundle import TRITON
 from lumi.kernels.linear_cross_entropy import workspace_bytes
 from lumi.lora import LoraConfig
 from lumi.model import ModelConfig, Transformer
+from lumi.parallel import Layout, ParallelConfig
 from lumi.plan import Frozen, describe_plan, memory_estimate
 from lumi.run_config import TrainConfig
 
@@ -68,6 +69,44 @@ def test_memory_under_adapters_by_hand():
     assert rows["weights"] == narrow["weights"] + 2 * 2 * 100 * 8  # the embedding and lm_head, put together
 
 
+def test_memory_of_several_processes_by_hand():
+    model = ModelConfig(vocab_size=101, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
+    batches = BatchConfig(sequence_length=10, batch_tokens=240, micro_batch_size=3)
+    estimate = lambda layout, **settings: memory_estimate(model, batches, "adamw", 2, False, "cpu", layout=layout, **settings)
+    alone = memory_estimate(model, batches, "adamw", 2, False, "cpu")
+    ddp = estimate(Layout(2, 1, 1))
+    assert ddp == alone | {"buckets": alone["gradients"], "total": alone["total"] + alone["gradients"]}
+
+    matrices, norms = 4 * 8 * 8 + 3 * 8 * 16, 2 * 8  # of a layer
+    rows = 51 * 8  # of embedding and of lm_head, on the process that has one more
+    held, waiting = 2 * (matrices + norms) // 2 + 2 * rows + 4, 2 * (matrices + norms) + 2 * 101 * 8 + 8
+    shard = estimate(Layout(2, 2, 1), reduce_bytes=2)
+    assert (shard["weights"], shard["gradients"], shard["optimizer"]) == (4 * held, 4 * held, 8 * held)
+    assert shard["whole gradients"] == 2 * waiting  # of two micro-steps
+    assert shard["gathered"] == 2 * (2 * (matrices + norms) + 2 * 101 * 8 + 8) + (2 + 2) * (matrices + norms)
+    assert (shard["activations"], shard["loss"]) == (alone["activations"], alone["loss"])
+    assert "whole gradients" not in estimate(Layout(2, 4, 1))
+    assert estimate(Layout(2, 2, 1))["whole gradients"] == 4 * waiting
+
+    tensor = estimate(Layout(1, 1, 2), reduce_bytes=2)
+    layer, root = matrices // 2 + norms, 101 * 8 + 8
+    assert tensor["weights"] == 4 * (2 * layer + root)
+    assert tensor["gathered"] == 2 * (2 * layer + root + 2 * 101 * 8) + (2 + 2) * layer
+    narrow, wide = 2 * 8 + (2 * 8 + 2 * 4 * 4 + 3 * 16) // 2, (6 * 8 + 2 * 4 * 4 + 3 * 16) // 2
+    assert tensor["activations"] == 30 * 2 * (2 * narrow + 4 * wide)
+    assert tensor["loss"] == (4 + 2 + 2) * 15 * 101 + 8 * 101 * 8
+
+
+def test_adapters_on_several_processes_by_hand():
+    model = ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
+    batches = BatchConfig(sequence_length=10, batch_tokens=120, micro_batch_size=3)
+    layer, root = 4 * 64 + 3 * 8 * 16 + 16, 2 * 100 * 8 + 8
+    memory = memory_estimate(model, batches, "adamw", 2, False, "cpu", frozen=Frozen(51, 2, False), layout=Layout(1, 2, 1), reduce_bytes=2)
+    assert memory["weights"] == 2 * (2 * layer + root) // 2 + 4 * 26
+    assert (memory["gradients"], memory["whole gradients"], memory["optimizer"]) == (4 * 26, 2 * 51, 8 * 26)
+    assert memory["gathered"] == 2 * (2 * layer + root)
+
+
 def test_the_plan_of_adapters_says_what_is_trained():
     config = TrainConfig(
         model=ModelConfig(vocab_size=10, num_layers=1, model_dim=4, num_heads=2, mlp_dim=8, max_positions=16),
@@ -93,9 +132,13 @@ def test_the_plan_by_hand():
     lines = describe_plan(config, data, 0, 2, torch.device("cpu"), "reference", peak_flops=1e6).splitlines()
     plan = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
     assert plan["model"] == "252 parameters, 1 layers of 4"
+    assert plan["layout"] == "replicate 2 x shard 1 x tensor 1"
     assert plan["device"] == "2 x cpu, bfloat16, reference kernels"
     assert plan["tokens"] == f"128,000 ({128_000 / 252:.1f} per parameter)"
     assert plan["steps"] == "1,000 of 128 tokens: 2 processes x 2 micro-steps x 2 rows x 16"
     assert plan["compute"] == f"{flops:.3g} FLOPs, {flops / 1e6 / 3600:.2f} h at peak"
     assert plan["data"] == "A: 75.0% of the rows, 32,000 tokens, 3.00 epochs; B: 25.0% of the rows, 64,000 tokens, 0.50 epochs"
     assert plan["validation"] == "none: no validation split"
+    shared = describe_plan(replace(config, parallel=ParallelConfig(tensor=2)), data, 0, 4, torch.device("cpu"), "reference", None)
+    assert "layout      replicate 2 x shard 1 x tensor 2\n" in shared
+    assert "1,000 of 128 tokens: 2 groups x 2 micro-steps x 2 rows x 16\n" in shared
