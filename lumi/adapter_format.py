@@ -4,6 +4,7 @@ The safetensors' metadata say which base and tokenizer an adapter belongs to; PE
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,24 @@ _HARMLESS = """
 
 
 def save_adapter(
-    folder: str | Path, model: Transformer, config: LoraConfig, tokenizer: Tokenizer, base: str | Path, base_fingerprint: str
+    folder: str | Path,
+    model: Transformer,
+    config: LoraConfig,
+    tokenizer: Tokenizer,
+    base: str | Path,
+    base_fingerprint: str,
+    values: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapters of a model and its tokenizer; replaces an older folder atomically.
 
     Args:
         base: the folder of the model that they were put on.
         base_fingerprint: `weights_fingerprint` of it when it was loaded.
+        values: of the adapters' parameters, by the model's names for them; None: those that the model holds.
     """
-    tensors = {f"{_PREFIX}{key}": tensor for key, tensor in _parameters(model).items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    adapter = _parameters(model)
+    tensors = {f"{_PREFIX}{key}": values[names[id(own)]] if values is not None else own for key, own in adapter.items()}
     freed = {name: rows.ids.tolist() for name, matrix in token_matrices(model).items() if (rows := trained_rows(matrix)) is not None}
     row_ids = {hf_name(f"{name}.").split(".")[-2]: ids for name, ids in freed.items()} or None
     metadata = {"base_fingerprint": base_fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}

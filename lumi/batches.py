@@ -8,8 +8,8 @@ Documents in a row never see each other: `cu_seqlens` marks where each begins, p
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,17 +32,18 @@ class BatchConfig:
 
     sequence_length: int = 1024
     batch_tokens: int = 65_536
-    micro_batch_size: int = 8  # rows that one process holds at a time
+    micro_batch_size: int | Literal["auto"] = 8  # rows that one process holds at a time; "auto": as many as fit into memory
 
     def __post_init__(self):
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
-        if self.micro_batch_size < 1:
+        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+        if rows < 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
-        if self.batch_tokens < 1 or self.batch_tokens % (self.sequence_length * self.micro_batch_size):
+        if self.batch_tokens < 1 or self.batch_tokens % (self.sequence_length * rows):
             raise ValueError(
-                f"batch_tokens must be a multiple of sequence_length x micro_batch_size = "
-                f"{self.sequence_length * self.micro_batch_size}, got {self.batch_tokens}"
+                f"batch_tokens must be a multiple of sequence_length x micro_batch_size = {self.sequence_length * rows}, "
+                f"got {self.batch_tokens}"
             )
 
     @property
@@ -50,14 +51,21 @@ class BatchConfig:
         """Rows of one optimizer step, over all processes."""
         return self.batch_tokens // self.sequence_length
 
-    def micro_steps(self, world_size: int) -> int:
-        """Micro-batches that each of `world_size` processes runs in a step. Raises UserError where they do not come out even."""
-        if self.rows % (self.micro_batch_size * world_size):
+    @property
+    def micro_batch_rows(self) -> int:
+        """The micro-batch size, which `lumi.preflight` has chosen where it was "auto"."""
+        assert self.micro_batch_size != "auto"
+        return self.micro_batch_size
+
+    def micro_steps(self, data_size: int) -> int:
+        """Micro-batches that a process runs in a step, where `data_size` of them (or groups of them) read different rows. Raises
+        UserError where they do not come out even."""
+        if self.rows % (self.micro_batch_rows * data_size):
             raise UserError(
                 f"batches.batch_tokens must be a multiple of sequence_length x micro_batch_size x processes = "
-                f"{self.sequence_length} x {self.micro_batch_size} x {world_size}, got {self.batch_tokens}"
+                f"{self.sequence_length} x {self.micro_batch_rows} x {data_size}, got {self.batch_tokens}"
             )
-        return self.rows // (self.micro_batch_size * world_size)
+        return self.rows // (self.micro_batch_rows * data_size)
 
 
 @dataclass(frozen=True)
@@ -163,13 +171,18 @@ def _counts_before(units: np.ndarray, place: int) -> list[int]:
     return counts.tolist()
 
 
-def validation_batches(split: Split, config: BatchConfig, rank: int, world_size: int, max_tokens: int | None) -> Iterator[Batch]:
+def validation_batches(split: Split, config: BatchConfig, rank: int, size: int, max_tokens: int | None) -> Iterator[Batch]:
     """One process's share of a split, in a fixed order, without wrapping round; what fills the last rows is not trained. `max_tokens`
-    bounds what all processes read together."""
+    bounds what all processes read together. All `size` of them get the same number of batches, for a sharded model is called by all
+    together: one that has no row left gets one without targets."""
     count, read = validation_rows(split, config.sequence_length, max_tokens)
-    mine = range(rank, count, world_size)
-    for first in range(0, len(mine), config.micro_batch_size):
-        yield collate([read(index) for index in mine[first : first + config.micro_batch_size]])
+    mine = range(rank, count, size)
+    for first in range(0, -(-count // size), config.micro_batch_rows):
+        if rows := mine[first : first + config.micro_batch_rows]:
+            yield collate([read(index) for index in rows])
+        else:
+            filler = collate([read(0)])
+            yield replace(filler, targets=torch.full_like(filler.targets, IGNORE))
 
 
 def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tuple[int, Result]]:

@@ -1,78 +1,189 @@
-"""Checkpoints that are whole or absent, and exact resume.
+"""Checkpoints that are whole or absent, written in pieces by all processes, and read back by any other number of them.
 
     step-00001000/
-        model.safetensors  optimizer.safetensors  state.json
-        manifest.json      every file's size and SHA-256; written last
+        model-00000.safetensors  optimizer-00000.safetensors   the pieces that process 0 wrote, by tensor name; and so on
+        tensors.json     type, shape, and pieces (file, offset, shape) of every tensor of every group
+        state.json       plain values, `step` among them
+        manifest.json    every file's size and SHA-256; written last
 
-Safetensors and JSON only: nothing on the load path can run code.
+Safetensors and JSON only: nothing on the load path can run code. `lumi.saver` writes them.
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
-from lumi.storage import TEMPORARY_PREFIX, atomic_folder, check_file, file_record
+from lumi.storage import TEMPORARY_PREFIX, check_file, file_record
+from lumi.tensor_pieces import Box, check_cover, fill
 
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")
+_TENSOR_FILE = re.compile(r"[a-z]+-\d{5}\.safetensors")
+_MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", "tensors.json"
 _REMEDY = "delete this checkpoint and resume from an older one: --resume-from-checkpoint PATH"
+_SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class SavedTensor(NamedTuple):
+    """Where a tensor lies: its type as torch names it ("float32"), its whole shape, and the file and box of each piece."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    files: tuple[str, ...]
+    boxes: tuple[Box, ...]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: tensors by file (`model`, `optimizer`) and plain JSON values (`step` among them)."""
+    """A checkpoint that was opened: `state` holds its plain values, the tensors stay on disk until they are asked for.
 
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-
-
-def save_checkpoint(folder: str | Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write `folder/step-XXXXXXXX`, atomically: a kill at any moment leaves the earlier checkpoints whole.
-
-    Returns its path. Raises UserError where the disk is full or cannot be written.
+    groups: "model" and "optimizer", each with its tensors by name. records: size and SHA-256 of the tensor files.
     """
-    path = Path(folder) / f"step-{step:08d}"
-    try:
-        with atomic_folder(path, replace=True) as temporary:  # a run resumed from an earlier step writes this one again
-            for name, tensors in checkpoint.tensors.items():
-                save_tensors(temporary / f"{name}.safetensors", tensors)
-            write_json(temporary / "state.json", {"step": step, **checkpoint.state})
-            files = sorted(file.name for file in temporary.iterdir())
-            write_json(temporary / "manifest.json", {"format": 1, "files": {name: file_record(temporary / name) for name in files}})
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: cannot be written: {reason}; earlier checkpoints are intact, resume from them") from error
-    return path
+
+    path: Path
+    state: dict[str, Any]
+    groups: dict[str, dict[str, SavedTensor]]
+    records: dict[str, dict[str, Any]]
+    _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # files, mapped into memory
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the bytes of the tensor files with the manifest: of one share of the files, where `parts` processes share the work.
+
+        Raises:
+            UserError: naming the file that is corrupt, and what to do.
+        """
+        for name in sorted(self.records)[part::parts]:
+            check_file(self.path / name, self.records[name], remedy=_REMEDY)
+
+    def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
+        """The whole shapes of a group's tensors. Raises UserError where there is no such group."""
+        return {name: saved.shape for name, saved in self._group(group).items()}
+
+    def fill(self, group: str, targets: Mapping[str, Tensor]) -> None:
+        """Read a group into tensors of the same names, in place: of a DTensor the part that this process holds.
+
+        Raises:
+            UserError: names, shapes or types are not those of the targets; then none of them was changed.
+        """
+        saved = self._group(group)
+        remedy = "resume with the config that wrote it"
+        for name in sorted(saved.keys() ^ targets.keys()):
+            where = "in the checkpoint, got none" if name in targets else f"in the model, got one of shape {saved[name].shape} only here"
+            raise UserError(f"{self.path}: {group} tensor {name!r} must be {where}; {remedy}")
+        for name, target in targets.items():
+            expected, got = (_name_of(target.dtype), tuple(target.shape)), (saved[name].dtype, saved[name].shape)
+            if got != expected:
+                raise UserError(
+                    f"{self.path}: {group} tensor {name!r} must be {expected[0]} of shape {expected[1]}, got {got[0]} of {got[1]}; {remedy}"
+                )
+        with torch.no_grad():
+            for name, target in targets.items():
+                fill(target, saved[name].boxes, self._reader(name, saved[name]))
+
+    def read(self, group: str, name: str) -> Tensor:
+        """One whole tensor, on the CPU. Raises KeyError where there is none of that name."""
+        saved = self._group(group)[name]
+        tensor = torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
+        fill(tensor, saved.boxes, self._reader(name, saved))
+        return tensor
+
+    def tensors(self, group: str) -> Mapping[str, Tensor]:
+        """A group's tensors by name, each read when it is asked for and then forgotten."""
+        return _ReadOnDemand(self, group)
+
+    def _group(self, group: str) -> dict[str, SavedTensor]:
+        if group not in self.groups:
+            raise UserError(f"{self.path}: must hold tensors of {group!r}, got {sorted(self.groups)}; {_REMEDY}")
+        return self.groups[group]
+
+    def _reader(self, name: str, saved: SavedTensor) -> Callable[[int, tuple[slice, ...]], Tensor]:
+        """Reads a part of a piece: by its index and slices."""
+
+        def read_slice(index: int, slices: tuple[slice, ...]) -> Tensor:
+            file, box = self.path / saved.files[index], saved.boxes[index]
+            try:
+                if file.name not in self._opened:
+                    self._opened[file.name] = safetensors.safe_open(file, framework="pt")
+                view = self._opened[file.name].get_slice(name)
+                shape, part = tuple(view.get_shape()), view[slices]
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(f"{file}: must be a safetensors file with {name!r}: {error}; {_REMEDY}") from error
+            if (_name_of(part.dtype), shape) != (saved.dtype, box.shape):
+                raise UserError(f"{file}: {name!r} must be {saved.dtype} of {box.shape}, got {_name_of(part.dtype)} of {shape}; {_REMEDY}")
+            return part
+
+        return read_slice
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint back, every byte checked against the manifest.
+class _ReadOnDemand(Mapping[str, Tensor]):
+    def __init__(self, checkpoint: Checkpoint, group: str):
+        self._checkpoint, self._group, self._shapes = checkpoint, group, checkpoint.shapes(group)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.read(self._group, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint's JSON, every byte checked against the manifest, and look that its tensor files are there in their sizes.
+
+    Their bytes are another matter: `Checkpoint.verify`.
 
     Raises:
-        UserError: if the manifest is missing or any file differs from it; names the file and what to do.
+        UserError: the manifest is missing or of another format, or a file differs from it; names the file and what to do.
     """
     path = Path(path)
-    if not (path / "manifest.json").is_file():
+    if not (path / _MANIFEST).is_file():
         raise UserError(f"{path}: must be a checkpoint folder with a manifest.json, and has none; pass .../checkpoints/step-XXXXXXXX")
-    records = _records(path / "manifest.json")
-    for name, record in records.items():
-        check_file(path / name, record, remedy=_REMEDY)
-    tensors = {Path(name).stem: load_tensors(path / name) for name in records if name.endswith(".safetensors")}
-    return Checkpoint(tensors, read_json(path / "state.json"))
+    records = _read_manifest(path / _MANIFEST)
+    for name in (_STATE, _TENSORS):
+        if name not in records:
+            raise UserError(f"{path / _MANIFEST}: must give the size and SHA-256 of {name}, and does not: it is corrupt; {_REMEDY}")
+        check_file(path / name, records.pop(name), remedy=_REMEDY)
+    groups = _read_tensors(path / _TENSORS)
+    named = {file for group in groups.values() for saved in group.values() for file in saved.files}
+    for file in sorted(named ^ records.keys()):
+        raise UserError(f"{path / file}: must stand in both {_MANIFEST} and {_TENSORS}: one of them is corrupt; {_REMEDY}")
+    for file, record in records.items():
+        check_file(path / file, record, remedy=_REMEDY, check_hash=False)
+    return Checkpoint(path, read_json(path / _STATE), groups, records)
 
 
-def _records(manifest: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 by file name. Raises UserError where the manifest is not as `save_checkpoint` writes it."""
+def _read_manifest(manifest: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 by file name. Raises UserError where the manifest is not as `seal_checkpoint` writes it."""
     data = read_json(manifest)
+    if isinstance(data, dict) and data.get("format") != FORMAT and "files" in data:
+        raise UserError(f"{manifest}: format must be {FORMAT}, got {data.get('format')!r}; resume with the version of Lumi that wrote it")
     try:
         files = data["files"]
-        whole = data["format"] == 1 and all(set(record) == {"size", "sha256"} for record in files.values())
+        whole = all(set(record) == {"size", "sha256"} for record in files.values())
     except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -80,9 +191,80 @@ def _records(manifest: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
+def _read_tensors(file: Path) -> dict[str, dict[str, SavedTensor]]:
+    """The tensors of every group, their pieces checked to be all of them. Raises UserError naming the tensor where they are not."""
+    data = read_json(file)
+    where = ""
+    try:
+        groups: dict[str, dict[str, SavedTensor]] = {}
+        for group, tensors in data.items():
+            groups[group] = {}
+            for name, entry in tensors.items():
+                where = f" {group} tensor {name!r}:"
+                groups[group][name] = _saved_tensor(entry)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file}:{where} must tell where a tensor lies: {error}; {_REMEDY}") from error
+    return groups
+
+
+def _saved_tensor(entry: dict[str, Any]) -> SavedTensor:
+    """Raises ValueError, KeyError or TypeError where the entry of a tensor is not as the saver writes it."""
+    boxes = tuple(Box(_lengths(piece["offset"]), _lengths(piece["shape"])) for piece in entry["pieces"])
+    files = tuple(piece["file"] for piece in entry["pieces"])
+    saved = SavedTensor(entry["dtype"], _lengths(entry["shape"]), files, boxes)
+    if saved.dtype not in map(_name_of, _SAFETENSORS_TYPES):
+        raise ValueError(f"dtype must be a type of torch's, got {saved.dtype!r}")
+    for name in files:
+        if not _TENSOR_FILE.fullmatch(name):  # a path could lead anywhere
+            raise ValueError(f"file must be the name of a tensor file beside it, got {name!r}")
+    check_cover(saved.shape, boxes)
+    return saved
+
+
+def _lengths(values: list[int]) -> tuple[int, ...]:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"shapes and offsets must be lists of integers, got {values}")
+    return tuple(values)
+
+
+def describe(tensor: Tensor) -> dict[str, Any]:
+    """What `tensors.json` says of a tensor, before its pieces are known."""
+    return {"dtype": _name_of(tensor.dtype), "shape": list(tensor.shape), "pieces": []}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor_file(group: str, rank: int) -> str:
+    """Name of the file of the pieces of `group` ("model" or "optimizer") that process `rank` writes."""
+    return f"{group}-{rank:05d}.safetensors"
+
+
+def seal_checkpoint(
+    folder: Path, state: dict[str, Any], groups: dict[str, dict[str, dict[str, Any]]], records: dict[str, dict[str, Any]]
+) -> None:
+    """Write the JSON of a checkpoint beside its tensor files, the manifest last.
+
+    Args:
+        groups: what `describe` gave of every tensor by group and name, with `pieces` filled in: `file`, `offset`, `shape`.
+        records: size and SHA-256 of the tensor files.
+
+    Raises:
+        ValueError: the pieces are not the whole of a tensor.
+    """
+    for tensors in groups.values():
+        for entry in tensors.values():
+            _saved_tensor(entry)
+    write_json(folder / _STATE, state)
+    write_json(folder / _TENSORS, groups)
+    written = {name: file_record(folder / name) for name in (_STATE, _TENSORS)}
+    write_json(folder / _MANIFEST, {"format": FORMAT, "files": written | dict(sorted(records.items()))})
+
+
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name) and (path / "manifest.json").is_file()]
+    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name) and (path / _MANIFEST).is_file()]
     return sorted(found)
 
 
@@ -105,13 +287,34 @@ def discard_checkpoint(path: Path) -> None:
     shutil.rmtree(litter)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, in the order of their names, with what others expect in the metadata, and `metadata`."""
-    contiguous = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    path.touch()
-    mode = path.stat().st_mode  # follows the umask; safetensors would leave the file readable by its owner alone
-    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
-    path.chmod(mode)
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, Any]:
+    """Write tensors as safetensors, fsynced, with what others expect in the metadata, and `metadata`.
+
+    Written here, and not by the library, to hash the bytes as they pass, and to leave Python to other threads meanwhile.
+
+    Returns:
+        the file's record, as `lumi.storage.file_record`.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first, so that all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _SAFETENSORS_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(prefix)
+    with open(path, "wb") as file:
+        file.write(prefix)
+        for name in names:
+            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": len(prefix) + end, "sha256": digest.hexdigest()}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

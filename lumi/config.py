@@ -1,8 +1,8 @@
 """Strict JSON <-> frozen dataclasses: every key is known, every value has the declared type.
 
 Each part of Lumi declares its dataclass beside its code; this file only loads, overrides and saves them.
-Supported field types: bool, int, float, str, None, Literal, `X | None`, `tuple[X, ...]`, `X | tuple[X, ...]`, `dict[str, X]`, a
-dataclass, and a union of dataclasses that tell themselves apart by a field `kind: Literal["..."]`.
+Supported field types: bool, int, float, str, None, Literal, `X | None`, `X | Literal`, `tuple[X, ...]`, `X | tuple[X, ...]`,
+`dict[str, X]`, a dataclass, and a union of dataclasses that tell themselves apart by a field `kind: Literal["..."]`.
 """
 
 import dataclasses
@@ -194,12 +194,18 @@ def _coerce_union(options: tuple[Any, ...], value: Any, where: str, path: tuple[
             raise _error(where, (*path, "kind"), f"must be one of {', '.join(map(json.dumps, classes))}, got {_describe(kind)}")
         return _build(classes[kind], value, where, path)
     for option in options:
-        if type(value) is option:
+        if type(value) is option or (typing.get_origin(option) is Literal and value in typing.get_args(option)):
             return value
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             return _coerce(option, value, where, path)
-    names = " or ".join(_TYPE_NAMES.get(option, str(option)) for option in options)
+    names = " or ".join(_describe_type(option) for option in options)
     raise _error(where, path, f"must be {names}, got {_describe(value)}")
+
+
+def _describe_type(option: Any) -> str:
+    if typing.get_origin(option) is Literal:
+        return " or ".join(map(json.dumps, typing.get_args(option)))
+    return _TYPE_NAMES.get(option, str(option))
 
 
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}

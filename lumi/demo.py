@@ -194,7 +194,7 @@ def step_seconds(config: TrainConfig) -> float:
     """Seconds of one optimizer step's forward and backward passes: the second of two micro-batches of random tokens, times their number."""
     assert config.model is not None
     model = Transformer(config.model, REFERENCE, compute_dtype=getattr(torch, config.dtype)).init_weights(0)
-    size, length = config.batches.micro_batch_size, config.batches.sequence_length
+    size, length = config.batches.micro_batch_rows, config.batches.sequence_length
     tokens = torch.randint(config.model.vocab_size, (size, length), generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.arange(0, size * length + 1, length, dtype=torch.int32)
     for _ in range(2):

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lumi.adapter_format import is_adapter
@@ -132,8 +131,8 @@ def _write(output_dir: Path, model: Transformer, tokenizer: Tokenizer, dtype: st
         _check_space(temporary, model.config.num_parameters * DTYPES[dtype].itemsize)
         try:
             save_model(temporary, model, tokenizer, dtype, max_shard_bytes)
-        except SafetensorError as error:
-            raise UserError(f"{output_dir}: cannot be written: {error}; nothing was left there") from error
+        except OSError as error:
+            raise UserError(f"{output_dir}: cannot be written: {error.strerror}; nothing was left there") from error
         reread = load_model(temporary, model.ops, tokenizer=tokenizer)
         weights, rewritten = model.state_dict(), reread.state_dict()
         if not all(torch.equal(weights[name], rewritten[name]) for name in weights) or not torch.equal(_logits(reread), expected):

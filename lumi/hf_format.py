@@ -1,6 +1,6 @@
 """Models as Hugging Face folders: `LlamaForCausalLM`, or `Qwen3ForCausalLM` where the heads' queries and keys are normalised."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,33 @@ _ROPE_SCALING = {  # ours -> theirs
 def save_model(
     folder: str | Path, model: Transformer, tokenizer: Tokenizer, dtype: str = "float32", max_shard_bytes: int | None = None
 ) -> None:
+    """Write a model that is in memory as a folder; all else as `save_model_tensors`."""
+    save_model_tensors(folder, model.config, model.state_dict(), tokenizer, dtype, max_shard_bytes)
+
+
+def save_model_tensors(
+    folder: str | Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: str = "float32",
+    max_shard_bytes: int | None = None,
+) -> None:
     """Write a folder that transformers, and anything that reads its format, loads as it is; replaces an older one atomically.
 
     Leaves `config.json`, `generation_config.json`, `model.safetensors` and the tokenizer's files.
 
     Args:
+        tensors: by our names; each is asked for once, so that they may come from elsewhere one at a time. What is in memory at once
+            is one file's.
         dtype: of the weights on disk, a key of `DTYPES`.
         max_shard_bytes: of the tensors in one file; above it the weights are cut into `model-00001-of-00003.safetensors` and so on,
-            with an index. A tensor that is larger has a file of its own.
+            with an index. A tensor that is larger has a file of its own. None: one file.
     """
     with atomic_folder(folder, replace=True) as temporary:
         tokenizer.save(temporary)
-        write_json(temporary / "config.json", hf_config(model.config, tokenizer, dtype))
+        write_json(temporary / "config.json", hf_config(config, tokenizer, dtype))
         write_json(temporary / "generation_config.json", _generation_config(tokenizer))
-        tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
         _save_weights(temporary, tensors, DTYPES[dtype], max_shard_bytes)
 
 
@@ -67,22 +80,29 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _save_weights(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int | None) -> None:
-    """Write the weights, converted shard by shard, so that only one is in memory twice."""
-    shards: list[list[str]] = [[]]
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
-    for name, size in sizes.items():
-        if shards[-1] and max_shard_bytes is not None and sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
+def _save_weights(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int | None) -> None:
+    """Write the weights file by file. How many there are is known at the end, and part of their names."""
+    parts: list[list[str]] = []
+    total = size = 0
+    shard: dict[str, Tensor] = {}
+    for name in tensors:
+        tensor = tensors[name].to(dtype)
+        if shard and max_shard_bytes is not None and size + tensor.nbytes > max_shard_bytes:
+            save_tensors(folder / f"part-{len(parts)}", shard)
+            parts.append(list(shard))
+            shard, size = {}, 0
+        shard[hf_name(name)] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    save_tensors(folder / f"part-{len(parts)}", shard)
+    parts.append(list(shard))
+    files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    if len(parts) == 1:
         files = [_WEIGHTS]
-    for file, names in zip(files, shards, strict=True):
-        save_tensors(folder / file, {name: tensors[name].to(dtype) for name in names})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / _INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    for number, file in enumerate(files):
+        (folder / f"part-{number}").rename(folder / file)
+    if len(parts) > 1:
+        weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def model_folder(path: str | Path) -> Path:

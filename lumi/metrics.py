@@ -1,38 +1,15 @@
 """What a run says of itself: `metrics.jsonl` and `loss.png`."""
 
+import contextlib
 import json
 import math
 import os
-import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lumi.config import UserError
-
-# Dense bf16 peak in FLOP/s of the GPUs people train on, from NVIDIA's data sheets; MFU is shown where the device is listed.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L4": 121e12,
-    "L40": 181e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None where it is not known (CPUs among them)."""
-    return named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def named_peak_flops(name: str) -> float | None:
-    """The peak of a device by its name, such as "NVIDIA H100 80GB HBM3"."""
-    return next((flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def human(value: float, unit: str = "") -> str:
@@ -44,7 +21,7 @@ def human(value: float, unit: str = "") -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, each with `step` and `kind` ("train" or "validation")."""
+    """`metrics.jsonl`: one JSON object a line, each with `step` and `kind` ("train", "validation" or "checkpoint")."""
 
     def __init__(self, path: Path, resume_step: int = 0):
         self.path = path
@@ -79,21 +56,28 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Tokens per second since the last reading."""
+    """The time between two readings, what of it was waiting for data, and tokens per second."""
 
     def __init__(self):
-        self.start, self.tokens = time.perf_counter(), 0
+        self.start, self.tokens, self.waited = time.perf_counter(), 0, 0.0
 
     def add(self, tokens: int) -> None:
         """Count tokens."""
         self.tokens += tokens
 
-    def read(self) -> float:
-        """Tokens per second since the last call, and begin anew."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as waiting."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def read(self) -> tuple[float, float, float]:
+        """Seconds since the last call, seconds of waiting in them, and tokens per second; and begin anew."""
         now = time.perf_counter()
-        rate = self.tokens / max(now - self.start, 1e-9)
-        self.start, self.tokens = now, 0
-        return rate
+        seconds, waited, rate = now - self.start, self.waited, self.tokens / max(now - self.start, 1e-9)
+        self.start, self.tokens, self.waited = now, 0, 0.0
+        return seconds, waited, rate
 
 
 def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:

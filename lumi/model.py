@@ -7,7 +7,7 @@ Shape letters: B batch, T tokens, D model_dim, H query heads, G kv heads, K head
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -212,19 +212,24 @@ class Transformer(nn.Module):
         return self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def init_weights(self, seed: int) -> "Transformer":
-        """Normal(0, 0.02), the two projections into the residual stream narrowed by 1/sqrt(2 layers) (GPT-2); norms at one.
+        """Give every parameter its value of `initial_weights`."""
+        with torch.no_grad():
+            for name, value in self.initial_weights(seed):
+                self.get_parameter(name).copy_(value)
+        return self
 
-        Drawn on the CPU, so that a seed means the same weights on every device.
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Names and random values, float32 on the CPU, one parameter at a time: a seed means the same weights on every device.
+
+        Normal(0, 0.02), the two projections into the residual stream narrowed by 1/sqrt(2 layers) (GPT-2); norms at one.
         """
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.ndim < 2:
-                    parameter.fill_(1.0)
-                    continue
-                std = 0.02 / math.sqrt(2 * self.config.num_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        return self
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                yield name, torch.ones(parameter.shape)
+                continue
+            std = 0.02 / math.sqrt(2 * self.config.num_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            yield name, torch.randn(parameter.shape, generator=generator) * std
 
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None, cache: Sequence[LayerCache] | None = None

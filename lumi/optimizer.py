@@ -1,17 +1,23 @@
-"""Parameter groups, AdamW, Muon (torch's own), gradient clipping, and the learning rate as a function of the step."""
+"""Parameter groups, AdamW, Muon (torch's own), gradient clipping, and the learning rate as a function of the step.
+
+Parameters are plain tensors or, in parts on several processes, DTensors; then all processes call everything here together.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lumi.config import UserError
 from lumi.kernels.adamw import adamw
 from lumi.kernels.global_norm import global_norm
 from lumi.kernels.native import native_device
+from lumi.muon import ShardedMuon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +123,6 @@ class AdamW(torch.optim.Optimizer):
         members = [(p, self.state[p], group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not members:
             return
-        for parameter, state, _ in members:
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         torch._foreach_add_([state["step"] for _, state, _ in members], 1)
         by_step: dict[int, list[tuple[Tensor, dict[str, Tensor], float]]] = {}
         for member in members:
@@ -129,10 +131,10 @@ class AdamW(torch.optim.Optimizer):
         for number, alike in by_step.items():  # one, unless some parameters had no gradient in some steps
             parameters, states, weight_decays = zip(*alike, strict=True)
             adamw(
-                parameters,
-                [parameter.grad for parameter in parameters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                _own(parameters),
+                _own([parameter.grad for parameter in parameters]),
+                _own([state["exp_avg"] for state in states]),
+                _own([state["exp_avg_sq"] for state in states]),
                 weight_decays=weight_decays,
                 step=number,
                 lr=group["lr"],
@@ -162,21 +164,18 @@ class Optimizer:
         groups = [group for group in groups if group["params"]]
         self.optimizers: list[torch.optim.Optimizer] = []
         if groups:
-            # What compiled code cannot take (a GPU without ours, DTensor, another dtype) gets torch's fused kernel on every device: the
-            # plain-torch definition of ours would be many launches.
-            native = native_device(list(self.named.values())) is not None
+            # What compiled code cannot take (a GPU without ours, another dtype) gets torch's fused kernel on every device: the plain-torch
+            # definition of ours would be many launches.
+            native = native_device(_own(list(self.named.values()))) is not None
             adamw_class = AdamW if native else partial(torch.optim.AdamW, fused=True)
             self.optimizers.append(adamw_class(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps))
         if hidden:
-            self.optimizers.append(
-                torch.optim.Muon(
-                    list(hidden.values()),
-                    lr=config.peak_lr,
-                    weight_decay=config.weight_decay,
-                    momentum=config.muon_momentum,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            sharded = any(isinstance(p, DTensor) for p in hidden.values())
+            muon_class: Any = ShardedMuon if sharded else partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+            settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
+            self.optimizers.append(muon_class(list(hidden.values()), **settings))
+        for optimizer in self.optimizers:
+            _allocate_states(optimizer)
 
     def clip_gradients(self, loss_scale: float = 1.0) -> float:
         """Have the next `step` take `loss_scale` out of all gradients and scale them so that their joint L2 norm is at most
@@ -185,7 +184,7 @@ class Optimizer:
         Returns:
             The norm before clipping; where it is not finite the next `step` does nothing.
         """
-        norm = global_norm([p.grad for p in self.named.values() if p.grad is not None])
+        norm = _whole_norm([p.grad for p in self.named.values() if p.grad is not None])
         self.measured = norm, loss_scale, float(norm) / loss_scale
         return self.measured[2]
 
@@ -207,7 +206,9 @@ class Optimizer:
                 optimizer.step(**clip)
                 continue
             if factor != 1.0:
-                torch._foreach_mul_([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], factor)
+                torch._foreach_mul_(
+                    _own([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]), factor
+                )
             optimizer.step()
 
     def zero_grad(self) -> None:
@@ -217,7 +218,7 @@ class Optimizer:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every state tensor as `parameter name/state name`."""
+        """Every state tensor as `parameter name/state name`; a resume writes into them."""
         return {
             f"{name}/{key}": value
             for name, parameter in self.named.items()
@@ -225,22 +226,33 @@ class Optimizer:
             for key, value in optimizer.state.get(parameter, {}).items()
         }
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave. Raises UserError where the names do not belong to this model and optimizer."""
-        owners = {id(p): optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
-        remedy = "resume with the config that wrote it"
-        for key, value in tensors.items():
-            name, _, state = key.partition("/")
-            parameter = self.named.get(name)
-            optimizer = owners.get(id(parameter))
-            known = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
-            if parameter is None or optimizer is None or state not in known:
-                raise UserError(f"the checkpoint's optimizer state {key!r} does not belong to this model and optimizer; {remedy}")
-            on_cpu = isinstance(optimizer, AdamW) and state == "step"
-            optimizer.state[parameter][state] = value.to("cpu" if on_cpu else parameter.device)
-        missing = [name for name, parameter in self.named.items() if tensors and not owners[id(parameter)].state[parameter]]
-        if missing:
-            raise UserError(f"the checkpoint holds no optimizer state for {missing[0]} ({len(missing)} parameters in all); {remedy}")
+
+def _allocate_states(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros, as the first step would make them: memory is taken at once, and a checkpoint of any step has the same tensors."""
+    moments = ("exp_avg", "exp_avg_sq") if isinstance(optimizer, AdamW | torch.optim.AdamW) else ("momentum_buffer",)
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        state = optimizer.state[parameter]
+        if "exp_avg" in moments:
+            state["step"] = torch.zeros((), device="cpu" if isinstance(optimizer, AdamW) else parameter.device)
+        state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments}
+
+
+def _own(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This process's part of each tensor, in the same memory."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def _whole_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of all gradients, of which each process may have parts: float64 scalar on their device, the same on all."""
+    shared: dict[int, list[Tensor]] = {}  # by the number of processes that hold the same part
+    for gradient in gradients:
+        if not isinstance(gradient, DTensor):
+            return global_norm(gradients)  # whole on every process
+        copies = math.prod(gradient.device_mesh.size(side) for side, p in enumerate(gradient.placements) if p.is_replicate())
+        shared.setdefault(copies, []).append(gradient.to_local())
+    squares = torch.stack([global_norm(parts) ** 2 / copies for copies, parts in shared.items()]).sum()
+    dist.all_reduce(squares)
+    return squares.sqrt()
 
 
 def _check_schedule(warmup_steps: int, final_lr_ratio: float) -> None:

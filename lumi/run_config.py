@@ -9,6 +9,7 @@ from lumi.batches import BatchConfig
 from lumi.lora import LoraConfig
 from lumi.model import ModelConfig
 from lumi.optimizer import OptimizerConfig
+from lumi.parallel import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class TrainConfig:
     lora: LoraConfig | None = None  # null: every parameter is trained
     batches: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     num_steps: int
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of activations and products; master weights are float32
@@ -30,12 +32,18 @@ class TrainConfig:
     save_every: int = 1000
     keep_last: int = 2  # checkpoints; the best one is kept beside them
     final: Literal["last", "best"] = "last"  # which weights final/ holds; "best": of the checkpoint of the lowest validation loss
-    max_skipped_steps: int = 5  # in a row, for a loss or gradient that is not finite, before the run stops
+    max_loss_sigmas: float | None = None  # a step whose loss is this many deviations above those before it is skipped; null: none is
+    max_skipped_steps: int = 5  # in a row, for a loss or gradient that is not finite or a spike, before the run stops
+    step_timeout_seconds: float = 600.0  # what a process may take between two marks of a step before all are stopped
+    preflight: bool = True  # before step 1: time a micro-step, and rehearse an evaluation and a save
 
     def __post_init__(self):
         for name in ("num_steps", "validate_every", "save_every", "keep_last", "max_skipped_steps", "validation_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("max_loss_sigmas", "step_timeout_seconds"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
         if self.model is not None and self.batches.sequence_length > self.model.max_positions:

@@ -1,11 +1,12 @@
-"""The folder of one run: `config.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `final/`."""
+"""The folder of one run: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `final/`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from lumi.checkpoint import Checkpoint, discard_checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint, step_of
+from lumi.checkpoint import Checkpoint, discard_checkpoint, list_checkpoints, open_checkpoint, prune_checkpoints, step_of
 from lumi.config import UserError
+from lumi.parallel import World, attempt
 from lumi.storage import sweep_temporaries
 
 
@@ -43,35 +44,43 @@ class RunFolder:
             )
         return [str(folder / name) for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)]
 
-    def find(self, resume: str | None, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+    def find(self, resume: str | None, world: World, say: Callable[[str], None]) -> Checkpoint | None:
         """The checkpoint to go on from: that of a path, or for "auto" the newest whole one of this run; None where there is none.
+
+        All processes call this together, each checks its share of the bytes, and all get the same checkpoint.
 
         Args:
             say: is told of every newer checkpoint that is damaged.
 
         Raises:
-            UserError: the checkpoint of a path, or every one of this run, is damaged.
+            UserError: the checkpoint of a path, or every one of this run, is damaged. (SystemExit on other processes than the main one.)
         """
-        if resume != "auto":
-            return None if resume is None else (Path(resume), self.load(Path(resume)))
-        faults: list[UserError] = []
-        for path in reversed(list_checkpoints(self.checkpoints)):
-            try:
-                return path, self.load(path)
-            except UserError as error:
-                faults.append(error)
-                say(f"{error}; trying the one before it")
+        if resume is None:
+            return None
+        paths = list(reversed(list_checkpoints(self.checkpoints))) if resume == "auto" else [Path(resume)]
+        paths = world.from_main(paths)
+        faults: list[str] = []
+        for path in paths:
+            checkpoint, fault = attempt(partial(self.load, path, world.rank, world.size))
+            if (fault := world.first(fault)) is None:
+                return checkpoint
+            faults.append(fault)
+            if resume == "auto":
+                say(f"{fault}; trying the one before it")
         if faults:
-            raise UserError(f"{self.checkpoints}: none of {len(faults)} checkpoints is whole; the newest: {faults[0]}") from faults[0]
+            none_whole = f"{self.checkpoints}: none of {len(faults)} checkpoints is whole; the newest: {faults[0]}"
+            world.refuse(none_whole if resume == "auto" else faults[0])
         return None
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of `step`, whether or not there is one."""
         return self.checkpoints / f"step-{step:08d}"
 
-    def load(self, path: Path) -> Checkpoint:
-        """Read a checkpoint; its best is forgotten where that is not here: of another run, or pruned since for a better one."""
-        checkpoint = load_checkpoint(path)
+    def load(self, path: Path, part: int = 0, parts: int = 1) -> Checkpoint:
+        """Open a checkpoint, and check this process's share of its bytes. Its best is forgotten where that is not here: of another run, or
+        pruned since for a better one. Raises UserError where it is damaged."""
+        checkpoint = open_checkpoint(path)
+        checkpoint.verify(part, parts)
         best = checkpoint.state["best"]
         if best is not None and not (self._owns(path) and self.has(best["step"])):
             checkpoint.state["best"] = None
@@ -84,11 +93,9 @@ class RunFolder:
             discard_checkpoint(path)
         return [path.name for path in later]
 
-    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any], keep_last: int) -> Path:
-        """Write a checkpoint and prune the old ones; `state["best"]["step"]`, where there is one, is kept."""
-        path = save_checkpoint(self.checkpoints, step, Checkpoint(tensors, state))
-        prune_checkpoints(self.checkpoints, keep_last, state["best"] and state["best"]["step"])
-        return path
+    def prune(self, keep_last: int, best: int | None) -> None:
+        """Remove all checkpoints but the newest `keep_last` and that of step `best`."""
+        prune_checkpoints(self.checkpoints, keep_last, best)
 
     def has(self, step: int) -> bool:
         """Whether a complete checkpoint of `step` is here."""

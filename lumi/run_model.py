@@ -8,14 +8,17 @@ from typing import Any
 import torch
 
 from lumi.adapter_format import is_adapter, save_adapter, weights_fingerprint
+from lumi.checkpoint import Checkpoint
 from lumi.config import UserError, to_dict
-from lumi.hf_format import load_model, read_shape, save_model
+from lumi.hf_format import load_model, read_shape, save_model_tensors
 from lumi.kernels.bundle import Ops
 from lumi.lora import add_lora
 from lumi.model import ModelConfig, Transformer
 from lumi.pretrained import locate
 from lumi.run_config import TrainConfig
 from lumi.tokenizer import Tokenizer
+
+FINAL_SHARD_BYTES = 5 * 10**9  # of one weights file in final/, which is all that is in memory of a model while it is written
 
 
 def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, ModelConfig, Path | None]:
@@ -48,7 +51,7 @@ def _resolved(shape: ModelConfig) -> dict[str, Any]:
 
 
 def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops, device: torch.device) -> Transformer:
-    """The model with its weights: random ones, or those of `start`, frozen under adapters where the config has `lora`.
+    """The model: with the weights of `start`, frozen under adapters where the config has `lora`; or on the "meta" device, for random ones.
 
     Raises:
         UserError: the vocabulary is too small for the tokenizer, or what `lumi.hf_format.load_model` and `lumi.lora.add_lora` raise.
@@ -57,13 +60,14 @@ def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer
         raise UserError(f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size} pieces, got {shape.vocab_size}")
     dtype = getattr(torch, config.dtype)
     if start is None:
-        model = Transformer(shape, ops, compute_dtype=dtype).init_weights(config.seed)
+        with torch.device("meta"):
+            model = Transformer(shape, ops, compute_dtype=dtype)
     else:
-        model = load_model(start, ops, dtype, tokenizer)
+        model = load_model(start, ops, dtype, tokenizer).to(device)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, _token_ids(config.lora.tokens, tokenizer))
     model.gradient_checkpointing = config.gradient_checkpointing
-    return model.train().to(device)
+    return model.train()
 
 
 def _token_ids(pieces: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -79,12 +83,19 @@ def start_fingerprint(start: Path | None) -> str | None:
 
 
 def save_final(
-    folder: Path, model: Transformer, config: TrainConfig, start: Path | None, fingerprint: str | None, tokenizer: Tokenizer
+    folder: Path,
+    model: Transformer,
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    start: Path | None,
+    fingerprint: str | None,
+    tokenizer: Tokenizer,
 ) -> None:
-    """Write `final/`: the model, or its adapter, which names the weights `start` that had this fingerprint when the run began."""
+    """Write `final/` from a checkpoint: the model, or its adapter, which names the weights `start` that had this fingerprint when the run
+    began. `model` says what the tensors are; its own values, of which this process may have a part only, are not read."""
     if config.lora is None:
-        save_model(folder, model, tokenizer)
+        save_model_tensors(folder, model.config, checkpoint.tensors("model"), tokenizer, max_shard_bytes=FINAL_SHARD_BYTES)
     else:
         assert start is not None
         assert fingerprint is not None
-        save_adapter(folder, model, config.lora, tokenizer, start, fingerprint)
+        save_adapter(folder, model, config.lora, tokenizer, start, fingerprint, checkpoint.tensors("model"))

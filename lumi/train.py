@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 lumi/train.py --config C --data-dirs S... --tokenize
 import math
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,26 @@ from lumi.batches import Batch, prefetch
 from lumi.checkpoint import Checkpoint
 from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, differences, load_config, to_dict, write_json
+from lumi.devices import peak_flops
 from lumi.evaluation import held_out_loss
-from lumi.interruption import StopSignal
+from lumi.interruption import Interrupted, StopSignal
 from lumi.kernels.bundle import Ops, select
-from lumi.lora import load_trained, trained_tensors
-from lumi.metrics import Meter, MetricsLog, draw_loss, human, peak_flops
+from lumi.lora import trained_tensors
+from lumi.loss_spikes import LossSpikes
+from lumi.metrics import Meter, MetricsLog, draw_loss, human
 from lumi.optimizer import LossScale, Optimizer, lr_at
-from lumi.parallel import World, data_parallel, gradient_sync, process_group
+from lumi.parallel import World, attempt, gradient_sync, parallelize, process_group, reshard
 from lumi.plan import describe_plan
+from lumi.preflight import choose_micro_batch, free_memory, rehearse
 from lumi.progress import progress_bar
 from lumi.run_config import Paths, TrainConfig
 from lumi.run_data import RunData
 from lumi.run_folder import RunFolder
 from lumi.run_model import build, resolve, save_final, start_fingerprint
+from lumi.run_status import Status, write_status
+from lumi.saver import Saver
+from lumi.tensor_parallel import check_tensor_parallel
+from lumi.watchdog import Watchdog
 
 
 class Trainer:
@@ -39,22 +47,32 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
         config, shape, self.start = resolve(config, paths.model_path)
-        self.config, self.paths, self.world, self.folder = config, paths, world, RunFolder(paths.output_dir)
-        self.world.on_main(self._claim_folder)
-        self.micro_steps = config.batches.micro_steps(world.size)
-        self.data = RunData(config, paths, world)
-        self.identity = self._identity()
+        self.paths, self.world = paths, world
         self.ops = _select_kernels(config.kernels, world.device, shape.per_head)
+        self.folder = RunFolder(paths.output_dir)
+        free = free_memory(world.device)
+        self.config, self.data = config, RunData(config, paths, world)
+        self.identity = self._identity()  # before the weights that it names are read
         self.model = build(config, shape, self.start, self.data.tokenizer, self.ops, world.device)
-        self.optimizer = Optimizer(self.model, config.optimizer)
-        self.loss_scale = LossScale(config.dtype)
-        self.state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "best": None, "validation": None}
-        self._resume()
+        self.num_trained = sum(tensor.numel() for tensor in trained_tensors(self.model).values()) if config.lora else None
+        self.config = config = choose_micro_batch(config, world, self.ops.name, free, self.num_trained)
+        self.micro_steps = config.batches.micro_steps(world.layout.data)
         if config.compile:
             for layer in self.model.layers:
                 layer.compile()
-        self.parallel_model = data_parallel(self.model, world)
-        self.stop = StopSignal()
+        weights = self.model.initial_weights(config.seed) if self.start is None else None
+        self.parallel_model = parallelize(self.model, world, config.parallel.reduce_dtype, weights)
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.loss_scale = LossScale(config.dtype)
+        self.spikes = LossSpikes(config.max_loss_sigmas)
+        fine_tuning = self.start is not None and bool(self.data.validation)
+        self.state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "skipped_steps": 0, "best": None, "validation": None}
+        self.state["validation_due"] = fine_tuning  # what fine-tuning begins at
+        self.saved_step: int | None = None
+        self.fault: str | None = None  # why this process could not read the data of a step
+        self._resume()
+        self.saver = Saver(self.folder.checkpoints, world.rank, world.size, world.saving)
+        self.watchdog = Watchdog(world.patient, config.step_timeout_seconds, self._report_hang)
         self.meter = Meter()
         self.flops_per_token = shape.flops_per_token(config.batches.sequence_length, frozen=config.lora is not None)
         peak = peak_flops(world.device)
@@ -63,48 +81,93 @@ class Trainer:
     def train(self) -> bool:
         """The one training loop, from the step after `state["step"]` to `num_steps`. Returns False where a signal ended it early."""
         config, world = self.config, self.world
-        if self.start is not None and self.data.validation and self.state["step"] == 0:
-            self._validate()  # what fine-tuning begins at
-        for step, micro_batches in prefetch(self._micro_batches, range(self.state["step"] + 1, config.num_steps + 1)):
-            num_targets, stopping = world.sum(sum(batch.num_targets for batch in micro_batches), self.stop.received)
+        if self.state["validation_due"]:
+            self._validate()
+        for step, micro_batches in self._loaded():
+            num_targets, stopping = self._agree(micro_batches)
             if stopping:
                 self._save()
                 return False
-            torch.manual_seed(_step_seed(config.seed, step, world.rank))  # what a step draws depends on nothing before it
-            dloss = self.loss_scale.value * world.size / num_targets  # DDP takes a mean over processes; the loss is the sum / all targets
+            torch.manual_seed(_step_seed(config.seed, step, world.data_rank))  # what a step draws depends on nothing before it
+            # Gradients are means over the processes that read different rows; the loss is the sum over all targets, by their number.
+            dloss = self.loss_scale.value * world.layout.data / num_targets
             nats: list[Tensor] = []
             for index, batch in enumerate(micro_batches):
-                batch = batch.to(world.device)
-                with gradient_sync(self.parallel_model, enabled=index == len(micro_batches) - 1):
-                    loss = self.parallel_model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, dloss)
-                    (loss * dloss).backward()
-                nats.append(loss.detach())
+                self.watchdog.mark(step, f"micro-step {index + 1} of {len(micro_batches)}")
+                nats.append(self._forward_backward(batch, dloss, last=index == len(micro_batches) - 1))
+            self.watchdog.mark(step, "optimizer")
             mean_loss = world.sum(torch.stack(nats).sum().item())[0] / num_targets
             gradient_norm, lr = self.optimizer.clip_gradients(self.loss_scale.value), lr_at(step, config.num_steps, config.optimizer)
             finite = math.isfinite(mean_loss) and math.isfinite(gradient_norm)
-            if finite:
+            accepted = finite and not self.spikes.is_spike(mean_loss)
+            if accepted:
                 self.optimizer.step(lr)
+            if finite:
+                self.spikes.record(mean_loss)
             self.optimizer.zero_grad()
             self.loss_scale.update(finite)
-
-            self.state |= {"step": step, "skipped_in_a_row": 0 if finite else self.state["skipped_in_a_row"] + 1}
-            self._log_step(mean_loss, gradient_norm, lr, int(num_targets))
-            if not finite:
-                self._report_skipped(mean_loss, gradient_norm, nats)
-            saving = step % config.save_every == 0 or step == config.num_steps
-            if self.data.validation and (saving or step % config.validate_every == 0):
-                self._validate()
-            if saving:
-                self._save()
+            self._end_step(step, accepted, mean_loss, gradient_norm, lr, num_targets, nats)
         return True
+
+    def _loaded(self) -> Iterator[tuple[int, list[Batch]]]:
+        """The steps to do, with their micro-batches; waiting for them is on record, and `fault` where they cannot be read."""
+        steps = range(self.state["step"] + 1, self.config.num_steps + 1)
+        loading = prefetch(self._micro_batches, steps)
+        for step in steps:
+            self.watchdog.mark(step, "waiting for data")
+            with self.meter.waiting():
+                loaded, fault = attempt(lambda: next(loading))
+            self.fault = fault
+            yield loaded or (step, [])
+
+    def _agree(self, micro_batches: list[Batch]) -> tuple[int, bool]:
+        """The targets of a step over all processes, and whether any was told to stop.
+
+        Raises:
+            UserError: on any process data could not be read, or a save has failed.
+        """
+        self.watchdog.mark(self.state["step"] + 1, "counting targets")
+        counts = sum(batch.num_targets for batch in micro_batches), self.world.stop.received, self.fault is not None, self.saver.failed
+        targets, stopping, unread, failed = self.world.sum(*counts)
+        if unread:
+            self.world.refuse(self.world.first(self.fault) or "")
+        if failed:
+            self.saver.wait()
+        return round(targets) // self.world.layout.tensor, stopping > 0
+
+    def _forward_backward(self, batch: Batch, dloss: float, last: bool) -> Tensor:
+        """One micro-step; returns its loss, summed over this process's targets."""
+        batch = batch.to(self.world.device)
+        with gradient_sync(self.parallel_model, enabled=last):
+            loss = self.parallel_model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, dloss)
+            (loss * dloss).backward()
+        return loss.detach()
+
+    def _end_step(
+        self, step: int, accepted: bool, loss: float, gradient_norm: float, lr: float, num_targets: int, nats: list[Tensor]
+    ) -> None:
+        """Count and log a step, and do what is due after it."""
+        config, state = self.config, self.state
+        self.watchdog.mark(step, "logging")
+        state["step"] = step
+        state["skipped_in_a_row"] = 0 if accepted else state["skipped_in_a_row"] + 1
+        state["skipped_steps"] += not accepted
+        self._log_step(loss, gradient_norm, lr, num_targets)
+        if not accepted:
+            self._report_skipped(loss, gradient_norm, nats)
+        saving = step % config.save_every == 0 or step == config.num_steps
+        if self.data.validation and (saving or step % config.validate_every == 0):
+            self._validate()
+        if saving:
+            self._save()
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This process's rows of a step."""
         return [self.data.batches.rows(step, *self._rows(index)) for index in range(self.micro_steps)]
 
     def _rows(self, micro_step: int) -> tuple[int, int]:
-        size = self.config.batches.micro_batch_size
-        first = (self.world.rank * self.micro_steps + micro_step) * size
+        size = self.config.batches.micro_batch_rows
+        first = (self.world.data_rank * self.micro_steps + micro_step) * size
         return first, first + size
 
     def _log_step(self, loss: float, gradient_norm: float, lr: float, num_targets: int) -> None:
@@ -112,60 +175,78 @@ class Trainer:
         self.meter.add(config.batches.batch_tokens)
         if not self.world.is_main:
             return
-        rate = self.meter.read()
+        seconds, waited, rate = self.meter.read()
         extra: dict[str, Any] = {"mfu": rate * self.flops_per_token / self.peak_flops} if self.peak_flops else {}
         if len(self.data.stores) > 1:
             extra["mix"] = [round(share, 6) for share in self.data.batches.mix(step)]
-        skipped = self.state["skipped_in_a_row"] > 0
+        if self.state["skipped_in_a_row"] > 0 or self.state["skipped_steps"] > 0:
+            extra["skipped_steps"] = self.state["skipped_steps"]
         values = {"loss": loss, "gradient_norm": gradient_norm, "lr": lr, "tokens_per_second": round(rate, 1), "targets": num_targets}
-        self.log.write(step, "train", **values, tokens=step * config.batches.batch_tokens, skipped=skipped, **extra)
+        times = {"step_seconds": round(seconds, 4), "data_wait_seconds": round(waited, 4)}
+        skipped = self.state["skipped_in_a_row"] > 0
+        self.log.write(step, "train", **values, **times, tokens=step * config.batches.batch_tokens, skipped=skipped, **extra)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {human(rate)} tokens/s", refresh=False)
         self.bar.update()
 
     def _report_skipped(self, loss: float, gradient_norm: float, nats: list[Tensor]) -> None:
         """Name the documents behind a step that was skipped, each process its own; stop after too many steps in a row."""
         step, skipped = self.state["step"], self.state["skipped_in_a_row"]
-        self._say(f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}")
+        spike = math.isfinite(loss) and math.isfinite(gradient_norm)
+        self._say(f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}{', a spike' if spike else ''}")
         for index, value in enumerate(nats):
-            if not value.isfinite():
+            if spike or not value.isfinite():
                 named = self.data.name_documents(step, *self._rows(index))
                 tqdm.write(f"step {step}: loss {value.item()} in a micro-batch of {named}")
         if skipped >= self.config.max_skipped_steps:
             self._save()
-            raise UserError(
-                f"the loss or gradient was not finite in {skipped} steps running, up to step {step}; "
-                f"to inspect: {self.folder.checkpoints / f'step-{step:08d}'}; a lower optimizer.peak_lr often mends it"
+            self.saver.wait()
+            what = "the loss was a spike, or it or the gradient not finite," if spike else "the loss or gradient was not finite"
+            self.world.refuse(
+                f"{what} in {skipped} steps running, up to step {step}; "
+                f"to inspect: {self.folder.checkpoint(step)}; a lower optimizer.peak_lr often mends it"
             )
 
     def _validate(self) -> None:
-        step, config = self.state["step"], self.config
+        """The held-out loss of now. A signal cuts it short: it is due again when the run goes on."""
+        step, config, world = self.state["step"], self.config, self.world
+
+        def stopping() -> bool:
+            self.watchdog.mark(step, "validation")
+            return world.sum(world.stop.received)[0] > 0
+
         token_bytes = self.data.tokenizer.token_bytes
-        result = held_out_loss(self.model, self.data.validation, token_bytes, config.batches, self.world, config.validation_tokens)
-        self.state["validation"] = {"step": step, **asdict(result)} if math.isfinite(result.loss) else None
-        if self.world.is_main:
-            self.log.write(step, "validation", **asdict(result))
-            self._say(f"step {step}: validation loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte")
-            draw_loss(self.folder.metrics, self.folder.picture, f"{self.paths.output_dir.name}: loss")
+        result = held_out_loss(self.model, self.data.validation, token_bytes, config.batches, world, config.validation_tokens, stopping)
+        reshard(self.model)
+        self.state["validation_due"] = result is None
+        if result is not None:
+            self.state["validation"] = {"step": step, **asdict(result)} if math.isfinite(result.loss) else None
+            if world.is_main:
+                self.log.write(step, "validation", **asdict(result))
+                self._say(f"step {step}: validation loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte")
+                self._draw()
         self.meter.read()  # the time that validation took is not training's
 
     def _save(self) -> None:
-        """A checkpoint of now, by the main process, if there is none yet. Best is the lowest validation loss among the saved."""
+        """Begin a checkpoint of now, if there is none yet. Best is the lowest validation loss among the saved."""
         step, best, validation = self.state["step"], self.state["best"], self.state["validation"]
+        if self.saved_step == step:
+            return  # a signal during a step that saved comes here again
         if validation and validation["step"] == step and (best is None or validation["loss"] < best["loss"]):
             self.state["best"] = {"step": step, "loss": validation["loss"]}
-        tensors = {"model": trained_tensors(self.model), "optimizer": self.optimizer.state_tensors()}
-        state = {**self.state, "loss_scale": vars(self.loss_scale), "identity": self.identity, "config": to_dict(self.config)}
+        state = {**self.state, "loss_scale": vars(self.loss_scale), "spikes": self.spikes.state()}
+        state |= {"identity": self.identity, "config": to_dict(self.config)}
+        keep_best = self.state["best"] and self.state["best"]["step"]
 
-        def write() -> None:
-            if not self.folder.has(step):  # a signal during a step that saved comes here again
-                self._say(f"step {step}: saved {self.folder.save(step, tensors, state, self.config.keep_last)}")
+        def finish(path: Path) -> None:
+            self.folder.prune(self.config.keep_last, keep_best)
+            self._say(f"step {step}: saved {path}")
 
-        self.world.on_main(write)
+        with self.watchdog.patience("saving"):
+            stall = self.saver.begin(step, self._tensors(), state, finish)
+        self.saved_step = step
+        if self.world.is_main:
+            self.log.write(step, "checkpoint", stall_seconds=round(stall, 4))
         self.meter.read()
-
-    def _claim_folder(self) -> None:
-        for name in self.folder.claim(self.paths.resume):
-            self._say(f"removed {name}, left by a run that was interrupted")
 
     def _identity(self) -> dict[str, Any]:
         """What decides the weights' shapes and which data a step sees: it must be the same when a run goes on."""
@@ -183,77 +264,113 @@ class Trainer:
 
     def _resume(self) -> None:
         """Weights, optimizer state and step from the checkpoint that `--resume-from-checkpoint` means."""
-        found = self.folder.find(self.paths.resume, self._say)
+        found = self.folder.find(self.paths.resume, self.world, self._say)
         if found is not None:
-            self._restore(*found)
-            if self.world.is_main:
-                for name in self.folder.abandon_after(self.state["step"]):
-                    self._say(f"removed {name}: this run goes on from before it")
+            _, fault = attempt(lambda: self._restore(found))
+            if fault := self.world.first(fault):
+                self.world.refuse(fault)
+            self.world.on_main(self._abandon_later)
+            self._say(f"resumed from {found.path} at step {self.state['step']}")
         elif self.paths.resume:
             self._say(f"no checkpoint in {self.folder.checkpoints}: starting at step 0")
-        if not self.world.all_equal(self.state["step"]):
-            raise UserError(
-                f"--output-dir must be on a disk that all machines share, got {self.paths.output_dir} with different checkpoints"
-            )
 
-    def _restore(self, path: Path, checkpoint: Checkpoint) -> None:
-        tensors, state = checkpoint.tensors, checkpoint.state
+    def _abandon_later(self) -> None:
+        for name in self.folder.abandon_after(self.state["step"]):
+            self._say(f"removed {name}: this run goes on from before it")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = dict(checkpoint.state)
         if changed := differences(state.pop("identity"), self.identity):
             more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-            raise UserError(f"{path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with")
+            raise UserError(f"{checkpoint.path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with")
         if state["step"] > self.config.num_steps:
             raise UserError(f"num_steps must be at least the checkpoint's step {state['step']}, got {self.config.num_steps}")
         for change in differences(state.pop("config"), to_dict(self.config)):
             self._say(f"changed since the checkpoint: {change}")
-        load_trained(self.model, tensors["model"])
-        self.optimizer.load_state_tensors(tensors["optimizer"])
+        checkpoint.fill("model", trained_tensors(self.model))
+        checkpoint.fill("optimizer", self.optimizer.state_tensors())
         loss_scale = state.pop("loss_scale")
         if self.loss_scale.enabled and loss_scale["enabled"]:
             vars(self.loss_scale).update(loss_scale)
+        self.spikes.load(state.pop("spikes"))
         self.state = state
-        self._say(f"resumed from {path} at step {self.state['step']}")
+        if self.folder.has(state["step"]):
+            self.saved_step = state["step"]
+
+    def _report_hang(self, message: str) -> None:
+        write_status(self.folder.path, "failed", self.state["step"], message=message)
 
     def _say(self, line: str) -> None:
         if self.world.is_main:
             tqdm.write(line)
 
+    def _draw(self) -> None:
+        draw_loss(self.folder.metrics, self.folder.picture, f"{self.paths.output_dir.name}: loss")
+
     def _plan(self) -> str:
-        num_trained = sum(tensor.numel() for tensor in trained_tensors(self.model).values()) if self.config.lora else None
         size, device, kernels, data = self.world.size, self.world.device, self.ops.name, self.data
-        plan = describe_plan(self.config, data.shares(), data.num_validation_tokens(), size, device, kernels, self.peak_flops, num_trained)
+        validation = data.num_validation_tokens()
+        plan = describe_plan(self.config, data.shares(), validation, size, device, kernels, self.peak_flops, self.num_trained)
         return "\n".join([f"plan\n{plan}", *data.describe_conversations()])
 
-    def _return_to_best(self) -> None:
-        best = self.state["best"]
-        if best is not None and best["step"] != self.state["step"]:
-            load_trained(self.model, self.folder.load(self.folder.checkpoint(best["step"])).tensors["model"])
-            self._say(f"final is the checkpoint of step {best['step']}, of the lowest validation loss: {best['loss']:.4f}")
+    def _rehearse(self) -> None:
+        """A micro-step of step 1, a batch of validation and a save, before anything counts."""
+        config, world = self.config, self.world
+        batch = self.data.batches.rows(1, *self._rows(0))
+        splits, token_bytes = self.data.validation[:1], self.data.tokenizer.token_bytes
+        one_batch = world.layout.data * config.batches.micro_batch_rows * config.batches.sequence_length
 
-    def run(self) -> int:
-        """Plan, train, and leave `final/`. Returns the process's exit code: 0, or 128 + the signal that ended it."""
-        folder, main = self.folder, self.world.is_main
-        if main:
+        def micro_step() -> None:
+            self._forward_backward(batch, 1.0, last=True)
+            self.optimizer.zero_grad()
+
+        def validate() -> None:
+            held_out_loss(self.model, splits, token_bytes, config.batches, world, one_batch)
+            reshard(self.model)
+
+        def save(folder: Path) -> float:
+            with Saver(folder, world.rank, world.size, world.saving) as saver:
+                return saver.begin(0, self._tensors(), {})
+
+        done = rehearse(micro_step, validate if splits else None, save, self.folder.checkpoints, world)
+        self._say(done.describe(self.micro_steps, config.num_steps))
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {"model": trained_tensors(self.model), "optimizer": self.optimizer.state_tensors()}
+
+    def run(self) -> bool:
+        """Plan, rehearse, train, and leave `final/`. Returns whether it came to its end: False where a signal stopped it."""
+        folder, world = self.folder, self.world
+        if world.is_main:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(folder.config, to_dict(self.config))
             self.log = MetricsLog(folder.metrics, self.state["step"])
             self._say(self._plan())
+        if self.config.preflight and self.state["step"] == 0:
+            self._rehearse()
+        if world.is_main:
             self.bar = progress_bar("train", "step", total=self.config.num_steps, initial=self.state["step"])
-        with self.stop:
+        with self.saver, self.watchdog:
             finished = self.train()
-        if main:
+            with self.watchdog.patience("saving"):
+                self.saver.wait()
+        if world.is_main:
             self.bar.close()
             self.log.close()
-            draw_loss(folder.metrics, folder.picture, f"{self.paths.output_dir.name}: loss")
-            if finished:
-                if self.config.final == "best":
-                    self._return_to_best()
-                save_final(folder.final, self.model, self.config, self.start, self.identity["start"], self.data.tokenizer)
-                self._say(f"final model: {folder.final}")
+            self._draw()
         if finished:
-            return 0
-        number = self.stop.received or signal.SIGTERM
-        self._say(f"stopped by {signal.Signals(number).name} after step {self.state['step']}; go on with --resume-from-checkpoint auto")
-        return 128 + number
+            world.on_main(self._save_final)
+        return finished
+
+    def _save_final(self) -> None:
+        """Write `final/` from the checkpoint of the last step, or of the best, one file at a time."""
+        step, best = self.state["step"], self.state["best"]
+        if self.config.final == "best" and best is not None and best["step"] != step:
+            step = best["step"]
+            self._say(f"final is the checkpoint of step {step}, of the lowest validation loss: {best['loss']:.4f}")
+        checkpoint = self.folder.load(self.folder.checkpoint(step))
+        save_final(self.folder.final, self.model, checkpoint, self.config, self.start, self.identity["start"], self.data.tokenizer)
+        self._say(f"final model: {self.folder.final}")
 
 
 def _select_kernels(name: str, device: torch.device, head_dim: int) -> Ops:
@@ -268,9 +385,53 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def train(config: TrainConfig, paths: Paths, device: str = "auto") -> int:
-    """Run a training from start to end on this process's share. Returns the exit code."""
-    with process_group(device) as world:
-        return Trainer(config, paths, world).run()
+    """Run a training from start to end on this process's share.
+
+    Returns:
+        The process's exit code: 0, or 128 + the signal that ended it.
+    """
+    with StopSignal() as stop, process_group(device, config.parallel, stop, config.step_timeout_seconds) as world:
+        folder = RunFolder(paths.output_dir)
+        world.on_main(lambda: _check(config, paths, world))
+        world.on_main(lambda: _claim(folder, paths.resume))
+        trainer: Trainer | None = None
+
+        def report(status: Status, **more: str) -> None:
+            if world.is_main:
+                write_status(folder.path, status, trainer.state["step"] if trainer else 0, **more)
+
+        report("running")
+        try:
+            trainer = Trainer(config, paths, world)
+            finished = trainer.run()
+        except Interrupted:
+            finished = False
+        except BaseException as error:
+            report("failed", message=str(error))
+            raise
+        if finished:
+            report("finished")
+            return 0
+        name = signal.Signals(number := world.signal()).name
+        report("preempted", signal=name)
+        if world.is_main:
+            after = f" after step {trainer.state['step']}" if trainer else ""
+            tqdm.write(f"stopped by {name}{after}; go on with --resume-from-checkpoint auto")
+        return 128 + number
+
+
+def _check(config: TrainConfig, paths: Paths, world: World) -> None:
+    """Raises UserError where config, model and processes do not go together: in one process, before any work."""
+    config, shape, _ = resolve(config, paths.model_path)
+    check_tensor_parallel(shape, config.batches.sequence_length, world.layout.tensor, config.lora is not None and config.lora.dora)
+    if config.batches.micro_batch_size != "auto":
+        config.batches.micro_steps(world.layout.data)
+    _select_kernels(config.kernels, world.device, shape.per_head)
+
+
+def _claim(folder: RunFolder, resume: str | None) -> None:
+    for name in folder.claim(resume):
+        tqdm.write(f"removed {name}, left by a run that was interrupted")
 
 
 def main(argv: list[str]) -> int:

@@ -1,12 +1,12 @@
 """What is exported and merged computes what the model in memory computes; transformers is the judge of the folders."""
 
+import errno
 import json
 import shutil
 
 import pytest
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from lumi import export as exporting
 from lumi.adapter_format import save_adapter, weights_fingerprint
@@ -206,7 +206,7 @@ def test_what_is_read_back_differently_is_removed(run, tmp_path, monkeypatch, da
 def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
     def fill(folder, *_):
         (folder / "config.json").write_text("{}")
-        raise SafetensorError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(exporting, "save_model", fill)
     with pytest.raises(UserError, match=r"out: cannot be written: No space left on device; nothing was left there"):

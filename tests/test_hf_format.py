@@ -1,6 +1,8 @@
 """transformers is the judge: what we write it reads, what it writes we read, and both compute the same."""
 
 import json
+import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lumi.config import UserError
 from lumi.generate import SamplingConfig, generate_ids
-from lumi.hf_format import load_model, model_folder, save_model
+from lumi.hf_format import load_model, model_folder, save_model, save_model_tensors
 from lumi.kernels.bundle import REFERENCE
 from lumi.kernels.rope import RopeScaling
 from lumi.model import ModelConfig, Transformer
@@ -168,6 +170,44 @@ def test_weights_cut_into_files(tied, tokenizer, tmp_path):
     assert [path.name for path in (tmp_path / "one").glob("model*")] == ["model.safetensors"]
     save_model(tmp_path / "each", model, tokenizer, max_shard_bytes=1)
     assert len(list((tmp_path / "each").glob("model-*-of-*.safetensors"))) == len(model.state_dict())
+
+
+class OnDemand(Mapping):
+    """Tensors made when they are asked for; counts how often, and the most bytes that were alive at a time."""
+
+    def __init__(self, tensors):
+        self.whole, self.asked, self.alive, self.most = tensors, [], 0, 0
+
+    def __getitem__(self, name):
+        self.asked.append(name)
+        tensor = self.whole[name].clone()
+        self.alive += tensor.nbytes
+        self.most = max(self.most, self.alive)
+        weakref.finalize(tensor, self.forget, tensor.nbytes)
+        return tensor
+
+    def forget(self, size):
+        self.alive -= size
+
+    def __iter__(self):
+        return iter(self.whole)
+
+    def __len__(self):
+        return len(self.whole)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_are_never_all_in_memory(tied, tokenizer, tmp_path):
+    """The same files, byte by byte, as of a model in memory; but of it no more than one file and the next tensor."""
+    model = build(tokenizer, tied_embeddings=tied)
+    tensors = OnDemand(model.state_dict())
+    save_model_tensors(tmp_path / "lazy", model.config, tensors, tokenizer, max_shard_bytes=120_000)
+    assert tensors.asked == list(model.state_dict())
+    assert tensors.most <= 120_000 + max(tensor.nbytes for tensor in tensors.whole.values()) < 4 * model.config.num_parameters / 2
+    assert tensors.alive == 0
+    save_model(tmp_path / "at once", model, tokenizer, max_shard_bytes=120_000)
+    lazy, at_once = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("lazy", "at once"))
+    assert lazy == at_once
 
 
 def test_what_ends_an_answer(tokenizer, tmp_path):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lumi.config import UserError
-from lumi.metrics import Meter, MetricsLog, draw_loss, human, named_peak_flops, read_metrics
+from lumi.metrics import Meter, MetricsLog, draw_loss, human, read_metrics
 
 
 def test_a_resumed_log_drops_what_will_be_done_again(tmp_path):
@@ -44,11 +44,6 @@ def test_human():
     assert human(3, "B") == "3 B"
 
 
-def test_peak_flops_by_name():
-    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA L40S": 362e12, "NVIDIA L40": 181e12, "NVIDIA L4": 121e12, "NVIDIA RTX A1000": None}
-    assert {name: named_peak_flops(name) for name in peaks} == peaks
-
-
 def test_what_is_not_finite_becomes_null(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     log.write(1, "train", loss=float("nan"), norm=float("inf"), lr=0.5, tokens=3)
@@ -57,11 +52,12 @@ def test_what_is_not_finite_becomes_null(tmp_path):
 
 
 def test_meter(monkeypatch):
-    times = iter([0.0, 2.0, 3.0])
+    times = iter([0.0, 0.5, 1.25, 2.0, 3.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     meter = Meter()
     meter.add(100)
-    meter.add(300)
-    assert meter.read() == 200.0
+    with meter.waiting():
+        meter.add(300)
+    assert meter.read() == (2.0, 0.75, 200.0)
     meter.add(50)
-    assert meter.read() == 50.0
+    assert meter.read() == (1.0, 0.0, 50.0)

@@ -4,7 +4,6 @@ import weakref
 import pytest
 import torch
 
-from lumi.config import UserError
 from lumi.kernels.bundle import REFERENCE
 from lumi.lora import LoraConfig, add_lora
 from lumi.model import ModelConfig, Transformer
@@ -22,6 +21,13 @@ def fill_gradients(model, seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def load_states(optimizer, values):
+    states = optimizer.state_tensors()
+    assert states.keys() == values.keys()
+    for name, state in states.items():
+        state.copy_(values[name])
 
 
 def test_cosine_by_hand():
@@ -188,7 +194,7 @@ def test_on_a_gpu_as_on_the_cpu(kind):
         for a, b in zip(model.parameters(), other.parameters(), strict=True):
             b.grad = a.grad.cuda()
         if seed == 2:
-            other_optimizer.load_state_tensors({k: v.cpu() for k, v in other_optimizer.state_tensors().items()})
+            load_states(other_optimizer, {k: v.cpu() for k, v in other_optimizer.state_tensors().items()})
         assert other_optimizer.clip_gradients(4.0) == pytest.approx(optimizer.clip_gradients(4.0), rel=1e-12)
         for o in (optimizer, other_optimizer):
             o.step(0.01)
@@ -218,8 +224,8 @@ def test_states_and_updates_are_those_of_torch():
         if seed == 2:  # each goes on from the other's state
             ours, theirs = ({k: v.clone() for k, v in o.state_tensors().items()} for o in (optimizer, other_optimizer))
             assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
-            optimizer.load_state_tensors(theirs)
-            other_optimizer.load_state_tensors(ours)
+            load_states(optimizer, theirs)
+            load_states(other_optimizer, ours)
         for m, o in ((model, optimizer), (other, other_optimizer)):
             fill_gradients(m, seed)
             o.clip_gradients(loss_scale=4.0)
@@ -298,7 +304,7 @@ def test_adapters_alone(kind):
     optimizer.step(0.1)
     assert not [name for name, p in optimizer.named.items() if torch.equal(p, before[name])]
     again = Optimizer(model, OptimizerConfig(kind=kind))
-    again.load_state_tensors(optimizer.state_tensors())
+    load_states(again, optimizer.state_tensors())
     assert again.state_tensors().keys() == optimizer.state_tensors().keys()
 
 
@@ -330,22 +336,22 @@ def test_state_round_trip_continues_bit_for_bit(kind):
     run(model, optimizer, range(3, 6))
     resumed, resumed_optimizer = build(kind=kind)
     resumed.load_state_dict(weights)
-    resumed_optimizer.load_state_tensors(states)
+    load_states(resumed_optimizer, states)
     run(resumed, resumed_optimizer, range(3, 6))
     for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_refuses_states_of_another_optimizer():
+def test_states_are_there_from_the_start():
+    """A checkpoint of step 0 has what one of any step has, and loading it changes nothing."""
     model, optimizer = build(kind="muon")
+    before = {name: state.clone() for name, state in optimizer.state_tensors().items()}
+    assert all((state == 0).all() for state in before.values())
     fill_gradients(model, 0)
     optimizer.step(0.1)
-    states = optimizer.state_tensors()
-    with pytest.raises(UserError, match=r"'layers\.0\.attention\.q_proj\.weight/momentum_buffer' does not belong"):
-        build(kind="adamw")[1].load_state_tensors(states)
-    del states["final_norm.weight/step"], states["final_norm.weight/exp_avg"], states["final_norm.weight/exp_avg_sq"]
-    with pytest.raises(UserError, match=r"no optimizer state for final_norm\.weight \(1 parameters in all\)"):
-        build(kind="muon")[1].load_state_tensors(states)
+    after = optimizer.state_tensors()
+    assert {name: state.shape for name, state in after.items()} == {name: state.shape for name, state in before.items()}
+    assert all((state != 0).any() for state in after.values())
 
 
 @pytest.mark.parametrize(

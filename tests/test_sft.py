@@ -17,7 +17,7 @@ import lumi.rows
 import lumi.train
 from lumi.batches import BatchConfig, Batches
 from lumi.chat import TEMPLATES, prompt_ids, stop_ids
-from lumi.checkpoint import load_checkpoint, load_tensors, save_tensors
+from lumi.checkpoint import load_tensors, open_checkpoint, save_tensors
 from lumi.config import UserError, from_dict, read_json
 from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
 from lumi.corpus.conversations import MessagesFormat
@@ -44,6 +44,7 @@ CONFIG = {
     "dtype": "float32",
     "validate_every": 20,
     "save_every": 20,
+    "preflight": False,
 }
 LORA = {"rank": 32, "alpha": 64, "tokens": ["<|im_start|>", "<|im_end|>"]}
 
@@ -148,8 +149,8 @@ def test_a_frozen_base_is_bit_identical_after_training(start, base_dir, monkeypa
     assert {path.name: path.read_bytes() for path in base_dir.iterdir()} == before
     names = {path.name: path.stat().st_size for path in (folder / "checkpoints" / "step-00000008").iterdir()}
     adapters = sum(p.numel() for p in trained.values() if p.requires_grad)
-    assert names["model.safetensors"] < 4 * adapters + 4096
-    assert names["optimizer.safetensors"] < 8 * adapters + 16384
+    assert names["model-00000.safetensors"] < 4 * adapters + 4096
+    assert names["optimizer-00000.safetensors"] < 8 * adapters + 16384
 
 
 def test_the_loss_is_the_sum_over_trained_tokens_by_their_number(start, base_dir, chat_dir, tokenizer):
@@ -218,7 +219,7 @@ def test_final_is_the_best_where_asked(lora, start, validations, capsys):
     validations([1, 5, 4, 6])  # at steps 0, 4, 8 and 12: what fine-tuning begins at is no checkpoint
     folder = start(final="best", lora=lora, num_steps=12, save_every=4, validate_every=4)
     assert "final is the checkpoint of step 8, of the lowest validation loss: 4.0000" in capsys.readouterr().out
-    best, last = (load_checkpoint(folder / "checkpoints" / f"step-{step:08d}").tensors["model"] for step in (8, 12))
+    best, last = (open_checkpoint(folder / "checkpoints" / f"step-{step:08d}").tensors("model") for step in (8, 12))
     if lora is None:
         name = "layers.0.attention.q_proj.weight"
         final = load_model(folder / "final", REFERENCE).state_dict()[name]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ENVIRONMENT, final_weights, launch, losses, merged, wait_for_step
 
 import lumi.model
-import lumi.run_folder
 import lumi.train
-from lumi.checkpoint import list_checkpoints, load_checkpoint
+from lumi.checkpoint import list_checkpoints, open_checkpoint
 from lumi.config import UserError, from_dict
 from lumi.interruption import StopSignal
 from lumi.metrics import read_metrics
@@ -27,23 +27,6 @@ from lumi.run_config import Paths, TrainConfig
 from lumi.train import Trainer, train
 
 SCRIPT = Path(lumi.train.__file__)
-CONFIG = {
-    "model": {"vocab_size": 384, "num_layers": 2, "model_dim": 32, "num_heads": 2, "mlp_dim": 64, "max_positions": 128},
-    "batches": {"sequence_length": 32, "batch_tokens": 256, "micro_batch_size": 2},
-    "optimizer": {"kind": "muon", "peak_lr": 0.01, "schedule": {"kind": "cosine", "warmup_steps": 4}},
-    "num_steps": 12,
-    "dtype": "float32",
-    "validate_every": 4,
-    "save_every": 4,
-    "keep_last": 2,
-}
-
-
-def merged(changes, base=CONFIG):
-    data = dict(base)
-    for key, value in changes.items():
-        data[key] = merged(value, data.get(key, {})) if isinstance(value, dict) else value
-    return data
 
 
 @pytest.fixture
@@ -74,27 +57,10 @@ def command(store_dir, tokenizer_dir, tmp_path):
     return command
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def launch(command, expect=0):
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done
-
-
-def losses(folder):
-    return [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
-
-
-def final_weights(folder):
-    return (folder / "final" / "model.safetensors").read_bytes()
-
-
 def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):
     folder = start(num_steps=60, validate_every=20, save_every=20)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "final"}
+    assert names == {"config.json", "status.json", "metrics.jsonl", "loss.png", "checkpoints", "final"}
     curve = losses(folder)
     assert len(curve) == 60
     assert curve[0] == pytest.approx(torch.tensor(384.0).log().item(), rel=0.02)  # untrained: uniform over the vocabulary
@@ -122,11 +88,7 @@ def test_micro_batches_and_processes_change_rounding_only(start, command, tmp_pa
 def kill_after(command, metrics, step, number):
     """Start a training, send it a signal once it has logged `step`; returns its exit code."""
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 90
-    while not (metrics.exists() and any(record["step"] >= step for record in read_metrics(metrics))):
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for_step(metrics, step, process)
     os.killpg(process.pid, number)
     return process.wait(timeout=60)
 
@@ -157,7 +119,7 @@ def test_sigterm_saves_and_says_so(command, tmp_path):
     stopped = command("stopped", "--resume-from-checkpoint", "auto", num_steps=100, save_every=100, validate_every=50)
     assert kill_after(stopped, tmp_path / "stopped" / "metrics.jsonl", 7, signal.SIGTERM) == 128 + signal.SIGTERM
     (checkpoint,) = list_checkpoints(tmp_path / "stopped" / "checkpoints")
-    assert 7 <= load_checkpoint(checkpoint).state["step"] < 100
+    assert 7 <= open_checkpoint(checkpoint).state["step"] < 100
     launch(stopped)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     assert final_weights(tmp_path / "stopped") == final_weights(tmp_path / "straight")
@@ -183,7 +145,7 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
     whole = start("whole")
     start("damaged", num_steps=8)
     newest, older = (tmp_path / "damaged" / "checkpoints" / f"step-0000000{step}" for step in (8, 4))
-    file = newest / "optimizer.safetensors"
+    file = newest / "optimizer-00000.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -211,7 +173,7 @@ def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
     monkeypatch.setattr(lumi.train, "held_out_loss", scripted)
     folder = start(num_steps=10, validate_every=2, save_every=2, keep_last=2)
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-00000004", "step-00000008", "step-00000010"]
-    assert load_checkpoint(folder / "checkpoints" / "step-00000010").state["best"] == {"step": 4, "loss": 1.0}
+    assert open_checkpoint(folder / "checkpoints" / "step-00000010").state["best"] == {"step": 4, "loss": 1.0}
 
 
 def spoil(monkeypatch, bad_steps, value):
@@ -243,8 +205,8 @@ def test_many_of_them_stop_the_run_with_a_checkpoint(start, monkeypatch, tmp_pat
     spoil(monkeypatch, range(6, 99), float("nan"))
     with pytest.raises(UserError, match=r"not finite in 3 steps running, up to step 8; to inspect: .*step-00000008"):
         start(max_skipped_steps=3)
-    tensors = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000008").tensors
-    assert all(tensor.isfinite().all() for tensor in tensors["model"].values())
+    tensors = open_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000008").tensors("model")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_switches_reach_the_run(start, monkeypatch):
@@ -339,10 +301,10 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(start, tmp_p
 def test_a_corrupt_checkpoint_that_was_asked_for_is_an_error(start):
     folder = start()
     newest = list_checkpoints(folder / "checkpoints")[-1]
-    data = bytearray((newest / "model.safetensors").read_bytes())
+    data = bytearray((newest / "model-00000.safetensors").read_bytes())
     data[-1] ^= 1
-    (newest / "model.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match=rf"{newest.name}/model\.safetensors: SHA-256 must be"):
+    (newest / "model-00000.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=rf"{newest.name}/model-00000\.safetensors: SHA-256 must be"):
         start(resume=str(newest))
     assert len(losses(folder)) == 12  # nothing was thrown away
 
@@ -370,15 +332,15 @@ def test_another_runs_checkpoint_starts_a_new_run(start):
 
 def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
     """Replacing a whole checkpoint by the same one would open a moment in which a kill finds none."""
-    real, saves = lumi.run_folder.save_checkpoint, []
+    real, saves = lumi.train.Saver.begin, []
 
-    def save(folder, step, checkpoint):
+    def begin(self, step, *arguments):
         saves.append(step)
         if step == 4:
             signal.raise_signal(signal.SIGTERM)
-        return real(folder, step, checkpoint)
+        return real(self, step, *arguments)
 
-    monkeypatch.setattr(lumi.run_folder, "save_checkpoint", save)
+    monkeypatch.setattr(lumi.train.Saver, "begin", begin)
     start(expect=128 + signal.SIGTERM)
     assert saves == [4]
 
@@ -389,7 +351,7 @@ def test_a_validation_loss_that_is_not_finite_ends_nothing(start, monkeypatch):
     folder = start()
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"]
     assert [record["loss"] for record in records] == [None] * 3
-    assert load_checkpoint(folder / "checkpoints" / "step-00000012").state["best"] is None
+    assert open_checkpoint(folder / "checkpoints" / "step-00000012").state["best"] is None
 
 
 def test_what_a_step_draws_depends_on_seed_and_step_alone(start, monkeypatch):
@@ -407,11 +369,11 @@ def test_float16_resumes_with_its_loss_scale(start, monkeypatch):
     monkeypatch.setattr(lumi.train, "LossScale", lambda dtype: LossScale(dtype, patience=3))
     folder = start(dtype="float16", keep_last=9)
     last = folder / "checkpoints" / "step-00000012"
-    straight = load_checkpoint(last).state["loss_scale"]
+    straight = open_checkpoint(last).state["loss_scale"]
     assert straight["value"] > 2.0**15
     weights = final_weights(folder)
     start(dtype="float16", keep_last=9, resume=str(folder / "checkpoints" / "step-00000008"))
-    assert load_checkpoint(last).state["loss_scale"] == straight
+    assert open_checkpoint(last).state["loss_scale"] == straight
     assert final_weights(folder) == weights
 
 
@@ -440,7 +402,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(command, tmp_path):
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [143, 143], outputs
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert load_checkpoint(checkpoint).state["step"] == len(losses(tmp_path / "run"))
+    assert open_checkpoint(checkpoint).state["step"] == len(losses(tmp_path / "run"))
 
 
 def test_an_error_of_the_main_process_is_said_once(command, start, tmp_path):

@@ -8,7 +8,7 @@ for those longer than a row, which end at an earlier answer or are left out.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,30 +33,42 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer, splits: Sequence[Split], token_bytes: np.ndarray, config: BatchConfig, world: World, max_tokens: int | None = None
-) -> HeldOut:
-    """Loss over whole splits, shared among the processes.
+    model: Transformer,
+    splits: Sequence[Split],
+    token_bytes: np.ndarray,
+    config: BatchConfig,
+    world: World,
+    max_tokens: int | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> HeldOut | None:
+    """Loss over whole splits, shared among the processes, which call this together.
 
     Args:
         token_bytes: (V,) int, the UTF-8 bytes that each token stands for.
         max_tokens: of each split; None: all.
+        stopping: asked before each batch, by all processes together, which must get the same answer.
+
+    Returns:
+        None where `stopping` ended it.
     """
     bytes_V = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(world.device)
     nats, tokens, num_bytes = 0.0, 0, 0
     with evaluating(model):
         for split in splits:
-            for batch in validation_batches(split, config, world.rank, world.size, max_tokens):
+            for batch in validation_batches(split, config, world.data_rank, world.layout.data, max_tokens):
+                if stopping():
+                    return None
                 batch = batch.to(world.device)
                 nats += model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens).item()
                 targets = batch.targets[batch.targets != IGNORE]
                 tokens += targets.numel()
                 num_bytes += int(bytes_V[targets].sum())
-    total_nats, total_tokens, total_bytes = world.sum(nats, tokens, num_bytes)
+    total_nats, total_tokens, total_bytes = world.sum(nats, tokens / world.layout.tensor, num_bytes / world.layout.tensor)
     return HeldOut(
         loss=total_nats / max(total_tokens, 1),
         bits_per_byte=total_nats / math.log(2) / max(total_bytes, 1),
-        tokens=int(total_tokens),
-        bytes=int(total_bytes),
+        tokens=round(total_tokens),
+        bytes=round(total_bytes),
     )
 
 

@@ -9,8 +9,9 @@ from lumi.batches import BatchConfig
 from lumi.evaluation import held_out_loss
 from lumi.kernels.bundle import REFERENCE
 from lumi.model import ModelConfig, Transformer
+from lumi.parallel import Layout
 
-WORLD = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), sum=lambda *values: list(values))
+WORLD = SimpleNamespace(data_rank=0, layout=Layout(1, 1, 1), device=torch.device("cpu"), sum=lambda *values: list(values))
 
 
 def test_bits_per_byte_by_hand():
