@@ -61,7 +61,7 @@ class ParallelConfig:
             if side < 1 and side != -1:
                 raise ValueError(f"{name} must be at least 1, or -1 for the rest, got {side}")
         if sides.count(-1) > 1:
-            raise ValueError(f"one of replicate, shard, tensor may be -1, got {', '.join(map(str, sides))}")
+            raise ValueError(f"must leave the rest to one side at most, got replicate, shard, tensor = {', '.join(map(str, sides))}")
 
     def layout(self, num_processes: int) -> Layout:
         """The sides of the mesh for a number of processes. Raises UserError where they do not come out even."""

@@ -45,8 +45,12 @@ def describe_plan(
     assert model is not None
     flops = model.flops_per_token(batches.sequence_length, frozen=num_trained is not None) * config.num_tokens
     memory = memory_of(config, layout, device.type, kernels, num_trained)
+    other = replace(config, gradient_checkpointing=not config.gradient_checkpointing)
+    activations = memory_of(other, layout, device.type, kernels, num_trained)["activations"] / 2**20
+    otherwise = f"{'with' if other.gradient_checkpointing else 'without'} checkpointing activations {activations:,.0f} MiB"
     trained = "" if num_trained is None else f"; {num_trained:,} of adapters are trained ({num_trained / model.num_parameters:.2%})"
-    processes = "1 process" if layout.data == 1 else f"{layout.data} {'groups' if layout.tensor > 1 else 'processes'}"
+    readers = ("group", "groups") if layout.tensor > 1 else ("process", "processes")
+    processes = f"{layout.data} {readers[layout.data > 1]}"
     shares = f"{processes} x {batches.micro_steps(layout.data)} micro-steps x {batches.micro_batch_rows} rows x {batches.sequence_length}"
     epochs = [f"{name}: {w:.1%} of the rows, {n:,} tokens, {w * config.num_tokens / n:.2f} epochs" for name, w, n in data]
     rows = {
@@ -56,7 +60,7 @@ def describe_plan(
         "tokens": f"{config.num_tokens:,} ({config.num_tokens / model.num_parameters:.1f} per parameter)",
         "steps": f"{config.num_steps:,} of {batches.batch_tokens:,} tokens: {shares}",
         "compute": f"{flops:.3g} FLOPs" + (f", {flops / peak_flops / 3600:.2f} h at peak" if peak_flops else ""),
-        "memory": ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in memory.items()) + " (a process, estimated)",
+        "memory": ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in memory.items()) + f" (a process, estimated; {otherwise})",
         "data": "; ".join(epochs),
         "validation": f"{num_validation_tokens:,} tokens" if num_validation_tokens else "none: no validation split",
     }

@@ -54,9 +54,9 @@ def choose_micro_batch(config: TrainConfig, world: World, kernels: str, free: in
     """
     if config.batches.micro_batch_size != "auto":
         return config
-    sized = [_with_micro_batch(config, 1)]
+    sized = [with_micro_batch(config, 1)]
     rows = sized[0].batches.micro_steps(world.layout.data)  # of one process in a step
-    sized = [_with_micro_batch(config, size) for size in range(rows, 0, -1) if rows % size == 0]
+    sized = [with_micro_batch(config, size) for size in range(rows, 0, -1) if rows % size == 0]
     free = int(world.least(free or 0))
     if not free:
         raise UserError('batches.micro_batch_size must be a number on this system, which does not say how much memory is free, got "auto"')
@@ -70,7 +70,8 @@ def choose_micro_batch(config: TrainConfig, world: World, kernels: str, free: in
     )
 
 
-def _with_micro_batch(config: TrainConfig, size: int) -> TrainConfig:
+def with_micro_batch(config: TrainConfig, size: int) -> TrainConfig:
+    """The config with a micro-batch of `size` rows."""
     return dataclasses.replace(config, batches=dataclasses.replace(config.batches, micro_batch_size=size))
 
 

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 8 lumi/train.py --config C --data-dirs S... --tokenize
 """
 
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from lumi.metrics import Meter, MetricsLog, draw_loss, human
 from lumi.optimizer import LossScale, Optimizer, lr_at
 from lumi.parallel import World, attempt, gradient_sync, parallelize, process_group, reshard
 from lumi.plan import describe_plan
-from lumi.preflight import choose_micro_batch, free_memory, rehearse
+from lumi.preflight import choose_micro_batch, free_memory, rehearse, with_micro_batch
 from lumi.progress import progress_bar
 from lumi.run_config import Paths, TrainConfig
 from lumi.run_data import RunData
@@ -194,7 +195,7 @@ class Trainer:
         spike = math.isfinite(loss) and math.isfinite(gradient_norm)
         self._say(f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}{', a spike' if spike else ''}")
         for index, value in enumerate(nats):
-            if spike or not value.isfinite():
+            if math.isfinite(loss) or not value.isfinite():  # of a spike, or of gradients, nobody knows whose it was
                 named = self.data.name_documents(step, *self._rows(index))
                 tqdm.write(f"step {step}: loss {value.item()} in a micro-batch of {named}")
         if skipped >= self.config.max_skipped_steps:
@@ -348,14 +349,12 @@ class Trainer:
             self._say(self._plan())
         if self.config.preflight and self.state["step"] == 0:
             self._rehearse()
-        if world.is_main:
-            self.bar = progress_bar("train", "step", total=self.config.num_steps, initial=self.state["step"])
-        with self.saver, self.watchdog:
+        total, done = self.config.num_steps, self.state["step"]
+        with progress_bar("train", "step", total=total, initial=done, disable=not world.is_main) as self.bar, self.saver, self.watchdog:
             finished = self.train()
             with self.watchdog.patience("saving"):
                 self.saver.wait()
         if world.is_main:
-            self.bar.close()
             self.log.close()
             self._draw()
         if finished:
@@ -424,8 +423,8 @@ def _check(config: TrainConfig, paths: Paths, world: World) -> None:
     """Raises UserError where config, model and processes do not go together: in one process, before any work."""
     config, shape, _ = resolve(config, paths.model_path)
     check_tensor_parallel(shape, config.batches.sequence_length, world.layout.tensor, config.lora is not None and config.lora.dora)
-    if config.batches.micro_batch_size != "auto":
-        config.batches.micro_steps(world.layout.data)
+    smallest = with_micro_batch(config, 1) if config.batches.micro_batch_size == "auto" else config
+    smallest.batches.micro_steps(world.layout.data)
     _select_kernels(config.kernels, world.device, shape.per_head)
 
 
@@ -452,7 +451,12 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parse(arguments, argv)
-    config = load_config(TrainConfig, options.config, options.overrides)
+    try:
+        config = load_config(TrainConfig, options.config, options.overrides)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 2  # the machine's first process says it
+        raise
     weights, resume = options.data_weights, options.resume_from_checkpoint
     paths = Paths(options.data_dirs, options.tokenizer_dir, options.output_dir, weights, resume, options.model_path)
     return train(config, paths, options.device)

@@ -1,6 +1,8 @@
 """Settings for all tests. The interpreter is chosen here because Triton reads the variable when a kernel is defined."""
 
+import json
 import os
+import sys
 
 import pytest
 import torch
@@ -59,3 +61,39 @@ def store_dir(corpus_dir, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("store") / "tokens"
     tokenize([corpus_dir], tokenizer, folder, validation_fraction=0.1, num_workers=1)
     return folder
+
+
+@pytest.fixture
+def start(store_dir, tokenizer_dir, tmp_path):
+    """Train in this process; returns the run folder. Keywords are changes to `runs.CONFIG`."""
+    from runs import merged
+
+    from lumi.config import from_dict
+    from lumi.run_config import Paths, TrainConfig
+    from lumi.train import train
+
+    def start(name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, **changes):
+        paths = Paths([str(d) for d in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume)
+        assert train(from_dict(TrainConfig, merged(changes)), paths, "cpu") == expect
+        return tmp_path / name
+
+    return start
+
+
+@pytest.fixture
+def command(store_dir, tokenizer_dir, tmp_path):
+    """The command line of a training, for a process of its own; `processes`: under torchrun."""
+    from runs import merged
+
+    import lumi.train
+
+    def command(name, *arguments, processes=None, **changes):
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps(merged(changes)))
+        launcher = [sys.executable]
+        if processes:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        paths = ["--data_dirs", str(store_dir), "--tokenizer-dir", str(tokenizer_dir), "--output-dir", str(tmp_path / name)]
+        return [*launcher, lumi.train.__file__, "--config", str(config), *paths, *arguments, "--device", "cpu"]
+
+    return command

@@ -8,13 +8,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import ENVIRONMENT, final_weights, launch, losses, merged, wait_for_step
+from runs import ENVIRONMENT, final_weights, launch, losses, wait_for_step
 
 import lumi.model
 import lumi.train
@@ -23,38 +22,10 @@ from lumi.config import UserError, from_dict
 from lumi.interruption import StopSignal
 from lumi.metrics import read_metrics
 from lumi.optimizer import LossScale
-from lumi.run_config import Paths, TrainConfig
-from lumi.train import Trainer, train
+from lumi.run_config import TrainConfig
+from lumi.train import Trainer
 
 SCRIPT = Path(lumi.train.__file__)
-
-
-@pytest.fixture
-def start(store_dir, tokenizer_dir, tmp_path):
-    """Train in this process; returns the run folder."""
-
-    def start(name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, **changes):
-        paths = Paths([str(d) for d in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume)
-        assert train(from_dict(TrainConfig, merged(changes)), paths, "cpu") == expect
-        return tmp_path / name
-
-    return start
-
-
-@pytest.fixture
-def command(store_dir, tokenizer_dir, tmp_path):
-    """The command line of a training, for a process of its own."""
-
-    def command(name, *arguments, processes=None, **changes):
-        config = tmp_path / f"{name}.json"
-        config.write_text(json.dumps(merged(changes)))
-        launcher = [sys.executable]
-        if processes:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        paths = ["--data_dirs", str(store_dir), "--tokenizer-dir", str(tokenizer_dir), "--output-dir", str(tmp_path / name)]
-        return [*launcher, str(SCRIPT), "--config", str(config), *paths, *arguments, "--device", "cpu"]
-
-    return command
 
 
 def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):

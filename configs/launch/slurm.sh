@@ -1,0 +1,59 @@
+#!/bin/bash
+# One training on all nodes of a Slurm job. It saves before the job's time is up, goes back to the queue, and goes on there.
+#
+#   source .venv/bin/activate    # the job gets the environment that it is submitted from
+#   sbatch configs/launch/slurm.sh RUN_FOLDER --config C --data-dirs S --tokenizer-dir T
+#
+# from the root of the checkout. The checkout, the environment, RUN_FOLDER, C, S and T must be on a disk that all nodes share.
+# Another size: sbatch --nodes=4 --gpus-per-node=4 configs/launch/slurm.sh ...; partition and account are given in the same way.
+#
+#SBATCH --job-name=lumi
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -u
+run=${1:?usage: sbatch configs/launch/slurm.sh RUN_FOLDER --config C --data-dirs S --tokenizer-dir T}
+shift
+status_file=$run/status.json
+status_before=$(cat "$status_file" 2>/dev/null)
+
+# torchrun kills workers that have not left this many seconds after SIGTERM: most of the 300 before the end are for their checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export LUMI_RENDEZVOUS=$first_node:$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node get different ports
+export LUMI_RENDEZVOUS_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+
+# SIGUSR1: the time is nearly up. The tasks, one torchrun a node, get SIGTERM and hand it to their workers, which save and leave.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+# SIGTERM comes here by scancel alone. Slurm tells the tasks too, so that they save; but nobody wants the job back in the queue.
+cancelled=
+trap 'cancelled=yes' TERM
+
+# shellcheck disable=SC2016  # the variables of a node are expanded there
+srun --kill-on-bad-exit=0 bash -c '
+    exec python -m torch.distributed.run \
+        --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=3 --local-addr="$SLURMD_NODENAME" \
+        --rdzv-backend=c10d --rdzv-id="$LUMI_RENDEZVOUS_ID" --rdzv-endpoint="$LUMI_RENDEZVOUS" \
+        --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
+        lumi/train.py "$@"' lumi "$@" --output-dir "$run" --resume-from-checkpoint auto &
+srun_pid=$!
+while kill -0 "$srun_pid" 2>/dev/null; do
+    wait "$srun_pid" # a signal ends the wait, not srun
+done
+
+# srun's exit code does not tell: torchrun exits with 1 even where every worker saved and left in order. The status does, if it is not
+# the one that an earlier start left.
+status=$(cat "$status_file" 2>/dev/null)
+[[ $status != "$status_before" ]] || exit 1
+case $status in
+    *'"status": "finished"'*) exit 0 ;;
+    *'"status": "preempted"'*) [[ -n $cancelled ]] || exec scontrol requeue "$SLURM_JOB_ID" ;;
+esac
+exit 1
