@@ -98,7 +98,8 @@ class LoraLinear(Linear):
         return weight_OI
 
     def _sum(self) -> Tensor:
-        return torch.addmm(self.weight.to(self.lora_B.dtype), self.lora_B, self.lora_A, alpha=self.config.scale)
+        wide = torch.promote_types(self.lora_B.dtype, torch.float32)  # FSDP2 hands out parameters in the compute dtype
+        return torch.addmm(self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.config.scale)
 
 
 def apply_adapted(x: Tensor, *linears: nn.Module) -> list[Tensor]:

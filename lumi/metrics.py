@@ -1,6 +1,7 @@
 """What a run says of itself: `metrics.jsonl` and `loss.png`."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -30,12 +31,19 @@ class MetricsLog:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(temporary, path)
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.file = path.open("ab", buffering=0)  # a line that could not be written is not tried again when the file is closed
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """Append a record; floats that are not finite become null, for JSON has none."""
+        """Append a record; floats that are not finite become null, for JSON has none. Raises UserError where it cannot be written."""
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-        self.file.write(json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False) + "\n")
+        line = json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False).encode() + b"\n"
+        try:
+            if self.file.write(line) < len(line):  # so much room there was
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume-from-checkpoint auto"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -44,7 +44,9 @@ class ShardedMuon(torch.optim.Optimizer):
         for owner, parameter in enumerate(parameters):
             whole = gathered(self._direction(parameter, group["momentum"]))
             if owner == dist.get_rank():
-                own = orthogonalize(whole)
+                own = whole
+        if own is not None:  # after all are gathered: nobody waits for another's products
+            own = orthogonalize(own)
         for owner, parameter in enumerate(parameters):
             if owner != dist.get_rank() or own is None:
                 whole = torch.empty(parameter.shape, dtype=torch.bfloat16, device=parameter.device)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -48,12 +48,15 @@ class ParallelConfig:
     gradients and optimizer states in parts, and read different rows too (FSDP, Zhao et al. 2023, arXiv:2304.11277). `tensor`: processes
     that share every layer's products and read the same rows (Shoeybi et al. 2019, arXiv:1909.08053, with sequence-parallel norms,
     Korthikanti et al. 2022, arXiv:2205.05198). Processes of one `tensor` group stand next to each other in rank, then those of `shard`.
+
+    `reduce_dtype`: of gradients between processes, where the run computes in bfloat16 (elsewhere float32). Under FSDP2 the micro-steps of
+    a step add up in it too: with many of them float32 is more exact, and costs twice the bytes.
     """
 
     replicate: int = -1
     shard: int = 1
     tensor: int = 1
-    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of gradients between processes, where the run computes in bfloat16
+    reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self):
         sides = self.replicate, self.shard, self.tensor
@@ -107,7 +110,7 @@ class World:
         """Do something in the main process while the others wait, however long it takes. A signal ends it, on all.
 
         Raises:
-            UserError: what `work` raised. The others then leave with exit code 2: one message is enough.
+            UserError: what `work` raised, or the disk's error. The others then leave with exit code 2: one message is enough.
             Interrupted: a signal came to the main process.
         """
         outcome: str | int | None = None
@@ -134,6 +137,20 @@ class World:
         messages: list[str | None] = [None] * self.size
         dist.all_gather_object(messages, message, group=self.patient)
         return next((message for message in messages if message is not None), None)
+
+    def agreed(self, work: Callable[[], Value]) -> Value:
+        """Do something in every process, without exchange among them. Where it fails on any, all end with the first message: `refuse`."""
+        result, fault = attempt(work)
+        if fault := self.first(fault):
+            self.refuse(fault)
+        return cast(Value, result)
+
+    def alike(self, work: Callable[[], Value]) -> Value:
+        """Do what fails on all processes alike, if it does: then one message is enough. Raises as `refuse`."""
+        try:
+            return work()
+        except UserError as error:
+            self.refuse(str(error))
 
     def refuse(self, message: str) -> NoReturn:
         """End the run on all processes, which call this together. Raises UserError in the main one, SystemExit(2) in the others."""
@@ -162,10 +179,11 @@ def choose_device(name: str) -> str:
 
 
 def attempt(work: Callable[[], Value]) -> tuple[Value | None, str | None]:
-    """What `work` returns, or the message of the UserError that it raises: for `World.first`, where all are to hear of it."""
+    """What `work` returns, or the message of the error of the user or of the disk that it raises: for `World.first`, where all are to hear
+    of it."""
     try:
         return work(), None
-    except UserError as error:
+    except (UserError, OSError) as error:
         return None, str(error)
 
 
@@ -211,9 +229,11 @@ def process_group(
 
 def _mesh(device: str, backend: str, layout: Layout, limit: timedelta) -> DeviceMesh:
     """The mesh; its groups get the run's time limit, which they would not take over from the group of all."""
-    options: Any = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = limit
-    override: Any = dict.fromkeys(Layout._fields, (backend, options))
+    override: dict[int | str, Any] = {}
+    for side in Layout._fields:  # each its own, which torch writes the group's name and members into
+        options: Any = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = limit
+        override[side] = backend, options
     return init_device_mesh(device, layout, mesh_dim_names=Layout._fields, backend_override=override)
 
 
@@ -237,7 +257,9 @@ def parallelize(
     sharded = world.mesh is not None and (world.layout.shard > 1 or world.layout.tensor > 1)
     if sharded:
         _shard(model, world, torch.bfloat16 if narrow else torch.float32)
-    if weights is not None:
+    if weights is None:
+        model.to(world.device)
+    else:
         model.to_empty(device=world.device)
         for name, value in weights:
             _put(model.get_parameter(name), value)

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,10 @@ from lumi.run_config import TrainConfig
 from lumi.storage import TEMPORARY_PREFIX
 
 USABLE = 0.9  # of the memory that is free: the estimate knows nothing of torch's own, fragments and peaks between
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_CGROUP_USES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+_CGROUPS = (  # folder, limit, use, and what of it are pages of files, which make way: in the two generations of control groups
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -34,13 +37,17 @@ def free_memory(device: torch.device) -> int | None:
     with contextlib.suppress(OSError):
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    for limit, use in zip(_CGROUP_LIMITS, _CGROUP_USES, strict=True):
+    for folder, limit, use, pages in _CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
-            free.append(int(Path(limit).read_text()) - int(Path(use).read_text()))
-    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if free else None
+            held = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            cached = sum(int(held.get(kind, 0)) for kind in pages)
+            free.append(int(Path(folder, limit).read_text()) - int(Path(folder, use).read_text()) + cached)
+    return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if free else None
 
 
-def choose_micro_batch(config: TrainConfig, world: World, kernels: str, free: int | None, num_trained: int | None) -> TrainConfig:
+def choose_micro_batch(
+    config: TrainConfig, world: World, kernels: str, free: int | None, num_trained: int | None, before: int | None = None
+) -> TrainConfig:
     """The config with the largest micro-batch that fits into every process's free memory, where it asks for "auto". The batch stays as it
     is: more rows at a time are fewer micro-steps.
 
@@ -48,6 +55,7 @@ def choose_micro_batch(config: TrainConfig, world: World, kernels: str, free: in
         kernels: the name of the operators in use.
         free: `free_memory` before the model was built.
         num_trained: parameters of the adapters where the rest is frozen; None: every parameter is trained.
+        before: the micro-batch that the run had until now, which it keeps where that fits: another would round otherwise.
 
     Raises:
         UserError: `batch_tokens` does not come out even, the system does not say what is free, or not even one row fits.
@@ -56,7 +64,8 @@ def choose_micro_batch(config: TrainConfig, world: World, kernels: str, free: in
         return config
     sized = [with_micro_batch(config, 1)]
     rows = sized[0].batches.micro_steps(world.layout.data)  # of one process in a step
-    sized = [with_micro_batch(config, size) for size in range(rows, 0, -1) if rows % size == 0]
+    sizes = [size for size in (before or 0, *range(rows, 0, -1)) if size and rows % size == 0]
+    sized = [with_micro_batch(config, size) for size in sizes]
     free = int(world.least(free or 0))
     if not free:
         raise UserError('batches.micro_batch_size must be a number on this system, which does not say how much memory is free, got "auto"')
@@ -76,18 +85,19 @@ def with_micro_batch(config: TrainConfig, size: int) -> TrainConfig:
 
 
 class Rehearsal(NamedTuple):
-    """What was measured: seconds of a micro-step, of a batch of validation (None: there is none), of a save, and that the loop waits for
-    it; bytes at the peak so far."""
+    """What was measured: seconds of a micro-step, of the last one of a step, of a batch of validation (None: there is none), of a save, and
+    that the loop waits for it; bytes at the peak so far."""
 
     micro_step: float
+    last_micro_step: float
     validation: float | None
     save: float
     stall: float
     peak_bytes: int
 
     def describe(self, micro_steps: int, num_steps: int) -> str:
-        """One line for people; the step is that of its micro-steps, without optimizer and communication."""
-        step = self.micro_step * micro_steps
+        """One line for people; the optimizer's time is not in the step's."""
+        step = self.micro_step * (micro_steps - 1) + self.last_micro_step
         parts = [f"a step takes about {_duration(step)}", f"{num_steps:,} steps {_duration(step * num_steps)}"]
         parts += [] if self.validation is None else [f"a batch of validation {_duration(self.validation)}"]
         parts += [
@@ -98,12 +108,12 @@ class Rehearsal(NamedTuple):
 
 
 def rehearse(
-    micro_step: Callable[[], None], validate: Callable[[], None] | None, save: Callable[[Path], float], folder: Path, world: World
+    micro_step: Callable[[bool], None], validate: Callable[[], None] | None, save: Callable[[Path], float], folder: Path, world: World
 ) -> Rehearsal:
     """Run the parts of a run once, on all processes together.
 
     Args:
-        micro_step: forward and backward of one micro-batch.
+        micro_step: forward and backward of one micro-batch; True: of the last one of a step, after which gradients are exchanged.
         validate: an evaluation of one batch; None where there is nothing to evaluate.
         save: saves a whole checkpoint into a folder, and returns the seconds that the loop would wait.
         folder: where checkpoints will be; what is saved there is removed again.
@@ -111,8 +121,7 @@ def rehearse(
     Raises:
         UserError: what one of them raises, such as for a full disk.
     """
-    micro_step()  # the first one compiles, and allocates
-    seconds = _seconds(micro_step, world)
+    inner, last = (_seconds(partial(micro_step, is_last), world) for is_last in (False, True))
     validation = None if validate is None else _seconds(validate, world)
     place = folder / f"{TEMPORARY_PREFIX}rehearsal"
     stalls: list[float] = []
@@ -121,7 +130,7 @@ def rehearse(
     finally:
         if world.is_main:
             shutil.rmtree(place, ignore_errors=True)
-    return Rehearsal(seconds, validation, saving, stalls[0], _peak_bytes(world.device))
+    return Rehearsal(inner, last, validation, saving, stalls[0], _peak_bytes(world.device))
 
 
 def _seconds(work: Callable[[], None], world: World) -> float:

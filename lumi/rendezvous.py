@@ -10,17 +10,21 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from lumi.config import UserError
+
 _SECONDS = 0.05  # between two looks
+_MOST_SECONDS = 300.0  # that processes of one start may be apart
 
 
 def fresh_store() -> dist.Store:
     """The store of torchrun that the environment describes, behind a prefix for this start. All processes call this together.
 
     Raises:
-        torch.distributed.DistError: the others do not come within the store's time limit.
+        UserError: some of the others do not come within five minutes; names them.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; otherwise by the first process
@@ -34,19 +38,30 @@ def fresh_store() -> dist.Store:
 
 def _name_start(store: dist.Store, word: str, size: int) -> str:
     """The first process: publish the words, which may be of an earlier start, until each other process has found its own."""
-    others = range(1, size)
-    while True:
-        words = [found.decode() for found in store.multi_get([f"lumi/word/{rank}" for rank in range(size)])]
+    missing = list(range(1, size))
+    for _ in _looks():
+        known = [rank for rank in range(size) if rank == 0 or store.check([f"lumi/word/{rank}"])]
+        words = {rank: store.get(f"lumi/word/{rank}").decode() for rank in known}
         store.set("lumi/start", json.dumps([word, words]))
-        if all(store.check([f"lumi/{word}/found/{rank}"]) for rank in others):
+        missing = [rank for rank in missing if not store.check([f"lumi/{word}/found/{rank}"])]
+        if not missing:
             return word
-        time.sleep(_SECONDS)
+    ranks = ", ".join(map(str, missing))
+    raise UserError(f"all {size} processes must come within {_MOST_SECONDS:.0f} s of each other, got nothing of rank {ranks}")
 
 
 def _find_start(store: dist.Store, word: str, rank: int) -> str:
-    while True:
-        start, words = json.loads(store.get("lumi/start"))
-        if rank < len(words) and words[rank] == word:
+    for _ in _looks():
+        start, words = json.loads(store.get("lumi/start")) if store.check(["lumi/start"]) else ("", {})
+        if words.get(str(rank)) == word:
             store.set(f"lumi/{start}/found/{rank}", "")
             return start
+    raise UserError(f"all processes must come within {_MOST_SECONDS:.0f} s of each other, got no word of rank 0 to rank {rank}")
+
+
+def _looks() -> Iterator[None]:
+    """Now and then, until the time is up."""
+    end = time.monotonic() + _MOST_SECONDS
+    while time.monotonic() < end:
+        yield
         time.sleep(_SECONDS)

@@ -42,7 +42,11 @@ class RunFolder:
                 f"--output-dir must be new, got {self.path}, which holds a run; "
                 f"go on with it by --resume-from-checkpoint auto, or choose another folder"
             )
-        return [str(folder / name) for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)]
+        swept = [folder / name for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)]
+        for file in self.path.glob("*.json*.tmp*"):  # of `write_json` and the log
+            file.unlink()
+            swept.append(file)
+        return [str(path) for path in swept]
 
     def find(self, resume: str | None, world: World, say: Callable[[str], None]) -> Checkpoint | None:
         """The checkpoint to go on from: that of a path, or for "auto" the newest whole one of this run; None where there is none.

@@ -50,8 +50,9 @@ def _resolved(shape: ModelConfig) -> dict[str, Any]:
     return to_dict(dataclasses.replace(shape, num_kv_heads=shape.kv_heads, head_dim=shape.per_head))
 
 
-def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops, device: torch.device) -> Transformer:
-    """The model: with the weights of `start`, frozen under adapters where the config has `lora`; or on the "meta" device, for random ones.
+def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops) -> Transformer:
+    """The model: with the weights of `start`, frozen under adapters where the config has `lora`, on the CPU; or on the "meta" device, for
+    random ones.
 
     Raises:
         UserError: the vocabulary is too small for the tokenizer, or what `lumi.hf_format.load_model` and `lumi.lora.add_lora` raise.
@@ -63,7 +64,7 @@ def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer
         with torch.device("meta"):
             model = Transformer(shape, ops, compute_dtype=dtype)
     else:
-        model = load_model(start, ops, dtype, tokenizer).to(device)
+        model = load_model(start, ops, dtype, tokenizer)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, _token_ids(config.lora.tokens, tokenizer))
     model.gradient_checkpointing = config.gradient_checkpointing

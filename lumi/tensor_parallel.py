@@ -81,7 +81,7 @@ def _on_local_parameters(module: nn.Module, names: dict[str, bool]) -> Callable[
 
     def forward(*inputs: Any) -> Any:
         local = {f"module.{name}": _local(module.get_parameter(name), whole) for name, whole in names.items()}
-        return torch.func.functional_call(body, local, inputs)
+        return torch.func.functional_call(body, local, inputs, tie_weights=False)
 
     return forward
 

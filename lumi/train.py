@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 8 lumi/train.py --config C --data-dirs S... --tokenizer-dir T --output-dir R
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -20,23 +21,23 @@ from tqdm import tqdm
 from lumi.batches import Batch, prefetch
 from lumi.checkpoint import Checkpoint
 from lumi.command_line import add_config, parse, parser, run
-from lumi.config import UserError, differences, load_config, to_dict, write_json
+from lumi.config import UserError, load_config, to_dict, write_json
 from lumi.devices import peak_flops
 from lumi.evaluation import held_out_loss
 from lumi.interruption import Interrupted, StopSignal
 from lumi.kernels.bundle import Ops, select
 from lumi.lora import trained_tensors
 from lumi.loss_spikes import LossSpikes
-from lumi.metrics import Meter, MetricsLog, draw_loss, human
 from lumi.optimizer import LossScale, Optimizer, lr_at
 from lumi.parallel import World, attempt, gradient_sync, parallelize, process_group, reshard
 from lumi.plan import describe_plan
 from lumi.preflight import choose_micro_batch, free_memory, rehearse, with_micro_batch
-from lumi.progress import progress_bar
+from lumi.resume import micro_batch_before, resumed_state, run_identity
 from lumi.run_config import Paths, TrainConfig
 from lumi.run_data import RunData
 from lumi.run_folder import RunFolder
-from lumi.run_model import build, resolve, save_final, start_fingerprint
+from lumi.run_log import RunLog
+from lumi.run_model import build, resolve, save_final
 from lumi.run_status import Status, write_status
 from lumi.saver import Saver
 from lumi.tensor_parallel import check_tensor_parallel
@@ -51,12 +52,15 @@ class Trainer:
         self.paths, self.world = paths, world
         self.ops = _select_kernels(config.kernels, world.device, shape.per_head)
         self.folder = RunFolder(paths.output_dir)
+        self.log = RunLog(self.folder, world.is_main)
         free = free_memory(world.device)
+        found = self.folder.find(paths.resume, world, self.log.say)
         self.config, self.data = config, RunData(config, paths, world)
-        self.identity = self._identity()  # before the weights that it names are read
-        self.model = build(config, shape, self.start, self.data.tokenizer, self.ops, world.device)
+        self.identity = run_identity(config, self.start, self.data)  # before the weights that it names are read
+        self.model = world.agreed(lambda: build(config, shape, self.start, self.data.tokenizer, self.ops))
         self.num_trained = sum(tensor.numel() for tensor in trained_tensors(self.model).values()) if config.lora else None
-        self.config = config = choose_micro_batch(config, world, self.ops.name, free, self.num_trained)
+        before = micro_batch_before(found)
+        self.config = config = world.alike(lambda: choose_micro_batch(config, world, self.ops.name, free, self.num_trained, before))
         self.micro_steps = config.batches.micro_steps(world.layout.data)
         if config.compile:
             for layer in self.model.layers:
@@ -71,25 +75,26 @@ class Trainer:
         self.state["validation_due"] = fine_tuning  # what fine-tuning begins at
         self.saved_step: int | None = None
         self.fault: str | None = None  # why this process could not read the data of a step
-        self._resume()
+        self._resume(found)
         self.saver = Saver(self.folder.checkpoints, world.rank, world.size, world.saving)
         self.watchdog = Watchdog(world.patient, config.step_timeout_seconds, self._report_hang)
-        self.meter = Meter()
-        self.flops_per_token = shape.flops_per_token(config.batches.sequence_length, frozen=config.lora is not None)
         peak = peak_flops(world.device)
         self.peak_flops = peak and peak * world.size
+        flops_per_token = shape.flops_per_token(config.batches.sequence_length, frozen=config.lora is not None)
+        self.flops_share = self.peak_flops and flops_per_token / self.peak_flops
 
     def train(self) -> bool:
         """The one training loop, from the step after `state["step"]` to `num_steps`. Returns False where a signal ended it early."""
         config, world = self.config, self.world
         if self.state["validation_due"]:
             self._validate()
+            self._note_best()
         for step, micro_batches in self._loaded():
             num_targets, stopping = self._agree(micro_batches)
             if stopping:
                 self._save()
                 return False
-            torch.manual_seed(_step_seed(config.seed, step, world.data_rank))  # what a step draws depends on nothing before it
+            _seed(_step_seed(config.seed, step, world.data_rank), world.device)  # what a step draws depends on nothing before it
             # Gradients are means over the processes that read different rows; the loss is the sum over all targets, by their number.
             dloss = self.loss_scale.value * world.layout.data / num_targets
             nats: list[Tensor] = []
@@ -108,7 +113,7 @@ class Trainer:
             self.optimizer.zero_grad()
             self.loss_scale.update(finite)
             self._end_step(step, accepted, mean_loss, gradient_norm, lr, num_targets, nats)
-        return True
+        return not self.state["validation_due"]  # a signal cut the last one short
 
     def _loaded(self) -> Iterator[tuple[int, list[Batch]]]:
         """The steps to do, with their micro-batches; waiting for them is on record, and `fault` where they cannot be read."""
@@ -116,7 +121,7 @@ class Trainer:
         loading = prefetch(self._micro_batches, steps)
         for step in steps:
             self.watchdog.mark(step, "waiting for data")
-            with self.meter.waiting():
+            with self.log.meter.waiting():
                 loaded, fault = attempt(lambda: next(loading))
             self.fault = fault
             yield loaded or (step, [])
@@ -125,16 +130,20 @@ class Trainer:
         """The targets of a step over all processes, and whether any was told to stop.
 
         Raises:
-            UserError: on any process data could not be read, or a save has failed.
+            UserError: on any process data could not be read or the log not be written, or a save has failed.
         """
         self.watchdog.mark(self.state["step"] + 1, "counting targets")
-        counts = sum(batch.num_targets for batch in micro_batches), self.world.stop.received, self.fault is not None, self.saver.failed
-        targets, stopping, unread, failed = self.world.sum(*counts)
-        if unread:
-            self.world.refuse(self.world.first(self.fault) or "")
+        faulty, mine = bool(self.fault or self.log.fault), sum(batch.num_targets for batch in micro_batches)
+        targets, stopping, faults, failed = self.world.sum(mine, self.world.stop.received, faulty, self.saver.failed)
+        if faults:
+            self._refuse_faults()
         if failed:
-            self.saver.wait()
+            self._finish_save()
         return round(targets) // self.world.layout.tensor, stopping > 0
+
+    def _refuse_faults(self) -> None:
+        if fault := self.world.first(self.fault or self.log.fault):
+            self.world.refuse(fault)
 
     def _forward_backward(self, batch: Batch, dloss: float, last: bool) -> Tensor:
         """One micro-step; returns its loss, summed over this process's targets."""
@@ -172,35 +181,27 @@ class Trainer:
         return first, first + size
 
     def _log_step(self, loss: float, gradient_norm: float, lr: float, num_targets: int) -> None:
-        step, config = self.state["step"], self.config
-        self.meter.add(config.batches.batch_tokens)
-        if not self.world.is_main:
-            return
-        seconds, waited, rate = self.meter.read()
-        extra: dict[str, Any] = {"mfu": rate * self.flops_per_token / self.peak_flops} if self.peak_flops else {}
+        step, state = self.state["step"], self.state
+        values: dict[str, Any] = {"gradient_norm": gradient_norm, "lr": lr, "targets": num_targets}
+        values |= {"skipped": state["skipped_in_a_row"] > 0}
+        if state["skipped_steps"]:
+            values["skipped_steps"] = state["skipped_steps"]
         if len(self.data.stores) > 1:
-            extra["mix"] = [round(share, 6) for share in self.data.batches.mix(step)]
-        if self.state["skipped_in_a_row"] > 0 or self.state["skipped_steps"] > 0:
-            extra["skipped_steps"] = self.state["skipped_steps"]
-        values = {"loss": loss, "gradient_norm": gradient_norm, "lr": lr, "tokens_per_second": round(rate, 1), "targets": num_targets}
-        times = {"step_seconds": round(seconds, 4), "data_wait_seconds": round(waited, 4)}
-        skipped = self.state["skipped_in_a_row"] > 0
-        self.log.write(step, "train", **values, **times, tokens=step * config.batches.batch_tokens, skipped=skipped, **extra)
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {human(rate)} tokens/s", refresh=False)
-        self.bar.update()
+            values["mix"] = [round(share, 6) for share in self.data.batches.mix(step)]
+        self.log.step(step, self.config.batches.batch_tokens, loss, values, self.flops_share)
 
     def _report_skipped(self, loss: float, gradient_norm: float, nats: list[Tensor]) -> None:
         """Name the documents behind a step that was skipped, each process its own; stop after too many steps in a row."""
         step, skipped = self.state["step"], self.state["skipped_in_a_row"]
         spike = math.isfinite(loss) and math.isfinite(gradient_norm)
-        self._say(f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}{', a spike' if spike else ''}")
+        self.log.say(f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}{', a spike' if spike else ''}")
         for index, value in enumerate(nats):
             if math.isfinite(loss) or not value.isfinite():  # of a spike, or of gradients, nobody knows whose it was
                 named = self.data.name_documents(step, *self._rows(index))
                 tqdm.write(f"step {step}: loss {value.item()} in a micro-batch of {named}")
         if skipped >= self.config.max_skipped_steps:
             self._save()
-            self.saver.wait()
+            self._finish_save()
             what = "the loss was a spike, or it or the gradient not finite," if spike else "the loss or gradient was not finite"
             self.world.refuse(
                 f"{what} in {skipped} steps running, up to step {step}; "
@@ -211,9 +212,13 @@ class Trainer:
         """The held-out loss of now. A signal cuts it short: it is due again when the run goes on."""
         step, config, world = self.state["step"], self.config, self.world
 
-        def stopping() -> bool:
+        def stopping(fault: str | None) -> bool:
             self.watchdog.mark(step, "validation")
-            return world.sum(world.stop.received)[0] > 0
+            self.fault = fault
+            stopped, faults = world.sum(world.stop.received, fault is not None)
+            if faults:
+                self._refuse_faults()
+            return stopped > 0
 
         token_bytes = self.data.tokenizer.token_bytes
         result = held_out_loss(self.model, self.data.validation, token_bytes, config.batches, world, config.validation_tokens, stopping)
@@ -221,73 +226,57 @@ class Trainer:
         self.state["validation_due"] = result is None
         if result is not None:
             self.state["validation"] = {"step": step, **asdict(result)} if math.isfinite(result.loss) else None
-            if world.is_main:
-                self.log.write(step, "validation", **asdict(result))
-                self._say(f"step {step}: validation loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte")
-                self._draw()
-        self.meter.read()  # the time that validation took is not training's
+            self.log.write(step, "validation", **asdict(result))
+            self.log.say(f"step {step}: validation loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte")
+            self.log.draw()
+        self.log.meter.read()  # the time that validation took is not training's
 
     def _save(self) -> None:
-        """Begin a checkpoint of now, if there is none yet. Best is the lowest validation loss among the saved."""
-        step, best, validation = self.state["step"], self.state["best"], self.state["validation"]
+        """Begin a checkpoint of now, if there is none yet."""
+        step = self.state["step"]
         if self.saved_step == step:
             return  # a signal during a step that saved comes here again
-        if validation and validation["step"] == step and (best is None or validation["loss"] < best["loss"]):
-            self.state["best"] = {"step": step, "loss": validation["loss"]}
+        self.saved_step = step
+        self._note_best()
         state = {**self.state, "loss_scale": vars(self.loss_scale), "spikes": self.spikes.state()}
         state |= {"identity": self.identity, "config": to_dict(self.config)}
         keep_best = self.state["best"] and self.state["best"]["step"]
 
         def finish(path: Path) -> None:
             self.folder.prune(self.config.keep_last, keep_best)
-            self._say(f"step {step}: saved {path}")
+            self.log.say(f"step {step}: saved {path}")
 
         with self.watchdog.patience("saving"):
-            stall = self.saver.begin(step, self._tensors(), state, finish)
-        self.saved_step = step
-        if self.world.is_main:
-            self.log.write(step, "checkpoint", stall_seconds=round(stall, 4))
-        self.meter.read()
+            stall = self.world.alike(lambda: self.saver.begin(step, self._tensors(), state, finish))
+        self.log.write(step, "checkpoint", stall_seconds=round(stall, 4))
+        self.log.meter.read()
 
-    def _identity(self) -> dict[str, Any]:
-        """What decides the weights' shapes and which data a step sees: it must be the same when a run goes on."""
-        config = self.config
-        return {
-            "model": to_dict(config.model),
-            "start": start_fingerprint(self.start),
-            "lora": config.lora and to_dict(config.lora),
-            "sequence_length": config.batches.sequence_length,
-            "batch_tokens": config.batches.batch_tokens,
-            "optimizer": config.optimizer.kind,
-            "seed": config.seed,
-            **self.data.identity(),
-        }
+    def _finish_save(self) -> None:
+        """Wait until no save is running. Raises UserError, said once, where it failed."""
+        with self.watchdog.patience("saving"):
+            self.world.alike(self.saver.wait)
 
-    def _resume(self) -> None:
+    def _note_best(self) -> None:
+        """Best is the saved step of the lowest validation loss."""
+        step, best, validation = self.saved_step, self.state["best"], self.state["validation"]
+        if validation and validation["step"] == step and (best is None or validation["loss"] < best["loss"]):
+            self.state["best"] = {"step": step, "loss": validation["loss"]}
+
+    def _resume(self, found: Checkpoint | None) -> None:
         """Weights, optimizer state and step from the checkpoint that `--resume-from-checkpoint` means."""
-        found = self.folder.find(self.paths.resume, self.world, self._say)
         if found is not None:
-            _, fault = attempt(lambda: self._restore(found))
-            if fault := self.world.first(fault):
-                self.world.refuse(fault)
+            self.world.agreed(lambda: self._restore(found))
             self.world.on_main(self._abandon_later)
-            self._say(f"resumed from {found.path} at step {self.state['step']}")
+            self.log.say(f"resumed from {found.path} at step {self.state['step']}")
         elif self.paths.resume:
-            self._say(f"no checkpoint in {self.folder.checkpoints}: starting at step 0")
+            self.log.say(f"no checkpoint in {self.folder.checkpoints}: starting at step 0")
 
     def _abandon_later(self) -> None:
         for name in self.folder.abandon_after(self.state["step"]):
-            self._say(f"removed {name}: this run goes on from before it")
+            self.log.say(f"removed {name}: this run goes on from before it")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state = dict(checkpoint.state)
-        if changed := differences(state.pop("identity"), self.identity):
-            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-            raise UserError(f"{checkpoint.path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with")
-        if state["step"] > self.config.num_steps:
-            raise UserError(f"num_steps must be at least the checkpoint's step {state['step']}, got {self.config.num_steps}")
-        for change in differences(state.pop("config"), to_dict(self.config)):
-            self._say(f"changed since the checkpoint: {change}")
+        state = resumed_state(checkpoint, self.identity, self.config, self.log.say)
         checkpoint.fill("model", trained_tensors(self.model))
         checkpoint.fill("optimizer", self.optimizer.state_tensors())
         loss_scale = state.pop("loss_scale")
@@ -301,29 +290,27 @@ class Trainer:
     def _report_hang(self, message: str) -> None:
         write_status(self.folder.path, "failed", self.state["step"], message=message)
 
-    def _say(self, line: str) -> None:
-        if self.world.is_main:
-            tqdm.write(line)
-
-    def _draw(self) -> None:
-        draw_loss(self.folder.metrics, self.folder.picture, f"{self.paths.output_dir.name}: loss")
-
-    def _plan(self) -> str:
+    def _announce(self) -> None:
+        """Keep the config, and say what the run will do and need."""
+        self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder.config, to_dict(self.config))
         size, device, kernels, data = self.world.size, self.world.device, self.ops.name, self.data
         validation = data.num_validation_tokens()
         plan = describe_plan(self.config, data.shares(), validation, size, device, kernels, self.peak_flops, self.num_trained)
-        return "\n".join([f"plan\n{plan}", *data.describe_conversations()])
+        self.log.say("\n".join([f"plan\n{plan}", *data.describe_conversations()]))
 
-    def _rehearse(self) -> None:
-        """A micro-step of step 1, a batch of validation and a save, before anything counts."""
+    def _prepare(self) -> None:
+        """Before anything counts: a micro-step, which compiles and allocates, and lets DDP settle in which order it sums; then, in a new
+        run, all parts of it once (`lumi.preflight`)."""
         config, world = self.config, self.world
-        batch = self.data.batches.rows(1, *self._rows(0))
+        batch = world.agreed(lambda: self.data.batches.rows(self.state["step"] + 1, *self._rows(0)))
         splits, token_bytes = self.data.validation[:1], self.data.tokenizer.token_bytes
         one_batch = world.layout.data * config.batches.micro_batch_rows * config.batches.sequence_length
 
-        def micro_step() -> None:
-            self._forward_backward(batch, 1.0, last=True)
-            self.optimizer.zero_grad()
+        def micro_step(last: bool) -> None:
+            self._forward_backward(batch, 1.0, last)
+            if last:
+                self.optimizer.zero_grad()
 
         def validate() -> None:
             held_out_loss(self.model, splits, token_bytes, config.batches, world, one_batch)
@@ -331,32 +318,31 @@ class Trainer:
 
         def save(folder: Path) -> float:
             with Saver(folder, world.rank, world.size, world.saving) as saver:
-                return saver.begin(0, self._tensors(), {})
+                stall = saver.begin(0, self._tensors(), {})
+                world.alike(saver.wait)
+            return stall
 
-        done = rehearse(micro_step, validate if splits else None, save, self.folder.checkpoints, world)
-        self._say(done.describe(self.micro_steps, config.num_steps))
+        rehearses = config.preflight and self.state["step"] == 0
+        if rehearses or config.compile or world.size > 1:
+            micro_step(True)
+        if rehearses:
+            done = rehearse(micro_step, validate if splits else None, save, self.folder.checkpoints, world)
+            self.log.say(done.describe(self.micro_steps, config.num_steps))
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         return {"model": trained_tensors(self.model), "optimizer": self.optimizer.state_tensors()}
 
     def run(self) -> bool:
         """Plan, rehearse, train, and leave `final/`. Returns whether it came to its end: False where a signal stopped it."""
-        folder, world = self.folder, self.world
-        if world.is_main:
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json(folder.config, to_dict(self.config))
-            self.log = MetricsLog(folder.metrics, self.state["step"])
-            self._say(self._plan())
-        if self.config.preflight and self.state["step"] == 0:
-            self._rehearse()
-        total, done = self.config.num_steps, self.state["step"]
-        with progress_bar("train", "step", total=total, initial=done, disable=not world.is_main) as self.bar, self.saver, self.watchdog:
+        world = self.world
+        world.on_main(self._announce)
+        if self.state["step"] < self.config.num_steps:
+            self._prepare()
+        with self.log.open(self.state["step"], self.config.num_steps), self.saver, self.watchdog:
             finished = self.train()
-            with self.watchdog.patience("saving"):
-                self.saver.wait()
-        if world.is_main:
-            self.log.close()
-            self._draw()
+            self._finish_save()
+        self.log.draw()
+        self._refuse_faults()
         if finished:
             world.on_main(self._save_final)
         return finished
@@ -366,10 +352,10 @@ class Trainer:
         step, best = self.state["step"], self.state["best"]
         if self.config.final == "best" and best is not None and best["step"] != step:
             step = best["step"]
-            self._say(f"final is the checkpoint of step {step}, of the lowest validation loss: {best['loss']:.4f}")
+            self.log.say(f"final is the checkpoint of step {step}, of the lowest validation loss: {best['loss']:.4f}")
         checkpoint = self.folder.load(self.folder.checkpoint(step))
         save_final(self.folder.final, self.model, checkpoint, self.config, self.start, self.identity["start"], self.data.tokenizer)
-        self._say(f"final model: {self.folder.final}")
+        self.log.say(f"final model: {self.folder.final}")
 
 
 def _select_kernels(name: str, device: torch.device, head_dim: int) -> Ops:
@@ -377,6 +363,13 @@ def _select_kernels(name: str, device: torch.device, head_dim: int) -> Ops:
         return select(name, device, head_dim)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Not torch.manual_seed, which also formats a stack trace for every kind of device that is not in use: half a millisecond a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -391,32 +384,37 @@ def train(config: TrainConfig, paths: Paths, device: str = "auto") -> int:
     """
     with StopSignal() as stop, process_group(device, config.parallel, stop, config.step_timeout_seconds) as world:
         folder = RunFolder(paths.output_dir)
-        world.on_main(lambda: _check(config, paths, world))
-        world.on_main(lambda: _claim(folder, paths.resume))
         trainer: Trainer | None = None
+        claimed = finished = False
 
         def report(status: Status, **more: str) -> None:
-            if world.is_main:
+            if world.is_main and claimed:
                 write_status(folder.path, status, trainer.state["step"] if trainer else 0, **more)
 
-        report("running")
         try:
+            world.on_main(lambda: _check(config, paths, world))
+            world.on_main(lambda: _claim(folder, paths.resume))
+            claimed = True
+            world.on_main(lambda: report("running"))
             trainer = Trainer(config, paths, world)
             finished = trainer.run()
         except Interrupted:
-            finished = False
+            pass
         except BaseException as error:
-            report("failed", message=str(error))
+            with contextlib.suppress(OSError):  # a full disk has no room for that either
+                report("failed", message=str(error))
             raise
+        number = 0 if finished else world.signal()
         if finished:
             report("finished")
-            return 0
-        name = signal.Signals(number := world.signal()).name
-        report("preempted", signal=name)
-        if world.is_main:
-            after = f" after step {trainer.state['step']}" if trainer else ""
-            tqdm.write(f"stopped by {name}{after}; go on with --resume-from-checkpoint auto")
-        return 128 + number
+        else:
+            name = signal.Signals(number).name
+            report("preempted", signal=name)
+            if world.is_main:
+                after = f" after step {trainer.state['step']}" if trainer else ""
+                tqdm.write(f"stopped by {name}{after}; go on with --resume-from-checkpoint auto")
+        world.from_main(None)  # when one process leaves, torchrun ends the others: not before the status is written
+        return 128 + number if number else 0
 
 
 def _check(config: TrainConfig, paths: Paths, world: World) -> None:

@@ -334,6 +334,117 @@ def test_the_models_that_are_trained_have_the_sizes_they_are_named_after():
         assert sum(p.numel() for p in gpt.parameters()) == pytest.approx(case.config.num_parameters, rel=0.02)
 
 
+# --- the loop, and several processes ---
+
+
+@pytest.fixture
+def data(on_the_path, store_dir, tokenizer_dir):
+    return importlib.import_module("loop").Data(store_dir, tokenizer_dir)
+
+
+def test_shares_of_the_loop():
+    loop = importlib.import_module("loop")
+    forward_backward, optimizer = loop.WORK
+    first = loop.Step(0.0, 2.0, {forward_backward: 1.0, optimizer: 0.5, "log": 0.25})
+    second = loop.Step(2.0, 6.0, {forward_backward: 5.0, optimizer: 0.5, "log": 0.25, "save": 0.125})
+    assert (first.outside, second.outside, second.unsaved) == (0.5, 0.5, 5.875)
+    assert loop.shares([first, second]) == {"outside": 1 / 8, forward_backward: 6 / 8, optimizer: 1 / 8, "log": 0.5 / 8}
+
+
+def test_what_a_save_costs():
+    """Seven steps of about a second; two of them lose 0.5 and 0.25 s to a save that is written beside them, and another is waited for."""
+    loop = importlib.import_module("loop")
+    lengths = [(0.75, 0.0), (1.25, 0.25), (1.5, 0.0), (1.25, 0.0), (0.875, 0.0), (3.25, 2.0), (1.0, 0.0)]
+    steps, start = [], 0.0
+    for seconds, save in lengths:
+        steps.append(loop.Step(start, seconds, {"save": save}))
+        start += seconds
+    # Steps 2 and 3 are from 2 to 3.5 and to 4.75.
+    beside = loop.Save(step=1, waited=False, stall=0.25, begin=1.875, end=3.75, cpu_seconds=0.5)
+    waited = loop.Save(step=5, waited=True, stall=2.0, begin=7.0, end=8.625, cpu_seconds=0.25)
+    expected = loop.SaveCost(synchronous=2.0, stall=0.25, slowdown=0.75, writing=1.875, writing_cpu=0.5, noise=0.0625)
+    assert loop.save_cost(steps, [beside, waited]) == expected
+    assert loop.save_cost(steps, [waited, beside]) == expected
+    with pytest.raises(ValueError, match="median"):
+        loop.save_cost(steps, [beside])
+
+
+def test_the_parts_of_a_step_are_what_takes_the_time(data, tmp_path, monkeypatch):
+    loop = importlib.import_module("loop")
+
+    def slow(owner, name, seconds):
+        original = getattr(owner, name)
+
+        def slower(*args, **options):
+            time.sleep(seconds)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, slower)
+
+    slow(loop.Trainer, "_agree", 0.02)
+    slow(loop.Trainer, "_forward_backward", 0.03)
+    slow(importlib.import_module("lumi.optimizer").Optimizer, "step", 0.04)
+    slow(importlib.import_module("lumi.saver").Saver, "_write", 0.05)
+    config = loop.run_config(True, 8, batches={"micro_batch_size": 2}) | {"save_every": 2}
+    run = loop.timed_run(config, data, tmp_path / "run", "cpu", waiting=True)
+    records = [record for record in importlib.import_module("lumi.metrics").read_metrics(run.folder.metrics) if record["kind"] == "train"]
+    assert len(run.steps) == len(records) == 8
+    for step, record in zip(run.steps, records, strict=True):
+        assert sum(step.parts.values()) <= step.seconds
+        assert step.parts["data wait"] == pytest.approx(record["data_wait_seconds"], abs=6e-5)  # which is rounded to 1e-4
+        assert step.parts[loop.WORK[0]] >= 2 * 0.03
+        assert step.parts[loop.WORK[1]] >= 0.04
+        assert step.outside >= step.parts["agreement"] >= 0.02
+    assert [(save.step, save.waited) for save in run.saves] == [(1, False), (3, True), (5, False), (7, True)]
+    for save in run.saves:
+        step = run.steps[save.step]
+        assert step.start < save.begin < save.begin + 0.05 <= save.end
+        assert save.stall == step.parts["save"]
+        if save.waited:
+            assert save.end <= step.start + step.seconds
+            assert save.stall >= save.end - save.begin
+
+
+def test_loop(tmp_path, capsys):
+    loop = importlib.import_module("loop")
+    assert loop.main(["--quick", "--num-steps", "6", "--num-saves", "6", "--output-dir", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("loop-*.json")
+    record = json.loads(path.read_text())
+    assert record["finished"]
+    assert [claim["at_most"] for claim in record["claims"]] == [0.02, 0.02, 0.005, None, None]
+    assert all(claim["measured"] is not None for claim in record["claims"])
+    assert record["notes"]["loop"]["steps"] == 2
+    assert len(record["notes"]["save"]["saves"]) == 3
+    with pytest.raises(SystemExit):
+        loop.main(["--quick", "--num-saves", "4", "--output-dir", str(tmp_path)])
+    assert "--num-saves must be at least 5" in capsys.readouterr().err
+
+
+def test_random_data_is_what_the_benchmarks_ask_for(on_the_path, tmp_path):
+    loop, token_store = importlib.import_module("loop"), importlib.import_module("lumi.token_store")
+    split = token_store.TokenStore.open(loop.random_data(tmp_path, 50_000).store).split("train")
+    assert 40_000 < split.num_tokens <= 50_000
+
+
+def test_scaling(results, data, tmp_path):
+    """One process and two train the same, and the figures are those of their logs."""
+    scaling, read_metrics = importlib.import_module("scaling"), importlib.import_module("lumi.metrics").read_metrics
+    config = scaling.run_config(True, 4, batches={"micro_batch_size": 2}) | {"dtype": "float32"}
+    scaling.measure(results, ["DDP, strong"], config, data, tmp_path, rounds=1)
+    logs = [read_metrics(tmp_path / f"0-{index}" / "run-0" / "metrics.jsonl") for index in range(2)]
+    one, two = ([record for record in log if record["kind"] == "train"] for log in logs)
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=5e-5)
+    rates = [2 * 128 / (records[2]["step_seconds"] + records[3]["step_seconds"]) for records in (one, two)]
+    (claim,) = read(results)["claims"]
+    assert claim["measured"] == pytest.approx(rates[1] / rates[0] / 2, abs=6e-5)
+
+
+def test_scaling_tells_why_a_run_failed(on_the_path, tmp_path):
+    loop, scaling = importlib.import_module("loop"), importlib.import_module("scaling")
+    with pytest.raises(RuntimeError, match=r"exit code 2: error: .*holds no tokenizer.model"):
+        scaling.tokens_per_second(scaling.ONE, scaling.run_config(True, 4), loop.Data(tmp_path / "no-store", tmp_path), tmp_path / "case")
+
+
 # --- correctness, sanitizer, all together ---
 
 

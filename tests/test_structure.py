@@ -15,7 +15,7 @@ ORDER = """
     tokenizer_training foreign_template chat encoding stored_array token_store shards rows batches model lora tensor_pieces
     muon optimizer rendezvous tensor_parallel parallel blame watchdog loss_spikes run_config devices plan scale scale_report
     checkpoint saver run_status run_folder hf_format adapter_format pretrained run_model export generate completions
-    dialogue evaluation metrics preview run_data preflight train demo serve cli
+    dialogue evaluation metrics run_log preview run_data resume preflight train demo serve cli
 """.split()
 
 

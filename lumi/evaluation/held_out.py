@@ -11,13 +11,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from lumi.batches import IGNORE, BatchConfig, validation_batches
+from lumi.config import UserError
 from lumi.model import Transformer
-from lumi.parallel import World
+from lumi.parallel import World, attempt
 from lumi.token_store import Split
 
 
@@ -39,25 +41,35 @@ def held_out_loss(
     config: BatchConfig,
     world: World,
     max_tokens: int | None = None,
-    stopping: Callable[[], bool] = lambda: False,
+    stopping: Callable[[str | None], bool] | None = None,
 ) -> HeldOut | None:
     """Loss over whole splits, shared among the processes, which call this together.
 
     Args:
         token_bytes: (V,) int, the UTF-8 bytes that each token stands for.
         max_tokens: of each split; None: all.
-        stopping: asked before each batch, by all processes together, which must get the same answer.
+        stopping: asked before each batch, by all processes together, which must get the same answer; it is told why this process cannot
+            read the batch, if so. None: nothing stops it but such an error.
 
     Returns:
         None where `stopping` ended it.
+
+    Raises:
+        UserError: data cannot be read, and there is no `stopping` to end it.
     """
     bytes_V = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(world.device)
     nats, tokens, num_bytes = 0.0, 0, 0
     with evaluating(model):
         for split in splits:
-            for batch in validation_batches(split, config, world.data_rank, world.layout.data, max_tokens):
-                if stopping():
+            batches = validation_batches(split, config, world.data_rank, world.layout.data, max_tokens)
+            while True:
+                batch, fault = attempt(partial(next, batches, None))
+                if stopping is not None and stopping(fault):
                     return None
+                if fault is not None:
+                    raise UserError(fault)
+                if batch is None:
+                    break
                 batch = batch.to(world.device)
                 nats += model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens).item()
                 targets = batch.targets[batch.targets != IGNORE]
