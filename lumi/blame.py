@@ -8,7 +8,11 @@ from typing import Literal, NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a process tells of itself. `count` grows while it lives; `still_seconds` is how long its loop has made no mark."""
+    """What a process tells of itself. `count` grows while it lives; `still_seconds` is how long its loop has made no mark.
+
+    `parts` and `idle_seconds` are of the work behind its loop, in a patient phase: how much the process has done of what all do together,
+    and for how long it has done nothing; 0 where nobody knows.
+    """
 
     rank: int
     host: str
@@ -21,16 +25,19 @@ class Beat:
     still_seconds: float
     where: str  # the line of code
     left: Literal["", "finished", "failed"] = ""  # the loop ended: as it should, or with an exception
+    parts: int = 0
+    idle_seconds: float = 0.0
 
 
 class Blame(NamedTuple):
     """Who holds the run up.
 
-    `failed`: left with an error, but still there. `mute`: no sign of life. `behind`: the others have gone on to a later mark. `apart`: all
-    stand at one mark, these few on another line than most. `together`: nobody can be told from the rest.
+    `failed`: left with an error, but still there. `mute`: no sign of life. `behind`: the others have gone on to a later mark. `unsaved`:
+    all are patient, and the others have done more of what they do together behind their loops. `apart`: all stand at one mark, these few on
+    another line than most. `together`: nobody can be told from the rest.
     """
 
-    kind: Literal["failed", "mute", "behind", "apart", "together"]
+    kind: Literal["failed", "mute", "behind", "unsaved", "apart", "together"]
     ranks: list[int]
 
 
@@ -42,7 +49,8 @@ def find_blame(beats: Sequence[Beat], mute: set[int], limit_seconds: float) -> B
         mute: the ranks whose beats have stopped.
 
     Returns:
-        None as long as those that the rest waits for are at work: in a patient phase, or at a mark younger than the limit.
+        None as long as those that the rest waits for are at work: at a mark younger than the limit; or in a patient phase, while any
+        process does something behind its loop, or nobody knows whether.
     """
     if failed := [beat.rank for beat in beats if beat.left == "failed"]:
         return Blame("failed", failed)
@@ -53,10 +61,16 @@ def find_blame(beats: Sequence[Beat], mute: set[int], limit_seconds: float) -> B
         return None
     least = min((beat.step, beat.mark) for beat in inside)
     last = [beat for beat in inside if (beat.step, beat.mark) == least]
-    if any(beat.patient or beat.still_seconds < limit_seconds for beat in last):
+    if any(beat.still_seconds < limit_seconds for beat in last):
+        return None
+    if any(beat.patient for beat in last) and min(beat.idle_seconds for beat in inside) < limit_seconds:
         return None
     if len(last) < len(beats):
         return Blame("behind", [beat.rank for beat in last])
+    fewest = min(beat.parts for beat in last)
+    unsaved = [beat.rank for beat in last if beat.parts == fewest]
+    if all(beat.patient for beat in last) and len(unsaved) < len(last):
+        return Blame("unsaved", unsaved)
     line, count = Counter(beat.where for beat in last).most_common(1)[0]
     if len(last) / 2 < count < len(last):
         return Blame("apart", [beat.rank for beat in last if beat.where != line])
@@ -78,6 +92,9 @@ def describe(blame: Blame, beats: Sequence[Beat]) -> str:
         return text + f"{_names(blamed)} {gives} stopped, dead or cut off; last seen: {stand}"
     if blame.kind == "together":
         text += f"no process has gone on for {still:.0f} s: {stand}"
+    elif blame.kind == "unsaved":
+        idle = min(beat.idle_seconds for beat in blamed)
+        text += f"{_names(blamed)} {'has' if one else 'have'} written nothing for {idle:.0f} s, and all wait for it: {stand}"
     else:
         text += f"{_names(blamed)} {'has' if one else 'have'} not gone on for {still:.0f} s: {stand}; {_waiting(others)}"
     return text + "; if it only needs longer, raise step_timeout_seconds"

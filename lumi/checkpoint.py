@@ -11,9 +11,10 @@ Safetensors and JSON only: nothing on the load path can run code. `lumi.saver` w
 
 import hashlib
 import json
+import math
 import os
 import re
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,14 +25,15 @@ import torch
 from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
-from lumi.storage import TEMPORARY_PREFIX, check_file, file_record
+from lumi.storage import DamagedError, check_file, discard_folders, file_record
 from lumi.tensor_pieces import Box, check_cover, fill
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")
 _TENSOR_FILE = re.compile(r"[a-z]+-\d{5}\.safetensors")
 _MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", "tensors.json"
-_REMEDY = "delete this checkpoint and resume from an older one: --resume-from-checkpoint PATH"
+_CHUNK_BYTES = 2**28  # written, synced and reported at a time: minutes on the slowest of disks
+REMEDY = "resume from another one: --resume-from-checkpoint PATH, or auto for the newest that is whole"
 _SAFETENSORS_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -72,10 +74,11 @@ class Checkpoint:
         """Compare the bytes of the tensor files with the manifest: of one share of the files, where `parts` processes share the work.
 
         Raises:
-            UserError: naming the file that is corrupt, and what to do.
+            DamagedError: naming the file that is corrupt, and what to do.
+            OSError: one cannot be read now.
         """
         for name in sorted(self.records)[part::parts]:
-            check_file(self.path / name, self.records[name], remedy=_REMEDY)
+            check_file(self.path / name, self.records[name], remedy=REMEDY)
 
     def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
         """The whole shapes of a group's tensors. Raises UserError where there is no such group."""
@@ -115,7 +118,7 @@ class Checkpoint:
 
     def _group(self, group: str) -> dict[str, SavedTensor]:
         if group not in self.groups:
-            raise UserError(f"{self.path}: must hold tensors of {group!r}, got {sorted(self.groups)}; {_REMEDY}")
+            raise UserError(f"{self.path}: must hold tensors of {group!r}, got {sorted(self.groups)}; {REMEDY}")
         return self.groups[group]
 
     def _reader(self, name: str, saved: SavedTensor) -> Callable[[int, tuple[slice, ...]], Tensor]:
@@ -129,9 +132,9 @@ class Checkpoint:
                 view = self._opened[file.name].get_slice(name)
                 shape, part = tuple(view.get_shape()), view[slices]
             except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(f"{file}: must be a safetensors file with {name!r}: {error}; {_REMEDY}") from error
+                raise UserError(f"{file}: must be a safetensors file with {name!r}: {error}; {REMEDY}") from error
             if (_name_of(part.dtype), shape) != (saved.dtype, box.shape):
-                raise UserError(f"{file}: {name!r} must be {saved.dtype} of {box.shape}, got {_name_of(part.dtype)} of {shape}; {_REMEDY}")
+                raise UserError(f"{file}: {name!r} must be {saved.dtype} of {box.shape}, got {_name_of(part.dtype)} of {shape}; {REMEDY}")
             return part
 
         return read_slice
@@ -157,7 +160,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Their bytes are another matter: `Checkpoint.verify`.
 
     Raises:
-        UserError: the manifest is missing or of another format, or a file differs from it; names the file and what to do.
+        DamagedError: a file differs from the manifest, or that is none; names the file and what to do.
+        UserError: there is no manifest, it is of another format, or it cannot be read now.
+        OSError: likewise of another file.
     """
     path = Path(path)
     if not (path / _MANIFEST).is_file():
@@ -165,20 +170,41 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     records = _read_manifest(path / _MANIFEST)
     for name in (_STATE, _TENSORS):
         if name not in records:
-            raise UserError(f"{path / _MANIFEST}: must give the size and SHA-256 of {name}, and does not: it is corrupt; {_REMEDY}")
-        check_file(path / name, records.pop(name), remedy=_REMEDY)
+            raise DamagedError(f"{path / _MANIFEST}: must give the size and SHA-256 of {name}, and does not: it is corrupt; {REMEDY}")
+        check_file(path / name, records.pop(name), remedy=REMEDY)
     groups = _read_tensors(path / _TENSORS)
-    named = {file for group in groups.values() for saved in group.values() for file in saved.files}
-    for file in sorted(named ^ records.keys()):
-        raise UserError(f"{path / file}: must stand in both {_MANIFEST} and {_TENSORS}: one of them is corrupt; {_REMEDY}")
+    sizes = _bytes_by_file(groups)
+    for file in sorted(sizes.keys() ^ records.keys()):
+        raise DamagedError(f"{path / file}: must stand in both {_MANIFEST} and {_TENSORS}: one of them is corrupt; {REMEDY}")
     for file, record in records.items():
-        check_file(path / file, record, remedy=_REMEDY, check_hash=False)
-    return Checkpoint(path, read_json(path / _STATE), groups, records)
+        check_file(path / file, record, remedy=REMEDY, check_hash=False)
+        if sizes[file] > record["size"]:  # before anybody allocates as much
+            raise DamagedError(f"{path / file}: must hold {sizes[file]} bytes of tensors, got a file of {record['size']}; {REMEDY}")
+    return Checkpoint(path, _read_json(path / _STATE), groups, records)
+
+
+def _bytes_by_file(groups: dict[str, dict[str, SavedTensor]]) -> Counter[str]:
+    """Bytes of the pieces that lie in each file."""
+    sizes: Counter[str] = Counter()
+    for saved in (saved for group in groups.values() for saved in group.values()):
+        for file, box in zip(saved.files, saved.boxes, strict=True):
+            sizes[file] += getattr(torch, saved.dtype).itemsize * math.prod(box.shape)
+    return sizes
+
+
+def _read_json(path: Path) -> Any:
+    """Raises DamagedError where it is not JSON, UserError where it cannot be read."""
+    try:
+        return read_json(path)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        raise DamagedError(f"{error}; {REMEDY}") from error
 
 
 def _read_manifest(manifest: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 by file name. Raises UserError where the manifest is not as `seal_checkpoint` writes it."""
-    data = read_json(manifest)
+    """Size and SHA-256 by file name. Raises DamagedError where it is not as `seal_checkpoint` writes it, UserError for another format."""
+    data = _read_json(manifest)
     if isinstance(data, dict) and data.get("format") != FORMAT and "files" in data:
         raise UserError(f"{manifest}: format must be {FORMAT}, got {data.get('format')!r}; resume with the version of Lumi that wrote it")
     try:
@@ -187,13 +213,13 @@ def _read_manifest(manifest: Path) -> dict[str, dict[str, Any]]:
     except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise UserError(f"{manifest}: must give every file's size and SHA-256, and does not: it is corrupt; {_REMEDY}")
+        raise DamagedError(f"{manifest}: must give every file's size and SHA-256, and does not: it is corrupt; {REMEDY}")
     return files
 
 
 def _read_tensors(file: Path) -> dict[str, dict[str, SavedTensor]]:
-    """The tensors of every group, their pieces checked to be all of them. Raises UserError naming the tensor where they are not."""
-    data = read_json(file)
+    """The tensors of every group, their pieces checked to be all of them. Raises DamagedError naming the tensor where they are not."""
+    data = _read_json(file)
     where = ""
     try:
         groups: dict[str, dict[str, SavedTensor]] = {}
@@ -203,7 +229,7 @@ def _read_tensors(file: Path) -> dict[str, dict[str, SavedTensor]]:
                 where = f" {group} tensor {name!r}:"
                 groups[group][name] = _saved_tensor(entry)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{file}:{where} must tell where a tensor lies: {error}; {_REMEDY}") from error
+        raise DamagedError(f"{file}:{where} must tell where a tensor lies: {error}; {REMEDY}") from error
     return groups
 
 
@@ -263,9 +289,12 @@ def seal_checkpoint(
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name) and (path / _MANIFEST).is_file()]
-    return sorted(found)
+    """The complete checkpoints of a run, oldest first. Raises OSError where the folder is there, but cannot be read now."""
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    return [Path(folder, name) for name in names if _NAME.fullmatch(name) and (Path(folder, name) / _MANIFEST).is_file()]
 
 
 def step_of(path: Path) -> int:
@@ -273,24 +302,20 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def prune_checkpoints(folder: str | Path, keep_last: int, best: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the one of step `best`."""
-    for path in list_checkpoints(folder)[:-keep_last]:
-        if step_of(path) != best:
-            discard_checkpoint(path)
+def prune_checkpoints(folder: str | Path, keep_last: int, best: int | None) -> list[str]:
+    """Delete all but the newest `keep_last` checkpoints and the one of step `best`; returns as `discard_folders`."""
+    return discard_folders(folder, [path.name for path in list_checkpoints(folder)[:-keep_last] if step_of(path) != best])
 
 
-def discard_checkpoint(path: Path) -> None:
-    """Delete a checkpoint: at any moment it is whole, or litter that is swept."""
-    litter = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-discarded")
-    os.rename(path, litter)
-    shutil.rmtree(litter)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, Any]:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, moved: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Write tensors as safetensors, fsynced, with what others expect in the metadata, and `metadata`.
 
     Written here, and not by the library, to hash the bytes as they pass, and to leave Python to other threads meanwhile.
+
+    Args:
+        moved: called from time to time, as long as the writing goes on.
 
     Returns:
         the file's record, as `lumi.storage.file_record`.
@@ -305,13 +330,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     prefix = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(prefix)
+    digest, unsynced = hashlib.sha256(prefix), 0
     with open(path, "wb") as file:
         file.write(prefix)
         for name in names:
             data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            digest.update(data)
-            file.write(data)
+            for start in range(0, len(data), _CHUNK_BYTES):
+                chunk = data[start : start + _CHUNK_BYTES]
+                digest.update(chunk)
+                file.write(chunk)
+                unsynced += len(chunk)
+                if unsynced >= _CHUNK_BYTES:  # else memory takes it all at once, and the last fsync takes hours without a word
+                    file.flush()
+                    os.fsync(file.fileno())
+                    unsynced = 0
+                moved()
         file.flush()
         os.fsync(file.fileno())
     return {"size": len(prefix) + end, "sha256": digest.hexdigest()}

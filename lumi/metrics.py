@@ -25,9 +25,15 @@ class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, each with `step` and `kind` ("train", "validation" or "checkpoint")."""
 
     def __init__(self, path: Path, resume_step: int = 0):
+        """
+        Args:
+            resume_step: the records up to this step are kept, the rest is done over. Lines that are no records are dropped: a run does
+                not fail for its log.
+        """
         self.path = path
         if path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] <= resume_step and resume_step > 0]  # the rest is done over
+            records = [_record(line) for line in path.read_bytes().split(b"\n")] if resume_step else []
+            kept = [record for record in records if record is not None and record["step"] <= resume_step]
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(temporary, path)
@@ -37,10 +43,13 @@ class MetricsLog:
         """Append a record; floats that are not finite become null, for JSON has none. Raises UserError where it cannot be written."""
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
         line = json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False).encode() + b"\n"
+        start = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(line) < len(line):  # so much room there was
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            with contextlib.suppress(OSError):  # on a disk that fails altogether, half a line may stay: it is dropped on resuming
+                os.ftruncate(self.file.fileno(), start)  # or the next line would begin in the middle of this one
             raise UserError(
                 f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume-from-checkpoint auto"
             ) from error
@@ -61,6 +70,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
     return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where there is none."""
+    try:
+        record = json.loads(line.decode())
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("kind"), str) else None
 
 
 class Meter:

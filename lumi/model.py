@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.compute_dtype, self.gradient_checkpointing = compute_dtype, gradient_checkpointing
-        self.token_embedding = nn.Embedding(config.vocab_size, config.model_dim)
+        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.model_dim), freeze=False)
         self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.model_dim, config, ops)
         self.lm_head = None if config.tied_embeddings else Linear(config.model_dim, config.vocab_size)

@@ -138,7 +138,8 @@ def memory_estimate(
     Several processes. DDP holds all gradients once more in its buckets. FSDP2 holds float32 shards of weights, gradients and states; of
     weights `gathered` in the compute dtype there are two layers at a time (one at work, one on its way) and all outside the layers, and
     of their gradients one layer in the compute dtype and one on its way in the reduce dtype; in a step of several micro-steps the
-    `whole gradients` of all parameters wait for the last one in the reduce dtype. Tensor parallelism by t divides all of it but the
+    `whole gradients` of all parameters wait for the last one in the reduce dtype. With replicas the shards of gradients that they have
+    summed in a narrower reduce dtype stay, as `reduced`, until backward ends. Tensor parallelism by t divides all of it but the
     norms, and a token's values but the 2D that attention and MLP take, which are gathered; embedding and lm_head are gathered whole, in
     the compute dtype.
     """
@@ -181,6 +182,8 @@ def _held(
     layer, root = parameters_held(model, 1, layout.tensor)
     if batches.micro_steps(layout.data) > 1:
         parts["whole gradients"] = reduce_bytes * (adapters if frozen else model.num_layers * layer + root)
+    if layout.replicate > 1 and reduce_bytes < 4:
+        parts["reduced"] = reduce_bytes * trained
     gathered = compute_bytes * (2 * layer + root + (embeddings if layout.tensor > 1 else 0))
     return parts | {"gathered": gathered + (0 if frozen else (compute_bytes + reduce_bytes) * layer)}
 

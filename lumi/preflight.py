@@ -19,7 +19,7 @@ from lumi.config import UserError
 from lumi.parallel import World
 from lumi.plan import memory_of
 from lumi.run_config import TrainConfig
-from lumi.storage import TEMPORARY_PREFIX
+from lumi.storage import REHEARSAL
 
 USABLE = 0.9  # of the memory that is free: the estimate knows nothing of torch's own, fragments and peaks between
 _CGROUPS = (  # folder, limit, use, and what of it are pages of files, which make way: in the two generations of control groups
@@ -123,7 +123,7 @@ def rehearse(
     """
     inner, last = (_seconds(partial(micro_step, is_last), world) for is_last in (False, True))
     validation = None if validate is None else _seconds(validate, world)
-    place = folder / f"{TEMPORARY_PREFIX}rehearsal"
+    place = folder / REHEARSAL
     stalls: list[float] = []
     try:
         saving = _seconds(lambda: stalls.append(save(place)), world)

@@ -41,6 +41,7 @@ class Saver:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._running: Future[None] | None = None
         self._staging: dict[Key, Tensor] = {}
+        self._parts = self._chunks = 0
         atexit.register(self.close)
 
     def begin(
@@ -71,6 +72,11 @@ class Saver:
         pieces = self._stage(own)
         self._running = self._executor.submit(self._save, self.folder / f"step-{step:08d}", pieces, groups, values, finish)
         return time.perf_counter() - start
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many parts of saves this process has done, which the others wait for, and how many chunks of files: for `lumi.watchdog`."""
+        return self._parts, self._chunks
 
     @property
     def failed(self) -> bool:
@@ -134,7 +140,8 @@ class Saver:
                     unfinished.close()
 
             self._together(failure, complete)
-        self._together(f"{path}: was written, but not what follows", lambda: finish(path) if self.rank == 0 else None)
+        remedy = "the checkpoint is whole, resume from it"
+        self._together(f"{path}: was saved, but not what follows", lambda: finish(path) if self.rank == 0 else None, remedy)
 
     def _write(self, temporary: Path, pieces: dict[Key, Piece]) -> tuple[dict[str, dict[str, Any]], dict[Key, dict[str, Any]]]:
         """Write this process's files. Returns their records, and where the pieces lie."""
@@ -143,13 +150,19 @@ class Saver:
         records, entries = {}, {}
         for group in sorted({group for group, _ in pieces}):
             file = tensor_file(group, self.rank)
-            records[file] = save_tensors(temporary / file, {name: piece.local for (of, name), piece in pieces.items() if of == group})
+            tensors = {name: piece.local for (of, name), piece in pieces.items() if of == group}
+            records[file] = save_tensors(temporary / file, tensors, moved=self._moved)
             for key, piece in pieces.items():
                 if key[0] == group:
                     entries[key] = {"file": file, "offset": list(piece.offset), "shape": list(piece.local.shape)}
         return records, entries
 
-    def _together(self, failure: str, work: Callable[[], Any]) -> list[Any]:
+    def _moved(self) -> None:
+        self._chunks += 1
+
+    def _together(
+        self, failure: str, work: Callable[[], Any], remedy: str = "earlier checkpoints are intact, resume from them"
+    ) -> list[Any]:
         """Do a part of a save. Returns what it returned on every process, when all are done.
 
         Raises:
@@ -161,11 +174,12 @@ class Saver:
         except (OSError, ValueError) as error:
             fault = (isinstance(error, OSError) and error.strerror) or str(error)
         finally:  # whatever happened, nobody is left waiting
+            self._parts += 1
             outcomes: list[Any] = [(result, fault)] * self.size
             if self.group is not None:
                 dist.all_gather_object(outcomes, (result, fault), group=self.group)
         for rank, (_, fault) in enumerate(outcomes):
             if fault:
                 where = f"rank {rank}: " if self.size > 1 else ""
-                raise UserError(f"{failure}: {where}{fault}; earlier checkpoints are intact, resume from them")
+                raise UserError(f"{failure}: {where}{fault}; {remedy}")
         return [result for result, _ in outcomes]

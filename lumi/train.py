@@ -77,7 +77,7 @@ class Trainer:
         self.fault: str | None = None  # why this process could not read the data of a step
         self._resume(found)
         self.saver = Saver(self.folder.checkpoints, world.rank, world.size, world.saving)
-        self.watchdog = Watchdog(world.patient, config.step_timeout_seconds, self._report_hang)
+        self.watchdog = Watchdog(world.patient, config.step_timeout_seconds, self._report_hang, lambda: self.saver.progress)
         peak = peak_flops(world.device)
         self.peak_flops = peak and peak * world.size
         flops_per_token = shape.flops_per_token(config.batches.sequence_length, frozen=config.lora is not None)
@@ -243,8 +243,9 @@ class Trainer:
         keep_best = self.state["best"] and self.state["best"]["step"]
 
         def finish(path: Path) -> None:
-            self.folder.prune(self.config.keep_last, keep_best)
             self.log.say(f"step {step}: saved {path}")
+            for line in self.folder.prune(self.config.keep_last, keep_best):
+                self.log.say(line)
 
         with self.watchdog.patience("saving"):
             stall = self.world.alike(lambda: self.saver.begin(step, self._tensors(), state, finish))
@@ -273,7 +274,7 @@ class Trainer:
 
     def _abandon_later(self) -> None:
         for name in self.folder.abandon_after(self.state["step"]):
-            self.log.say(f"removed {name}: this run goes on from before it")
+            self.log.say(f"set aside {name}: this run goes on from before it; it goes when the next save is whole")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = resumed_state(checkpoint, self.identity, self.config, self.log.say)
@@ -382,8 +383,11 @@ def train(config: TrainConfig, paths: Paths, device: str = "auto") -> int:
     Returns:
         The process's exit code: 0, or 128 + the signal that ended it.
     """
-    with StopSignal() as stop, process_group(device, config.parallel, stop, config.step_timeout_seconds) as world:
-        folder = RunFolder(paths.output_dir)
+    with (
+        StopSignal() as stop,
+        process_group(device, config.parallel, stop, config.step_timeout_seconds) as world,
+        RunFolder(paths.output_dir) as folder,
+    ):
         trainer: Trainer | None = None
         claimed = finished = False
 
@@ -427,7 +431,7 @@ def _check(config: TrainConfig, paths: Paths, world: World) -> None:
 
 
 def _claim(folder: RunFolder, resume: str | None) -> None:
-    for name in folder.claim(resume):
+    for name in folder.claim(resume, tqdm.write):
         tqdm.write(f"removed {name}, left by a run that was interrupted")
 
 

@@ -170,7 +170,8 @@ def fail_to_finish(saver, rank, tensors):
         raise ZeroDivisionError("a mistake")
 
     saver.begin(3, tensors, {}, cannot_prune)
-    with pytest.raises(UserError, match=r"step-00000003: was written, but not what follows: rank 0: Permission denied"):
+    message = "step-00000003: was saved, but not what follows: rank 0: Permission denied; the checkpoint is whole, resume from it"
+    with pytest.raises(UserError, match=message):
         saver.wait()
     saver.begin(3, tensors, {}, mistake)
     with pytest.raises(ZeroDivisionError if rank == 0 else UserError, match="a mistake" if rank == 0 else "rank 0: an unexpected error"):

@@ -13,6 +13,10 @@ def beat(rank, step=7, mark=0, still=100.0, where="train.py:10 train", **more):
     return Beat(rank=rank, host=f"node{rank // 2}", pid=100 + rank, count=5, step=step, mark=mark, still_seconds=still, where=where, **more)
 
 
+def saving(rank, idle=100.0, **more):
+    return beat(rank, patient=True, idle_seconds=idle, **more)
+
+
 LIMIT = 60.0
 TABLES = {
     "one is behind in the step": ([beat(0, mark=1), beat(1), beat(2, mark=1)], set(), Blame("behind", [1])),
@@ -23,6 +27,13 @@ TABLES = {
     "the one behind is at work": ([beat(0, still=59.0), beat(1, mark=1)], set(), None),
     "one of two behind is at work": ([beat(0, still=59.0), beat(1), beat(2, mark=1)], set(), None),
     "the one ahead saves": ([beat(0, mark=1, patient=True, still=0), beat(1)], set(), Blame("behind", [1])),
+    "a save that moves": ([saving(0, idle=59.0), saving(1, idle=200.0)], set(), None),
+    "a save that moves in a process that goes on": ([beat(0, mark=1, idle_seconds=0.0), saving(1)], set(), None),
+    "a save that began just now": ([saving(0, still=59.0), saving(1)], set(), None),
+    "a save of which nobody knows": ([beat(0, patient=True), beat(1, patient=True)], set(), None),
+    "a save that hangs": ([saving(0, parts=3), saving(1, parts=4), saving(2, parts=4)], set(), Blame("unsaved", [0])),
+    "a save that hangs, alone in patience": ([beat(0, mark=1, idle_seconds=100.0), saving(1)], set(), Blame("behind", [1])),
+    "a save that hangs on all": ([saving(0), saving(1)], set(), Blame("together", [0, 1])),
     "no sign of life": ([beat(0), beat(1), beat(2)], {1}, Blame("mute", [1])),
     "no sign of life, and another is behind": ([beat(0, step=5), beat(1), beat(2)], {2}, Blame("mute", [2])),
     "no sign of life in a save": ([beat(0, patient=True), beat(1)], {0}, Blame("mute", [0])),
@@ -59,6 +70,10 @@ def test_what_is_said():
     assert describe(Blame("together", [0, 1]), [beat(0), beat(1)]) == (
         "step 7: no process has gone on for 100 s: they stand at step 7, waiting for data, in train.py:10 train; if it only needs longer, "
         "raise step_timeout_seconds"
+    )
+    assert describe(Blame("unsaved", [1]), [saving(0, parts=2), saving(1, parts=1, idle=61.0)]) == (
+        "step 7: rank 1 (host node0, pid 101) has written nothing for 61 s, and all wait for it: it stands at step 7, waiting for data, in "
+        "train.py:10 train; if it only needs longer, raise step_timeout_seconds"
     )
     done = [replace(beat(0), left="finished"), beat(1)]
     assert "; the others have finished; " in describe(Blame("behind", [1]), done)

@@ -11,7 +11,7 @@ import torch
 from lumi.checkpoint import list_checkpoints, load_tensors, open_checkpoint, prune_checkpoints, save_tensors, seal_checkpoint
 from lumi.config import UserError
 from lumi.saver import Saver
-from lumi.storage import file_record
+from lumi.storage import DamagedError, file_record
 
 
 def save(folder, step=1, value=1):
@@ -97,7 +97,7 @@ def test_processes_share_the_checking(tmp_path):
         whole = (path / name).read_bytes()
         (path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         open_checkpoint(path).verify(1 - part, 2)
-        with pytest.raises(UserError, match=rf"step-00000001/{name}: SHA-256 must be .* corrupt; delete this checkpoint and resume"):
+        with pytest.raises(UserError, match=rf"step-00000001/{name}: SHA-256 must be .* corrupt; resume from another one"):
             open_checkpoint(path).verify(part, 2)
         (path / name).write_bytes(whole)
 
@@ -129,8 +129,37 @@ def test_manifest_and_plan_must_name_the_same_files(tmp_path):
 def test_another_format_is_refused(tmp_path):
     path = save(tmp_path)
     rewrite(path, "manifest.json", lambda manifest: manifest.update(format=1))
-    with pytest.raises(UserError, match=r"manifest\.json: format must be 2, got 1; resume with the version of Lumi that wrote it"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json: format must be 2, got 1; resume with the version of Lumi that wrote it"
+    ) as raised:
         open_checkpoint(path)
+    assert not isinstance(raised.value, DamagedError)
+
+
+def test_damaged_is_what_has_the_wrong_content(tmp_path):
+    path = save(tmp_path)
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(DamagedError, match=r"manifest\.json: not valid JSON"):
+        open_checkpoint(path)
+    path = save(tmp_path)
+    (path / "tensors.json").unlink()
+    with pytest.raises(DamagedError, match=r"tensors\.json: is missing"):
+        open_checkpoint(path)
+
+
+def test_a_plan_larger_than_its_files_is_refused_before_anything_is_allocated(tmp_path):
+    path, large = save(tmp_path), 10**15
+
+    def grow(groups):
+        groups["model"]["w"].update(shape=[large])
+        groups["model"]["w"]["pieces"][0].update(offset=[0], shape=[large])
+
+    rewrite(path, "tensors.json", grow)
+    size = (path / "model-00000.safetensors").stat().st_size
+    with pytest.raises(
+        DamagedError, match=rf"model-00000\.safetensors: must hold {4 * large + 3 * 8} bytes of tensors, got a file of {size}"
+    ):
+        open_checkpoint(path).read("model", "w")
 
 
 @pytest.mark.parametrize(
@@ -246,3 +275,30 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
         shutil.copytree(path, tmp_path / f"step-{step:08d}")
     prune_checkpoints(tmp_path, keep_last=2, best=3)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000005", "step-00000006"]
+
+
+def test_what_could_not_be_pruned_is_told_and_tried_again(tmp_path, monkeypatch):
+    path = save(tmp_path)
+    for step in range(2, 5):
+        shutil.copytree(path, tmp_path / f"step-{step:08d}")
+    real = shutil.rmtree
+
+    def busy(folder, *arguments, **keywords):
+        if "step-00000001" in str(folder):
+            raise OSError(39, "Directory not empty", str(folder))
+        real(folder, *arguments, **keywords)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    (fault,) = prune_checkpoints(tmp_path, keep_last=2, best=None)
+    assert fault.endswith("step-00000001-discarded: cannot be removed: Directory not empty")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    monkeypatch.undo()
+    assert prune_checkpoints(tmp_path, keep_last=2, best=None) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
+    assert list_checkpoints(tmp_path / "none") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        list_checkpoints(tmp_path / "file")

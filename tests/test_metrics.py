@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 
@@ -26,6 +27,34 @@ def test_a_line_cut_by_a_kill_is_left_out_but_no_other(tmp_path):
     path.write_text('{"step": 1, "ki\n{"step": 2, "kind": "train"}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:1: not valid JSON"):
         read_metrics(path)
+
+
+def test_resuming_drops_lines_that_are_no_records(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": %d, "kind": "train"}\n'
+    path.write_bytes(good % 1 + b'{"step": 2, "ki' + good % 3 + b"\0\xff\0\n[]\n{}\n" + good % 4 + b'{"st')
+    log = MetricsLog(path, resume_step=4)
+    log.write(5, "train")
+    log.close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 4, 5]
+
+
+def test_a_line_for_which_there_is_no_room_leaves_no_half(tmp_path):
+    """A file that may not grow takes half of it, as a full disk does."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write(1, "train")
+    size, before = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left on device; make room"):
+            log.write(2, "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.stat().st_size == size
+    log.write(3, "train")
+    log.close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
 
 
 def test_picture(tmp_path):

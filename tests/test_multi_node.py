@@ -200,20 +200,41 @@ def test_a_slurm_job_is_requeued_for_what_its_own_tasks_say(slurm, tmp_path, tas
     assert slurm.requeued() == requeued
 
 
+def wait_until(true):
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_slurm_job_that_is_cancelled_is_not_requeued(slurm, tmp_path):
     write_status(tmp_path / "run", "running", 7)
     saves = "trap 'kill $!; say preempted; exit 1' TERM; sleep 60 & echo $$ >$PLAY/tasks; wait"
     (tmp_path / "commands" / "srun").write_text(TASK + saves)
     job = slurm.start(tmp_path / "run")
-    deadline = time.monotonic() + 30
-    while not slurm.tasks():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(slurm.tasks)
     for pid in (job.pid, *slurm.tasks()):
         os.kill(pid, signal.SIGTERM)  # `scancel`: to the script and to every task
     assert job.wait(timeout=30) == 1
     assert read_status(tmp_path / "run")["status"] == "preempted"
     assert slurm.requeued() == 0
+
+
+def test_a_slurm_job_whose_save_outlasts_its_time_is_requeued(slurm, tmp_path):
+    write_status(tmp_path / "run", "running", 7)
+    told, end = tmp_path / "told", tmp_path / "end"
+    saves = "trap 'touch $PLAY/told' TERM; echo $$ >$PLAY/tasks; until [[ -e $PLAY/end ]]; do sleep 0.1; done; say preempted; exit 1"
+    (tmp_path / "commands" / "srun").write_text(TASK + saves)
+    job = slurm.start(tmp_path / "run")
+    try:
+        wait_until(slurm.tasks)
+        job.send_signal(signal.SIGUSR1)
+        wait_until(told.exists)
+        job.send_signal(signal.SIGTERM)  # the time limit
+    finally:
+        end.touch()
+    assert job.wait(timeout=30) == 0
+    assert slurm.requeued() == 1
 
 
 def test_the_slurm_script_is_told_its_run_folder():

@@ -83,6 +83,8 @@ def test_memory_of_several_processes_by_hand():
     shard = estimate(Layout(2, 2, 1), reduce_bytes=2)
     assert (shard["weights"], shard["gradients"], shard["optimizer"]) == (4 * held, 4 * held, 8 * held)
     assert shard["whole gradients"] == 2 * waiting  # of two micro-steps
+    assert shard["reduced"] == 2 * held
+    assert "reduced" not in estimate(Layout(2, 2, 1))
     assert shard["gathered"] == 2 * (2 * (matrices + norms) + 2 * 101 * 8 + 8) + (2 + 2) * (matrices + norms)
     assert (shard["activations"], shard["loss"]) == (alone["activations"], alone["loss"])
     assert "whole gradients" not in estimate(Layout(2, 4, 1))

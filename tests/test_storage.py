@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,48 @@ def test_sweep(tmp_path):
     (tmp_path / "step-1").mkdir()
     assert sweep_temporaries(tmp_path) == [".tmp-step-1-99"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_sweep_takes_what_is_ours_alone(tmp_path):
+    ours = [".tmp-rehearsal", ".tmp-step-1-99", ".tmp-step-1-discarded", ".tmp-step-1-99-displaced"]
+    foreign = [".tmp-x", ".tmp-", ".tmp-99", ".tmp-notes-of-mine", "step-1", ".tmp-link-7"]
+    for name in [*ours, *foreign[:-1]]:
+        (tmp_path / name / "inside").mkdir(parents=True)
+    (tmp_path / foreign[-1]).symlink_to(tmp_path / "step-1")
+    assert sweep_temporaries(tmp_path) == sorted(ours)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(foreign)
+
+
+def test_what_is_renamed_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    """And so are new parents in theirs."""
+    done, descriptors = [], {}
+    real = {name: getattr(os, name) for name in ("open", "fsync", "rename")}
+    real_rmtree = shutil.rmtree
+
+    def opened(path, *arguments, **keywords):
+        descriptor = real["open"](path, *arguments, **keywords)
+        descriptors[descriptor] = str(path)
+        return descriptor
+
+    def removed(path, *arguments, **keywords):
+        if Path(path).exists():
+            done.append(("remove", str(path)))
+        real_rmtree(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(("fsync", descriptors[descriptor])) or real["fsync"](descriptor))
+    monkeypatch.setattr(os, "rename", lambda source, target: done.append(("rename", str(target))) or real["rename"](source, target))
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    folder = tmp_path / "a" / "b" / "f"
+    with atomic_folder(folder):
+        assert sorted(done) == [("fsync", str(tmp_path)), ("fsync", str(tmp_path / "a"))]
+    done.clear()
+    with atomic_folder(folder, replace=True):
+        pass
+    displaced = str(folder.parent / f".tmp-f-{os.getpid()}-displaced")
+    (temporary, *rest) = done
+    assert temporary == ("fsync", str(folder.parent / f".tmp-f-{os.getpid()}"))
+    assert rest == [("rename", displaced), ("rename", str(folder)), ("fsync", str(folder.parent)), ("remove", displaced)]
 
 
 def test_sweep_puts_back_what_was_moved_aside_for_a_folder_that_never_came(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ SCRIPT = Path(lumi.train.__file__)
 def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):
     folder = start(num_steps=60, validate_every=20, save_every=20)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "status.json", "metrics.jsonl", "loss.png", "checkpoints", "final"}
+    assert names == {"config.json", "status.json", "metrics.jsonl", "loss.png", "checkpoints", "final", ".lock"}
     curve = losses(folder)
     assert len(curve) == 60
     assert curve[0] == pytest.approx(torch.tensor(384.0).log().item(), rel=0.02)  # untrained: uniform over the vocabulary
@@ -48,11 +48,9 @@ def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):
     assert printed.index("parameters") < printed.index("validation loss")
 
 
-def test_micro_batches_and_processes_change_rounding_only(start, command, tmp_path):
+def test_micro_batches_change_rounding_only(start):
     whole = losses(start("whole", batches={"micro_batch_size": 8}))
     assert losses(start("slices", batches={"micro_batch_size": 1})) == pytest.approx(whole, rel=5e-5)
-    launch(command("two", processes=2))
-    assert losses(tmp_path / "two") == pytest.approx(whole, rel=5e-5)
     assert losses(start("other seed", seed=1)) != pytest.approx(whole, rel=2e-3)
 
 
@@ -64,9 +62,9 @@ def kill_after(command, metrics, step, number):
     return process.wait(timeout=60)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_and_resumed_is_bit_identical(dtype, command, tmp_path):
-    changes = {"num_steps": 100, "save_every": 4, "validate_every": 50, "dtype": dtype}
+def test_killed_and_resumed_is_bit_identical(command, tmp_path):
+    """In bfloat16; tests/test_faults.py kills in float32, at every kind of moment."""
+    changes = {"num_steps": 60, "save_every": 4, "validate_every": 50, "dtype": "bfloat16"}
     launch(command("straight", **changes))
     killed = command("killed", "--resume-from-checkpoint", "auto", **changes)
     assert kill_after(killed, tmp_path / "killed" / "metrics.jsonl", 10, signal.SIGKILL) == -signal.SIGKILL
@@ -74,26 +72,6 @@ def test_killed_and_resumed_is_bit_identical(dtype, command, tmp_path):
     assert "resumed from" in launch(killed).stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "straight")
-
-
-def test_resumed_with_another_number_of_processes(start, command, tmp_path):
-    straight = losses(start("straight"))
-    start("half", save_every=6, keep_last=9)
-    launch(command("half", "--resume-from-checkpoint", str(tmp_path / "half" / "checkpoints" / "step-00000006"), processes=2))
-    assert losses(tmp_path / "half")[:6] == straight[:6]
-    assert losses(tmp_path / "half") == pytest.approx(straight, rel=2e-5)
-
-
-def test_sigterm_saves_and_says_so(command, tmp_path):
-    straight = command("straight", num_steps=100, save_every=100, validate_every=50)
-    launch(straight)
-    stopped = command("stopped", "--resume-from-checkpoint", "auto", num_steps=100, save_every=100, validate_every=50)
-    assert kill_after(stopped, tmp_path / "stopped" / "metrics.jsonl", 7, signal.SIGTERM) == 128 + signal.SIGTERM
-    (checkpoint,) = list_checkpoints(tmp_path / "stopped" / "checkpoints")
-    assert 7 <= open_checkpoint(checkpoint).state["step"] < 100
-    launch(stopped)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
-    assert final_weights(tmp_path / "stopped") == final_weights(tmp_path / "straight")
 
 
 def test_a_second_signal_stops_at_once(monkeypatch):
@@ -145,6 +123,26 @@ def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
     folder = start(num_steps=10, validate_every=2, save_every=2, keep_last=2)
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-00000004", "step-00000008", "step-00000010"]
     assert open_checkpoint(folder / "checkpoints" / "step-00000010").state["best"] == {"step": 4, "loss": 1.0}
+
+
+def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch):
+    """The validation of step 4, at which a checkpoint is saved, is done over when the run goes on; it is the lowest."""
+    real, signals = lumi.train.held_out_loss, iter([False] * 3 + [True])
+    scripted = iter([1.0, 2.0, 3.0] * 2)
+
+    def held_out_loss(*arguments):
+        if next(signals, False):
+            signal.raise_signal(signal.SIGTERM)
+        result = real(*arguments)
+        return result and dataclasses.replace(result, loss=next(scripted))
+
+    monkeypatch.setattr(lumi.train, "held_out_loss", held_out_loss)
+    whole = start("whole", final="best")
+    start("cut", final="best", expect=128 + signal.SIGTERM)
+    cut = start("cut", final="best", resume="auto")
+    best = [open_checkpoint(folder / "checkpoints" / "step-00000012").state["best"] for folder in (whole, cut)]
+    assert best == [{"step": 4, "loss": 1.0}] * 2
+    assert final_weights(cut) == final_weights(whole)
 
 
 def spoil(monkeypatch, bad_steps, value):
@@ -287,7 +285,7 @@ def test_from_an_older_checkpoint_the_newer_ones_make_way(start, capsys):
     older = folder / "checkpoints" / "step-00000003"
     start("again", resume=str(older), keep_last=1, save_every=3)
     printed = capsys.readouterr().out
-    assert "removed step-00000012: this run goes on from before it" in printed
+    assert "set aside step-00000012: this run goes on from before it" in printed
     assert "changed since the checkpoint: keep_last was 9, is 1 now" in printed
     assert losses(folder) == straight
     assert final_weights(folder) == weights
@@ -360,20 +358,6 @@ def two_processes(command, tmp_path):
         )
         for rank in ("0", "1")
     ]
-
-
-def test_a_signal_to_one_process_stops_both_at_the_same_step(command, tmp_path):
-    processes = two_processes(command("run", num_steps=4000, save_every=4000), tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and len(read_metrics(metrics)) > 5):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], outputs
-    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert open_checkpoint(checkpoint).state["step"] == len(losses(tmp_path / "run"))
 
 
 def test_an_error_of_the_main_process_is_said_once(command, start, tmp_path):

@@ -25,16 +25,20 @@ status_file=$run/status.json
 status_before=$(cat "$status_file" 2>/dev/null)
 
 # torchrun kills workers that have not left this many seconds after SIGTERM: most of the 300 before the end are for their checkpoint.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
+# Where a save takes longer (a large model, a slow disk), raise both:
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1740 sbatch --signal=B:USR1@1800 configs/launch/slurm.sh ...
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export LUMI_RENDEZVOUS=$first_node:$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node get different ports
 export LUMI_RENDEZVOUS_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 
 # SIGUSR1: the time is nearly up. The tasks, one torchrun a node, get SIGTERM and hand it to their workers, which save and leave.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-# SIGTERM comes here by scancel alone. Slurm tells the tasks too, so that they save; but nobody wants the job back in the queue.
+ending=
+trap 'ending=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+# SIGTERM before that comes by scancel alone. Slurm tells the tasks too, so that they save; but nobody wants the job back in the queue.
+# After it, it comes at the time limit, `KillWait` before SIGKILL: the job was not cancelled, its save has only outlasted its time.
 cancelled=
-trap 'cancelled=yes' TERM
+trap '[[ -n $ending ]] || cancelled=yes' TERM
 
 # shellcheck disable=SC2016  # the variables of a node are expanded there
 srun --kill-on-bad-exit=0 bash -c '
