@@ -125,7 +125,7 @@ class TimedTrainer(Trainer):
         parts += [(self.optimizer, name, WORK[1]) for name in ("clip_gradients", "step", "zero_grad")]
         for owner, name, part in parts:
             setattr(owner, name, self._timed(getattr(owner, name), part))
-        self._read, self.meter.read = self.meter.read, self._note_waiting
+        self._read, self.log.meter.read = self.log.meter.read, self._note_waiting
         self._write, self.saver._save = self.saver._save, self._note_writing
 
     @property

@@ -250,6 +250,8 @@ def _whole_norm(gradients: list[Tensor]) -> Tensor:
             return global_norm(gradients)  # whole on every process
         copies = math.prod(gradient.device_mesh.size(side) for side, p in enumerate(gradient.placements) if p.is_replicate())
         shared.setdefault(copies, []).append(gradient.to_local())
+    if not shared:
+        return global_norm([])
     squares = torch.stack([global_norm(parts) ** 2 / copies for copies, parts in shared.items()]).sum()
     dist.all_reduce(squares)
     return squares.sqrt()

@@ -205,7 +205,8 @@ class Trainer:
             what = "the loss was a spike, or it or the gradient not finite," if spike else "the loss or gradient was not finite"
             self.world.refuse(
                 f"{what} in {skipped} steps running, up to step {step}; "
-                f"to inspect: {self.folder.checkpoint(step)}; a lower optimizer.peak_lr often mends it"
+                f"to inspect: {self.folder.checkpoint(step)}; "
+                f"a lower optimizer.peak_lr{' or a higher max_loss_sigmas' * spike} often mends it"
             )
 
     def _validate(self) -> None:

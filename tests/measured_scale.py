@@ -119,7 +119,7 @@ def kept_by_a_layer(layout):
     for num_layers in (2, 3):
         model = Transformer(replace(FOR_TRITON, num_layers=num_layers), TRITON).init_weights(0)
         mesh = init_device_mesh("cpu", layout, mesh_dim_names=Layout._fields)
-        wrapped = parallelize(model, SimpleNamespace(layout=layout, mesh=mesh), "float32")
+        wrapped = parallelize(model, SimpleNamespace(layout=layout, mesh=mesh, device=torch.device("cpu")), "float32")
         gathered = [p for module in model.modules() if isinstance(module, FSDPModule) for p in fsdp_parameters(module)]
         storages = {}
 
@@ -138,7 +138,7 @@ def kept_by_a_layer(layout):
 def measure(config):
     layout = config.parallel.layout(2)
     mesh = init_device_mesh("cpu", layout, mesh_dim_names=Layout._fields)
-    world = SimpleNamespace(layout=layout, mesh=mesh)
+    world = SimpleNamespace(layout=layout, mesh=mesh, device=torch.device("cpu"))
     dtype = getattr(torch, config.dtype)
     model = Transformer(config.model, REFERENCE, compute_dtype=dtype, gradient_checkpointing=config.gradient_checkpointing)
     wrapped: nn.Module = parallelize(model.init_weights(0), world, config.parallel.reduce_dtype)

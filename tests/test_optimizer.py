@@ -209,7 +209,7 @@ def test_no_gradients_no_step():
     assert optimizer.clip_gradients() == 0
     optimizer.step(0.1)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert optimizer.state_tensors() == {}
+    assert not any(state.any() for state in optimizer.state_tensors().values())
 
 
 def test_states_and_updates_are_those_of_torch():
@@ -264,7 +264,7 @@ def mesh():
         torch.distributed.destroy_process_group()
 
 
-def test_sharded_parameters_are_clipped_and_updated_by_torch(mesh):
+def test_sharded_parameters_are_clipped_and_updated_as_whole_ones(mesh):
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
     settings = {"max_grad_norm": 0.5, "eps": 0.1}  # an eps that large makes the update depend on the gradients' size
@@ -278,7 +278,7 @@ def test_sharded_parameters_are_clipped_and_updated_by_torch(mesh):
 
     distribute_module(sharded, mesh, shard_parameters)
     sharded_optimizer = Optimizer(sharded, OptimizerConfig(**settings))
-    assert type(sharded_optimizer.optimizers[0]) is torch.optim.AdamW
+    assert type(sharded_optimizer.optimizers[0]) is AdamW
     for seed in range(2):
         fill_gradients(model, seed)
         for a, b in zip(model.parameters(), sharded.parameters(), strict=True):

@@ -209,7 +209,7 @@ def validations(monkeypatch):
 
     def validations(losses):
         values, real = iter(losses), lumi.train.held_out_loss
-        monkeypatch.setattr(lumi.train, "held_out_loss", lambda *rest: dataclasses.replace(real(*rest), loss=next(values)))
+        monkeypatch.setattr(lumi.train, "held_out_loss", lambda *rest: dataclasses.replace(real(*rest), loss=float(next(values))))
 
     return validations
 
