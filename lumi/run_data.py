@@ -21,9 +21,13 @@ class RunData:
 
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
         self.folders = paths.data_dirs
-        tokenizer = Tokenizer.load(paths.tokenizer_dir)
+        tokenizer = world.agreed(lambda: Tokenizer.load(paths.tokenizer_dir))
         stores: list[TokenStore] = []
         world.on_main(lambda: stores.extend(open_or_tokenize(folder, tokenizer) for folder in self.folders))
+        world.agreed(lambda: self._open(config, paths, tokenizer, stores))
+
+    def _open(self, config: TrainConfig, paths: Paths, tokenizer: Tokenizer, stores: list[TokenStore]) -> None:
+        """What each process does by itself; `stores` are those that the main one has opened already."""
         self.stores = stores or [open_or_tokenize(folder, tokenizer, verify="size") for folder in self.folders]
         self.tokenizer = self._in_template(tokenizer)
         self._check_rows(config.batches.sequence_length)

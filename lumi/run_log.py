@@ -25,12 +25,16 @@ class RunLog:
     def __init__(self, folder: RunFolder, is_main: bool):
         self.folder, self.is_main = folder, is_main
         self.fault: str | None = None
+        self.metrics: MetricsLog | None = None
         self.meter = Meter()
 
+    def begin(self, step: int) -> None:
+        """Go on with `metrics.jsonl` after `step`; of the main process. Raises UserError or OSError where it cannot be written."""
+        self.metrics = MetricsLog(self.folder.metrics, step)
+
     @contextmanager
-    def open(self, step: int, num_steps: int) -> Iterator[None]:
-        """Go on with the log after `step`, and show the progress to `num_steps`, as long as the block lasts."""
-        self.metrics = MetricsLog(self.folder.metrics, step) if self.is_main else None
+    def progress(self, step: int, num_steps: int) -> Iterator[None]:
+        """Show the progress from `step` to `num_steps` as long as the block lasts; `metrics.jsonl` is closed at its end."""
         try:
             with progress_bar("train", "step", total=num_steps, initial=step, disable=not self.is_main) as self.bar:
                 yield

@@ -101,8 +101,12 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UserError:
+            if kind is None:  # otherwise what ended the block has been said
+                raise
 
     def _stage(self, own: dict[Key, Piece]) -> dict[Key, Piece]:
         """Copy pieces to host memory, which is kept for the next save: pinned for CUDA, so that copies run at the bus's full speed."""

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Trainer:
         free = free_memory(world.device)
         found = self.folder.find(paths.resume, world, self.log.say)
         self.config, self.data = config, RunData(config, paths, world)
-        self.identity = run_identity(config, self.start, self.data)  # before the weights that it names are read
+        self.identity = world.agreed(lambda: run_identity(config, self.start, self.data))  # before the weights that it names are read
         self.model = world.agreed(lambda: build(config, shape, self.start, self.data.tokenizer, self.ops))
         self.num_trained = sum(tensor.numel() for tensor in trained_tensors(self.model).values()) if config.lora else None
         before = micro_batch_before(found)
@@ -113,6 +114,8 @@ class Trainer:
             self.optimizer.zero_grad()
             self.loss_scale.update(finite)
             self._end_step(step, accepted, mean_loss, gradient_norm, lr, num_targets, nats)
+        if self.saved_step is None:
+            self._save()  # nothing was left to do after another run's checkpoint: final/ is made of one of this run
         return not self.state["validation_due"]  # a signal cut the last one short
 
     def _loaded(self) -> Iterator[tuple[int, list[Batch]]]:
@@ -197,8 +200,8 @@ class Trainer:
         self.log.say(f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}{', a spike' if spike else ''}")
         for index, value in enumerate(nats):
             if math.isfinite(loss) or not value.isfinite():  # of a spike, or of gradients, nobody knows whose it was
-                named = self.data.name_documents(step, *self._rows(index))
-                tqdm.write(f"step {step}: loss {value.item()} in a micro-batch of {named}")
+                named, fault = attempt(partial(self.data.name_documents, step, *self._rows(index)))
+                tqdm.write(f"step {step}: loss {value.item()} in a micro-batch of {named or fault}")
         if skipped >= self.config.max_skipped_steps:
             self._save()
             self._finish_save()
@@ -310,12 +313,18 @@ class Trainer:
         one_batch = world.layout.data * config.batches.micro_batch_rows * config.batches.sequence_length
 
         def micro_step(last: bool) -> None:
+            last = last or self.micro_steps == 1  # of which there is none before the last, and no memory for what it would keep
             self._forward_backward(batch, 1.0, last)
             if last:
                 self.optimizer.zero_grad()
 
+        def refusing(fault: str | None) -> bool:
+            if fault := world.first(fault):
+                world.refuse(fault)
+            return False
+
         def validate() -> None:
-            held_out_loss(self.model, splits, token_bytes, config.batches, world, one_batch)
+            held_out_loss(self.model, splits, token_bytes, config.batches, world, one_batch, refusing)
             reshard(self.model)
 
         def save(folder: Path) -> float:
@@ -340,7 +349,8 @@ class Trainer:
         world.on_main(self._announce)
         if self.state["step"] < self.config.num_steps:
             self._prepare()
-        with self.log.open(self.state["step"], self.config.num_steps), self.saver, self.watchdog:
+        world.on_main(lambda: self.log.begin(self.state["step"]))
+        with self.log.progress(self.state["step"], self.config.num_steps), self.saver, self.watchdog:
             finished = self.train()
             self._finish_save()
         self.log.draw()
@@ -410,15 +420,13 @@ def train(config: TrainConfig, paths: Paths, device: str = "auto") -> int:
                 report("failed", message=str(error))
             raise
         number = 0 if finished else world.signal()
-        if finished:
-            report("finished")
-        else:
-            name = signal.Signals(number).name
-            report("preempted", signal=name)
-            if world.is_main:
-                after = f" after step {trainer.state['step']}" if trainer else ""
-                tqdm.write(f"stopped by {name}{after}; go on with --resume-from-checkpoint auto")
-        world.from_main(None)  # when one process leaves, torchrun ends the others: not before the status is written
+        name = signal.Signals(number).name if number else ""
+        _, fault = attempt(lambda: report("finished") if finished else report("preempted", signal=name))
+        if world.is_main and not finished:
+            after = f" after step {trainer.state['step']}" if trainer else ""
+            tqdm.write(f"stopped by {name}{after}; go on with --resume-from-checkpoint auto")
+        if fault := world.from_main(fault):  # when one process leaves, torchrun ends the others: not before the status is written
+            world.refuse(fault)
         return 128 + number if number else 0
 
 

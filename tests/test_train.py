@@ -64,10 +64,10 @@ def kill_after(command, metrics, step, number):
 
 def test_killed_and_resumed_is_bit_identical(command, tmp_path):
     """In bfloat16; tests/test_faults.py kills in float32, at every kind of moment."""
-    changes = {"num_steps": 60, "save_every": 4, "validate_every": 50, "dtype": "bfloat16"}
+    changes = {"num_steps": 30, "save_every": 4, "validate_every": 15, "dtype": "bfloat16"}
     launch(command("straight", **changes))
     killed = command("killed", "--resume-from-checkpoint", "auto", **changes)
-    assert kill_after(killed, tmp_path / "killed" / "metrics.jsonl", 10, signal.SIGKILL) == -signal.SIGKILL
+    assert kill_after(killed, tmp_path / "killed" / "metrics.jsonl", 6, signal.SIGKILL) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "final").exists()
     assert "resumed from" in launch(killed).stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
@@ -297,6 +297,8 @@ def test_another_runs_checkpoint_starts_a_new_run(start):
     other = start("other", resume=str(folder / "checkpoints" / "step-00000008"))
     assert losses(other) == losses(folder)[8:]
     assert final_weights(other) == final_weights(folder)
+    at_its_end = start("at its end", resume=str(folder / "checkpoints" / "step-00000012"))  # nothing is left to do but final/
+    assert final_weights(at_its_end) == final_weights(folder)
 
 
 def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
