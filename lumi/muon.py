@@ -53,10 +53,9 @@ class ShardedMuon(torch.optim.Optimizer):
             else:
                 whole = own
             dist.broadcast(whole, src=owner)
-            local, offset, _ = piece(parameter)
-            part = whole[tuple(slice(start, start + size) for start, size in zip(offset, local.shape, strict=True))]
-            local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.add_(part, alpha=-group["lr"] * 0.2 * math.sqrt(max(whole.shape)))
+            held = piece(parameter)
+            held.local.mul_(1 - group["lr"] * group["weight_decay"])
+            held.local.add_(held.part_of(whole), alpha=-group["lr"] * 0.2 * math.sqrt(max(whole.shape)))
 
     def _direction(self, parameter: Tensor, momentum: float) -> DTensor:
         """Nesterov's, from the gradient and the momentum, which takes it in."""

@@ -141,9 +141,13 @@ class World:
     def agreed(self, work: Callable[[], Value]) -> Value:
         """Do something in every process, without exchange among them. Where it fails on any, all end with the first message: `refuse`."""
         result, fault = attempt(work)
+        self.refuse_first(fault)
+        return cast(Value, result)
+
+    def refuse_first(self, fault: str | None) -> None:
+        """Where any process has a fault, end the run on all with the first: all call this together. Raises as `refuse`."""
         if fault := self.first(fault):
             self.refuse(fault)
-        return cast(Value, result)
 
     def alike(self, work: Callable[[], Value]) -> Value:
         """Do what fails on all processes alike, if it does: then one message is enough. Raises as `refuse`."""
@@ -262,7 +266,8 @@ def parallelize(
     else:
         model.to_empty(device=world.device)
         for name, value in weights:
-            _put(model.get_parameter(name), value)
+            held = piece(model.get_parameter(name))
+            held.local.copy_(held.part_of(value))
     if world.mesh is None or sharded:
         return model
     wrapped = DistributedDataParallel(model)
@@ -280,11 +285,6 @@ def _shard(model: Transformer, world: World, reduce_dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-
-
-def _put(parameter: Tensor, value: Tensor) -> None:
-    local, offset, _ = piece(parameter)
-    local.copy_(value[tuple(slice(start, start + size) for start, size in zip(offset, local.shape, strict=True))])
 
 
 def _reduce_in_bfloat16(num_processes: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -107,13 +107,11 @@ class RunFolder:
         if resume is None:
             return None
         listed, fault = attempt(lambda: self._candidates(resume)) if world.is_main else (None, None)
-        if fault := world.first(fault):
-            world.refuse(fault)
+        world.refuse_first(fault)
         damages: list[str] = []
         for path in world.from_main(listed or []):
             checkpoint, damage, fault = self._examine(path, world)
-            if fault := world.first(fault):
-                world.refuse(fault)
+            world.refuse_first(fault)
             if (damage := world.first(damage)) is None:
                 return checkpoint
             if resume != "auto":

@@ -35,6 +35,10 @@ class Piece(NamedTuple):
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
+    def part_of(self, whole: Tensor) -> Tensor:
+        """The same part of a plain tensor of shape `shape`."""
+        return whole[tuple(slice(start, start + size) for start, size in zip(self.offset, self.local.shape, strict=True))]
+
 
 def piece(tensor: Tensor) -> Piece:
     """This process's part of a tensor, plain or DTensor; shares its memory.

@@ -145,8 +145,7 @@ class Trainer:
         return round(targets) // self.world.layout.tensor, stopping > 0
 
     def _refuse_faults(self) -> None:
-        if fault := self.world.first(self.fault or self.log.fault):
-            self.world.refuse(fault)
+        self.world.refuse_first(self.fault or self.log.fault)
 
     def _forward_backward(self, batch: Batch, dloss: float, last: bool) -> Tensor:
         """One micro-step; returns its loss, summed over this process's targets."""
@@ -319,8 +318,7 @@ class Trainer:
                 self.optimizer.zero_grad()
 
         def refusing(fault: str | None) -> bool:
-            if fault := world.first(fault):
-                world.refuse(fault)
+            world.refuse_first(fault)
             return False
 
         def validate() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -97,3 +98,21 @@ def command(store_dir, tokenizer_dir, tmp_path):
         return [*launcher, lumi.train.__file__, "--config", str(config), *paths, *arguments, "--device", "cpu"]
 
     return command
+
+
+@pytest.fixture
+def disk_of(tmp_path):
+    """Mount a disk of a size such as "1m"; returns its folder. Needs root: the test is skipped where that fails."""
+    folder = tmp_path / "disk"
+
+    def disk_of(size):
+        folder.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
+        if mounted.returncode:
+            folder.rmdir()
+            pytest.skip(f"mounting a small disk needs root: {mounted.stderr.strip()}")
+        return folder
+
+    yield disk_of
+    if folder.is_dir():
+        subprocess.run(["umount", str(folder)], check=True)
