@@ -31,7 +31,9 @@ class BuildExtension(build_ext):
     """Adds the CUDA files, where there is an nvcc."""
 
     def build_extension(self, extension: Pybind11Extension) -> None:
-        self.force = True  # setuptools looks at the sources' times, which say nothing of another LUMI_CUDA or nvcc
+        self.force = (
+            True  # setuptools looks at the sources' times, which say nothing of another LUMI_CUDA or nvcc
+        )
         if os.environ.get("LUMI_CUDA") != "0":
             try:
                 self._add_cuda(extension, *_find_cuda())
@@ -48,7 +50,15 @@ class BuildExtension(build_ext):
         targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHES]
         targets.append(f"arch=compute_{CUDA_ARCHES[-1]},code=compute_{CUDA_ARCHES[-1]}")
         # Without -fmad=false nvcc chooses, path by path, which products to fuse: results would depend on where tensors lie.
-        flags = ["-std=c++17", "-O3", "-fmad=false", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            "--threads",
+            "2",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+        ]
         flags += [flag for target in targets for flag in ("-gencode", target)]
 
         def compile_file(source: Path) -> str:
@@ -56,14 +66,20 @@ class BuildExtension(build_ext):
             command = [nvcc, *flags, "-c", str(source), "-o", str(target)]
             print(" ".join(command), flush=True)
             if subprocess.run(command).returncode != 0:
-                raise RuntimeError(f"nvcc failed on {source}; LUMI_CUDA=0 installs Lumi without its CUDA operators")
+                raise RuntimeError(
+                    f"nvcc failed on {source}; LUMI_CUDA=0 installs Lumi without its CUDA operators"
+                )
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             extension.extra_objects += pool.map(compile_file, sorted(Path("csrc").glob("*.cu")))
         extension.define_macros.append(("LUMI_HAS_CUDA", None))
         extension.library_dirs.append(library_dir)
-        extension.libraries += ["cudart_static", "dl", "rt"]  # static: nothing to find at run time, and nothing to disagree with torch's
+        extension.libraries += [
+            "cudart_static",
+            "dl",
+            "rt",
+        ]  # static: nothing to find at run time, and nothing to disagree with torch's
 
 
 def _find_cuda() -> tuple[str, str]:
@@ -72,11 +88,17 @@ def _find_cuda() -> tuple[str, str]:
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if nvcc is None or not sys.platform.startswith("linux"):
         raise FileNotFoundError(f"no nvcc in {home}/bin" if home else "no nvcc found")
-    version = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    version = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
     if version is None or tuple(map(int, version.groups())) < OLDEST_NVCC:
-        raise FileNotFoundError(f"{nvcc} is {version[0] if version else 'unreadable'}, older than {'.'.join(map(str, OLDEST_NVCC))}")
+        raise FileNotFoundError(
+            f"{nvcc} is {version[0] if version else 'unreadable'}, older than {'.'.join(map(str, OLDEST_NVCC))}"
+        )
     # nvcc itself knows where its libraries are, however it was installed; asked for a dry run, it says so.
-    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True).stderr
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True
+    ).stderr
     for folder in re.findall(r'"-L([^"]+)"', plan):
         if Path(folder, "libcudart_static.a").exists():
             return nvcc, folder

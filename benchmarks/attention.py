@@ -30,7 +30,12 @@ from lumi.kernels.attention_plan import MaskPlan, attention_plan
 
 Shape = tuple[int, int, int, int, int]  # B, T, H, G, K
 
-CAUSAL: Sequence[Shape] = [(8, 2048, 32, 32, 64), (2, 8192, 32, 32, 64), (8, 2048, 16, 16, 128), (2, 8192, 16, 16, 128)]
+CAUSAL: Sequence[Shape] = [
+    (8, 2048, 32, 32, 64),
+    (2, 8192, 32, 32, 64),
+    (8, 2048, 16, 16, 128),
+    (2, 8192, 16, 16, 128),
+]
 GROUPED: Sequence[Shape] = [(4, 4096, 32, 8, 128)]
 PACKED: Sequence[Shape] = [(2, 8192, 32, 32, 64), (2, 8192, 16, 16, 128)]
 FORWARD_OVER_SDPA, BACKWARD_OVER_SDPA, PACKED_OVER_FLEX = {64: 1.25, 128: 1.35}, 1.1, 1.1  # what is aimed at
@@ -51,7 +56,8 @@ def check(name: str, function: Callable, operands: Operands, seen_BTT: Tensor, s
     pick = lambda t_BTHK, heads: t_BTHK.detach()[-1:, :, -heads:]
     widths = (group, 1, 1)
     part = Operands(
-        tuple(pick(t, w).requires_grad_() for t, w in zip(operands.inputs, widths, strict=True)), (pick(operands.incoming[0], group),)
+        tuple(pick(t, w).requires_grad_() for t, w in zip(operands.inputs, widths, strict=True)),
+        (pick(operands.incoming[0], group),),
     )
     plan = MaskPlan(batch=1, length=seen_BTT.shape[1], mask=seen_BTT[-1:, None])
     reference = lambda q, k, v: attention_reference(q, k, v, plan)
@@ -65,7 +71,9 @@ def check(name: str, function: Callable, operands: Operands, seen_BTT: Tensor, s
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,16 +86,24 @@ def _flex(shape: Shape, document_BT: Tensor, device: torch.device) -> Callable:
     B, T, H, G, _ = shape
     whole = not document_BT.any()
     documents = lambda b, h, t, s: (document_BT[b, t] == document_BT[b, s]) & (t >= s)
-    mask = create_block_mask((lambda b, h, t, s: t >= s) if whole else documents, None if whole else B, None, T, T, device=device)
+    mask = create_block_mask(
+        (lambda b, h, t, s: t >= s) if whole else documents, None if whole else B, None, T, T, device=device
+    )
     call = measure.compiled(flex_attention, device)
-    return lambda q, k, v: call(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, enable_gqa=H != G).transpose(1, 2)
+    return lambda q, k, v: call(
+        *(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, enable_gqa=H != G
+    ).transpose(1, 2)
 
 
 def _varlen(cu_seqlens: Tensor) -> Callable:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = int(cu_seqlens.diff().max())
-    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    causal: dict[str, Any] = (
+        {"is_causal": True}
+        if "is_causal" in inspect.signature(varlen_attn).parameters
+        else {"window_size": (-1, 0)}
+    )
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flat = (t.flatten(0, 1) for t in (q, k, v))
@@ -96,15 +112,21 @@ def _varlen(cu_seqlens: Tensor) -> Callable:
     return call
 
 
-def measure_shape(results: Results, shape: Shape, dtype: torch.dtype, mean_length: int | None) -> dict[str, dict[str, float]]:
+def measure_shape(
+    results: Results, shape: Shape, dtype: torch.dtype, mean_length: int | None
+) -> dict[str, dict[str, float]]:
     """Check and time one shape; documents of `mean_length` tokens, None: whole rows. Seconds by direction and name."""
     device, (B, T, H, G, K) = results.device, shape
     generator = random.Random(0)
     lengths = [[T] if mean_length is None else document_lengths(T, mean_length, generator) for _ in range(B)]
     flat = list(itertools.chain.from_iterable(lengths))
     cu_seqlens = torch.tensor([0, *itertools.accumulate(flat)], dtype=torch.int32)
-    document_BT = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]).to(device)
-    seen_BTT = (document_BT[:, :, None] == document_BT[:, None, :]) & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    document_BT = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
+    ).to(device)
+    seen_BTT = (document_BT[:, :, None] == document_BT[:, None, :]) & torch.ones(
+        T, T, dtype=torch.bool, device=device
+    ).tril()
     pairs = sum(length * (length + 1) // 2 for length in flat)
 
     def operands() -> Operands:
@@ -130,11 +152,18 @@ def measure_shape(results: Results, shape: Shape, dtype: torch.dtype, mean_lengt
             return calls(function, sets)
 
         candidates = {name: partial(prepare, name) for name in functions}
-        times[direction] = results.time(text, candidates, flops=(4 if direction == "forward" else 10) * pairs * H * K)
+        times[direction] = results.time(
+            text, candidates, flops=(4 if direction == "forward" else 10) * pairs * H * K
+        )
     return times
 
 
-def run(results: Results, causal: Sequence[Shape] = (*CAUSAL, *GROUPED), packed: Sequence[Shape] = PACKED, dtype=torch.bfloat16) -> None:
+def run(
+    results: Results,
+    causal: Sequence[Shape] = (*CAUSAL, *GROUPED),
+    packed: Sequence[Shape] = PACKED,
+    dtype=torch.bfloat16,
+) -> None:
     """All shapes; what is claimed is the least of the ratios, and holds for as many query as key heads."""
     for shapes, mean_length in ((causal, None), (packed, 512)):
         ratios: dict[tuple[str, int, str], list[float]] = {}
@@ -146,9 +175,14 @@ def run(results: Results, causal: Sequence[Shape] = (*CAUSAL, *GROUPED), packed:
                         ratios.setdefault((direction, shape[4], peer), []).append(times[peer] / times["lumi"])
         kind = "attention" if mean_length is None else "packed documents"
         widths = [K for _, _, H, G, K in shapes if H == G]
-        wanted = {(*key, peer) for key in itertools.product(measure.DIRECTIONS, widths) for peer in ("flex", "sdpa")}
+        wanted = {
+            (*key, peer) for key in itertools.product(measure.DIRECTIONS, widths) for peer in ("flex", "sdpa")
+        }
         for direction, K, peer in sorted(wanted | ratios.keys()):
-            target, values = _target(mean_length is not None, direction, K, peer), ratios.get((direction, K, peer), [])
+            target, values = (
+                _target(mean_length is not None, direction, K, peer),
+                ratios.get((direction, K, peer), []),
+            )
             if values or target:
                 text = f"{kind} {direction}, head_dim {K}: times as fast as {peer}, at least over {widths.count(K)} shapes"
                 results.claim(text, min(values) if len(values) == widths.count(K) else None, at_least=target)

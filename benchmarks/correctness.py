@@ -56,7 +56,9 @@ def _draw(*shape: int, scale: float = 1.0) -> Callable[[torch.dtype], Tensor]:
 
 
 def _operands(inputs: list[Callable], incoming: list[Callable]) -> Callable[[torch.dtype], Operands]:
-    return lambda dtype: Operands(tuple(draw(dtype) for draw in inputs), tuple(draw(dtype).detach() for draw in incoming))
+    return lambda dtype: Operands(
+        tuple(draw(dtype) for draw in inputs), tuple(draw(dtype).detach() for draw in incoming)
+    )
 
 
 def _master(draw: Callable[[torch.dtype], Tensor]) -> Callable[[torch.dtype], Tensor]:
@@ -68,15 +70,25 @@ def _rms_norm() -> Iterator[Case]:
     small = [(67, 96), (19, 12_288), (5, 16_384)]
     for rows, D in sizes + small:
         make = _operands([_draw(rows, D), _master(_draw(D))], [_draw(rows, D)])
-        yield Case(f"rms_norm rows={rows} D={D}", rms_norm, rms_norm_reference, make, small=(rows, D) in small)
+        yield Case(
+            f"rms_norm rows={rows} D={D}", rms_norm, rms_norm_reference, make, small=(rows, D) in small
+        )
 
 
 def _add_rms_norm() -> Iterator[Case]:
     sizes = [(517, D) for D in (64, 256, 768, 2048, 4096, 8192, 16_384)]
     small = [(67, 96), (19, 12_288), (5, 16_384)]
     for rows, D in sizes + small:
-        make = _operands([_draw(rows, D), _draw(rows, D), _master(_draw(D))], [_draw(rows, D), _draw(rows, D)])
-        yield Case(f"add_rms_norm rows={rows} D={D}", add_rms_norm, add_rms_norm_reference, make, small=(rows, D) in small)
+        make = _operands(
+            [_draw(rows, D), _draw(rows, D), _master(_draw(D))], [_draw(rows, D), _draw(rows, D)]
+        )
+        yield Case(
+            f"add_rms_norm rows={rows} D={D}",
+            add_rms_norm,
+            add_rms_norm_reference,
+            make,
+            small=(rows, D) in small,
+        )
 
 
 def _swiglu() -> Iterator[Case]:
@@ -92,7 +104,9 @@ def _rope() -> Iterator[Case]:
     for T, K, (H, G) in sizes + small:
         table = rope_table(torch.arange(T).expand(3, T), K, 10_000.0)
         make = _operands([_draw(3, T, H, K), _draw(3, T, G, K)], [_draw(3, T, H, K), _draw(3, T, G, K)])
-        with_table = lambda function, table=table: lambda q, k: function(q, k, *(t.to(q.device) for t in table))
+        with_table = lambda function, table=table: (
+            lambda q, k: function(q, k, *(t.to(q.device) for t in table))
+        )
         name, is_small = f"rope T={T} K={K} H={H} G={G}", (T, K, (H, G)) in small
         yield Case(name, with_table(rope), with_table(rope_reference), make, small=is_small)
 
@@ -109,7 +123,9 @@ def _attention() -> Iterator[Case]:
     ]
     small = [(96, (1, 97, 4, 2, few, 30, None)), (64, (1, 97, 2, 1, few, 30, 20.0))]
     for K, (B, T, H, G, cu_seqlens, window, softcap) in [*itertools.product((64, 96, 128), variants), *small]:
-        ours = lambda q, k, v, c=cu_seqlens, w=window, s=softcap: attention(q, k, v, attention_plan(c, *q.shape[:2], q.device, w), s)
+        ours = lambda q, k, v, c=cu_seqlens, w=window, s=softcap: attention(
+            q, k, v, attention_plan(c, *q.shape[:2], q.device, w), s
+        )
         plan = lambda q, c=cu_seqlens, w=window: attention_plan_reference(c, *q.shape[:2], q.device, w)
         reference = lambda q, k, v, plan=plan, s=softcap: attention_reference(q, k, v, plan(q), s)
         make = _operands([_draw(B, T, heads, K) for heads in (H, G, G)], [_draw(B, T, H, K)])
@@ -119,16 +135,27 @@ def _attention() -> Iterator[Case]:
 
 
 def _decode_attention() -> Iterator[Case]:
-    sizes = [(*size, None) for size in itertools.product((64, 128, 96), ((1, 700), (17, 129)), ((4, 4), (8, 2)))]
+    sizes = [
+        (*size, None) for size in itertools.product((64, 128, 96), ((1, 700), (17, 129)), ((4, 4), (8, 2)))
+    ]
     small = [(96, (1, 260), (4, 4), None), (128, (3, 320), (8, 2), 64), (64, (1, 160), (6, 3), 16)]
-    for K, (T, S), (H, G), page_size in [*sizes, (128, (1, 4096), (32, 8), 64), (256, (17, 512), (8, 2), 16), *small]:
+    for K, (T, S), (H, G), page_size in [
+        *sizes,
+        (128, (1, 4096), (32, 8), 64),
+        (256, (17, 512), (8, 2), 16),
+        *small,
+    ]:
         positions = torch.arange(T) + torch.tensor([[S - T], [0], [S // 2 - T]])
         num_pages = 0 if page_size is None else 3 * S // page_size
         order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
         table = None if page_size is None else order.to(torch.int32).view(3, -1)
         cache = (3, S, G, K) if page_size is None else (num_pages, page_size, G, K)
-        make = _operands([lambda dtype, s=s: _draw(*s)(dtype).detach() for s in ((3, T, H, K), cache, cache)], [])
-        bind = lambda f, p=positions, t=table: lambda q, k, v: f(q, k, v, p.to(q.device), None if t is None else t.to(q.device))
+        make = _operands(
+            [lambda dtype, s=s: _draw(*s)(dtype).detach() for s in ((3, T, H, K), cache, cache)], []
+        )
+        bind = lambda f, p=positions, t=table: (
+            lambda q, k, v: f(q, k, v, p.to(q.device), None if t is None else t.to(q.device))
+        )
         yield Case(
             f"decode_attention K={K} T={T} S={S} H={H} G={G} page_size={page_size}",
             *map(bind, (decode_attention, decode_attention_reference)),
@@ -166,8 +193,13 @@ def _linear_cross_entropy() -> Iterator[Case]:
 def _lora_linear() -> Iterator[Case]:
     sizes, small = [(517, 64, 96, 8), (517, 1024, 768, 16)], [(67, 64, 96, 8), (33, 256, 64, 16)]
     for rows, D, width, rank in sizes + small:
-        weights = [torch.randn(width, D, generator=torch.Generator().manual_seed(index)) / D**0.5 for index in range(2)]
-        bind = lambda f, ws=weights: lambda x, *ab: f(x, [w.to(x.device, x.dtype) for w in ws], ab[:2], ab[2:], [2.0, 0.5])
+        weights = [
+            torch.randn(width, D, generator=torch.Generator().manual_seed(index)) / D**0.5
+            for index in range(2)
+        ]
+        bind = lambda f, ws=weights: (
+            lambda x, *ab: f(x, [w.to(x.device, x.dtype) for w in ws], ab[:2], ab[2:], [2.0, 0.5])
+        )
         adapters = [_master(_draw(rank, D, scale=D**-0.5))] * 2 + [_master(_draw(width, rank))] * 2
         make = _operands([_draw(rows, D), *adapters], [_draw(rows, width)] * 2)
         name, is_small = f"lora_linear rows={rows} D={D} O={width} R={rank}", (rows, D, width, rank) in small
@@ -176,7 +208,15 @@ def _lora_linear() -> Iterator[Case]:
 
 def _adamw() -> Iterator[Case]:
     shapes = [(17,), (768, 256), (1,), (8193,), (50_000,), (3, 5)]
-    numbers = {"step": 3, "lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "max_norm": 1.0, "weight_decays": [0.1] * len(shapes)}
+    numbers = {
+        "step": 3,
+        "lr": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "max_norm": 1.0,
+        "weight_decays": [0.1] * len(shapes),
+    }
 
     def bind(norm: Callable, update: Callable) -> Callable:
         def step(*tensors: Tensor) -> list[Tensor]:
@@ -191,7 +231,14 @@ def _adamw() -> Iterator[Case]:
     def make(dtype: torch.dtype) -> Operands:
         return Operands(tuple(torch.rand(shape) for shape in shapes for _ in range(4)), ())
 
-    yield Case("adamw", bind(global_norm, adamw), bind(global_norm_reference, adamw_reference), make, dtypes=(torch.float32,), small=True)
+    yield Case(
+        "adamw",
+        bind(global_norm, adamw),
+        bind(global_norm_reference, adamw_reference),
+        make,
+        dtypes=(torch.float32,),
+        small=True,
+    )
 
 
 OPERATORS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -240,7 +287,9 @@ def run(operator: str, dtypes: Sequence[torch.dtype], device: torch.device, *, s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     args = parser.parse_args()
@@ -252,8 +301,13 @@ def main() -> int:
         wrong = sum(run(operator, DTYPES, device, small=True) for operator in args.operators)
     else:  # most of the time goes into compiling, so every operator and dtype is a process of its own
         jobs = list(itertools.product(args.operators, DTYPES))
-        with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-            wrong = sum(future.result() for future in [pool.submit(run, name, (dtype,), device, small=False) for name, dtype in jobs])
+        with ProcessPoolExecutor(
+            max_workers=min(8, os.cpu_count() or 1), mp_context=get_context("spawn")
+        ) as pool:
+            wrong = sum(
+                future.result()
+                for future in [pool.submit(run, name, (dtype,), device, small=False) for name, dtype in jobs]
+            )
     print("all right" if wrong == 0 else f"{wrong} cases are wrong")
     return 1 if wrong else 0
 

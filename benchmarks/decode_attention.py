@@ -46,7 +46,9 @@ def measure_shape(results: Results, shape: Shape, dtype: torch.dtype, *, graph: 
     num_bytes = _cache_bytes(shape, dtype)
     positions = torch.full((B, 1), S - 1, device=device)
     draw = lambda *size: torch.randn(size, device=device).to(dtype)
-    sets = measure.buffer_sets(lambda: Operands((draw(B, 1, H, K), draw(B, S, G, K), draw(B, S, G, K)), ()), num_bytes, device)
+    sets = measure.buffer_sets(
+        lambda: Operands((draw(B, 1, H, K), draw(B, S, G, K), draw(B, S, G, K)), ()), num_bytes, device
+    )
     order = torch.randperm(B * S // PAGE_SIZE, device=device)
     page_table = order.argsort().to(torch.int32).view(B, -1)  # where each page went
 
@@ -54,9 +56,13 @@ def measure_shape(results: Results, shape: Shape, dtype: torch.dtype, *, graph: 
         q, *caches = operands.inputs
         return Operands((q, *(cache.view(-1, PAGE_SIZE, G, K)[order] for cache in caches)), ())
 
-    last = Operands(tuple(t[-1:] for t in sets[0].inputs), ())  # a row of its own is enough, and float64 of all would not fit
+    last = Operands(
+        tuple(t[-1:] for t in sets[0].inputs), ()
+    )  # a row of its own is enough, and float64 of all would not fit
     reference = lambda q, k, v: decode_attention_reference(q, k, v, positions[-1:])
-    exact, same_dtype = (measure.results_and_gradients(reference, operands) for operands in (last.to(torch.float64), last))
+    exact, same_dtype = (
+        measure.results_and_gradients(reference, operands) for operands in (last.to(torch.float64), last)
+    )
 
     def candidate(
         function: Callable, slack: float, arrange: Callable[[Operands], Operands] = lambda operands: operands
@@ -78,12 +84,19 @@ def measure_shape(results: Results, shape: Shape, dtype: torch.dtype, *, graph: 
         "copy": lambda: [draw(num_bytes // (2 * dtype.itemsize)).clone for _ in sets],
     }
     if num_bytes <= MASKED_BYTES:
-        candidates["sdpa masked"] = candidate(lambda q, k, v: decode_attention_reference(q, k, v, positions), PEER_SLACK)
+        candidates["sdpa masked"] = candidate(
+            lambda q, k, v: decode_attention_reference(q, k, v, positions), PEER_SLACK
+        )
     return results.time(f"decode B{B} S{S} H{H} G{G} K{K}", candidates, graph=graph, num_bytes=num_bytes)
 
 
 @torch.no_grad()
-def run(results: Results, shapes: Sequence[Shape] = SHAPES, small: Sequence[Shape] = SMALL, dtype: torch.dtype = torch.bfloat16) -> None:
+def run(
+    results: Results,
+    shapes: Sequence[Shape] = SHAPES,
+    small: Sequence[Shape] = SMALL,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """All shapes in a graph, the small ones from Python as well."""
     over_sdpa, shares = [], []
     large = [shape for shape in shapes if _cache_bytes(shape, dtype) >= LARGE_BYTES]

@@ -13,7 +13,10 @@ from torch import Tensor
 from lumi.kernels.global_norm import global_norm, global_norm_reference
 
 CASES = {
-    "a small model (100 tensors, 9 M)": [(256, 256)] * 60 + [(1024, 256)] * 12 + [(8192, 256)] + [(256,)] * 27,
+    "a small model (100 tensors, 9 M)": [(256, 256)] * 60
+    + [(1024, 256)] * 12
+    + [(8192, 256)]
+    + [(256,)] * 27,
     "one large tensor (64 M)": [(8192, 8192)],
     "many tiny tensors (2,000 of 256)": [(256,)] * 2000,
 }
@@ -32,7 +35,9 @@ def best_seconds(function: Callable[[list[Tensor]], object], tensors: list[Tenso
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
     functions = {
@@ -49,7 +54,9 @@ def main() -> None:
         for name, function in functions.items():
             seconds = best_seconds(function, tensors)
             error = abs(float(function(tensors)) - exact) / exact  # type: ignore[arg-type]
-            print(f"  {name:<32} {seconds * 1e3:8.3f} ms  {num_bytes / seconds / 1e9:6.1f} GB/s  relative error {error:.0e}")
+            print(
+                f"  {name:<32} {seconds * 1e3:8.3f} ms  {num_bytes / seconds / 1e9:6.1f} GB/s  relative error {error:.0e}"
+            )
 
 
 if __name__ == "__main__":

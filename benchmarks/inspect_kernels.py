@@ -69,7 +69,9 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in entry.aligned]
     attrs = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     # Triton matches the arguments by position, so the signature follows the function's order.
-    source = ASTSource(function, {name: signature[name] for name in function.arg_names}, entry.constexprs, attrs)
+    source = ASTSource(
+        function, {name: signature[name] for name in function.arg_names}, entry.constexprs, attrs
+    )
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -85,7 +87,9 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
         "HGMMA": sum(op.startswith("HGMMA") for op in opcodes),
         "UTCMMA": sum(bool(re.match(r"UTC\w*MMA", op)) for op in opcodes),
     }
-    shared = max(resources["SHARED"], compiled.metadata.shared)  # dynamic shared memory is not in the resource report
+    shared = max(
+        resources["SHARED"], compiled.metadata.shared
+    )  # dynamic shared memory is not in the resource report
     return Report(
         kernel=entry.name,
         dtype=dtype,
@@ -102,7 +106,11 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
         mma_instructions=counts["MMA"],
         occupancy=_occupancy(resources["REG"], shared, 32 * entry.num_warps, arch),
         row_bytes=entry.moved[0] * (4 if dtype == "fp32" else 2) + entry.moved[1] * 4,
-        missing=tuple(name for name in entry.expects if not counts[name] and not (name.endswith("MMA") and dtype == "fp32")),
+        missing=tuple(
+            name
+            for name in entry.expects
+            if not counts[name] and not (name.endswith("MMA") and dtype == "fp32")
+        ),
     )
 
 
@@ -112,23 +120,37 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda flag: subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
+        run = lambda flag: (
+            subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
+        )
         return run("-res-usage"), run("-sass")
 
 
 def _is_float64(opcode: str) -> bool:
-    return bool(re.match(r"(DADD|DMUL|DFMA|DSETP|DMNMX|DMMA)", opcode)) or ".F64" in opcode or opcode.startswith("MUFU.RCP64")
+    return (
+        bool(re.match(r"(DADD|DMUL|DFMA|DSETP|DMNMX|DMMA)", opcode))
+        or ".F64" in opcode
+        or opcode.startswith("MUFU.RCP64")
+    )
 
 
 def _occupancy(registers: int, shared_bytes: int, threads: int, arch: int) -> float:
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed to warps in units of 256
-    blocks = min(REGISTERS_PER_SM // (per_warp * threads // 32), THREADS_PER_SM[arch] // threads, 32 if arch in (80, 90, 100) else 24)
-    blocks = min(blocks, SHARED_PER_SM[arch] // (shared_bytes + 1024))  # the driver keeps 1 KiB of each block's for itself
+    blocks = min(
+        REGISTERS_PER_SM // (per_warp * threads // 32),
+        THREADS_PER_SM[arch] // threads,
+        32 if arch in (80, 90, 100) else 24,
+    )
+    blocks = min(
+        blocks, SHARED_PER_SM[arch] // (shared_bytes + 1024)
+    )  # the driver keeps 1 KiB of each block's for itself
     return round(blocks * threads / THREADS_PER_SM[arch], 3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHES, default=ARCHES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--kernel", default="", help="only entries whose name contains this")
@@ -136,7 +158,12 @@ def main() -> None:
     args = parser.parse_args()
 
     pairs = itertools.product(args.dtype, args.arch)
-    jobs = [(entry, dtype, arch) for dtype, arch in pairs for entry in entries(dtype, arch) if args.kernel in entry.name]
+    jobs = [
+        (entry, dtype, arch)
+        for dtype, arch in pairs
+        for entry in entries(dtype, arch)
+        if args.kernel in entry.name
+    ]
     if not jobs:
         names = sorted(entry.name for entry in entries(DTYPES[0], ARCHES[0]))
         parser.error(f"--kernel must be part of one of {names}, got {args.kernel!r}")

@@ -23,7 +23,9 @@ class Entry:
     constexprs: dict[str, int | None]  # None: a pointer that the launcher leaves out
     num_warps: int
     num_stages: int = 3
-    aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16, as Triton finds at launch; pointers always are
+    aligned: tuple[
+        str, ...
+    ] = ()  # integer arguments that are multiples of 16, as Triton finds at launch; pointers always are
     expects: tuple[str, ...] = field(
         default=("LDG.128", "STG.128")
     )  # instructions that must be there; those of tensor cores in 16 bits only
@@ -57,7 +59,10 @@ def _rms_norm_entries() -> Iterator[Entry]:
     backward = wide | {"num_tiles": "i32"}
     absent = dict.fromkeys(("residual_ptr", "total_ptr", "dtotal_ptr"))  # what `rms_norm` passes None for
     # Rows that share a program, the most registers, the looped backward.
-    for operator, left_out, more, sizes in (("rms_norm", absent, 0, (64, 8192, 16_384)), ("add_rms_norm", {}, 1, (1024, 8192, 16_384))):
+    for operator, left_out, more, sizes in (
+        ("rms_norm", absent, 0, (64, 8192, 16_384)),
+        ("add_rms_norm", {}, 1, (1024, 8192, 16_384)),
+    ):
         for D in sizes:
             narrow = "BLOCK_N" in backward_config(D)
             for direction, kernel, signature, config, moved in (
@@ -75,23 +80,49 @@ def _rope_entries() -> Iterator[Entry]:
     from lumi.kernels.rope import tile_config
 
     tensors = ("q", "k", "q_out", "k_out")
-    signature = {f"{tensor}_ptr": "*T" for tensor in tensors} | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "stride_tn": "i32"}
-    signature |= {f"stride_{tensor}{axis}": "i32" for tensor in tensors for axis in "nh"} | {"N": "i32", "H": "i32", "G": "i32"}
+    signature = {f"{tensor}_ptr": "*T" for tensor in tensors} | {
+        "cos_ptr": "*fp32",
+        "sin_ptr": "*fp32",
+        "stride_tn": "i32",
+    }
+    signature |= {f"stride_{tensor}{axis}": "i32" for tensor in tensors for axis in "nh"} | {
+        "N": "i32",
+        "H": "i32",
+        "G": "i32",
+    }
     for K in (64, 96, 128):
         heads = 2  # one of q, one of k
         config = {"SIGN": -1, **tile_config(K)}
-        yield _entry(f"rope K={K}", "lumi.kernels.rope", "_rope_kernel", signature, config, moved=(2 * heads * K, 2 * K))
+        yield _entry(
+            f"rope K={K}",
+            "lumi.kernels.rope",
+            "_rope_kernel",
+            signature,
+            config,
+            moved=(2 * heads * K, 2 * K),
+        )
 
 
 def _swiglu_entries() -> Iterator[Entry]:
     from lumi.kernels.swiglu import tile_config
 
     for name, tensors in (("fwd", ("gate", "up", "y")), ("bwd", ("dy", "gate", "up", "dgate", "dup"))):
-        pointers, strides = {f"{tensor}_ptr": "*T" for tensor in tensors}, {f"stride_{tensor}n": "i32" for tensor in tensors}
+        pointers, strides = (
+            {f"{tensor}_ptr": "*T" for tensor in tensors},
+            {f"stride_{tensor}n": "i32" for tensor in tensors},
+        )
         for F in (64, 1536):  # rows that share a program, rows that are cut
             signature = pointers | strides | {"N": "i32", "F": "i32"}
             config, moved = tile_config(F), (len(tensors) * F, 0)
-            yield _entry(f"swiglu_{name} F={F}", "lumi.kernels.swiglu", f"_swiglu_{name}_kernel", signature, config, "F", moved=moved)
+            yield _entry(
+                f"swiglu_{name} F={F}",
+                "lumi.kernels.swiglu",
+                f"_swiglu_{name}_kernel",
+                signature,
+                config,
+                "F",
+                moved=moved,
+            )
 
 
 def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
@@ -100,9 +131,18 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
     from lumi.kernels.decode_attention import combine_config, tile_config
 
     module, kernel = "lumi.kernels.decode_attention", "_decode_attention_kernel"
-    signature = {f"{tensor}_ptr": "*T" for tensor in ("q", "k", "v")} | {"positions_ptr": "*i64", "page_table_ptr": "*i32"}
-    signature |= {f"stride_{tensor}{axis}": "i32" for tensor, axes in (("q", "bth"), ("k", "bsg"), ("v", "bsg")) for axis in axes}
-    signature |= dict.fromkeys(("stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"), "i32") | {"scale": "fp32"}
+    signature = {f"{tensor}_ptr": "*T" for tensor in ("q", "k", "v")} | {
+        "positions_ptr": "*i64",
+        "page_table_ptr": "*i32",
+    }
+    signature |= {
+        f"stride_{tensor}{axis}": "i32"
+        for tensor, axes in (("q", "bth"), ("k", "bsg"), ("v", "bsg"))
+        for axis in axes
+    }
+    signature |= dict.fromkeys(("stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"), "i32") | {
+        "scale": "fp32"
+    }
     split = {"out_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32"}
     whole = {"out_ptr": "*T"}  # y itself
     element = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -113,14 +153,37 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
         ("decode_attention_prompt", 512 * group, whole, ("page_table_ptr", "max_ptr", "sum_ptr"), (64, 128)),
     ):
         for K in sizes:
-            config = {"K": K, "GROUP": group, "PAGE_SIZE": 0 if absent else 16, "SPLIT": out is split, **tile_config(K, rows, element)}
+            config = {
+                "K": K,
+                "GROUP": group,
+                "PAGE_SIZE": 0 if absent else 16,
+                "SPLIT": out is split,
+                **tile_config(K, rows, element),
+            }
             config |= dict.fromkeys(absent)  # what the launcher passes None for
             moved = (2 * K, 0)  # of a key slot and kv head
             yield _entry(f"{name} K={K}", module, kernel, signature | out, config, expects=mma, moved=moved)
-    signature = {"partial_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "y_ptr": "*T", "num_splits": "i32"}
-    config, loads = {"K": 128, **combine_config(128)}, ("LDG.128",)  # a row of y is too short for 16 bytes from every thread
+    signature = {
+        "partial_ptr": "*fp32",
+        "max_ptr": "*fp32",
+        "sum_ptr": "*fp32",
+        "y_ptr": "*T",
+        "num_splits": "i32",
+    }
+    config, loads = (
+        {"K": 128, **combine_config(128)},
+        ("LDG.128",),
+    )  # a row of y is too short for 16 bytes from every thread
     moved = (0, 130)  # of a share of the keys
-    yield _entry("decode_attention_combine K=128", module, "_combine_kernel", signature, config, expects=loads, moved=moved)
+    yield _entry(
+        "decode_attention_combine K=128",
+        module,
+        "_combine_kernel",
+        signature,
+        config,
+        expects=loads,
+        moved=moved,
+    )
 
 
 def _linear_cross_entropy_entries(dtype: str) -> Iterator[Entry]:
@@ -135,17 +198,37 @@ def _linear_cross_entropy_entries(dtype: str) -> Iterator[Entry]:
         flags = {"IGNORE_INDEX": IGNORE_INDEX, "HAS_SOFTCAP": softcap, "GRADIENT": True}
         config = flags | tile_config(V, 4 if dtype == "fp32" else 2)
         name, width = f"linear_cross_entropy V={V}", "V" if V % 16 == 0 else ""
-        yield _entry(name, module, "_cross_entropy_kernel", signature, config, width, moved=(2 * V, 3))  # the target is 8 bytes
+        yield _entry(
+            name, module, "_cross_entropy_kernel", signature, config, width, moved=(2 * V, 3)
+        )  # the target is 8 bytes
     rescale = {"gradient_ptr": "*T", "dloss_ptr": "*fp32", "expected_dloss": "fp32", "num_elements": "i32"}
-    yield _entry("linear_cross_entropy_rescale", module, "_rescale_kernel", rescale, rescale_config(), "num_elements", moved=(2, 0))
+    yield _entry(
+        "linear_cross_entropy_rescale",
+        module,
+        "_rescale_kernel",
+        rescale,
+        rescale_config(),
+        "num_elements",
+        moved=(2, 0),
+    )
 
 
-def _entry(name: str, module: str, kernel: str, signature: dict[str, str], config: dict[str, int], width: str = "", **more: Any) -> Entry:
+def _entry(
+    name: str,
+    module: str,
+    kernel: str,
+    signature: dict[str, str],
+    config: dict[str, int],
+    width: str = "",
+    **more: Any,
+) -> Entry:
     """`config` as the launcher chose it; strides and the argument `width` are multiples of 16 for the sizes that models have."""
     aligned = tuple(argument for argument in signature if argument == width or argument.startswith("stride_"))
     blocks = {key: value for key, value in config.items() if key not in ("num_warps", "num_stages")}
     stages = {"num_stages": config["num_stages"]} if "num_stages" in config else {}
-    return Entry(name, module, kernel, signature, blocks, config["num_warps"], aligned=aligned, **stages, **more)
+    return Entry(
+        name, module, kernel, signature, blocks, config["num_warps"], aligned=aligned, **stages, **more
+    )
 
 
 def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
@@ -156,7 +239,12 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
 
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     plan = {"first_key": "*i32", "last_query": "*i32", "order": "*i32"}
-    walks = {"fwd": ("k", "v"), "delta": (), "dkdv": ("q", "dy"), "dq": ("k", "v")}  # what a program reads tile by tile
+    walks = {
+        "fwd": ("k", "v"),
+        "delta": (),
+        "dkdv": ("q", "dy"),
+        "dq": ("k", "v"),
+    }  # what a program reads tile by tile
     for kernel, tensors, rows in (
         ("fwd", ("q", "k", "v", "y"), ("lse", "first_key", "order")),
         ("delta", ("dy", "y"), ("delta",)),
@@ -174,7 +262,12 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
             signature |= {f"{name}_ptr": plan.get(name, "*fp32") for name in rows}
             signature |= {f"stride_{name}{axis}": "i32" for name in tensors for axis in "nh"} | {"N": "i32"}
             if kernel != "delta":
-                signature |= {"G" if kernel == "dkdv" else "H": "i32", "group": "i32", "scale": "fp32", "scale_cap": "fp32"}
+                signature |= {
+                    "G" if kernel == "dkdv" else "H": "i32",
+                    "group": "i32",
+                    "scale": "fp32",
+                    "scale_cap": "fp32",
+                }
                 config |= {"ORDER": ORDER_BLOCK, "SOFTCAP": softcap}
             if kernel in ("dkdv", "dq"):
                 signature |= {"dscore": "fp32"}
@@ -185,5 +278,7 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
                 signature,
                 {"HEAD_DIM": K, **config},
                 moved=(len(tensors) * K, len(set(rows) - set(plan))),
-                expects=("LDG.128",) if kernel == "delta" else ("LDG.128", "STG.128", {90: "HGMMA", 100: "UTCMMA"}.get(arch, "MMA")),
+                expects=("LDG.128",)
+                if kernel == "delta"
+                else ("LDG.128", "STG.128", {90: "HGMMA", 100: "UTCMMA"}.get(arch, "MMA")),
             )

@@ -17,7 +17,12 @@ from measure import Operands
 from results import Results, main
 from torch import Tensor
 
-from lumi.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_reference, workspace_bytes
+from lumi.kernels.linear_cross_entropy import (
+    IGNORE_INDEX,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    workspace_bytes,
+)
 
 Shape = tuple[int, int, int]  # N, D, V
 TARGET: Shape = (4096, 4096, 128_256)
@@ -26,15 +31,22 @@ OVER_LIGER, SHARE_OF_FLOOR = 4.0, 0.85  # what is aimed at
 PEER_SLACK = 10.0
 
 
-def measure_shape(results: Results, shape: Shape, weight_dtype: torch.dtype, dtype: torch.dtype) -> dict[str, float]:
+def measure_shape(
+    results: Results, shape: Shape, weight_dtype: torch.dtype, dtype: torch.dtype
+) -> dict[str, float]:
     """Check and time one shape, and take the peak memory of each candidate; seconds by name."""
     device, (N, D, V) = results.device, shape
     targets_N = torch.randint(0, V, (N,), device=device)
     targets_N[::97] = IGNORE_INDEX
 
     def operands() -> Operands:
-        hidden_ND, weight_VD = torch.randn(N, D, device=device).to(dtype), (torch.randn(V, D, device=device) / D**0.5).to(weight_dtype)
-        return Operands((hidden_ND.requires_grad_(), weight_VD.requires_grad_()), (torch.ones((), device=device),))
+        hidden_ND, weight_VD = (
+            torch.randn(N, D, device=device).to(dtype),
+            (torch.randn(V, D, device=device) / D**0.5).to(weight_dtype),
+        )
+        return Operands(
+            (hidden_ND.requires_grad_(), weight_VD.requires_grad_()), (torch.ones((), device=device),)
+        )
 
     def plain(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
         logits_NV = F.linear(hidden_ND, weight_VD.to(hidden_ND.dtype)).float()
@@ -78,7 +90,12 @@ def measure_shape(results: Results, shape: Shape, weight_dtype: torch.dtype, dty
     return times
 
 
-def run(results: Results, shapes: Sequence[Shape] = SHAPES, dtype: torch.dtype = torch.bfloat16, matmul_size: int = 8192) -> None:
+def run(
+    results: Results,
+    shapes: Sequence[Shape] = SHAPES,
+    dtype: torch.dtype = torch.bfloat16,
+    matmul_size: int = 8192,
+) -> None:
     """Every shape, the weight in the dtype of the hidden states and as a float32 master."""
     rate = results.matmul_rate(matmul_size)
     for shape in shapes:
@@ -89,11 +106,19 @@ def run(results: Results, shapes: Sequence[Shape] = SHAPES, dtype: torch.dtype =
                 wanted = shape == TARGET and weight_dtype == dtype
                 N, D, V = shape
                 floor = 6 * N * D * V / rate
-                text = f"linear cross-entropy N{N} D{D} V{V}, {str(weight_dtype).removeprefix('torch.')} weight"
-                results.claim(f"{text}: share of the floor", floor / times["lumi"], at_least=SHARE_OF_FLOOR if wanted else None)
+                text = (
+                    f"linear cross-entropy N{N} D{D} V{V}, {str(weight_dtype).removeprefix('torch.')} weight"
+                )
+                results.claim(
+                    f"{text}: share of the floor",
+                    floor / times["lumi"],
+                    at_least=SHARE_OF_FLOOR if wanted else None,
+                )
                 if weight_dtype == dtype:  # Liger takes no other
                     over_liger = measure.ratio(times, "liger")
-                    results.claim(f"{text}: times as fast as Liger", over_liger, at_least=OVER_LIGER if wanted else None)
+                    results.claim(
+                        f"{text}: times as fast as Liger", over_liger, at_least=OVER_LIGER if wanted else None
+                    )
 
 
 if __name__ == "__main__":

@@ -56,16 +56,24 @@ class Data(NamedTuple):
 def random_data(folder: Path, num_tokens: int) -> Data:
     """A tokenizer of 512 pieces, trained on Python's language reference, and a store of random ones in documents of some 600 tokens."""
     records = folder / "records.jsonl"
-    records.write_text("".join(json.dumps({"text": text}) + "\n" for text in topics.values()), encoding="utf-8")
+    records.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in topics.values()), encoding="utf-8"
+    )
     source = JsonlSource(name="topics", paths=(str(records),))
-    prepare(PrepareConfig(sources=(source,), deduplication=DeduplicationConfig(near=False)), folder / "corpus", num_workers=1)
+    prepare(
+        PrepareConfig(sources=(source,), deduplication=DeduplicationConfig(near=False)),
+        folder / "corpus",
+        num_workers=1,
+    )
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=512), [folder / "corpus"], folder / "tokenizer")
     rng = np.random.default_rng(0)
     lengths = 1 + rng.lognormal(6.0, 1.0, num_tokens // 500).astype(np.int64)
     lengths = lengths[lengths.cumsum() <= num_tokens]
     tokens = rng.integers(0, tokenizer.vocab_size, int(lengths.sum()))
     (folder / "store").mkdir()
-    writer = StoreWriter(folder / "store", tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+    writer = StoreWriter(
+        folder / "store", tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
+    )
     writer.append("train", tokens, lengths, {"random": (len(lengths), len(tokens), 2 * len(tokens))})
     writer.finish({})
     return Data(folder / "store", folder / "tokenizer")
@@ -121,7 +129,12 @@ class TimedTrainer(Trainer):
         self.written: list[tuple[float, float, float]] = []
         self.parts: defaultdict[str, float] = defaultdict(float)
         self.step_start = time.perf_counter()
-        parts = [(self, "_forward_backward", WORK[0]), (self, "_agree", "agreement"), (self, "_log_step", "log"), (self, "_save", "save")]
+        parts = [
+            (self, "_forward_backward", WORK[0]),
+            (self, "_agree", "agreement"),
+            (self, "_log_step", "log"),
+            (self, "_save", "save"),
+        ]
         parts += [(self.optimizer, name, WORK[1]) for name in ("clip_gradients", "step", "zero_grad")]
         for owner, name, part in parts:
             setattr(owner, name, self._timed(getattr(owner, name), part))
@@ -175,10 +188,16 @@ class TimedTrainer(Trainer):
         self.written.append((begin, time.perf_counter(), time.thread_time() - used))
 
 
-def timed_run(config: dict[str, Any], data: Data, folder: Path, device: str, waiting: bool = False) -> TimedTrainer:
+def timed_run(
+    config: dict[str, Any], data: Data, folder: Path, device: str, waiting: bool = False
+) -> TimedTrainer:
     """Train from start to end in this process."""
     paths = Paths([str(data.store)], str(data.tokenizer), folder)
-    with StopSignal() as stop, process_group(device, stop=stop) as world, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        StopSignal() as stop,
+        process_group(device, stop=stop) as world,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         trainer = TimedTrainer(from_dict(TrainConfig, config), paths, world, waiting=waiting)
         trainer.run()
     return trainer
@@ -210,7 +229,9 @@ def save_cost(steps: Sequence[Step], saves: Sequence[Save]) -> SaveCost:
         ValueError: there is no save of one kind, or no step without one.
     """
     meets = lambda step, save: step.start < save.end and save.begin < step.start + step.unsaved
-    low, alone, high = quantiles((step.unsaved for step in steps if not any(meets(step, save) for save in saves)), method="inclusive")
+    low, alone, high = quantiles(
+        (step.unsaved for step in steps if not any(meets(step, save) for save in saves)), method="inclusive"
+    )
     beside = [save for save in saves if not save.waited]
     slowdowns = [sum(step.unsaved - alone for step in steps if meets(step, save)) for save in beside]
     return SaveCost(
@@ -227,13 +248,24 @@ def measure_loop(results: Results, config: dict[str, Any], data: Data, folder: P
     """The loop outside of forward, backward and optimizer, and its waiting for data."""
     steps = timed_run(config, data, folder, results.device.type).steps[WARM_UP:-1]  # the last one saves
     found, seconds = shares(steps), median(step.seconds for step in steps)
-    results.note(loop={"steps": len(steps), "step_seconds": round(seconds, 4)} | {part: round(share, 6) for part, share in found.items()})
-    print(f"{len(steps)} steps of {config['batches']['batch_tokens']:,} tokens, {seconds * 1e3:,.1f} ms each at the median")
+    results.note(
+        loop={"steps": len(steps), "step_seconds": round(seconds, 4)}
+        | {part: round(share, 6) for part, share in found.items()}
+    )
+    print(
+        f"{len(steps)} steps of {config['batches']['batch_tokens']:,} tokens, {seconds * 1e3:,.1f} ms each at the median"
+    )
     for part, share in found.items():
         typical = median(step.outside if part == "outside" else step.parts.get(part, 0.0) for step in steps)
         print(f"  {part:<18} {share:8.3%} of all, {typical * 1e3:10.3f} ms a step at the median")
-    results.claim("loop outside of forward, backward and optimizer, share of the step", found["outside"], at_most=0.02)
-    results.claim("loop outside of them, median of the steps", median(step.outside / step.seconds for step in steps), at_most=0.02)
+    results.claim(
+        "loop outside of forward, backward and optimizer, share of the step", found["outside"], at_most=0.02
+    )
+    results.claim(
+        "loop outside of them, median of the steps",
+        median(step.outside / step.seconds for step in steps),
+        at_most=0.02,
+    )
     results.claim("waiting for data, share of the step", found["data wait"], at_most=0.005)
 
 
@@ -243,22 +275,44 @@ def measure_saves(results: Results, config: dict[str, Any], data: Data, folder: 
     saves, first = run.saves[2:-1], run.saves[0].stall  # beside the last one there are no steps
     num_bytes = sum(file.stat().st_size for file in run.folder.checkpoint(len(run.steps)).iterdir())
     cost = save_cost(run.steps[2 * SAVE_EVERY :], saves)
-    results.note(save={"bytes": num_bytes, "first_stall": first, **cost._asdict(), "saves": [vars(save) for save in saves]})
-    print(f"{len(saves)} saves of {num_bytes / 1e6:,.0f} MB; waited for: {cost.synchronous:.3f} s; not: stall {cost.stall:.4f} s")
-    print(f"  (the first {first:.4f}), {cost.writing:.3f} s written by a thread, which kept a core busy for {cost.writing_cpu:.3f} s;")
-    print(f"  {cost.slowdown:.3f} s lost by the steps beside it, where steps alone differ by {cost.noise:.3f} s")
+    results.note(
+        save={
+            "bytes": num_bytes,
+            "first_stall": first,
+            **cost._asdict(),
+            "saves": [vars(save) for save in saves],
+        }
+    )
+    print(
+        f"{len(saves)} saves of {num_bytes / 1e6:,.0f} MB; waited for: {cost.synchronous:.3f} s; not: stall {cost.stall:.4f} s"
+    )
+    print(
+        f"  (the first {first:.4f}), {cost.writing:.3f} s written by a thread, which kept a core busy for {cost.writing_cpu:.3f} s;"
+    )
+    print(
+        f"  {cost.slowdown:.3f} s lost by the steps beside it, where steps alone differ by {cost.noise:.3f} s"
+    )
     results.claim("stall of a save, share of one that the loop waits for", cost.stall / cost.synchronous)
     busy = (cost.stall + cost.writing_cpu) / cost.synchronous
-    results.claim("stall and the core's work of the writing, which is for a machine with no core to spare, share of the same", busy)
+    results.claim(
+        "stall and the core's work of the writing, which is for a machine with no core to spare, share of the same",
+        busy,
+    )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--num-steps", type=int, default=40, help="of the first run")
-    parser.add_argument("--num-saves", type=int, default=10, help="of the second; half of them are waited for")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="of a step, in micro-batches of 2 rows of 1,024 tokens")
+    parser.add_argument(
+        "--num-saves", type=int, default=10, help="of the second; half of them are waited for"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=4096, help="of a step, in micro-batches of 2 rows of 1,024 tokens"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="a model of a few thousand weights")
@@ -276,7 +330,9 @@ def main(argv: Sequence[str]) -> int:
     results = Results("loop", torch.device(choose_device(args.device)), args.output_dir)
     batches = {"batch_tokens": args.batch_tokens, "micro_batch_size": 2}
     config = run_config(args.quick, args.num_steps, batches=batches)
-    saving = run_config(args.quick, args.num_saves * SAVE_EVERY, batches=batches, optimizer={"kind": "adamw", "peak_lr": 1e-3})
+    saving = run_config(
+        args.quick, args.num_saves * SAVE_EVERY, batches=batches, optimizer={"kind": "adamw", "peak_lr": 1e-3}
+    )
     with tempfile.TemporaryDirectory() as temporary:
         data = random_data(Path(temporary), args.num_steps * args.batch_tokens)
         with results.case("loop"):

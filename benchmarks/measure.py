@@ -32,7 +32,9 @@ class Operands:
 
     def to(self, *args: Any) -> "Operands":
         """In another dtype or on another device, in memory of its own."""
-        convert = lambda tensors: tuple(t.detach().to(*args, copy=True).requires_grad_(t.requires_grad) for t in tensors)
+        convert = lambda tensors: tuple(
+            t.detach().to(*args, copy=True).requires_grad_(t.requires_grad) for t in tensors
+        )
         return Operands(convert(self.inputs), convert(self.incoming))
 
 
@@ -70,8 +72,13 @@ def backward_calls(function: Callable, sets: Sequence[Operands]) -> list[Callabl
     """The backward alone, of forwards that are run here."""
     calls = []
     for operands in sets:
-        outputs, leaves = _as_tuple(function(*operands.inputs)), [t for t in operands.inputs if t.requires_grad]
-        calls.append(lambda y=outputs, x=leaves, dy=operands.incoming: torch.autograd.grad(y, x, dy, retain_graph=True))
+        outputs, leaves = (
+            _as_tuple(function(*operands.inputs)),
+            [t for t in operands.inputs if t.requires_grad],
+        )
+        calls.append(
+            lambda y=outputs, x=leaves, dy=operands.incoming: torch.autograd.grad(y, x, dy, retain_graph=True)
+        )
     return calls
 
 
@@ -94,7 +101,12 @@ def ratio(times: dict[str, float], peer: str, candidate: str = "lumi") -> float 
 
 
 def check(
-    name: str, actual: Sequence[Tensor], same_dtype: Sequence[Tensor], exact: Sequence[Tensor], slack: float = 2.0, terms: int = 1
+    name: str,
+    actual: Sequence[Tensor],
+    same_dtype: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    slack: float = 2.0,
+    terms: int = 1,
 ) -> None:
     """|actual - exact| <= slack |same_dtype - exact| + one ulp of |exact|, tensor by tensor, in Euclidean norms taken in float64.
 
@@ -106,13 +118,17 @@ def check(
     """
     for index, (a, s, e) in enumerate(zip(actual, same_dtype, exact, strict=True)):
         if a.shape != e.shape or a.dtype != s.dtype:
-            raise RuntimeError(f"{name}, tensor {index}: got {a.dtype} {tuple(a.shape)}, expected {s.dtype} {tuple(e.shape)}")
+            raise RuntimeError(
+                f"{name}, tensor {index}: got {a.dtype} {tuple(a.shape)}, expected {s.dtype} {tuple(e.shape)}"
+            )
         ulps = torch.finfo(a.dtype).eps * (terms**0.5 if a.dtype == torch.float32 else 1)
         a, s, e = (t.to(e.device, torch.float64) for t in (a, s, e))
         error, norm = (a - e).norm().item(), e.norm().item()
         budget = slack * (s - e).norm().item() + ulps * norm
         if not error <= budget:
-            raise RuntimeError(f"{name}, tensor {index}: error {error:.3e} exceeds {budget:.3e} (norm {norm:.3e})")
+            raise RuntimeError(
+                f"{name}, tensor {index}: error {error:.3e} exceeds {budget:.3e} (norm {norm:.3e})"
+            )
 
 
 def prepared(calls: list[Callable], device: torch.device, *, graph: bool) -> tuple[Callable, int]:
@@ -126,7 +142,9 @@ def prepared(calls: list[Callable], device: torch.device, *, graph: bool) -> tup
     return (run if repeats == 1 else arrange(calls * repeats)), len(calls) * repeats
 
 
-def interleaved(candidates: dict[str, tuple[Callable, int]], device: torch.device, rounds: int = ROUNDS) -> dict[str, Sample]:
+def interleaved(
+    candidates: dict[str, tuple[Callable, int]], device: torch.device, rounds: int = ROUNDS
+) -> dict[str, Sample]:
     """Seconds per call of every candidate, each from `prepared`."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
@@ -158,7 +176,9 @@ def _in_turn(calls: list[Callable]) -> Callable:
 
 def _captured(calls: list[Callable]) -> Callable:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # the stream of the forwards: backward runs on theirs
+    with torch.cuda.graph(
+        graph, stream=torch.cuda.current_stream()
+    ):  # the stream of the forwards: backward runs on theirs
         _in_turn(calls)()
     graph.replay()
     return graph.replay

@@ -21,7 +21,9 @@ from lumi.kernels.global_norm import global_norm, global_norm_reference
 from lumi.model import ModelConfig, Transformer
 
 TINY = ModelConfig(vocab_size=32_768, num_layers=6, model_dim=256, num_heads=4, mlp_dim=1024)
-SMALL_GPT2 = ModelConfig(vocab_size=50_304, num_layers=12, model_dim=768, num_heads=12, mlp_dim=2048, tied_embeddings=True)
+SMALL_GPT2 = ModelConfig(
+    vocab_size=50_304, num_layers=12, model_dim=768, num_heads=12, mlp_dim=2048, tied_embeddings=True
+)
 MODELS = {"23M": TINY, "124M": SMALL_GPT2}
 OVER_TORCH = 1.5  # what is aimed at
 BYTES = 34
@@ -64,7 +66,16 @@ def lumi_step(state: State, norm: Callable = global_norm, update: Callable = ada
     """The operators of Lumi, or their references."""
     params, grads, exp_avgs, exp_avg_sqs, copies = state.lists()
     total = norm(grads)
-    update(params, grads, exp_avgs, exp_avg_sqs, weight_decays=state.decays(), norm=total, copies=copies, **NUMBERS)
+    update(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        weight_decays=state.decays(),
+        norm=total,
+        copies=copies,
+        **NUMBERS,
+    )
 
 
 def torch_step(state: State, device: torch.device) -> Callable[[], None]:
@@ -105,13 +116,17 @@ def measure_model(results: Results, name: str, config: ModelConfig, *, graph: bo
     for state in (exact, same_dtype):
         lumi_step(state, global_norm_reference, adamw_reference)
 
-    def candidate(make: Callable[[State], Callable[[], None]], slack: float, num_lists: Sequence[int]) -> Callable[[], list[Callable]]:
+    def candidate(
+        make: Callable[[State], Callable[[], None]], slack: float, num_lists: Sequence[int]
+    ) -> Callable[[], list[Callable]]:
         def prepare() -> list[Callable]:
             state = start.to(torch.float32)
             step = make(state)
             step()
             for index in num_lists:
-                flat = ([torch.cat([t.flatten() for t in s.lists()[index]])] for s in (state, same_dtype, exact))
+                flat = (
+                    [torch.cat([t.flatten() for t in s.lists()[index]])] for s in (state, same_dtype, exact)
+                )
                 measure.check(f"optimizer {name}, list {index}", *flat, slack=slack)
             return [step]
 
@@ -119,7 +134,9 @@ def measure_model(results: Results, name: str, config: ModelConfig, *, graph: bo
 
     candidates = {
         "lumi": candidate(lambda state: lambda: lumi_step(state), 2.0, (0, 2, 3, 4)),
-        "torch fused": candidate(lambda state: torch_step(state, device), 10.0, (0, 4)),  # keeps its states to itself
+        "torch fused": candidate(
+            lambda state: torch_step(state, device), 10.0, (0, 4)
+        ),  # keeps its states to itself
     }
     text = f"clip + AdamW + copy, {name}, {len(shapes)} tensors"
     return results.time(text, candidates, graph=graph, num_bytes=BYTES * num_parameters)

@@ -25,18 +25,38 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What the figures were taken on."""
-    record: dict[str, Any] = {"device": device_name(device), "python": platform.python_version(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    record: dict[str, Any] = {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
     for name in ("torch", "triton", "liger-kernel"):
         with suppress(PackageNotFoundError):  # not installed: then it is no peer here
             record[name] = version(name)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        record |= {"multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
-        record |= {"l2_bytes": properties.L2_cache_size, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        record |= {
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
+        record |= {
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
     if shutil.which("nvidia-smi"):
         query = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
-        line = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-        record["nvidia-smi"] = dict(zip(query.split(","), line.stdout.splitlines()[0].split(", "), strict=False)) if line.stdout else None
+        line = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        record["nvidia-smi"] = (
+            dict(zip(query.split(","), line.stdout.splitlines()[0].split(", "), strict=False))
+            if line.stdout
+            else None
+        )
     return record
 
 
@@ -58,7 +78,14 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{subject}-{slug(device)}.json"
         self.data: dict[str, Any] = {"subject": subject, "environment": environment(device)}
-        self.data |= {"finished": False, "claims": [], "times": [], "failures": [], "left_out": [], "notes": {}}
+        self.data |= {
+            "finished": False,
+            "claims": [],
+            "times": [],
+            "failures": [],
+            "left_out": [],
+            "notes": {},
+        }
         self._write()
 
     def time(
@@ -84,16 +111,24 @@ class Results:
         samples = interleaved(ready, self.device, rounds or self.rounds)
         for name, sample in samples.items():
             captured = (graph or name in replays) and self.device.type == "cuda"
-            record: dict[str, Any] = {"case": case, "candidate": name, "launch": "graph" if captured else "eager"}
+            record: dict[str, Any] = {
+                "case": case,
+                "candidate": name,
+                "launch": "graph" if captured else "eager",
+            }
             record |= {key: round(getattr(sample, key) * 1e6, 3) for key in ("seconds", "low", "high")}
             record["microseconds"] = record.pop("seconds")
-            rates = {"gb_per_second": num_bytes / sample.seconds / 1e9, "tflops": flops / sample.seconds / 1e12}
+            rates = {
+                "gb_per_second": num_bytes / sample.seconds / 1e9,
+                "tflops": flops / sample.seconds / 1e12,
+            }
             record |= {key: round(rate, 2) for key, rate in rates.items() if rate}
             self.data["times"].append(record)
             shown = "  ".join(f"{value:.0f} {key}" for key, value in record.items() if key in rates)
             spread = (sample.high - sample.low) / sample.seconds
             print(
-                f"{case:<58} {name:<14} {record['launch']:<5} {record['microseconds']:>11.1f} us +- {spread / 2:<5.1%} {shown}", flush=True
+                f"{case:<58} {name:<14} {record['launch']:<5} {record['microseconds']:>11.1f} us +- {spread / 2:<5.1%} {shown}",
+                flush=True,
             )
         self._write()
         return {name: sample.seconds for name, sample in samples.items()}
@@ -105,12 +140,16 @@ class Results:
         calls = [lambda a=a, b=b: a @ b for a, b in sets]
         return flops / self.time(f"matmul {size}", {"torch": lambda: calls}, flops=flops)["torch"]
 
-    def claim(self, text: str, value: float | None, *, at_least: float | None = None, at_most: float | None = None) -> None:
+    def claim(
+        self, text: str, value: float | None, *, at_least: float | None = None, at_most: float | None = None
+    ) -> None:
         """One line of the table: a figure, and what it should be (nothing: for information); None where it could not be measured."""
         wanted = at_least is not None or at_most is not None
         met = (at_least or 0) <= value <= (at_most or math.inf) if wanted and value is not None else None
         measured = None if value is None else round(value, 4)
-        self.data["claims"].append({"claim": text, "measured": measured, "at_least": at_least, "at_most": at_most, "met": met})
+        self.data["claims"].append(
+            {"claim": text, "measured": measured, "at_least": at_least, "at_most": at_most, "met": met}
+        )
         print(f"-> {text}: {measured}" + {None: "", True: ", met", False: ", NOT met"}[met], flush=True)
         self._write()
 
@@ -155,7 +194,9 @@ class Results:
         axes = figure.subplots()
         colors = ["tab:green" if t["candidate"] == "lumi" else "tab:gray" for t in times]
         axes.barh(range(len(times)), [t["microseconds"] / slowest[t["case"]] for t in times], color=colors)
-        axes.set_yticks(range(len(times)), [f"{t['case']}, {t['candidate']}, {t['launch']}" for t in times], fontsize=6)
+        axes.set_yticks(
+            range(len(times)), [f"{t['case']}, {t['candidate']}, {t['launch']}" for t in times], fontsize=6
+        )
         axes.set_xlabel("time, as a share of the slowest of its case")
         axes.set_title(f"{self.data['subject']}, {self.data['environment']['device']}")
         figure.savefig(self.path.with_suffix(".png"), dpi=120)
@@ -168,7 +209,9 @@ class Results:
 
 def main(subject: str, description: str, run: Callable[[Results], None]) -> int:
     """The command line of a benchmark. Exit code 0, 1 where a case failed, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()

@@ -60,7 +60,9 @@ def _norm_operands(num_activations: int) -> Callable[[Shape, torch.dtype, torch.
 
 
 def _swiglu_operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> Operands:
-    return Operands((_draw(shape, dtype, device), _draw(shape, dtype, device)), (_draw(shape, dtype, device, grad=False),))
+    return Operands(
+        (_draw(shape, dtype, device), _draw(shape, dtype, device)), (_draw(shape, dtype, device, grad=False),)
+    )
 
 
 def _rope_operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -74,7 +76,9 @@ def _rope_operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> Op
 def _liger_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    return LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False)  # not in place: the gradient coming in is needed again
+    return LigerRMSNormFunction.apply(
+        x, weight, EPS, 0.0, "llama", False
+    )  # not in place: the gradient coming in is needed again
 
 
 def _liger_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +150,12 @@ def bytes_moved(name: str, shape: Shape, itemsize: int, backward: bool) -> int:
 
 
 def measure_shape(
-    results: Results, name: str, operator: Operator, shape: Shape, dtype: torch.dtype, launches: Sequence[bool]
+    results: Results,
+    name: str,
+    operator: Operator,
+    shape: Shape,
+    dtype: torch.dtype,
+    launches: Sequence[bool],
 ) -> dict[str, dict[str, float]]:
     """Check and time one shape under every implementation, as a graph (True) or from Python; of the last launch, seconds by direction
     and name."""
@@ -155,7 +164,11 @@ def measure_shape(
     sets = measure.buffer_sets(lambda: operator.make(shape, dtype, device), row_bytes, device)
     exact = measure.results_and_gradients(operator.reference, sets[0].to(torch.float64))
     same_dtype = measure.results_and_gradients(operator.reference, sets[0])
-    functions = {"lumi": operator.ours, "eager": operator.reference, "compiled": measure.compiled(operator.reference, device)}
+    functions = {
+        "lumi": operator.ours,
+        "eager": operator.reference,
+        "compiled": measure.compiled(operator.reference, device),
+    }
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         functions["liger"] = operator.liger
     times = {}
@@ -164,13 +177,17 @@ def measure_shape(
 
         def prepare(which: str, calls: Callable = calls) -> list[Callable]:
             function = functions[which]
-            actual = measure.results_and_gradients(function, sets[0].to(device))  # some peers write into their inputs: give each its own
+            actual = measure.results_and_gradients(
+                function, sets[0].to(device)
+            )  # some peers write into their inputs: give each its own
             slack = 2.0 if which == "lumi" else PEER_SLACK
             measure.check(f"{name} {shape} {which}", actual, same_dtype, exact, slack, terms=shape[0])
             return calls(function, [operands.to(device) for operands in sets])
 
         def copy(num_bytes: int = num_bytes) -> list[Callable]:
-            sources = [torch.randint(0, 256, (num_bytes // 2,), dtype=torch.uint8, device=device) for _ in sets]
+            sources = [
+                torch.randint(0, 256, (num_bytes // 2,), dtype=torch.uint8, device=device) for _ in sets
+            ]
             return [source.clone for source in sources]
 
         candidates = {**{which: partial(prepare, which) for which in functions}, "copy": copy}
@@ -179,7 +196,9 @@ def measure_shape(
     return times
 
 
-def run(results: Results, operators: Mapping[str, Operator] = OPERATORS, dtype: torch.dtype = torch.bfloat16) -> None:
+def run(
+    results: Results, operators: Mapping[str, Operator] = OPERATORS, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Every operator at every shape."""
     for name, operator in operators.items():
         shares: dict[str, list[float]] = {direction: [] for direction in measure.DIRECTIONS}
@@ -193,7 +212,9 @@ def run(results: Results, operators: Mapping[str, Operator] = OPERATORS, dtype: 
                         over_liger.append(times["liger"] / times["lumi"])
         for direction, values in shares.items():
             text = f"{name} {direction}: share of the copy's bandwidth, at least over {len(operator.large)} shapes"
-            results.claim(text, min(values) if len(values) == len(operator.large) else None, at_least=COPY_SHARE)
+            results.claim(
+                text, min(values) if len(values) == len(operator.large) else None, at_least=COPY_SHARE
+            )
         if name == "rms_norm":
             text = "rms_norm backward: times as fast as Liger, at least over hidden sizes up to 2048"
             results.claim(text, min(over_liger, default=None), at_least=LIGER_BACKWARD)

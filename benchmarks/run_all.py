@@ -35,9 +35,13 @@ SUBJECTS = {
 LEAST_SECONDS = 15  # with less left a benchmark is not begun
 
 
-def run_one(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> str | None:
+def run_one(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None
+) -> str | None:
     """Run a program, in `environment` instead of this one's; None, or what went wrong."""
-    process = subprocess.Popen(command, env=environment, start_new_session=True)  # with all of its processes it can be ended as a whole
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True
+    )  # with all of its processes it can be ended as a whole
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -51,23 +55,43 @@ def table(records: Sequence[dict[str, Any]], problems: dict[str, str]) -> str:
     """Markdown of every claim of these benchmarks, what failed or is missing, and on what they ran."""
     lines = ["| what | measured | aimed at | met |", "|---|---|---|---|"]
     for claim in (claim for record in records for claim in record["claims"]):
-        aims = [f"{sign} {claim[key]:g}" for key, sign in (("at_least", ">="), ("at_most", "<=")) if claim[key] is not None]
+        aims = [
+            f"{sign} {claim[key]:g}"
+            for key, sign in (("at_least", ">="), ("at_most", "<="))
+            if claim[key] is not None
+        ]
         measured = "not measured" if claim["measured"] is None else f"{claim['measured']:.3f}"
-        met = {None: "no" if aims and claim["measured"] is None else "", True: "yes", False: "no"}[claim["met"]]
+        met = {None: "no" if aims and claim["measured"] is None else "", True: "yes", False: "no"}[
+            claim["met"]
+        ]
         lines.append(f"| {claim['claim']} | {measured} | {' and '.join(aims)} | {met} |")
     lines += ["", *(f"{subject}: {problem}" for subject, problem in problems.items())]
     missing = SUBJECTS.keys() - problems.keys() - {record["subject"] for record in records}
     lines += [f"{subject}: not measured" for subject in SUBJECTS if subject in missing]
     for record in records:
         if not record["finished"]:
-            lines.append(f"{record['subject']}: it was ended before it was done, so cases and claims are missing")
+            lines.append(
+                f"{record['subject']}: it was ended before it was done, so cases and claims are missing"
+            )
         for kind, word in (("failures", "failed"), ("left_out", "left out")):
-            lines += [f"{record['subject']}, {word}: {item['where']}: {item['error'].splitlines()[0]}" for item in record[kind]]
+            lines += [
+                f"{record['subject']}, {word}: {item['where']}: {item['error'].splitlines()[0]}"
+                for item in record[kind]
+            ]
     for record in records:
         about = record["environment"]
-        versions = ", ".join(f"{key} {about[key]}" for key in ("torch", "triton", "liger-kernel", "cuda") if about.get(key))
-        lines.append(f"{record['subject']}: {about['device']}, {about['date']}, {versions}, driver {_driver(about)}")
-    return "\n\n".join(["\n".join(lines[: lines.index("")]), *(line for line in lines[lines.index("") :] if line)]) + "\n"
+        versions = ", ".join(
+            f"{key} {about[key]}" for key in ("torch", "triton", "liger-kernel", "cuda") if about.get(key)
+        )
+        lines.append(
+            f"{record['subject']}: {about['device']}, {about['date']}, {versions}, driver {_driver(about)}"
+        )
+    return (
+        "\n\n".join(
+            ["\n".join(lines[: lines.index("")]), *(line for line in lines[lines.index("") :] if line)]
+        )
+        + "\n"
+    )
 
 
 def _driver(environment: dict[str, Any]) -> str:
@@ -75,7 +99,9 @@ def _driver(environment: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--seconds", type=float, default=540, help="limit of all together")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
@@ -94,10 +120,16 @@ def main() -> int:
             problems[subject] = "not begun, no time left; what is shown of it, if anything, is of its date"
         else:
             path(subject).unlink(missing_ok=True)  # figures of another day must not pass for this run's
-            if problem := run_one([sys.executable, script, "--output-dir", str(args.output_dir)], min(SUBJECTS[subject], left)):
+            if problem := run_one(
+                [sys.executable, script, "--output-dir", str(args.output_dir)], min(SUBJECTS[subject], left)
+            ):
                 problems[subject] = problem
         print(f"{subject}: {problems.get(subject, 'done')}, {time.monotonic() - start:.0f} s", flush=True)
-    records = [json.loads(path(subject).read_text(encoding="utf-8")) for subject in SUBJECTS if path(subject).exists()]
+    records = [
+        json.loads(path(subject).read_text(encoding="utf-8"))
+        for subject in SUBJECTS
+        if path(subject).exists()
+    ]
     text = table(records, problems)
     target = args.output_dir / f"README-{device}.md"
     target.write_text(text, encoding="utf-8")

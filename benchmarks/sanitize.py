@@ -31,18 +31,30 @@ PLACES = "/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
 def find_tool() -> str | None:
     """On PATH or where CUDA's installer puts it."""
     home = os.environ.get("CUDA_HOME")
-    places = [os.environ.get("PATH", ""), *([f"{home}/bin", f"{home}/compute-sanitizer"] if home else []), PLACES]
+    places = [
+        os.environ.get("PATH", ""),
+        *([f"{home}/bin", f"{home}/compute-sanitizer"] if home else []),
+        PLACES,
+    ]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
 def command(tool: str, check: str, operators: Sequence[str]) -> list[str]:
     """One check of these operators."""
-    program = [sys.executable, str(Path(__file__).with_name("correctness.py")), "--small", "--operators", *operators]
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("correctness.py")),
+        "--small",
+        "--operators",
+        *operators,
+    ]
     return [tool, "--tool", check, "--error-exitcode", str(FOUND), "--target-processes", "all", *program]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=240, help="limit of each check")
     limit = parser.parse_args().seconds
     tool = find_tool()
@@ -56,7 +68,10 @@ def main() -> int:
         found = problem == f"exit code {FOUND}"
         passed = problem is None or (found and check in FALSE_FINDINGS)
         outcome = "found something" if found else problem or "clean"
-        print(f"compute-sanitizer {check}: {outcome}{', which fails nothing' if passed and problem else ''}", flush=True)
+        print(
+            f"compute-sanitizer {check}: {outcome}{', which fails nothing' if passed and problem else ''}",
+            flush=True,
+        )
         failed |= not passed
     return int(failed)
 

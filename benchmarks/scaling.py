@@ -61,20 +61,32 @@ def tokens_per_second(case: Case, config: dict[str, Any], data: Data, folder: Pa
         RuntimeError: a run failed; with the end of what it said.
     """
     batch_tokens = case.rows * config["batches"]["sequence_length"]
-    config = config | {"parallel": case.parallel, "batches": config["batches"] | {"batch_tokens": batch_tokens}}
+    config = config | {
+        "parallel": case.parallel,
+        "batches": config["batches"] | {"batch_tokens": batch_tokens},
+    }
     folder.mkdir()
     file = folder / "config.json"
     file.write_text(json.dumps(config), encoding="utf-8")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}"] if case.processes > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}"]
+        if case.processes > 1
+        else []
+    )
     program = [sys.executable, *torchrun, str(lumi.train.__file__), "--config", str(file), "--device", "cpu"]
     paths = ["--data-dirs", str(data.store), "--tokenizer-dir", str(data.tokenizer), "--output-dir"]
     outputs = [folder / f"run-{index}" for index in range(case.runs)]
     with contextlib.ExitStack() as started:
-        running = [started.enter_context(_started([*program, *paths, str(output)], output.with_suffix(".err"))) for output in outputs]
+        running = [
+            started.enter_context(_started([*program, *paths, str(output)], output.with_suffix(".err")))
+            for output in outputs
+        ]
         for process, output in zip(running, outputs, strict=True):
             if process.wait():
                 errors = output.with_suffix(".err").read_text(encoding="utf-8")
-                raise RuntimeError(f"{' '.join(process.args)}: exit code {process.returncode}: {errors[-3000:]}")
+                raise RuntimeError(
+                    f"{' '.join(process.args)}: exit code {process.returncode}: {errors[-3000:]}"
+                )
     return sum(batch_tokens / step_seconds(output / "metrics.jsonl") for output in outputs)
 
 
@@ -82,7 +94,9 @@ def tokens_per_second(case: Case, config: dict[str, Any], data: Data, folder: Pa
 def _started(command: Sequence[str], errors: Path) -> Iterator[subprocess.Popen]:
     """A run, with one thread to a process; where the block is left before it has ended it is told to stop."""
     with errors.open("w") as file:
-        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=file)
+        process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=file
+        )
     try:
         yield process
     finally:
@@ -92,29 +106,46 @@ def _started(command: Sequence[str], errors: Path) -> Iterator[subprocess.Popen]
 
 def step_seconds(metrics: Path) -> float:
     """The median of a run's steps after the first ones."""
-    return median(record["step_seconds"] for record in read_metrics(metrics) if record["kind"] == "train" and record["step"] > WARM_UP)
+    return median(
+        record["step_seconds"]
+        for record in read_metrics(metrics)
+        if record["kind"] == "train" and record["step"] > WARM_UP
+    )
 
 
-def measure(results: Results, names: Sequence[str], config: dict[str, Any], data: Data, folder: Path, rounds: int) -> None:
+def measure(
+    results: Results, names: Sequence[str], config: dict[str, Any], data: Data, folder: Path, rounds: int
+) -> None:
     """Every case in turn, round by round."""
     cases = {"one process": ONE} | {name: case for name, case in CASES.items() if name in names}
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for index in range(rounds):
         for number, (name, case) in enumerate(cases.items()):
             rates[name].append(tokens_per_second(case, config, data, folder / f"{index}-{number}"))
-            print(f"round {index + 1}: {name:<14} {rates[name][-1]:10,.1f} tokens/s, load {os.getloadavg()[0]:.1f}", flush=True)
-    results.note(tokens_per_second={name: [round(rate, 1) for rate in values] for name, values in rates.items()})
+            print(
+                f"round {index + 1}: {name:<14} {rates[name][-1]:10,.1f} tokens/s, load {os.getloadavg()[0]:.1f}",
+                flush=True,
+            )
+    results.note(
+        tokens_per_second={name: [round(rate, 1) for rate in values] for name, values in rates.items()}
+    )
     one, apart = (median(rates[name]) if name in rates else None for name in ("one process", "apart"))
     for name, values in rates.items():
         if name != "one process":
-            results.claim(f"{name}: tokens a second over twice those of one process", median(values) / (2 * one))
+            results.claim(
+                f"{name}: tokens a second over twice those of one process", median(values) / (2 * one)
+            )
         if apart and name not in ("one process", "apart"):
-            results.claim(f"{name}: tokens a second over those of two processes apart", median(values) / apart)
+            results.claim(
+                f"{name}: tokens a second over those of two processes apart", median(values) / apart
+            )
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0, or 1 where a case failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))

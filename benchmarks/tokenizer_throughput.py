@@ -27,7 +27,11 @@ def write_corpus(files: list[str], folder: Path) -> None:
         with records.open("w", encoding="utf-8") as output:
             for path in map(Path, files):
                 text = path.read_text(encoding="utf-8")
-                texts = [json.loads(line)["text"] for line in text.splitlines()] if path.suffix == ".jsonl" else [text]
+                texts = (
+                    [json.loads(line)["text"] for line in text.splitlines()]
+                    if path.suffix == ".jsonl"
+                    else [text]
+                )
                 output.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         source = {"kind": "jsonl", "name": "files", "paths": [str(records)]}
     prepare(from_dict(PrepareConfig, {"sources": [source]}), folder)
@@ -37,7 +41,9 @@ def main() -> None:
     """Parse the command line, measure, print."""
     from lumi.workers import num_cores
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="*")
     parser.add_argument("--num-workers", type=int, default=num_cores())
     parser.add_argument("--repeats", type=int, default=3)
@@ -60,8 +66,12 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     texts = [text for text, _ in read_corpus(corpus)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     start = time.perf_counter()
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=options.vocab_size), [corpus], folder / "tokenizer")
-    print(f"{megabytes:.1f} MB in {len(texts):,} documents; {options.vocab_size} pieces trained in {time.perf_counter() - start:.1f} s")
+    tokenizer = train_tokenizer(
+        TokenizerConfig(vocab_size=options.vocab_size), [corpus], folder / "tokenizer"
+    )
+    print(
+        f"{megabytes:.1f} MB in {len(texts):,} documents; {options.vocab_size} pieces trained in {time.perf_counter() - start:.1f} s"
+    )
     peer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
     runs: dict[str, list[tuple[float, float]]] = {"sentencepiece": [], "lumi": []}
     num_tokens = 0
@@ -79,7 +89,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     best = {name: [min(column) for column in zip(*values, strict=True)] for name, values in runs.items()}
     for name, (seconds, cpu_seconds) in best.items():
         rate = f"{megabytes / seconds:6.1f} MB/s  {num_tokens / seconds / 1e6:6.2f} M tokens/s  {cpu_seconds:6.2f} CPU s"
-        print(f"{name:14} {rate}  on {options.num_workers} cores  ({', '.join(f'{run[0]:.2f}' for run in runs[name])} s)")
+        print(
+            f"{name:14} {rate}  on {options.num_workers} cores  ({', '.join(f'{run[0]:.2f}' for run in runs[name])} s)"
+        )
     ratios = [peer_cost / cost for peer_cost, cost in zip(best["sentencepiece"], best["lumi"], strict=True)]
     print(f"ratio lumi / sentencepiece: {ratios[0]:.2f} by time, {ratios[1]:.2f} by CPU time")
 

@@ -54,7 +54,10 @@ def shipped_config(name: str) -> ModelConfig:
 
 
 # The loss of the 124M model's batch takes several chunks of rows, and so do 12 of its sequences; that of the 23M model's takes one.
-CASES = {"23M": Case(shipped_config("tiny"), 16, 1024, ("gpt", "llama")), "124M": Case(optimizer.SMALL_GPT2, 32, 1024, ("gpt",), 12)}
+CASES = {
+    "23M": Case(shipped_config("tiny"), 16, 1024, ("gpt", "llama")),
+    "124M": Case(optimizer.SMALL_GPT2, 32, 1024, ("gpt",), 12),
+}
 
 
 class Block(nn.Module):
@@ -69,8 +72,13 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(D, width, bias=False), nn.Linear(width, D, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x_BTD)).chunk(3, dim=-1))
-        x_BTD = x_BTD + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in self.qkv(self.norm1(x_BTD)).chunk(3, dim=-1)
+        )
+        x_BTD = x_BTD + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
+        )
         return x_BTD + self.down(F.gelu(self.up(self.norm2(x_BTD))))
 
 
@@ -79,9 +87,15 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, length: int):
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(config.vocab_size, config.model_dim), nn.Embedding(length, config.model_dim)
+        self.tokens, self.positions = (
+            nn.Embedding(config.vocab_size, config.model_dim),
+            nn.Embedding(length, config.model_dim),
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm, self.head = nn.LayerNorm(config.model_dim, bias=False), nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.norm, self.head = (
+            nn.LayerNorm(config.model_dim, bias=False),
+            nn.Linear(config.model_dim, config.vocab_size, bias=False),
+        )
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -100,7 +114,9 @@ def llama_loss(model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Ten
     return F.cross_entropy(model.logits(model.hidden(tokens_BT)).flatten(0, 1), targets_BT.flatten())
 
 
-def step_of(model: nn.Module, loss: Callable[[], Tensor], update: Callable[[], None], targets: int = 1) -> Callable[[], Tensor]:
+def step_of(
+    model: nn.Module, loss: Callable[[], Tensor], update: Callable[[], None], targets: int = 1
+) -> Callable[[], Tensor]:
     """Forward, backward and update; returns loss / targets. Gradients are new in every step, so that a graph writes where it will read."""
 
     def step() -> Tensor:
@@ -119,7 +135,15 @@ def lumi_step(model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Call
     states = [[torch.zeros_like(p) for p in params] for _ in range(2)]
     decays = [0.1 if p.ndim > 1 else 0.0 for p in params]
     # `step` is a number on the host, which a graph would keep as it was; at this one the corrections of the means' bias are over.
-    numbers = {"step": 1000, "lr": LR, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "max_norm": 1.0, "loss_scale": float(targets_BT.numel())}
+    numbers = {
+        "step": 1000,
+        "lr": LR,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "max_norm": 1.0,
+        "loss_scale": float(targets_BT.numel()),
+    }
 
     def update() -> None:
         grads = [p.grad for p in params]
@@ -131,7 +155,10 @@ def lumi_step(model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Call
 def torch_step(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """torch's optimizer on a loss that is a mean."""
     params = list(model.parameters())
-    groups = [{"params": [p for p in params if (p.ndim > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (True, False)]
+    groups = [
+        {"params": [p for p in params if (p.ndim > 1) == matrix], "weight_decay": 0.1 * matrix}
+        for matrix in (True, False)
+    ]
     adam = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda")
 
     def update() -> None:
@@ -162,7 +189,9 @@ def check_gradients(name: str, config: ModelConfig, ops: Ops, tokens_BT: Tensor,
 
     def results(ops: Ops, dtype: torch.dtype, weights: torch.dtype) -> list[Tensor]:
         recompute = ops is REFERENCE  # whole attention scores of one layer at a time
-        model = Transformer(config, ops, compute_dtype=dtype, gradient_checkpointing=recompute).init_weights(0)
+        model = Transformer(config, ops, compute_dtype=dtype, gradient_checkpointing=recompute).init_weights(
+            0
+        )
         model = model.to(tokens_BT.device, weights)
         loss = model(tokens_BT, targets_BT)
         loss.backward()
@@ -176,7 +205,9 @@ def check_gradients(name: str, config: ModelConfig, ops: Ops, tokens_BT: Tensor,
 def measure_case(results: Results, name: str, case: Case, ops: Ops, rounds: int) -> dict[str, float]:
     """Check, then time every model, launched and captured; seconds of a step by name."""
     device, config = results.device, case.config
-    tokens_BT, targets_BT = (torch.randint(0, config.vocab_size, (case.batch, case.length), device=device) for _ in range(2))
+    tokens_BT, targets_BT = (
+        torch.randint(0, config.vocab_size, (case.batch, case.length), device=device) for _ in range(2)
+    )
     check_gradients(name, config, ops, tokens_BT[: case.checked], targets_BT[: case.checked])
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else (0, 0)
 
@@ -194,7 +225,14 @@ def measure_case(results: Results, name: str, case: Case, ops: Ops, rounds: int)
 
     def gpt() -> tuple[nn.Module, Callable]:
         model = GPT(config, case.length).to(device)
-        results.note(**{f"parameters {name}": {"lumi": config.num_parameters, "gpt": sum(p.numel() for p in model.parameters())}})
+        results.note(
+            **{
+                f"parameters {name}": {
+                    "lumi": config.num_parameters,
+                    "gpt": sum(p.numel() for p in model.parameters()),
+                }
+            }
+        )
         compiled = measure.compiled(model, device)
 
         def loss() -> Tensor:
@@ -216,14 +254,25 @@ def measure_case(results: Results, name: str, case: Case, ops: Ops, rounds: int)
             for _ in range(20):
                 loss = step()
             if not loss.item() < first:  # also where it is not a number
-                raise RuntimeError(f"{name}: the loss of a batch seen again and again must fall below {first:.3f}, got {loss.item():.3f}")
+                raise RuntimeError(
+                    f"{name}: the loss of a batch seen again and again must fall below {first:.3f}, got {loss.item():.3f}"
+                )
             return [step] * (STEPS_PER_READING - 1) + [lambda: step().item()]
 
         return prepare
 
-    makers = {"lumi": lambda: lumi(False), "lumi layers compiled": lambda: lumi(True), "gpt": gpt, "llama": llama}
+    makers = {
+        "lumi": lambda: lumi(False),
+        "lumi layers compiled": lambda: lumi(True),
+        "gpt": gpt,
+        "llama": llama,
+    }
     makers = {key: cache(make) for key, make in makers.items() if key.startswith("lumi") or key in case.peers}
-    candidates = {f"{key}{', captured' * capture}": candidate(key, capture) for key in makers for capture in (False, True)}
+    candidates = {
+        f"{key}{', captured' * capture}": candidate(key, capture)
+        for key in makers
+        for capture in (False, True)
+    }
     replays = [text for text in candidates if text.endswith(", captured")]
     flops = config.flops_per_token(case.length) * case.batch * case.length
     text = f"training step {name}, {case.batch} x {case.length} tokens"
@@ -237,12 +286,24 @@ def run(results: Results, cases: dict[str, Case] = CASES, ops: Ops = TRITON, rou
         with results.case(f"training step {name}"):
             times = measure_case(results, name, case, ops, rounds)
             tokens = case.batch * case.length
-            ours = min(seconds for key, seconds in times.items() if key in ("lumi, captured", "lumi layers compiled, captured"))
-            results.note(**{f"tokens per second {name}": {key: round(tokens / seconds) for key, seconds in times.items()}})
+            ours = min(
+                seconds
+                for key, seconds in times.items()
+                if key in ("lumi, captured", "lumi layers compiled, captured")
+            )
+            results.note(
+                **{
+                    f"tokens per second {name}": {
+                        key: round(tokens / seconds) for key, seconds in times.items()
+                    }
+                }
+            )
             for peer in (f"{key}{how}" for key in case.peers for how in ("", ", captured")):
                 target = OVER_GPT if (name, peer) == ("23M", "gpt") else None
                 results.claim(
-                    f"training step {name}: times as fast as {peer}", times[peer] / ours if peer in times else None, at_least=target
+                    f"training step {name}: times as fast as {peer}",
+                    times[peer] / ours if peer in times else None,
+                    at_least=target,
                 )
             if peak := peak_flops(results.device):
                 mfu = case.config.flops_per_token(case.length) * tokens / ours / peak

@@ -55,12 +55,20 @@ def check(K: int, dtype: torch.dtype, device: torch.device) -> None:
     given = operands(CHECKED, K, dtype, device)
     plan = attention_plan_reference(None, *CHECKED[:2], device)
     reference = lambda q, k, v: attention_reference(q, k, v, plan)
-    exact, same_dtype = (measure.results_and_gradients(reference, o) for o in (given.to(torch.float64), given))
+    exact, same_dtype = (
+        measure.results_and_gradients(reference, o) for o in (given.to(torch.float64), given)
+    )
     measure.check(f"K={K}", measure.results_and_gradients(ours(CHECKED, device), given), same_dtype, exact)
 
 
 def tune(
-    kernel: str, K: int, rows: Sequence[attention_tiles.Row], device: torch.device, dtype: torch.dtype, shape: Shape, rounds: int
+    kernel: str,
+    K: int,
+    rows: Sequence[attention_tiles.Row],
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    rounds: int,
 ) -> attention_tiles.Row:
     """Put the fastest of `rows` and of what is there now into the table of this process, and return it. Those that do not run are named
     and left out."""
@@ -81,7 +89,10 @@ def tune(
             ready[name] = measure.prepared(measure.DIRECTIONS[direction](function, sets), device, graph=True)
             named[name] = row
         except Exception as error:  # whatever a compiler may say to a tile that is too large for it
-            print(f"{kernel} K={K} {name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:100]}", flush=True)
+            print(
+                f"{kernel} K={K} {name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:100]}",
+                flush=True,
+            )
     kernels[kernel] = before
     if not named:
         raise RuntimeError(f"{kernel} K={K}: no tile runs")
@@ -96,17 +107,23 @@ def tune(
 def write(path: Path) -> None:
     """The table of this process, a line for each row."""
     line = lambda kernels: ",\n".join(f'      "{name}": {json.dumps(row)}' for name, row in kernels.items())
-    block = lambda widths: ",\n".join(f'    "{width}": {{\n{line(kernels)}\n    }}' for width, kernels in widths.items())
+    block = lambda widths: ",\n".join(
+        f'    "{width}": {{\n{line(kernels)}\n    }}' for width, kernels in widths.items()
+    )
     table = sorted(attention_tiles.table().items(), key=lambda item: int(item[0]))
     text = ",\n".join(f'  "{arch}": {{\n{block(widths)}\n  }}' for arch, widths in table)
     path.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--head-dim", type=int, nargs="+", choices=(64, 128), default=(64, 128))
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--table", type=Path, default=attention_tiles.TABLE, help="where the table is written")
+    parser.add_argument(
+        "--table", type=Path, default=attention_tiles.TABLE, help="where the table is written"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/tune_attention.py needs a CUDA device, and there is none here", file=sys.stderr)
@@ -115,7 +132,10 @@ def main() -> int:
     with measure.ready(device):
         for K, kernel in itertools.product(args.head_dim, args.kernel):
             rows = candidates(attention_tiles.architecture(device))
-            print(f"{kernel} K={K}: {tune(kernel, K, rows, device, torch.bfloat16, SHAPE, rounds=7)}", flush=True)
+            print(
+                f"{kernel} K={K}: {tune(kernel, K, rows, device, torch.bfloat16, SHAPE, rounds=7)}",
+                flush=True,
+            )
             write(args.table)  # after each, so that an end in the middle loses nothing
     return 0
 

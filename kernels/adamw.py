@@ -51,7 +51,9 @@ def adamw_reference(
         norm = torch.zeros((), dtype=torch.float64, device=params[0].device)
     factor, finite = (max_norm / (norm / loss_scale)).clamp(max=1.0) / loss_scale, norm.isfinite()
     with torch.no_grad():
-        for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(
+            zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+        ):
             g = grad * factor.to(param.dtype)
             m = beta1 * exp_avg + (1 - beta1) * g
             v = beta2 * exp_avg_sq + (1 - beta2) * g * g
@@ -112,7 +114,9 @@ def adamw(
     _check_numbers(numbers, weight_decays)
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if len(weight_decays) != len(params):
-        raise ValueError(f"weight_decays must be one for each of {len(params)} parameters, got {len(weight_decays)}")
+        raise ValueError(
+            f"weight_decays must be one for each of {len(params)} parameters, got {len(weight_decays)}"
+        )
     device = _native_device(lists, copies)
     if device is None:  # tensors for the reference, or such as do not fit each other
         _check_tensors(lists if copies is None else {**lists, "copies": copies})
@@ -136,11 +140,17 @@ def adamw(
     else:
         with torch.cuda.device(device):
             factor = torch.empty((), dtype=torch.float32, device=device)
-            _csrc.adamw_cuda(arguments, factor.data_ptr(), device.index, torch.cuda.current_stream(device).cuda_stream)
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *(copies or ())])  # autograd saw none of the writing
+            _csrc.adamw_cuda(
+                arguments, factor.data_ptr(), device.index, torch.cuda.current_stream(device).cuda_stream
+            )
+    torch.autograd.graph.increment_version(
+        [*params, *exp_avgs, *exp_avg_sqs, *(copies or ())]
+    )  # autograd saw none of the writing
 
 
-def _native_device(lists: dict[str, Sequence[Tensor]], copies: Sequence[Tensor] | None) -> torch.device | None:
+def _native_device(
+    lists: dict[str, Sequence[Tensor]], copies: Sequence[Tensor] | None
+) -> torch.device | None:
     """The device whose compiled code can take these tensors as they are, all fitting each other, or None."""
     device = native_device([tensor for tensors in lists.values() for tensor in tensors])
     if device is None or (copies and native_device(copies, torch.bfloat16) != device):
@@ -163,7 +173,9 @@ def _check_numbers(numbers: dict[str, Any], weight_decays: Sequence[float]) -> N
         raise ValueError(f"step must be at least 1, got {numbers['step']}")
     for decay in set(weight_decays):  # few, however many parameters there are
         if not decay >= 0:
-            raise ValueError(f"weight_decays[{list(weight_decays).index(decay)}] must be at least 0, got {decay}")
+            raise ValueError(
+                f"weight_decays[{list(weight_decays).index(decay)}] must be at least 0, got {decay}"
+            )
 
 
 def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
@@ -173,7 +185,9 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
             raise ValueError(f"{name} must be one for each of {len(params)} parameters, got {len(tensors)}")
     for index, param in enumerate(params):
         if not param.dtype.is_floating_point or param.device != params[0].device:
-            raise ValueError(f"params[{index}] must be floating-point and on {params[0].device}, got {param.dtype} on {param.device}")
+            raise ValueError(
+                f"params[{index}] must be floating-point and on {params[0].device}, got {param.dtype} on {param.device}"
+            )
     for name, tensors in lists.items():
         for index, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
             dtype = torch.bfloat16 if name == "copies" else param.dtype
@@ -187,4 +201,6 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
 def _check_norm(norm: Tensor, params: Sequence[Tensor]) -> None:
     if norm.ndim or norm.dtype != torch.float64 or (params and norm.device != params[0].device):
         expected = f"a float64 scalar on {params[0].device if params else 'the device of the parameters'}"
-        raise ValueError(f"norm must be {expected}, got {norm.dtype} of shape {tuple(norm.shape)} on {norm.device}")
+        raise ValueError(
+            f"norm must be {expected}, got {norm.dtype} of shape {tuple(norm.shape)} on {norm.device}"
+        )

@@ -32,7 +32,9 @@ from lumi.kernels.strided_rows import strided_rows
 # --- reference: the definition. Slow, obvious, any device, any dtype. ---
 
 
-def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
     """y and total (..., D) from x and residual (..., D), weight (D,); total is rounded once and normalised as it was rounded."""
     total = x + residual
     return rms_norm_reference(total, weight, eps), total
@@ -41,7 +43,9 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 # --- launchers: allocate and launch the kernels of `rms_norm`. Never autograd. ---
 
 
-def add_rms_norm_fwd(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm_fwd(
+    x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y_ND and total_ND in x's dtype, rstd_N in float32. The inputs may have any row stride; within a row the stride is 1."""
     N, D = x_ND.shape
     y_ND, total_ND = (torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device) for _ in range(2))
@@ -49,7 +53,19 @@ def add_rms_norm_fwd(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: f
     config = forward_config(D)
     with torch.cuda.device_of(x_ND):  # Triton launches on the current device, which need not be x's
         _rms_norm_fwd_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            x_ND, residual_ND, weight_D, total_ND, y_ND, rstd_N, x_ND.stride(0), residual_ND.stride(0), y_ND.stride(0), N, D, eps, **config
+            x_ND,
+            residual_ND,
+            weight_D,
+            total_ND,
+            y_ND,
+            rstd_N,
+            x_ND.stride(0),
+            residual_ND.stride(0),
+            y_ND.stride(0),
+            N,
+            D,
+            eps,
+            **config,
         )
     return y_ND, total_ND, rstd_N
 
@@ -58,14 +74,22 @@ def add_rms_norm_fwd(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: f
 
 
 @torch.library.custom_op("lumi::add_rms_norm", mutates_args=())
-def _add_rms_norm_op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y_ND, total_ND, rstd_N = add_rms_norm_fwd(strided_rows(x), strided_rows(residual), weight.contiguous(), eps)
+def _add_rms_norm_op(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y_ND, total_ND, rstd_N = add_rms_norm_fwd(
+        strided_rows(x), strided_rows(residual), weight.contiguous(), eps
+    )
     return y_ND.view(x.shape), total_ND.view(x.shape), rstd_N
 
 
 @torch.library.custom_op("lumi::add_rms_norm_backward", mutates_args=())
-def _add_rms_norm_backward_op(dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx_ND, dweight_D = rms_norm_bwd(strided_rows(dy), strided_rows(total), weight.contiguous(), rstd, strided_rows(dtotal))
+def _add_rms_norm_backward_op(
+    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx_ND, dweight_D = rms_norm_bwd(
+        strided_rows(dy), strided_rows(total), weight.contiguous(), rstd, strided_rows(dtotal)
+    )
     return dx_ND.view(total.shape), dweight_D
 
 
@@ -84,11 +108,15 @@ def _save(ctx, inputs, output) -> None:
     _, _, weight, _ = inputs
     _, total, rstd = output
     ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(False)  # an output that nothing uses brings None, not zeros to be written and read
+    ctx.set_materialize_grads(
+        False
+    )  # an output that nothing uses brings None, not zeros to be written and read
     ctx.save_for_backward(total, weight, rstd)
 
 
-def _backward(ctx, dy: Tensor | None, dtotal: Tensor | None, _) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+def _backward(
+    ctx, dy: Tensor | None, dtotal: Tensor | None, _
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     total, weight, rstd = ctx.saved_tensors
     if dy is None:
         return dtotal, dtotal, None, None
@@ -96,7 +124,12 @@ def _backward(ctx, dy: Tensor | None, dtotal: Tensor | None, _) -> tuple[Tensor 
         dx, dweight = _rms_norm_backward_op(dy, total, weight, rstd)
     else:
         dx, dweight = _add_rms_norm_backward_op(dy, dtotal, total, weight, rstd)
-    return dx, dx, dweight, None  # one tensor for both, as torch does for a sum: autograd adds in place only to what it alone holds
+    return (
+        dx,
+        dx,
+        dweight,
+        None,
+    )  # one tensor for both, as torch does for a sum: autograd adds in place only to what it alone holds
 
 
 _add_rms_norm_op.register_autograd(_backward, setup_context=_save)

@@ -39,32 +39,44 @@ LOG2_E = math.log2(math.e)
 # --- reference: the definition. Slow, obvious, any device, any dtype. ---
 
 
-def attention_reference(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan, softcap: float | None = None) -> Tensor:
+def attention_reference(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan, softcap: float | None = None
+) -> Tensor:
     """Arguments, results and errors as `attention`, for a plan of `attention_plan_reference`; any floating dtype and any K."""
     _check(q_BTHK, k_BTGK, v_BTGK, plan, softcap)
     q_BHTK, k_BGTK, v_BGTK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
     grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
     if softcap is None:
         causal = plan.mask is None
-        return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, attn_mask=plan.mask, is_causal=causal, enable_gqa=grouped).transpose(
-            1, 2
-        )
+        return F.scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, attn_mask=plan.mask, is_causal=causal, enable_gqa=grouped
+        ).transpose(1, 2)
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
-    k_BHTK, v_BHTK = (t.repeat_interleave(q_BHTK.shape[1] // t.shape[1], dim=1).to(wide) for t in (k_BGTK, v_BGTK))
+    k_BHTK, v_BHTK = (
+        t.repeat_interleave(q_BHTK.shape[1] // t.shape[1], dim=1).to(wide) for t in (k_BGTK, v_BGTK)
+    )
     score_BHTT = softcap * torch.tanh(q_BHTK.to(wide) @ k_BHTK.mT / (math.sqrt(q_BTHK.shape[-1]) * softcap))
     mask = plan.mask if plan.mask is not None else torch.ones_like(score_BHTT[0, 0], dtype=torch.bool).tril()
     return (score_BHTT.masked_fill(~mask, -torch.inf).softmax(-1) @ v_BHTK).to(q_BTHK.dtype).transpose(1, 2)
 
 
-def _check(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan | IntervalPlan, softcap: float | None) -> None:
+def _check(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan | IntervalPlan, softcap: float | None
+) -> None:
     if q_BTHK.ndim != 4 or k_BTGK.ndim != 4:
-        raise ValueError(f"q and k must have shapes (B, T, H, K) and (B, T, G, K), got {tuple(q_BTHK.shape)} and {tuple(k_BTGK.shape)}")
+        raise ValueError(
+            f"q and k must have shapes (B, T, H, K) and (B, T, G, K), got {tuple(q_BTHK.shape)} and {tuple(k_BTGK.shape)}"
+        )
     B, T, H, K = q_BTHK.shape
     G = k_BTGK.shape[2]
     if (plan.batch, plan.length) != (B, T):
-        raise ValueError(f"q must have the plan's batch and length ({plan.batch}, {plan.length}), got ({B}, {T})")
+        raise ValueError(
+            f"q must have the plan's batch and length ({plan.batch}, {plan.length}), got ({B}, {T})"
+        )
     if k_BTGK.shape != (B, T, G, K) or v_BTGK.shape != (B, T, G, K):
-        raise ValueError(f"k and v must have shape {(B, T, 'G', K)}, got {tuple(k_BTGK.shape)} and {tuple(v_BTGK.shape)}")
+        raise ValueError(
+            f"k and v must have shape {(B, T, 'G', K)}, got {tuple(k_BTGK.shape)} and {tuple(v_BTGK.shape)}"
+        )
     if G == 0 or H % G:
         raise ValueError(f"query heads must be a multiple of kv heads, got {H} and {G}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -88,14 +100,27 @@ def _load_tile(
         source += tl.cast(start, tl.int64) * stride_n + tl.cast(head, tl.int64) * stride_h
         pointers = source + (rows[:, None] * stride_n + cols[None, :])
         if MASKED or HEAD_DIM != COLS:
-            values = tl.load(pointers, mask=(start + rows < N)[:, None] & (cols < HEAD_DIM)[None, :], other=0.0)
+            values = tl.load(
+                pointers, mask=(start + rows < N)[:, None] & (cols < HEAD_DIM)[None, :], other=0.0
+            )
         else:
             values = tl.load(pointers)
     return values
 
 
 @triton.jit
-def _store_tile(target, stride_n, stride_h, start, head, N, values, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _store_tile(
+    target,
+    stride_n,
+    stride_h,
+    start,
+    head,
+    N,
+    values,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
     target += tl.cast(start, tl.int64) * stride_n + tl.cast(head, tl.int64) * stride_h
     pointers = target + (rows[:, None] * stride_n + cols[None, :])
@@ -136,19 +161,25 @@ def _fwd_step(
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    k = _load_tile(k_source, stride_kn, stride_kh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED)
+    k = _load_tile(
+        k_source, stride_kn, stride_kh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
+    )
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
         score = tanh(score * scale_cap)
     if MASKED:
         keys = start + tl.arange(0, BLOCK_N)
-        score = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None]), score, float("-inf"))
+        score = tl.where(
+            (keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None]), score, float("-inf")
+        )
     new_max = tl.maximum(row_max, tl.max(score, axis=1) * scale)
     # A row may have seen no key yet, and -inf - -inf would be NaN; not after the masked tiles, which come first: each row sees itself.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
     p = tl.exp2(score * scale - shift[:, None])
     shrink = tl.exp2(row_max - shift)
-    v = _load_tile(v_source, stride_vn, stride_vh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED)
+    v = _load_tile(
+        v_source, stride_vn, stride_vh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
+    )
     y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
     return y, new_max, row_sum * shrink + tl.sum(p, axis=1)
 
@@ -202,8 +233,12 @@ def _attention_delta_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     first, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
-    dy = _load_tile(dy_ptr, stride_dyn, stride_dyh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True).to(tl.float32)
-    y = _load_tile(y_ptr, stride_yn, stride_yh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True).to(tl.float32)
+    dy = _load_tile(
+        dy_ptr, stride_dyn, stride_dyh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True
+    ).to(tl.float32)
+    y = _load_tile(y_ptr, stride_yn, stride_yh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True).to(
+        tl.float32
+    )
     rows = first + tl.arange(0, BLOCK_M)
     tl.store(delta_ptr + head * N + rows, tl.sum(dy * y, axis=1), mask=rows < N)
 
@@ -217,7 +252,9 @@ def _dkdv_step(
 ):  # fmt: skip
     """Scores stand transposed here, keys by queries, so that neither p nor dz has to be turned round for its product."""
     rows = start + tl.arange(0, BLOCK_M)
-    q = _load_tile(q_source, stride_qn, stride_qh, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED)
+    q = _load_tile(
+        q_source, stride_qn, stride_qh, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED
+    )
     lse = tl.load(lse_head + rows, mask=rows < N, other=0.0)
     score = tl.dot(k, tl.trans(q), input_precision="ieee")
     if SOFTCAP:
@@ -225,7 +262,9 @@ def _dkdv_step(
     p = tl.exp2(score * scale - lse[None, :])
     if MASKED:
         p = tl.where((rows[None, :] >= keys[:, None]) & (rows[None, :] <= last_query[:, None]), p, 0.0)
-    dy = _load_tile(dy_source, stride_dyn, stride_dyh, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED)
+    dy = _load_tile(
+        dy_source, stride_dyn, stride_dyh, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED
+    )
     dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
     if SOFTCAP:
         p = p * (1.0 - score * score)
@@ -286,7 +325,9 @@ def _dq_step(
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    k = _load_tile(k_source, stride_kn, stride_kh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED)
+    k = _load_tile(
+        k_source, stride_kn, stride_kh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
+    )
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
         score = tanh(score * scale_cap)
@@ -296,7 +337,9 @@ def _dq_step(
         p = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None]), p, 0.0)
     if SOFTCAP:
         p = p * (1.0 - score * score)
-    v = _load_tile(v_source, stride_vn, stride_vh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED)
+    v = _load_tile(
+        v_source, stride_vn, stride_vh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
+    )
     dz = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
     return tl.dot(dz.to(k.dtype), k, dq, input_precision="ieee")
 
@@ -361,15 +404,21 @@ def _scales(K: int, softcap: float) -> tuple[float, float, float]:
 def _sources(config: dict[str, Any], rows: int, *tensors: Tensor) -> tuple[dict[str, Any], list[Any]]:
     """The tensors that a kernel walks in tiles of `rows` tokens, as descriptors for the bulk tensor copy engine where `config` asks for
     them. It needs 16-byte alignment, which a tensor that lies otherwise gets by a copy, and a K that allows it."""
-    if not config["DESCRIPTORS"] or any(t.numel() == 0 or t.shape[2] * t.element_size() % 16 for t in tensors):
+    if not config["DESCRIPTORS"] or any(
+        t.numel() == 0 or t.shape[2] * t.element_size() % 16 for t in tensors
+    ):
         return {**config, "DESCRIPTORS": False}, list(tensors)
     tensors = tuple(t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
-    return config, [TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, 1, config["BLOCK_K"]]) for t in tensors]
+    return config, [
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, 1, config["BLOCK_K"]]) for t in tensors
+    ]
 
 
 def _is_aligned(t_NGK: Tensor) -> bool:
     strides = t_NGK.stride()[:2]
-    return t_NGK.data_ptr() % 16 == 0 and all(stride > 0 and stride * t_NGK.element_size() % 16 == 0 for stride in strides)
+    return t_NGK.data_ptr() % 16 == 0 and all(
+        stride > 0 and stride * t_NGK.element_size() % 16 == 0 for stride in strides
+    )
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -400,9 +449,14 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns dq_NHK, dk_NGK and dv_NGK in q's dtype. Writes to no input."""
     (N, H, K), G = q_NHK.shape, k_NGK.shape[1]
-    dq_NHK, dk_NGK, dv_NGK = (torch.empty(N, heads, K, dtype=q_NHK.dtype, device=q_NHK.device) for heads in (H, G, G))
+    dq_NHK, dk_NGK, dv_NGK = (
+        torch.empty(N, heads, K, dtype=q_NHK.dtype, device=q_NHK.device) for heads in (H, G, G)
+    )
     delta_HN = torch.empty(H, N, dtype=torch.float32, device=q_NHK.device)
-    delta, dkdv, dq = (tile(name, K, q_NHK.dtype, architecture(q_NHK.device), softcap > 0) for name in ("delta", "dkdv", "dq"))
+    delta, dkdv, dq = (
+        tile(name, K, q_NHK.dtype, architecture(q_NHK.device), softcap > 0)
+        for name in ("delta", "dkdv", "dq")
+    )
     dkdv, (q, dy) = _sources(dkdv, dkdv["BLOCK_M"], q_NHK, dy_NHK)
     dq, (k, v) = _sources(dq, dq["BLOCK_N"], k_NGK, v_NGK)
     strides = _strides(q_NHK, k_NGK, v_NGK, dy_NHK)
@@ -427,7 +481,14 @@ def attention_bwd(
 
 @torch.library.custom_op("lumi::attention", mutates_args=())
 def _attention_op(
-    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, last_query: Tensor, query_order: Tensor, key_order: Tensor, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    last_query: Tensor,
+    query_order: Tensor,
+    key_order: Tensor,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     y_NHK, lse_HN = attention_fwd(_tokens(q), _tokens(k), _tokens(v), first_key, query_order, softcap)
     return y_NHK.view(q.shape), lse_HN
@@ -439,7 +500,9 @@ def _attention_backward_op(
     first_key: Tensor, last_query: Tensor, query_order: Tensor, key_order: Tensor, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = _tokens(dy), _tokens(q), _tokens(k), _tokens(v), _tokens(y)
-    dq_NHK, dk_NGK, dv_NGK = attention_bwd(*inputs, lse, first_key, last_query, query_order, key_order, softcap)
+    dq_NHK, dk_NGK, dv_NGK = attention_bwd(
+        *inputs, lse, first_key, last_query, query_order, key_order, softcap
+    )
     return dq_NHK.view(q.shape), dk_NGK.view(k.shape), dv_NGK.view(v.shape)
 
 
@@ -496,11 +559,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan, softcap: floa
     """
     _check(q, k, v, plan, softcap)
     if q.shape[-1] > MAX_K:
-        raise ValueError(f'head_dim must be at most {MAX_K} for this kernel, got {q.shape[-1]}; "kernels": "reference" takes any')
+        raise ValueError(
+            f'head_dim must be at most {MAX_K} for this kernel, got {q.shape[-1]}; "kernels": "reference" takes any'
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v), ("the plan", plan.first_key)):
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-        if name != "the plan" and (tensor.dtype != q.dtype or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16)):
-            raise ValueError(f"q, k and v must all be float32, bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}")
-    y, _ = _attention_op(q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order, softcap or 0.0)
+        if name != "the plan" and (
+            tensor.dtype != q.dtype or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        ):
+            raise ValueError(
+                f"q, k and v must all be float32, bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}"
+            )
+    y, _ = _attention_op(
+        q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order, softcap or 0.0
+    )
     return y

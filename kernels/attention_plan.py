@@ -65,7 +65,10 @@ def attention_plan_reference(
         return MaskPlan(batch=batch, length=length, mask=None)
     start_N, _ = _documents(cu_seqlens, batch, length, device)
     position_T = torch.arange(length, device=device)
-    first_BT1 = _first_key(start_N, window).view(batch, length, 1) - length * torch.arange(batch, device=device)[:, None, None]
+    first_BT1 = (
+        _first_key(start_N, window).view(batch, length, 1)
+        - length * torch.arange(batch, device=device)[:, None, None]
+    )
     mask_BTT = (position_T >= first_BT1) & (position_T <= position_T[:, None])
     return MaskPlan(batch=batch, length=length, mask=mask_BTT[:, None])
 
@@ -93,11 +96,17 @@ def attention_plan(
     orders = (work.argsort(descending=True, stable=True).to(torch.int32) for work in (keys_C, queries_C))
     intervals = (first_key_N.to(torch.int32), last_query_N.to(torch.int32))
     return IntervalPlan(
-        batch=batch, length=length, **dict(zip(("first_key", "last_query", "query_order", "key_order"), (*intervals, *orders), strict=True))
+        batch=batch,
+        length=length,
+        **dict(
+            zip(("first_key", "last_query", "query_order", "key_order"), (*intervals, *orders), strict=True)
+        ),
     )
 
 
-def _documents(cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _documents(
+    cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """Where the document of each of the N tokens begins and ends, int64."""
     token_N = torch.arange(batch * length, device=device)
     row_start_N = token_N // max(length, 1) * length
@@ -131,7 +140,11 @@ def _check(cu_seqlens: Tensor, batch: int, length: int) -> None:
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != batch * length or any(a > b for a, b in itertools.pairwise(offsets)):
         ends = f"{offsets[:3]} ... {offsets[-3:]}"
-        raise ValueError(f"cu_seqlens must go from 0 to batch * length = {batch * length} without falling, got {ends}")
+        raise ValueError(
+            f"cu_seqlens must go from 0 to batch * length = {batch * length} without falling, got {ends}"
+        )
     missing = set(range(0, batch * length, length)) - set(offsets) if length else set()
     if missing:
-        raise ValueError(f"cu_seqlens must contain every row boundary (multiples of {length}), got none at {min(missing)}")
+        raise ValueError(
+            f"cu_seqlens must contain every row boundary (multiples of {length}), got none at {min(missing)}"
+        )

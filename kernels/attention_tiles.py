@@ -67,4 +67,7 @@ def tile(kernel: str, K: int, dtype: torch.dtype, arch: int, capped: bool = Fals
     if dtype == torch.float32:
         return {**_FLOAT32[kernel], "BLOCK_K": block_k}
     kernels = table()[rows_of(arch)]["64" if block_k <= 64 else "128"]
-    return {**(kernels.get(f"{kernel} capped", kernels[kernel]) if capped else kernels[kernel]), "BLOCK_K": block_k}
+    return {
+        **(kernels.get(f"{kernel} capped", kernels[kernel]) if capped else kernels[kernel]),
+        "BLOCK_K": block_k,
+    }

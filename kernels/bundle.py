@@ -88,12 +88,20 @@ def select(name: str, device: torch.device | str, head_dim: int) -> Ops:
     if name not in ("auto", "reference", "triton"):
         raise ValueError(f"kernels must be 'auto', 'reference' or 'triton', got {name!r}")
     fits = head_dim <= MAX_K and head_dim % 8 == 0
-    if name == "reference" or (name == "auto" and not (fits and device.type == "cuda" and capability(device) >= OLDEST_CAPABILITY)):
+    if name == "reference" or (
+        name == "auto" and not (fits and device.type == "cuda" and capability(device) >= OLDEST_CAPABILITY)
+    ):
         return REFERENCE
     if not HAS_TRITON:
-        raise ValueError(f"kernels must be 'reference' where Triton is not installed, got {name!r} on {device.type}")
+        raise ValueError(
+            f"kernels must be 'reference' where Triton is not installed, got {name!r} on {device.type}"
+        )
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"kernels must be 'reference' or 'auto' on {device.type} (Triton needs CUDA), got {name!r}")
+        raise ValueError(
+            f"kernels must be 'reference' or 'auto' on {device.type} (Triton needs CUDA), got {name!r}"
+        )
     if not fits:
-        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_K} for kernels 'triton', got {head_dim}; 'reference' takes any")
+        raise ValueError(
+            f"head_dim must be a multiple of 8 up to {MAX_K} for kernels 'triton', got {head_dim}; 'reference' takes any"
+        )
     return TRITON

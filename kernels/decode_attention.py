@@ -63,7 +63,9 @@ def decode_attention_reference(
     """
     _check_shapes(q_BTHK, k_cache, v_cache, positions_BT, page_table)
     if page_table is not None:
-        pages = page_table.long().clamp(0, len(k_cache) - 1)  # what an entry past the row's end refers to is masked below
+        pages = page_table.long().clamp(
+            0, len(k_cache) - 1
+        )  # what an entry past the row's end refers to is masked below
         k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)
     visible_BTS = torch.arange(k_cache.shape[1], device=q_BTHK.device) <= positions_BT[..., None]
     y_BHTK = F.scaled_dot_product_attention(
@@ -76,14 +78,18 @@ def decode_attention_reference(
     return y_BHTK.transpose(1, 2)
 
 
-def _check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None) -> None:
+def _check_shapes(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None
+) -> None:
     if q.ndim != 4:
         raise ValueError(f"q must have shape (B, T, H, K), got {tuple(q.shape)}")
     B, T, H, K = q.shape
     fits = k_cache.ndim == 4 and k_cache.shape[3] == K and v_cache.shape == k_cache.shape
     if not fits or (page_table is None and k_cache.shape[0] != B):
         expected = (B, "S", "G", K) if page_table is None else ("P", "page_size", "G", K)
-        raise ValueError(f"the caches must have shape {expected}, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}")
+        raise ValueError(
+            f"the caches must have shape {expected}, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        )
     if positions.shape != (B, T):
         raise ValueError(f"positions must have shape {(B, T)}, got {tuple(positions.shape)}")
     G = k_cache.shape[2]
@@ -92,7 +98,9 @@ def _check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor
     if page_table is None:
         return
     if page_table.ndim != 2 or page_table.shape[0] != B or page_table.dtype != torch.int32:
-        raise ValueError(f"page_table must be int32 of shape ({B}, max_pages), got {page_table.dtype} of shape {tuple(page_table.shape)}")
+        raise ValueError(
+            f"page_table must be int32 of shape ({B}, max_pages), got {page_table.dtype} of shape {tuple(page_table.shape)}"
+        )
     num_pages, page_size = k_cache.shape[:2]
     if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1) or num_pages == 0:
         raise ValueError(
@@ -113,25 +121,38 @@ def _decode_attention_kernel(
 ):  # fmt: skip
     # In pages (PAGE_SIZE > 0) stride_kb and stride_vb step from page to page. `scale` holds log2(e): the softmax is one of powers of two.
     # Without SPLIT out is y (N, K), else partial sums (N, I, K) beside max and sum (N, I).
-    row_tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # a prompt's last queries see the most keys: they start first
+    row_tile = (
+        num_tiles - 1 - tl.program_id(0) % num_tiles
+    )  # a prompt's last queries see the most keys: they start first
     batch_head = tl.program_id(0) // num_tiles
-    b, g = (batch_head // G).to(tl.int64), (batch_head % G).to(tl.int64)  # int64: sizes of caches can exceed 2**31
+    b, g = (
+        (batch_head // G).to(tl.int64),
+        (batch_head % G).to(tl.int64),
+    )  # int64: sizes of caches can exceed 2**31
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t, head = (rows // GROUP).to(tl.int64), g * GROUP + rows % GROUP
     inside = t < T
     cols = tl.arange(0, BLOCK_K)
 
     q_offsets = b * stride_qb + t * stride_qt + head * stride_qh
-    q = tl.load(q_ptr + q_offsets[:, None] + cols[None, :], mask=inside[:, None] & (cols < K)[None, :], other=0.0)
+    q = tl.load(
+        q_ptr + q_offsets[:, None] + cols[None, :], mask=inside[:, None] & (cols < K)[None, :], other=0.0
+    )
     positions = tl.load(positions_ptr + b * stride_pb + t * stride_pt, mask=inside, other=-1)
-    positions = tl.maximum(tl.minimum(positions, S - 1), -1).to(tl.int32)  # whatever they hold, nothing outside the cache is read
+    positions = tl.maximum(tl.minimum(positions, S - 1), -1).to(
+        tl.int32
+    )  # whatever they hold, nothing outside the cache is read
     end = tl.max(positions, axis=0) + 1
 
-    num_blocks = tl.cdiv(end, BLOCK_S)  # shared out in the kernel, for only here it is known how many slots are in use
+    num_blocks = tl.cdiv(
+        end, BLOCK_S
+    )  # shared out in the kernel, for only here it is known how many slots are in use
     share = tl.cdiv(num_blocks, tl.num_programs(1))
     first = tl.program_id(1) * share
 
-    largest = tl.full((BLOCK_M,), -3.4e38, dtype=tl.float32)  # not -inf: the difference of two would be NaN where nothing is visible
+    largest = tl.full(
+        (BLOCK_M,), -3.4e38, dtype=tl.float32
+    )  # not -inf: the difference of two would be NaN where nothing is visible
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     if PAGE_SIZE > 0:
@@ -142,12 +163,20 @@ def _decode_attention_kernel(
         slots = block * BLOCK_S + tl.arange(0, BLOCK_S)
         if PAGE_SIZE > 0:
             base, slot = page, (slots % PAGE_SIZE).to(tl.int64)
-            following = slots + BLOCK_S  # a step ahead, so that the loads of keys and values do not wait for it
+            following = (
+                slots + BLOCK_S
+            )  # a step ahead, so that the loads of keys and values do not wait for it
             page = tl.load(table + following // PAGE_SIZE, mask=following < end, other=0).to(tl.int64)
         else:
             base, slot = b, slots.to(tl.int64)
-        mask = (slots < end)[:, None] & (cols < K)[None, :]  # of values too: a weight of zero times NaN would be NaN
-        k = tl.load(k_ptr + (base * stride_kb + slot * stride_ks + g * stride_kg)[:, None] + cols[None, :], mask=mask, other=0.0)
+        mask = (slots < end)[:, None] & (cols < K)[
+            None, :
+        ]  # of values too: a weight of zero times NaN would be NaN
+        k = tl.load(
+            k_ptr + (base * stride_kb + slot * stride_ks + g * stride_kg)[:, None] + cols[None, :],
+            mask=mask,
+            other=0.0,
+        )
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(slots[None, :] <= positions[:, None], scores, float("-inf"))
 
@@ -155,7 +184,11 @@ def _decode_attention_kernel(
         weights = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(v_ptr + (base * stride_vb + slot * stride_vs + g * stride_vg)[:, None] + cols[None, :], mask=mask, other=0.0)
+        v = tl.load(
+            v_ptr + (base * stride_vb + slot * stride_vs + g * stride_vg)[:, None] + cols[None, :],
+            mask=mask,
+            other=0.0,
+        )
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         largest = larger
 
@@ -179,16 +212,23 @@ def _combine_kernel(
     every = tl.arange(0, MAX_SPLITS)
     maxima = tl.load(max_ptr + n * num_splits + every, mask=every < num_splits, other=float("-inf"))
     sums = tl.load(sum_ptr + n * num_splits + every, mask=every < num_splits, other=0.0)
-    largest = tl.max(maxima, axis=0)  # finite: a share in which a row sees nothing has the lowest number and a sum of zero
+    largest = tl.max(
+        maxima, axis=0
+    )  # finite: a share in which a row sees nothing has the lowest number and a sum of zero
     total = tl.sum(tl.exp2(maxima - largest) * sums, axis=0)
 
     cols = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_I, BLOCK_K), dtype=tl.float32)  # summed over BLOCK_I once, after the loop
     for start in range(0, num_splits, BLOCK_I):
         splits = start + tl.arange(0, BLOCK_I)
-        weights = tl.exp2(tl.load(max_ptr + n * num_splits + splits, mask=splits < num_splits, other=float("-inf")) - largest)
+        weights = tl.exp2(
+            tl.load(max_ptr + n * num_splits + splits, mask=splits < num_splits, other=float("-inf"))
+            - largest
+        )
         mask = (splits < num_splits)[:, None] & (cols < K)[None, :]
-        acc += weights[:, None] * tl.load(partial_ptr + (n * num_splits + splits)[:, None] * K + cols[None, :], mask=mask, other=0.0)
+        acc += weights[:, None] * tl.load(
+            partial_ptr + (n * num_splits + splits)[:, None] * K + cols[None, :], mask=mask, other=0.0
+        )
     y = tl.sum(acc, axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(y_ptr + n * K + cols, y, mask=cols < K)
 
@@ -201,7 +241,9 @@ def tile_config(K: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
     block_k = max(triton.next_power_of_2(K), _MIN_BLOCK)
     block_m = min(max(triton.next_power_of_2(rows), _MIN_BLOCK), _MAX_BLOCK_M, _TILE // block_k)
     block_s = min(_TILE // block_k, _SCORES // block_m, 4 * block_k)
-    if dtype.itemsize == 4:  # multiplied without tensor cores: operands stand in registers, which larger tiles exhaust
+    if (
+        dtype.itemsize == 4
+    ):  # multiplied without tensor cores: operands stand in registers, which larger tiles exhaust
         block_m = block_s = _MIN_BLOCK
     return {
         "BLOCK_M": block_m,
@@ -214,7 +256,12 @@ def tile_config(K: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
 
 def combine_config(K: int) -> dict[str, int]:
     """MAX_SPLITS, BLOCK_I, BLOCK_K and num_warps for heads of K elements."""
-    return {"MAX_SPLITS": MAX_SPLITS, "BLOCK_I": _COMBINE_SPLITS, "BLOCK_K": max(triton.next_power_of_2(K), _MIN_BLOCK), "num_warps": 4}
+    return {
+        "MAX_SPLITS": MAX_SPLITS,
+        "BLOCK_I": _COMBINE_SPLITS,
+        "BLOCK_K": max(triton.next_power_of_2(K), _MIN_BLOCK),
+        "num_warps": 4,
+    }
 
 
 @cache
@@ -230,11 +277,18 @@ def num_splits(programs: int, S: int, config: dict[str, int], device: torch.devi
     From sizes alone: what stands in device memory is not known here, and waiting for it would cost more than it could bring.
     """
     slots_per_share = max(2 * config["BLOCK_S"], 4 * config["BLOCK_M"])
-    return max(min(triton.cdiv(_wanted_programs(device), programs), triton.cdiv(S, slots_per_share), MAX_SPLITS), 1)
+    return max(
+        min(triton.cdiv(_wanted_programs(device), programs), triton.cdiv(S, slots_per_share), MAX_SPLITS), 1
+    )
 
 
 def decode_attention_launch(
-    q_BTHK: Tensor, k_cache: Tensor, v_cache: Tensor, positions_BT: Tensor, page_table: Tensor | None, splits: int | None = None
+    q_BTHK: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions_BT: Tensor,
+    page_table: Tensor | None,
+    splits: int | None = None,
 ) -> Tensor:
     """Returns y_BTHK, contiguous, in q's dtype. All strides are free but the last of q, the caches and the table, which are 1.
 
@@ -256,7 +310,9 @@ def decode_attention_launch(
     out, maxima, sums = y_BTHK, None, None
     if splits > 1:
         out = torch.empty(B * T * H, splits, K, dtype=torch.float32, device=q_BTHK.device)
-        maxima, sums = (torch.empty(B * T * H, splits, dtype=torch.float32, device=q_BTHK.device) for _ in range(2))
+        maxima, sums = (
+            torch.empty(B * T * H, splits, dtype=torch.float32, device=q_BTHK.device) for _ in range(2)
+        )
     strides = (*q_BTHK.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *positions_BT.stride())
     with torch.cuda.device_of(q_BTHK):  # Triton launches on the current device, which need not be q's
         _decode_attention_kernel[(num_tiles * B * G, splits)](
@@ -274,7 +330,9 @@ def decode_attention_launch(
 
 
 @torch.library.custom_op("lumi::decode_attention", mutates_args=())
-def _decode_attention_op(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None) -> Tensor:
+def _decode_attention_op(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None
+) -> Tensor:
     q, k_cache, v_cache = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache))
     if page_table is not None and page_table.stride(1) != 1:
         page_table = page_table.contiguous()
@@ -289,7 +347,9 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table
 # --- public function: the only name other packages import ---
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None = None) -> Tensor:
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None = None
+) -> Tensor:
     """Attend from T new tokens to the cache slots up to each one's own.
 
     Args:
@@ -317,7 +377,11 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Ten
     K = q.shape[3]
     if not 8 <= K <= MAX_K or K % 8:
         raise ValueError(f"K must be a multiple of 8 between 8 and {MAX_K}, got {K}")
-    if not q.dtype == k_cache.dtype == v_cache.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not q.dtype == k_cache.dtype == v_cache.dtype or q.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
         raise ValueError(
             f"q and the caches must be of one dtype, float32, bfloat16 or float16, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}"
         )
@@ -325,5 +389,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Ten
         raise ValueError(f"positions must be int64 or int32, got {positions.dtype}")
     devices = [t.device for t in (q, k_cache, v_cache, positions, page_table) if t is not None]
     if len(set(devices)) > 1:
-        raise ValueError(f"q, the caches, positions and page_table must be on one device, got {', '.join(map(str, devices))}")
+        raise ValueError(
+            f"q, the caches, positions and page_table must be on one device, got {', '.join(map(str, devices))}"
+        )
     return _decode_attention_op(q, k_cache, v_cache, positions, page_table)

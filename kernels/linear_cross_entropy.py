@@ -40,10 +40,14 @@ IGNORE_INDEX = -100
 LOGITS_BYTES = 2**30  # of the one buffer for logits: 2048 rows of 262,144 16-bit logits
 MIN_CHUNK_ROWS = 2048  # even where they take more than LOGITS_BYTES
 _ROW_MULTIPLE = 128  # a matrix product's tile
-_LOGITS_MULTIPLE = 64  # elements: rows of the buffer begin at a multiple of 128 bytes (256 in float32), whatever V is
+_LOGITS_MULTIPLE = (
+    64  # elements: rows of the buffer begin at a multiple of 128 bytes (256 in float32), whatever V is
+)
 _MAX_WARPS = 32
 _RESCALE_BLOCK = 4096
-_INTERPRETER_PROGRAMS = 3  # few, so that the interpreter's tests walk the loop of _rescale_kernel more than once
+_INTERPRETER_PROGRAMS = (
+    3  # few, so that the interpreter's tests walk the loop of _rescale_kernel more than once
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,7 +93,13 @@ def _losses_and_dlogits(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, softcap: float | None, expected_dloss: float
+        ctx,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        z_loss: float,
+        softcap: float | None,
+        expected_dloss: float,
     ) -> Tensor:
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         weight = weight_VD.to(hidden_ND.dtype)
@@ -98,7 +108,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         for rows in _chunks(*_sizes(hidden_ND, weight_VD)):
             hidden_CD = hidden_ND[rows]
-            losses_C1, dlogits_CV = _losses_and_dlogits(hidden_CD @ weight.T, targets_N[rows], wide, z_loss, softcap)
+            losses_C1, dlogits_CV = _losses_and_dlogits(
+                hidden_CD @ weight.T, targets_N[rows], wide, z_loss, softcap
+            )
             loss += losses_C1.sum()
             if expected_dloss != 1:
                 dlogits_CV *= expected_dloss
@@ -166,7 +178,9 @@ def cross_entropy_per_token_reference(hidden_ND: Tensor, weight_VD: Tensor, targ
     losses_N = torch.zeros(len(targets_N), dtype=wide, device=hidden_ND.device)
     for rows in _chunks(*_sizes(hidden_ND, weight_VD)):
         log_probs_CV = _log_probs(hidden_ND[rows], weight, wide)
-        losses_N[rows] = F.nll_loss(log_probs_CV, targets_N[rows], ignore_index=IGNORE_INDEX, reduction="none")
+        losses_N[rows] = F.nll_loss(
+            log_probs_CV, targets_N[rows], ignore_index=IGNORE_INDEX, reduction="none"
+        )
     return losses_N
 
 
@@ -176,9 +190,13 @@ def _sizes(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[int, int, torch.device
 
 def _check(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
-        raise ValueError(f"hidden and weight must have shapes (N, D) and (V, D), got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}")
+        raise ValueError(
+            f"hidden and weight must have shapes (N, D) and (V, D), got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
+        )
     if targets_N.shape != hidden_ND.shape[:1] or targets_N.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 of shape ({len(hidden_ND)},), got {targets_N.dtype} of shape {tuple(targets_N.shape)}")
+        raise ValueError(
+            f"targets must be int64 of shape ({len(hidden_ND)},), got {targets_N.dtype} of shape {tuple(targets_N.shape)}"
+        )
 
 
 def _check_numbers(z_loss: float, softcap: float | None, expected_dloss: float) -> None:
@@ -215,7 +233,9 @@ def _cross_entropy_kernel(
                 tl.store(row_ptr + start + offsets, zeros, mask=start + offsets < stride_c)
     else:
         # Every lane has a maximum and a sum of its own: VECTOR + 1 exponentials per VECTOR logits, and threads meet once, after the loop.
-        maxima = tl.full((LANES,), -3.4e38, dtype=tl.float32)  # not -inf: exp(maxima - maxima) of a lane without logits must be a number
+        maxima = tl.full(
+            (LANES,), -3.4e38, dtype=tl.float32
+        )  # not -inf: exp(maxima - maxima) of a lane without logits must be a number
         sums = tl.zeros((LANES,), dtype=tl.float32)
         in_range = (target >= 0) & (target < V)
         target_col = target.to(tl.int32)  # to be compared with every column
@@ -236,13 +256,17 @@ def _cross_entropy_kernel(
         total = tl.sum(sums * tl.exp(maxima - maximum), axis=0)
         lse = maximum + tl.log(total)
         loss = tl.log(total) + (maximum - x_target) + z_loss * lse * lse
-        tl.store(losses_ptr + row, tl.where(in_range, loss, float("nan")))  # a bad target must not pass unseen
+        tl.store(
+            losses_ptr + row, tl.where(in_range, loss, float("nan"))
+        )  # a bad target must not pass unseen
 
         if GRADIENT:
             scale = tl.where(in_range, dloss * (1.0 + 2.0 * z_loss * lse) / total, float("nan"))
             num_tiles = tl.cdiv(V, LANES * VECTOR)
             for tile in range(0, num_tiles):
-                cols = (num_tiles - 1 - tile) * (LANES * VECTOR) + offsets  # backwards: what was read last is still in the cache
+                cols = (num_tiles - 1 - tile) * (
+                    LANES * VECTOR
+                ) + offsets  # backwards: what was read last is still in the cache
                 x = tl.load(row_ptr + cols, mask=cols < stride_c, other=0.0).to(tl.float32)
                 slope = 1.0
                 if HAS_SOFTCAP:
@@ -328,7 +352,9 @@ def workspace_bytes(
     parts += [N * D * size] if needs_dhidden else []
     if needs_dweight:
         sum_dtype = dweight_dtype(N, V, dtype, weight_dtype)
-        parts += [V * D * sum_dtype.itemsize] + [4 * rows * (V + D)] * (device_type == "cpu" and dtype != sum_dtype)
+        parts += [V * D * sum_dtype.itemsize] + [4 * rows * (V + D)] * (
+            device_type == "cpu" and dtype != sum_dtype
+        )
     return sum(parts)
 
 
@@ -360,7 +386,15 @@ def linear_cross_entropy_fwd(
     for start in range(0, N, rows_at_once):
         rows = slice(start, min(start + rows_at_once, N))
         logits_CV = torch.mm(hidden_ND[rows], weight.T, out=logits[: rows.stop - start, :V])
-        _rewrite(logits_CV, targets_N[rows], losses_N[rows], z_loss, softcap, expected_dloss, needs_dhidden or needs_dweight)
+        _rewrite(
+            logits_CV,
+            targets_N[rows],
+            losses_N[rows],
+            z_loss,
+            softcap,
+            expected_dloss,
+            needs_dhidden or needs_dweight,
+        )
         if needs_dhidden:
             torch.mm(logits_CV, weight, out=dhidden[rows])
         if needs_dweight:
@@ -369,15 +403,30 @@ def linear_cross_entropy_fwd(
 
 
 def _rewrite(
-    logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, z_loss: float, softcap: float | None, dloss: float, gradient: bool
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    losses_C: Tensor,
+    z_loss: float,
+    softcap: float | None,
+    dloss: float,
+    gradient: bool,
 ) -> None:
     """Fills losses_C and turns logits_CV into their gradient times `dloss`, in place; without `gradient` it leaves them."""
     C, V = logits_CV.shape
     flags = {"IGNORE_INDEX": IGNORE_INDEX, "HAS_SOFTCAP": softcap is not None, "GRADIENT": gradient}
     scalars = (z_loss, 1.0 if softcap is None else softcap, dloss)
-    with torch.cuda.device_of(logits_CV):  # Triton launches on the current device, which need not be that of the logits
+    with torch.cuda.device_of(
+        logits_CV
+    ):  # Triton launches on the current device, which need not be that of the logits
         _cross_entropy_kernel[(C,)](
-            logits_CV, targets_C, losses_C, logits_CV.stride(0), V, *scalars, **flags, **tile_config(V, logits_CV.element_size())
+            logits_CV,
+            targets_C,
+            losses_C,
+            logits_CV.stride(0),
+            V,
+            *scalars,
+            **flags,
+            **tile_config(V, logits_CV.element_size()),
         )
 
 
@@ -392,13 +441,19 @@ def _accumulate(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor, first
     elif dweight_VD.device.type == "cuda":
         torch.addmm(dweight_VD, *factors, torch.float32, out=dweight_VD)
     else:
-        torch.addmm(dweight_VD, *(factor.float() for factor in factors), beta=0 if first else 1, out=dweight_VD)
+        torch.addmm(
+            dweight_VD, *(factor.float() for factor in factors), beta=0 if first else 1, out=dweight_VD
+        )
 
 
 @cache
 def _max_programs(device: torch.device) -> int:
     """Programs of `_rescale_kernel` at most: those that are resident together, so that returning at once costs nothing."""
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETER_PROGRAMS
+    return (
+        8 * torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else _INTERPRETER_PROGRAMS
+    )
 
 
 def rescale(gradient: Tensor, dloss: Tensor, expected_dloss: float) -> None:
@@ -425,7 +480,14 @@ def _linear_cross_entropy_op(
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return linear_cross_entropy_fwd(
-        hidden_ND, weight_VD, targets_N.contiguous(), z_loss, softcap, expected_dloss, needs_dhidden, needs_dweight
+        hidden_ND,
+        weight_VD,
+        targets_N.contiguous(),
+        z_loss,
+        softcap,
+        expected_dloss,
+        needs_dhidden,
+        needs_dweight,
     )
 
 
@@ -473,7 +535,11 @@ def _backward(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
         _rescale_op(dhidden, dloss, ctx.expected_dloss)
     if ctx.needs_dweight:
         _rescale_op(dweight, dloss, ctx.expected_dloss)
-    return (dhidden if ctx.needs_dhidden else None, dweight.to(ctx.weight_dtype) if ctx.needs_dweight else None, *(None,) * 6)
+    return (
+        dhidden if ctx.needs_dhidden else None,
+        dweight.to(ctx.weight_dtype) if ctx.needs_dweight else None,
+        *(None,) * 6,
+    )
 
 
 _linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
@@ -523,9 +589,20 @@ def linear_cross_entropy(
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
     for name, tensor in (("weight", weight_VD), ("targets", targets_N)):
         if tensor.device != hidden_ND.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden_ND.device}, got {tensor.device}")
-    needs_dhidden, needs_dweight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden_ND, weight_VD))
+            raise ValueError(
+                f"{name} must be on the device of hidden, {hidden_ND.device}, got {tensor.device}"
+            )
+    needs_dhidden, needs_dweight = (
+        torch.is_grad_enabled() and t.requires_grad for t in (hidden_ND, weight_VD)
+    )
     loss, _, _ = _linear_cross_entropy_op(
-        hidden_ND, weight_VD, targets_N, float(z_loss), softcap, float(expected_dloss), needs_dhidden, needs_dweight
+        hidden_ND,
+        weight_VD,
+        targets_N,
+        float(z_loss),
+        softcap,
+        float(expected_dloss),
+        needs_dhidden,
+        needs_dweight,
     )
     return loss

@@ -65,7 +65,9 @@ def lora_linear_bwd(
     """Returns dx_NI, alone in a list that is empty where it is not needed, dA_RI of all adapters and every dB_OR. Writes to no input."""
     dxa_NR = torch.empty_like(xa_NR)
     dBs_OR = []
-    for dy_NO, B_OR, scale, xa, dxa in zip(dys_NO, Bs_OR, scales, _split(xa_NR, Bs_OR), _split(dxa_NR, Bs_OR), strict=True):
+    for dy_NO, B_OR, scale, xa, dxa in zip(
+        dys_NO, Bs_OR, scales, _split(xa_NR, Bs_OR), _split(dxa_NR, Bs_OR), strict=True
+    ):
         dxa.addmm_(dy_NO, B_OR, beta=0, alpha=scale)
         dB_OR = torch.empty(B_OR.shape, dtype=B_OR.dtype, device=B_OR.device)
         dBs_OR.append(dB_OR.addmm_(dy_NO.T, xa, beta=0, alpha=scale))
@@ -114,7 +116,9 @@ def _lora_linear_backward_op(
 
 
 @_lora_linear_op.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], A: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]) -> tuple[list[Tensor], Tensor]:
+def _(
+    x: Tensor, weights: Sequence[Tensor], A: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]
+) -> tuple[list[Tensor], Tensor]:
     rows = math.prod(x.shape[:-1])  # not numel(), which would tie a graph to one length
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights], x.new_empty(rows, A.shape[0])
 
@@ -130,7 +134,11 @@ def _(
     scales: Sequence[float],
     needs_dx: bool,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    return [x.new_empty(x.shape)] if needs_dx else [], A.new_empty(A.shape), [B.new_empty(B.shape) for B in Bs]
+    return (
+        [x.new_empty(x.shape)] if needs_dx else [],
+        A.new_empty(A.shape),
+        [B.new_empty(B.shape) for B in Bs],
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -142,11 +150,17 @@ def _save(ctx, inputs, output) -> None:
     ctx.scales = scales
 
 
-def _backward(ctx, dys: list[Tensor | None], _) -> tuple[Tensor | None, list[None], Tensor, list[Tensor], None]:
+def _backward(
+    ctx, dys: list[Tensor | None], _
+) -> tuple[Tensor | None, list[None], Tensor, list[Tensor], None]:
     x, xa, A, *rest = ctx.saved_tensors
     weights, Bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    present = [x.new_zeros(*x.shape[:-1], B.shape[0]) if dy is None else dy for dy, B in zip(dys, Bs, strict=True)]
-    dx, dA, dBs = _lora_linear_backward_op(present, x, xa, weights, A, Bs, ctx.scales, ctx.needs_input_grad[0])
+    present = [
+        x.new_zeros(*x.shape[:-1], B.shape[0]) if dy is None else dy for dy, B in zip(dys, Bs, strict=True)
+    ]
+    dx, dA, dBs = _lora_linear_backward_op(
+        present, x, xa, weights, A, Bs, ctx.scales, ctx.needs_input_grad[0]
+    )
     return dx[0] if dx else None, [None] * len(weights), dA, dBs, None
 
 
@@ -156,7 +170,9 @@ _lora_linear_op.register_autograd(_backward, setup_context=_save)
 # --- public function: the only name other packages import ---
 
 
-def lora_linear(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
+def lora_linear(
+    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]
+) -> list[Tensor]:
     """The adapted linears of one input, with gradients of `x` and the adapters.
 
     Args:
@@ -194,16 +210,28 @@ def lora_linear(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: 
                     f"got {tuple(matrix.shape)}"
                 )
         if B.shape != (weight.shape[0], A.shape[0]):
-            raise ValueError(f"Bs[{index}] must have shape {(weight.shape[0], A.shape[0])} to match its weight and A, got {tuple(B.shape)}")
+            raise ValueError(
+                f"Bs[{index}] must have shape {(weight.shape[0], A.shape[0])} to match its weight and A, got {tuple(B.shape)}"
+            )
         for name, tensor in (("weights", weight), ("As", A), ("Bs", B)):
             if tensor.device != x.device:
-                raise ValueError(f"{name}[{index}] must be on the device of x, {x.device}, got {tensor.device}")
+                raise ValueError(
+                    f"{name}[{index}] must be on the device of x, {x.device}, got {tensor.device}"
+                )
         if A.dtype != As[0].dtype or B.dtype != As[0].dtype:
-            raise ValueError(f"As[{index}] and Bs[{index}] must have the dtype of As[0], {As[0].dtype}, got {A.dtype} and {B.dtype}")
+            raise ValueError(
+                f"As[{index}] and Bs[{index}] must have the dtype of As[0], {As[0].dtype}, got {A.dtype} and {B.dtype}"
+            )
         if weight.requires_grad:
-            raise ValueError(f"weights[{index}] must be frozen (requires_grad=False), got one that requires a gradient")
+            raise ValueError(
+                f"weights[{index}] must be frozen (requires_grad=False), got one that requires a gradient"
+            )
     # The A's are joined and all are cast here, where autograd takes their gradients apart and casts them back.
     ys, _ = _lora_linear_op(
-        x, [weight.to(x.dtype) for weight in weights], torch.cat(list(As)).to(x.dtype), [B.to(x.dtype) for B in Bs], list(scales)
+        x,
+        [weight.to(x.dtype) for weight in weights],
+        torch.cat(list(As)).to(x.dtype),
+        [B.to(x.dtype) for B in Bs],
+        list(scales),
     )
     return ys

@@ -12,7 +12,10 @@ from torch import Tensor
 
 import lumi._csrc as _csrc
 
-OLDEST_CAPABILITY = (8, 0)  # the oldest that setup.py compiles for, and that the Triton kernels have tiles for
+OLDEST_CAPABILITY = (
+    8,
+    0,
+)  # the oldest that setup.py compiles for, and that the Triton kernels have tiles for
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}  # any other type may keep its elements elsewhere, as DTensor does
 
 _device, _dtype = attrgetter("device"), attrgetter("dtype")
@@ -38,7 +41,9 @@ def native_device(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32)
         return None
     devices, dtypes = list(map(_device, tensors)), list(map(_dtype, tensors))
     alike = devices.count(devices[0]) == len(tensors) and dtypes.count(dtype) == len(tensors)
-    return devices[0] if alike and has_native(devices[0]) and all(map(Tensor.is_contiguous, tensors)) else None
+    return (
+        devices[0] if alike and has_native(devices[0]) and all(map(Tensor.is_contiguous, tensors)) else None
+    )
 
 
 @cache

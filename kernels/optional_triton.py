@@ -21,7 +21,9 @@ except ModuleNotFoundError as error:
             self.name = function.__name__
 
         def __getitem__(self, grid: Any) -> Any:
-            raise ValueError(f"kernels must be 'reference' on a machine without Triton, got a launch of {self.name}")
+            raise ValueError(
+                f"kernels must be 'reference' on a machine without Triton, got a launch of {self.name}"
+            )
 
     class _MissingTriton:
         @staticmethod

@@ -58,10 +58,14 @@ def _rms_norm_fwd_kernel(
     x = tl.load(x_ptr + rows[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + rows[:, None] * stride_residualn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(
+            residual_ptr + rows[:, None] * stride_residualn + cols[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
         total = (x + residual).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + rows[:, None] * stride_yn + cols[None, :], total, mask=mask)
-        x = total.to(tl.float32)  # what is normalised is the sum as it was stored, so that backward has it exactly
+        x = total.to(
+            tl.float32
+        )  # what is normalised is the sum as it was stored, so that backward has it exactly
 
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
     y = x * rstd[:, None] * weight[None, :]
@@ -94,7 +98,9 @@ def _rms_norm_bwd_kernel(
         dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1) / D)[:, None])
         dweight += dy * x_hat
         if dtotal_ptr is not None:
-            dx += tl.load(dtotal_ptr + rows[:, None] * stride_dtotaln + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            dx += tl.load(
+                dtotal_ptr + rows[:, None] * stride_dtotaln + cols[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
         tl.store(dx_ptr + rows[:, None] * stride_dxn + cols[None, :], dx, mask=mask)
 
     tl.store(dweight_partial_ptr + program * D + cols, tl.sum(dweight, axis=0), mask=cols < D)
@@ -131,7 +137,9 @@ def _rms_norm_bwd_wide_kernel(
             tl.store(partial_ptr + cols, dweight + dy * x_hat, mask=cols < D)
             dx = rstd * (dy * weight - x_hat * mean)
             if dtotal_ptr is not None:
-                dx += tl.load(dtotal_ptr + row * stride_dtotaln + cols, mask=cols < D, other=0.0).to(tl.float32)
+                dx += tl.load(dtotal_ptr + row * stride_dtotaln + cols, mask=cols < D, other=0.0).to(
+                    tl.float32
+                )
             tl.store(dx_ptr + row * stride_dxn + cols, dx, mask=cols < D)
 
 
@@ -174,7 +182,9 @@ def rms_norm_fwd(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Te
     return y_ND, rstd_N
 
 
-def rms_norm_bwd(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, dtotal_ND: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm_bwd(
+    dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, dtotal_ND: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns dx_ND in x's dtype, with `dtotal_ND` added where there is one, and dweight_D in weight's dtype. Writes to no input."""
     N, D = x_ND.shape
     dx_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
@@ -183,7 +193,12 @@ def rms_norm_bwd(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, 
     num_programs = min(num_tiles, _max_programs(x_ND.device, config["num_warps"]))
     dweight_PD = torch.empty(num_programs, D, dtype=torch.float32, device=x_ND.device)
     tensors = (dy_ND, dtotal_ND, x_ND, weight_D, rstd_N, dx_ND, dweight_PD)
-    strides = (dy_ND.stride(0), 0 if dtotal_ND is None else dtotal_ND.stride(0), x_ND.stride(0), dx_ND.stride(0))
+    strides = (
+        dy_ND.stride(0),
+        0 if dtotal_ND is None else dtotal_ND.stride(0),
+        x_ND.stride(0),
+        dx_ND.stride(0),
+    )
     with torch.cuda.device_of(x_ND):
         if D <= _WIDE_D:
             _rms_norm_bwd_kernel[(num_programs,)](*tensors, *strides, N, D, num_tiles, **config)
@@ -263,9 +278,13 @@ def check_operands(x: Tensor, weight: Tensor) -> None:
     """Raises ValueError as `rms_norm` says."""
     D = x.shape[-1] if x.ndim > 0 else 0
     if not 1 <= D <= MAX_D:
-        raise ValueError(f"the last dimension of x must be between 1 and {MAX_D} (a row is held in registers), got {D}")
+        raise ValueError(
+            f"the last dimension of x must be between 1 and {MAX_D} (a row is held in registers), got {D}"
+        )
     if weight.shape != (D,):
-        raise ValueError(f"weight must have shape ({D},) to match x {tuple(x.shape)}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape ({D},) to match x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
     if weight.device != x.device:
         raise ValueError(f"weight must be on the device of x, {x.device}, got {weight.device}")
     for name, tensor in (("x", x), ("weight", weight)):

@@ -53,7 +53,9 @@ class RopeScaling:
             raise ValueError(f"original_max_positions must be at least 1, got {self.original_max_positions}")
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines for every token, computed once per batch and shared by all layers.
 
     Args:
@@ -84,7 +86,9 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: RopeScal
 def _slow_down(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Frequencies (K/2,) in radians per token, rounded in the order of operations of transformers' `llama3` rope type."""
     wavelengths, known = 2 * math.pi / frequencies, scaling.original_max_positions
-    weight = (known / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    weight = (known / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     between = (1 - weight) * frequencies / scaling.factor + weight * frequencies
     slowed = torch.where(wavelengths > known / scaling.low_freq_factor, frequencies / scaling.factor, between)
     return torch.where(wavelengths < known / scaling.high_freq_factor, frequencies, slowed)
@@ -115,7 +119,9 @@ def _rope_kernel(
     N, H, G,
     SIGN: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: N * H * K can exceed 2**31
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(
+        0, BLOCK_N
+    )  # int64: N * H * K can exceed 2**31
     cols = tl.arange(0, BLOCK_K)
     mask = (tokens < N)[:, None] & (cols < HALF)[None, :]
     cos = tl.load(cos_ptr + tokens[:, None] * stride_tn + cols[None, :], mask=mask, other=0.0)
@@ -125,10 +131,24 @@ def _rope_kernel(
         head = tl.program_id(1) * HEADS + index
         if head < H:
             q_ptrs = q_ptr + head * stride_qh + tokens[:, None] * stride_qn + cols[None, :]
-            _turn(q_ptrs, q_out_ptr + head * stride_q_outh + tokens[:, None] * stride_q_outn + cols[None, :], cos, sin, mask, HALF)
+            _turn(
+                q_ptrs,
+                q_out_ptr + head * stride_q_outh + tokens[:, None] * stride_q_outn + cols[None, :],
+                cos,
+                sin,
+                mask,
+                HALF,
+            )
         elif head < H + G:
             k_ptrs = k_ptr + (head - H) * stride_kh + tokens[:, None] * stride_kn + cols[None, :]
-            _turn(k_ptrs, k_out_ptr + (head - H) * stride_k_outh + tokens[:, None] * stride_k_outn + cols[None, :], cos, sin, mask, HALF)
+            _turn(
+                k_ptrs,
+                k_out_ptr + (head - H) * stride_k_outh + tokens[:, None] * stride_k_outn + cols[None, :],
+                cos,
+                sin,
+                mask,
+                HALF,
+            )
 
 
 @triton.jit
@@ -145,7 +165,13 @@ def _turn(x_ptrs, y_ptrs, cos, sin, mask, HALF: tl.constexpr):
 def tile_config(K: int) -> dict[str, int]:
     """HALF, HEADS, BLOCK_N, BLOCK_K and num_warps for heads of K elements."""
     block_k = triton.next_power_of_2(K // 2)
-    return {"HALF": K // 2, "HEADS": _HEADS, "BLOCK_N": max(_TILE // block_k, 1), "BLOCK_K": block_k, "num_warps": _NUM_WARPS}
+    return {
+        "HALF": K // 2,
+        "HEADS": _HEADS,
+        "BLOCK_N": max(_TILE // block_k, 1),
+        "BLOCK_K": block_k,
+        "num_warps": _NUM_WARPS,
+    }
 
 
 def _tokens(x_BTHK: Tensor) -> Tensor:
@@ -154,15 +180,25 @@ def _tokens(x_BTHK: Tensor) -> Tensor:
     return x_NHK if x_NHK.stride(2) == 1 else x_NHK.contiguous()
 
 
-def rope_launch(q_NHK: Tensor, k_NGK: Tensor, cos_NK: Tensor, sin_NK: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+def rope_launch(
+    q_NHK: Tensor, k_NGK: Tensor, cos_NK: Tensor, sin_NK: Tensor, sign: int
+) -> tuple[Tensor, Tensor]:
     """Returns q and k turned by `sign` times the angle, contiguous. Token and head strides are free, within a head the stride is 1."""
     N, H, K = q_NHK.shape
     q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q_NHK, k_NGK))
     config = tile_config(K)
     grid = (triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(H + k_NGK.shape[1], _HEADS))
-    strides = (*q_NHK.stride()[:2], *k_NGK.stride()[:2], cos_NK.stride(0), *q_out.stride()[:2], *k_out.stride()[:2])
+    strides = (
+        *q_NHK.stride()[:2],
+        *k_NGK.stride()[:2],
+        cos_NK.stride(0),
+        *q_out.stride()[:2],
+        *k_out.stride()[:2],
+    )
     with torch.cuda.device_of(q_NHK):  # Triton launches on the current device, which need not be q's
-        _rope_kernel[grid](q_NHK, k_NGK, cos_NK, sin_NK, q_out, k_out, *strides, N, H, k_NGK.shape[1], SIGN=sign, **config)
+        _rope_kernel[grid](
+            q_NHK, k_NGK, cos_NK, sin_NK, q_out, k_out, *strides, N, H, k_NGK.shape[1], SIGN=sign, **config
+        )
     return q_out, k_out
 
 
@@ -212,14 +248,29 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
     """
-    if q.ndim != 4 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or q.shape[3] % 2 or q.shape[3] == 0:
-        raise ValueError(f"q and k must have shapes (B, T, H, K) and (B, T, G, K), K even, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or k.shape[:2] != q.shape[:2]
+        or k.shape[3] != q.shape[3]
+        or q.shape[3] % 2
+        or q.shape[3] == 0
+    ):
+        raise ValueError(
+            f"q and k must have shapes (B, T, H, K) and (B, T, G, K), K even, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
     if k.dtype != q.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q and k must be of one dtype, float32, bfloat16 or float16, got {q.dtype} and {k.dtype}")
+        raise ValueError(
+            f"q and k must be of one dtype, float32, bfloat16 or float16, got {q.dtype} and {k.dtype}"
+        )
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (*q.shape[:2], q.shape[3]) or table.dtype != torch.float32:
             expected = (*q.shape[:2], q.shape[3])
-            raise ValueError(f"{name} must be float32 of shape {expected}, got {table.dtype} of shape {tuple(table.shape)}")
+            raise ValueError(
+                f"{name} must be float32 of shape {expected}, got {table.dtype} of shape {tuple(table.shape)}"
+            )
     if not q.device == k.device == cos.device == sin.device:
-        raise ValueError(f"q, k, cos and sin must be on one device, got {q.device}, {k.device}, {cos.device} and {sin.device}")
+        raise ValueError(
+            f"q, k, cos and sin must be on one device, got {q.device}, {k.device}, {cos.device} and {sin.device}"
+        )
     return _rope_op(q, k, cos, sin, 1)

@@ -45,7 +45,9 @@ def _swiglu_fwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: N * F can exceed 2**31
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows < N)[:, None] & (cols < F)[None, :]
-    gate = tl.load(gate_ptr + rows[:, None] * stride_gaten + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + rows[:, None] * stride_gaten + cols[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     up = tl.load(up_ptr + rows[:, None] * stride_upn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + rows[:, None] * stride_yn + cols[None, :], gate / (1.0 + tl.exp(-gate)) * up, mask=mask)
 
@@ -61,10 +63,16 @@ def _swiglu_bwd_kernel(
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows < N)[:, None] & (cols < F)[None, :]
     dy = tl.load(dy_ptr + rows[:, None] * stride_dyn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + rows[:, None] * stride_gaten + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + rows[:, None] * stride_gaten + cols[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     up = tl.load(up_ptr + rows[:, None] * stride_upn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    tl.store(dgate_ptr + rows[:, None] * stride_dgaten + cols[None, :], dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), mask=mask)
+    tl.store(
+        dgate_ptr + rows[:, None] * stride_dgaten + cols[None, :],
+        dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)),
+        mask=mask,
+    )
     tl.store(dup_ptr + rows[:, None] * stride_dupn + cols[None, :], dy * gate * sigmoid, mask=mask)
 
 
@@ -87,7 +95,9 @@ def swiglu_fwd(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     y_NF = torch.empty(N, F, dtype=gate_NF.dtype, device=gate_NF.device)
     config = tile_config(F)
     with torch.cuda.device_of(gate_NF):  # Triton launches on the current device, which need not be gate's
-        _swiglu_fwd_kernel[_grid(N, F, config)](gate_NF, up_NF, y_NF, gate_NF.stride(0), up_NF.stride(0), y_NF.stride(0), N, F, **config)
+        _swiglu_fwd_kernel[_grid(N, F, config)](
+            gate_NF, up_NF, y_NF, gate_NF.stride(0), up_NF.stride(0), y_NF.stride(0), N, F, **config
+        )
     return y_NF
 
 

@@ -20,10 +20,20 @@ from lumi.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "lora_magnitude"}  # theirs -> ours
+_PARTS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude",
+}  # theirs -> ours
 _ROWS = "token_adapter.trainable_tokens_delta"
 _ROW_IDS = "trainable_token_indices"
-_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "use_dora": "dora"}  # theirs -> ours
+_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+}  # theirs -> ours
 # PEFT's keys that do not change what an adapter computes: the weights say which linears it is for. Any other that is set does.
 _HARMLESS = """
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern
@@ -49,8 +59,15 @@ def save_adapter(
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     adapter = _parameters(model)
-    tensors = {f"{_PREFIX}{key}": values[names[id(own)]] if values is not None else own for key, own in adapter.items()}
-    freed = {name: rows.ids.tolist() for name, matrix in token_matrices(model).items() if (rows := trained_rows(matrix)) is not None}
+    tensors = {
+        f"{_PREFIX}{key}": values[names[id(own)]] if values is not None else own
+        for key, own in adapter.items()
+    }
+    freed = {
+        name: rows.ids.tolist()
+        for name, matrix in token_matrices(model).items()
+        if (rows := trained_rows(matrix)) is not None
+    }
     row_ids = {hf_name(f"{name}.").split(".")[-2]: ids for name, ids in freed.items()} or None
     metadata = {"base_fingerprint": base_fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     with atomic_folder(folder, replace=True) as temporary:
@@ -64,7 +81,9 @@ def _targets(model: Transformer) -> list[str]:
     adapted = {name for name, _ in adapters(model)}
     short = {name.rpartition(".")[2] for name in adapted}
     everywhere = {end for end in short if set(find_targets(model, [end])) <= adapted}
-    return sorted(everywhere | {hf_name(name) for name in adapted if name.rpartition(".")[2] not in everywhere})
+    return sorted(
+        everywhere | {hf_name(name) for name in adapted if name.rpartition(".")[2] not in everywhere}
+    )
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -83,7 +102,9 @@ def base_of(folder: str | Path) -> Path:
     return Path(base)
 
 
-def load_adapter(folder: str | Path, model: Transformer, base: str | Path, tokenizer: Tokenizer | None = None) -> LoraConfig:
+def load_adapter(
+    folder: str | Path, model: Transformer, base: str | Path, tokenizer: Tokenizer | None = None
+) -> LoraConfig:
     """Put an adapter, ours or PEFT's, on a model, in place.
 
     Args:
@@ -98,30 +119,49 @@ def load_adapter(folder: str | Path, model: Transformer, base: str | Path, token
     """
     folder = Path(folder)
     data = _read_config(folder)
-    config, token_ids = _lora_config(data, str(folder / CONFIG)), _token_ids(data, model, str(folder / CONFIG))
+    config, token_ids = (
+        _lora_config(data, str(folder / CONFIG)),
+        _token_ids(data, model, str(folder / CONFIG)),
+    )
     file = folder / WEIGHTS
     if not file.is_file():
         raise UserError(f"{file}: is missing; only safetensors weights are read (no pickle)")
     with open_tensors(file) as opened:
         metadata = opened.metadata() or {}
-    fingerprints = {"base": weights_fingerprint(base)} | ({"tokenizer": tokenizer.fingerprint} if tokenizer else {})
+    fingerprints = {"base": weights_fingerprint(base)} | (
+        {"tokenizer": tokenizer.fingerprint} if tokenizer else {}
+    )
     for what, got in fingerprints.items():
         if (expected := metadata.get(f"{what}_fingerprint", got)) != got:
-            raise UserError(f"{folder}: the {what} must be the one that it was trained with, of fingerprint {expected}, got {got}")
+            raise UserError(
+                f"{folder}: the {what} must be the one that it was trained with, of fingerprint {expected}, got {got}"
+            )
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_tensors(file).items()}
-    if broken := [key for key, tensor in tensors.items() if not (tensor.dtype in DTYPES.values() and tensor.isfinite().all())]:
-        raise UserError(f"{file}: {broken[0]} must hold finite {', '.join(DTYPES)}; it is damaged, or quantised, which is not supported")
-    linears = {f"{hf_name(f'{name}.')}{part}": name for name in find_targets(model, ALL_LINEAR) for part in _PARTS}
+    if broken := [
+        key
+        for key, tensor in tensors.items()
+        if not (tensor.dtype in DTYPES.values() and tensor.isfinite().all())
+    ]:
+        raise UserError(
+            f"{file}: {broken[0]} must hold finite {', '.join(DTYPES)}; it is damaged, or quantised, which is not supported"
+        )
+    linears = {
+        f"{hf_name(f'{name}.')}{part}": name for name in find_targets(model, ALL_LINEAR) for part in _PARTS
+    }
     adapted = sorted({linears[key] for key in tensors if key in linears})
     if not adapted:
         raise UserError(f"{file}: must hold adapters of the model's linears, got none")
     wrap(model, adapted, config, token_ids)
     parameters = _parameters(model)
     for key in parameters | tensors:
-        expected_shape, got_shape = (tuple(group[key].shape) if key in group else "nothing" for group in (parameters, tensors))
+        expected_shape, got_shape = (
+            tuple(group[key].shape) if key in group else "nothing" for group in (parameters, tensors)
+        )
         if expected_shape != got_shape:
             hint = " (the loss is fused with lm_head)" if key.startswith("lm_head.") else ""
-            raise UserError(f"{file}: {key} must have shape {expected_shape} by {CONFIG} and the model, got {got_shape}{hint}")
+            raise UserError(
+                f"{file}: {key} must have shape {expected_shape} by {CONFIG} and the model, got {got_shape}{hint}"
+            )
     for key, parameter in parameters.items():
         parameter.data = tensors[key].float().to(parameter.device)
     return config
@@ -129,7 +169,11 @@ def load_adapter(folder: str | Path, model: Transformer, base: str | Path, token
 
 def _parameters(model: Transformer) -> dict[str, Tensor]:
     """What an adapter consists of, by PEFT's names without its prefix."""
-    found = {f"{hf_name(f'{name}.')}{theirs}": getattr(module, ours) for name, module in adapters(model) for theirs, ours in _PARTS.items()}
+    found = {
+        f"{hf_name(f'{name}.')}{theirs}": getattr(module, ours)
+        for name, module in adapters(model)
+        for theirs, ours in _PARTS.items()
+    }
     for name, matrix in token_matrices(model).items():
         rows = trained_rows(matrix)
         found[f"{hf_name(f'{name}.')}{_ROWS}"] = None if rows is None else rows.rows
@@ -141,7 +185,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: must be an adapter folder with {CONFIG}, and has none")
     data = read_json(folder / CONFIG)
     if not isinstance(data, dict):
-        raise UserError(f"{folder / CONFIG}: must hold an object, got {str(data)[:60]}; copy the adapter again")
+        raise UserError(
+            f"{folder / CONFIG}: must hold an object, got {str(data)[:60]}; copy the adapter again"
+        )
     return data
 
 
@@ -149,10 +195,16 @@ def _token_ids(data: dict[str, Any], model: Transformer, where: str) -> list[int
     """The tokens whose rows an adapter brings; PEFT lists them for the embedding, or for each matrix."""
     listed = data.get(_ROW_IDS) or []
     per_matrix = list(listed.values()) if isinstance(listed, dict) else [listed]
-    if listed and (len(per_matrix) != len(token_matrices(model)) or any(ids != per_matrix[0] for ids in per_matrix)):
-        raise UserError(f"{where}: {_ROW_IDS} must be the same for the embedding and an lm_head of its own, got {listed}")
+    if listed and (
+        len(per_matrix) != len(token_matrices(model)) or any(ids != per_matrix[0] for ids in per_matrix)
+    ):
+        raise UserError(
+            f"{where}: {_ROW_IDS} must be the same for the embedding and an lm_head of its own, got {listed}"
+        )
     ids = per_matrix[0]
-    if not isinstance(ids, list) or any(type(token) is not int or not 0 <= token < model.config.vocab_size for token in ids):
+    if not isinstance(ids, list) or any(
+        type(token) is not int or not 0 <= token < model.config.vocab_size for token in ids
+    ):
         raise UserError(f"{where}: {_ROW_IDS} must be ids below {model.config.vocab_size}, got {listed}")
     return ids
 
@@ -188,13 +240,25 @@ def _lora_config(data: dict[str, Any], where: str) -> LoraConfig:
     allowed = {
         "peft_type": ("LORA",),
         "bias": ("none",),
-        "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base as well
+        "init_lora_weights": (
+            True,
+            False,
+            "gaussian",
+            "eva",
+            "orthogonal",
+        ),  # the others change the base as well
     }
     for key, value in data.items():
         if key in allowed and value not in allowed[key]:
-            raise UserError(f"{where}: {key} must be {' or '.join(map(repr, allowed[key]))}, got {value!r}: this adapter cannot be read")
+            raise UserError(
+                f"{where}: {key} must be {' or '.join(map(repr, allowed[key]))}, got {value!r}: this adapter cannot be read"
+            )
         if value and key not in [*allowed, *_NAMES, *_HARMLESS, _ROW_IDS]:
-            raise UserError(f"{where}: {key} must not be set, got {str(value)[:60]}: this adapter computes what Lumi does not")
+            raise UserError(
+                f"{where}: {key} must not be set, got {str(value)[:60]}: this adapter computes what Lumi does not"
+            )
     if missing := [key for key in ("r", "lora_alpha") if key not in data]:
         raise UserError(f"{where}: {missing[0]} is missing; copy the adapter again")
-    return from_dict(LoraConfig, {ours: data[theirs] for theirs, ours in _NAMES.items() if theirs in data}, where)
+    return from_dict(
+        LoraConfig, {ours: data[theirs] for theirs, ours in _NAMES.items() if theirs in data}, where
+    )

@@ -20,7 +20,9 @@ from lumi.rows import Row, make_rows, validation_rows
 from lumi.token_store import Split
 
 IGNORE = -100  # a target that is not trained; torch's and the kernels' ignore_index
-_WEIGHT_UNITS = 1_000_000  # mixing weights are rounded to millionths, so that interleaving is exact integer arithmetic
+_WEIGHT_UNITS = (
+    1_000_000  # mixing weights are rounded to millionths, so that interleaving is exact integer arithmetic
+)
 
 
 Result = TypeVar("Result")
@@ -32,7 +34,9 @@ class BatchConfig:
 
     sequence_length: int = 1024
     batch_tokens: int = 65_536
-    micro_batch_size: int | Literal["auto"] = 8  # rows that one process holds at a time; "auto": as many as fit into memory
+    micro_batch_size: int | Literal["auto"] = (
+        8  # rows that one process holds at a time; "auto": as many as fit into memory
+    )
 
     def __post_init__(self):
         if self.sequence_length < 2:
@@ -85,7 +89,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.positions, self.cu_seqlens)))
+        return Batch(
+            *(
+                t.to(device, non_blocking=True)
+                for t in (self.tokens, self.targets, self.positions, self.cu_seqlens)
+            )
+        )
 
 
 class Batches:
@@ -98,13 +107,19 @@ class Batches:
         seed: of the shuffling.
     """
 
-    def __init__(self, splits: Sequence[Split], weights: Sequence[float] | None, config: BatchConfig, seed: int):
+    def __init__(
+        self, splits: Sequence[Split], weights: Sequence[float] | None, config: BatchConfig, seed: int
+    ):
         self.config = config
-        self.stores = [make_rows(split, config.sequence_length, seed + index) for index, split in enumerate(splits)]
+        self.stores = [
+            make_rows(split, config.sequence_length, seed + index) for index, split in enumerate(splits)
+        ]
         sizes = [float(rows.num_tokens) for rows in self.stores]
         weights = sizes if weights is None else list(weights)
         if len(weights) != len(splits):
-            raise UserError(f"--data-weights must name one weight per data folder, got {len(weights)} for {len(splits)}")
+            raise UserError(
+                f"--data-weights must name one weight per data folder, got {len(weights)} for {len(splits)}"
+            )
         if any(not 0 < weight < float("inf") for weight in weights):
             raise UserError(f"--data-weights must be positive numbers, got {weights}")
         units = [max(1, round(weight / sum(weights) * _WEIGHT_UNITS)) for weight in weights]
@@ -126,7 +141,9 @@ class Batches:
 
     def documents(self, step: int, start: int, stop: int) -> list[tuple[int, list[int]]]:
         """Which (store index, document ids) the rows [start, stop) of a step are made of; names a bad batch."""
-        return [(store, self.stores[store].row(row).documents) for store, row in self._rows(step, start, stop)]
+        return [
+            (store, self.stores[store].row(row).documents) for store, row in self._rows(step, start, stop)
+        ]
 
     def mix(self, step: int) -> list[float]:
         """The share of the rows that each store has had after `step` steps."""
@@ -135,7 +152,9 @@ class Batches:
 
     def _rows(self, step: int, start: int, stop: int) -> list[tuple[int, int]]:
         if step < 1 or not 0 <= start < stop <= self.config.rows:
-            raise ValueError(f"rows must lie in step >= 1, 0 <= start < stop <= {self.config.rows}, got {step}, {start}, {stop}")
+            raise ValueError(
+                f"rows must lie in step >= 1, 0 <= start < stop <= {self.config.rows}, got {step}, {start}, {stop}"
+            )
         first = (step - 1) * self.config.rows
         return interleave(self.units, first + start, first + stop)
 
@@ -171,7 +190,9 @@ def _counts_before(units: np.ndarray, place: int) -> list[int]:
     return counts.tolist()
 
 
-def validation_batches(split: Split, config: BatchConfig, rank: int, size: int, max_tokens: int | None) -> Iterator[Batch]:
+def validation_batches(
+    split: Split, config: BatchConfig, rank: int, size: int, max_tokens: int | None
+) -> Iterator[Batch]:
     """One process's share of a split, in a fixed order, without wrapping round; what fills the last rows is not trained. `max_tokens`
     bounds what all processes read together. All `size` of them get the same number of batches, for a sharded model is called by all
     together: one that has no row left gets one without targets."""

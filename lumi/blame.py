@@ -126,7 +126,10 @@ def _stand(beats: Sequence[Beat]) -> str:
         places.setdefault(f"at step {beat.step}, {beat.phase}, in {beat.where}", []).append(beat)
     if len(places) == 1:
         return f"{'it stands' if len(beats) == 1 else 'they stand'} {next(iter(places))}"
-    return "; ".join(f"{_ranks(there)} {'stands' if len(there) == 1 else 'stand'} {place}" for place, there in places.items())
+    return "; ".join(
+        f"{_ranks(there)} {'stands' if len(there) == 1 else 'stand'} {place}"
+        for place, there in places.items()
+    )
 
 
 def _waiting(others: Sequence[Beat]) -> str:

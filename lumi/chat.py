@@ -15,7 +15,16 @@ from lumi.config import UserError
 from lumi.messages import Message
 from lumi.tokenizer import Tokenizer, utf8
 
-__all__ = ["TEMPLATES", "Rendered", "Template", "check_controls", "prompt_ids", "render", "stop_ids", "template_of"]
+__all__ = [
+    "TEMPLATES",
+    "Rendered",
+    "Template",
+    "check_controls",
+    "prompt_ids",
+    "render",
+    "stop_ids",
+    "template_of",
+]
 
 
 class Rendered(NamedTuple):
@@ -29,7 +38,9 @@ class Rendered(NamedTuple):
     num_messages: int
 
 
-def render(tokenizer: Tokenizer, template: Template, messages: Sequence[Message], max_tokens: int | None = None) -> Rendered | None:
+def render(
+    tokenizer: Tokenizer, template: Template, messages: Sequence[Message], max_tokens: int | None = None
+) -> Rendered | None:
     """A conversation as a training document.
 
     Args:
@@ -66,7 +77,9 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """
     for number, message in enumerate(messages, start=1):
         try:
-            utf8(message.content)  # while the template does not yet stand around it: the place of an error is counted in the message
+            utf8(
+                message.content
+            )  # while the template does not yet stand around it: the place of an error is counted in the message
         except UserError as error:
             raise UserError(f"message {number}: {error}") from error
     template = template_of(tokenizer)
@@ -81,7 +94,11 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
             if isinstance(part, foreign_template.ControlPiece):
                 writer.control(tokenizer.control_ids[part.piece])
             else:
-                writer.text(messages[part.place].content.strip() if isinstance(part, foreign_template.Content) else part)
+                writer.text(
+                    messages[part.place].content.strip()
+                    if isinstance(part, foreign_template.Content)
+                    else part
+                )
     writer.flush()
     return writer.ids
 
@@ -99,13 +116,21 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
         probe = [Message("user", "a question"), Message("assistant", "an answer")]
         parts = _foreign_parts(tokenizer, probe, add_generation_prompt=False)
         behind = parts[parts.index(foreign_template.Content(1)) + 1 :]
-        ids.update([tokenizer.control_ids[part.piece] for part in behind if isinstance(part, foreign_template.ControlPiece)][:1])
+        ids.update(
+            [
+                tokenizer.control_ids[part.piece]
+                for part in behind
+                if isinstance(part, foreign_template.ControlPiece)
+            ][:1]
+        )
     return frozenset(ids)
 
 
 def template_of(tokenizer: Tokenizer) -> Template | None:
     """The one of `TEMPLATES` whose Jinja text is the tokenizer's chat template, or None."""
-    return next((template for template in TEMPLATES.values() if template.jinja == tokenizer.chat_template), None)
+    return next(
+        (template for template in TEMPLATES.values() if template.jinja == tokenizer.chat_template), None
+    )
 
 
 def check_controls(tokenizer: Tokenizer, template: Template) -> dict[Control, int]:
@@ -187,7 +212,9 @@ class _Writer:
         self.mask += [trained] * len(ids)
 
 
-def _foreign_parts(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[foreign_template.Part, ...]:
+def _foreign_parts(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> tuple[foreign_template.Part, ...]:
     if not tokenizer.chat_template:
         raise UserError(
             "the tokenizer must have a chat template, got none: the model was not made for conversations; continue a text with "
@@ -199,6 +226,8 @@ def _foreign_parts(tokenizer: Tokenizer, messages: Sequence[Message], *, add_gen
         tokenizer.chat_template,
         messages,
         pieces=tuple(tokenizer.control_ids),
-        variables=tuple((name, spelling[token_id]) for name, token_id in variables.items() if token_id is not None),
+        variables=tuple(
+            (name, spelling[token_id]) for name, token_id in variables.items() if token_id is not None
+        ),
         add_generation_prompt=add_generation_prompt,
     )

@@ -48,7 +48,9 @@ class Template:
 
     def __post_init__(self):
         if not isinstance(self.turns["assistant"].after[0], Control):
-            raise ValueError(f"turns['assistant'].after must begin with a control token, got {self.turns['assistant'].after!r}")
+            raise ValueError(
+                f"turns['assistant'].after must begin with a control token, got {self.turns['assistant'].after!r}"
+            )
 
     @property
     def end_of_turn(self) -> Control:
@@ -70,7 +72,9 @@ class Template:
         if self.default_system is not None:
             system = self.turns["system"]
             lines.append("{%- if not messages or messages[0]['role'] != 'system' %}")
-            lines.append(f"    {{{{- {_expression((*system.before, self.default_system, *system.after))} }}}}")
+            lines.append(
+                f"    {{{{- {_expression((*system.before, self.default_system, *system.after))} }}}}"
+            )
             lines.append("{%- endif %}")
         lines.append("{%- for message in messages %}")
         for number, (role, turn) in enumerate(self.turns.items()):
@@ -79,7 +83,9 @@ class Template:
             lines.append(f"        {{{{- {' + '.join(filter(None, around))} }}}}")
         known = ", ".join(self.turns)
         lines.append("    {%- else %}")
-        lines.append(f"        {{{{- raise_exception('role must be one of {known}, got ' + message['role']) }}}}")
+        lines.append(
+            f"        {{{{- raise_exception('role must be one of {known}, got ' + message['role']) }}}}"
+        )
         lines += ["    {%- endif %}", "{%- endfor %}", "{%- if add_generation_prompt %}"]
         lines.append(f"    {{{{- {_expression(self.turns['assistant'].before)} }}}}")
         return "\n".join([*lines, "{%- endif %}\n"])
@@ -87,7 +93,9 @@ class Template:
 
 def _expression(parts: Parts) -> str:
     terms = (part.value if isinstance(part, Control) else _quote(part) for part in parts)
-    return " + ".join(terms).replace("' + '", "")  # neighbouring literals as one; a quote within one has a backslash before it
+    return " + ".join(terms).replace(
+        "' + '", ""
+    )  # neighbouring literals as one; a quote within one has a backslash before it
 
 
 def _quote(text: str) -> str:
@@ -97,7 +105,10 @@ def _quote(text: str) -> str:
 # OpenAI's "chat markup language" as Qwen, SmolLM and many others use it, behind a BOS
 CHATML = Template(
     name="chatml",
-    turns={role: Turn((Control.IM_START, f"{role}\n"), (Control.IM_END, "\n")) for role in ("system", "user", "assistant")},
+    turns={
+        role: Turn((Control.IM_START, f"{role}\n"), (Control.IM_END, "\n"))
+        for role in ("system", "user", "assistant")
+    },
 )
 
 # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca, continued after EOS for further turns

@@ -68,7 +68,9 @@ class Checkpoint:
     state: dict[str, Any]
     groups: dict[str, dict[str, SavedTensor]]
     records: dict[str, dict[str, Any]]
-    _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # files, mapped into memory
+    _opened: dict[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # files, mapped into memory
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare the bytes of the tensor files with the manifest: of one share of the files, where `parts` processes share the work.
@@ -93,10 +95,17 @@ class Checkpoint:
         saved = self._group(group)
         remedy = "resume with the config that wrote it"
         for name in sorted(saved.keys() ^ targets.keys()):
-            where = "in the checkpoint, got none" if name in targets else f"in the model, got one of shape {saved[name].shape} only here"
+            where = (
+                "in the checkpoint, got none"
+                if name in targets
+                else f"in the model, got one of shape {saved[name].shape} only here"
+            )
             raise UserError(f"{self.path}: {group} tensor {name!r} must be {where}; {remedy}")
         for name, target in targets.items():
-            expected, got = (_name_of(target.dtype), tuple(target.shape)), (saved[name].dtype, saved[name].shape)
+            expected, got = (
+                (_name_of(target.dtype), tuple(target.shape)),
+                (saved[name].dtype, saved[name].shape),
+            )
             if got != expected:
                 raise UserError(
                     f"{self.path}: {group} tensor {name!r} must be {expected[0]} of shape {expected[1]}, got {got[0]} of {got[1]}; {remedy}"
@@ -118,7 +127,9 @@ class Checkpoint:
 
     def _group(self, group: str) -> dict[str, SavedTensor]:
         if group not in self.groups:
-            raise UserError(f"{self.path}: must hold tensors of {group!r}, got {sorted(self.groups)}; {REMEDY}")
+            raise UserError(
+                f"{self.path}: must hold tensors of {group!r}, got {sorted(self.groups)}; {REMEDY}"
+            )
         return self.groups[group]
 
     def _reader(self, name: str, saved: SavedTensor) -> Callable[[int, tuple[slice, ...]], Tensor]:
@@ -132,9 +143,13 @@ class Checkpoint:
                 view = self._opened[file.name].get_slice(name)
                 shape, part = tuple(view.get_shape()), view[slices]
             except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(f"{file}: must be a safetensors file with {name!r}: {error}; {REMEDY}") from error
+                raise UserError(
+                    f"{file}: must be a safetensors file with {name!r}: {error}; {REMEDY}"
+                ) from error
             if (_name_of(part.dtype), shape) != (saved.dtype, box.shape):
-                raise UserError(f"{file}: {name!r} must be {saved.dtype} of {box.shape}, got {_name_of(part.dtype)} of {shape}; {REMEDY}")
+                raise UserError(
+                    f"{file}: {name!r} must be {saved.dtype} of {box.shape}, got {_name_of(part.dtype)} of {shape}; {REMEDY}"
+                )
             return part
 
         return read_slice
@@ -166,20 +181,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not (path / _MANIFEST).is_file():
-        raise UserError(f"{path}: must be a checkpoint folder with a manifest.json, and has none; pass .../checkpoints/step-XXXXXXXX")
+        raise UserError(
+            f"{path}: must be a checkpoint folder with a manifest.json, and has none; pass .../checkpoints/step-XXXXXXXX"
+        )
     records = _read_manifest(path / _MANIFEST)
     for name in (_STATE, _TENSORS):
         if name not in records:
-            raise DamagedError(f"{path / _MANIFEST}: must give the size and SHA-256 of {name}, and does not: it is corrupt; {REMEDY}")
+            raise DamagedError(
+                f"{path / _MANIFEST}: must give the size and SHA-256 of {name}, and does not: it is corrupt; {REMEDY}"
+            )
         check_file(path / name, records.pop(name), remedy=REMEDY)
     groups = _read_tensors(path / _TENSORS)
     sizes = _bytes_by_file(groups)
     for file in sorted(sizes.keys() ^ records.keys()):
-        raise DamagedError(f"{path / file}: must stand in both {_MANIFEST} and {_TENSORS}: one of them is corrupt; {REMEDY}")
+        raise DamagedError(
+            f"{path / file}: must stand in both {_MANIFEST} and {_TENSORS}: one of them is corrupt; {REMEDY}"
+        )
     for file, record in records.items():
         check_file(path / file, record, remedy=REMEDY, check_hash=False)
         if sizes[file] > record["size"]:  # before anybody allocates as much
-            raise DamagedError(f"{path / file}: must hold {sizes[file]} bytes of tensors, got a file of {record['size']}; {REMEDY}")
+            raise DamagedError(
+                f"{path / file}: must hold {sizes[file]} bytes of tensors, got a file of {record['size']}; {REMEDY}"
+            )
     return Checkpoint(path, _read_json(path / _STATE), groups, records)
 
 
@@ -206,14 +229,18 @@ def _read_manifest(manifest: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 by file name. Raises DamagedError where it is not as `seal_checkpoint` writes it, UserError for another format."""
     data = _read_json(manifest)
     if isinstance(data, dict) and data.get("format") != FORMAT and "files" in data:
-        raise UserError(f"{manifest}: format must be {FORMAT}, got {data.get('format')!r}; resume with the version of Lumi that wrote it")
+        raise UserError(
+            f"{manifest}: format must be {FORMAT}, got {data.get('format')!r}; resume with the version of Lumi that wrote it"
+        )
     try:
         files = data["files"]
         whole = all(set(record) == {"size", "sha256"} for record in files.values())
     except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise DamagedError(f"{manifest}: must give every file's size and SHA-256, and does not: it is corrupt; {REMEDY}")
+        raise DamagedError(
+            f"{manifest}: must give every file's size and SHA-256, and does not: it is corrupt; {REMEDY}"
+        )
     return files
 
 
@@ -268,7 +295,10 @@ def tensor_file(group: str, rank: int) -> str:
 
 
 def seal_checkpoint(
-    folder: Path, state: dict[str, Any], groups: dict[str, dict[str, dict[str, Any]]], records: dict[str, dict[str, Any]]
+    folder: Path,
+    state: dict[str, Any],
+    groups: dict[str, dict[str, dict[str, Any]]],
+    records: dict[str, dict[str, Any]],
 ) -> None:
     """Write the JSON of a checkpoint beside its tensor files, the manifest last.
 
@@ -294,7 +324,11 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:
         return []
-    return [Path(folder, name) for name in names if _NAME.fullmatch(name) and (Path(folder, name) / _MANIFEST).is_file()]
+    return [
+        Path(folder, name)
+        for name in names
+        if _NAME.fullmatch(name) and (Path(folder, name) / _MANIFEST).is_file()
+    ]
 
 
 def step_of(path: Path) -> int:
@@ -304,11 +338,16 @@ def step_of(path: Path) -> int:
 
 def prune_checkpoints(folder: str | Path, keep_last: int, best: int | None) -> list[str]:
     """Delete all but the newest `keep_last` checkpoints and the one of step `best`; returns as `discard_folders`."""
-    return discard_folders(folder, [path.name for path in list_checkpoints(folder)[:-keep_last] if step_of(path) != best])
+    return discard_folders(
+        folder, [path.name for path in list_checkpoints(folder)[:-keep_last] if step_of(path) != best]
+    )
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, moved: Callable[[], None] = lambda: None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    moved: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write tensors as safetensors, fsynced, with what others expect in the metadata, and `metadata`.
 
@@ -320,13 +359,19 @@ def save_tensors(
     Returns:
         the file's record, as `lumi.storage.file_record`.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first, so that all are aligned
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # wide types first, so that all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _SAFETENSORS_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     prefix = len(text).to_bytes(8, "little") + text
@@ -340,7 +385,9 @@ def save_tensors(
                 digest.update(chunk)
                 file.write(chunk)
                 unsynced += len(chunk)
-                if unsynced >= _CHUNK_BYTES:  # else memory takes it all at once, and the last fsync takes hours without a word
+                if (
+                    unsynced >= _CHUNK_BYTES
+                ):  # else memory takes it all at once, and the last fsync takes hours without a word
                     file.flush()
                     os.fsync(file.fileno())
                     unsynced = 0

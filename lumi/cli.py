@@ -25,13 +25,19 @@ def prepare(argv: list[str]) -> int:
     arguments = parser("lumi prepare", _summary(prepare))
     add_config(arguments)
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument("--use-cache", action="store_true", help="reuse finished work, go on after an interruption")
+    arguments.add_argument(
+        "--use-cache", action="store_true", help="reuse finished work, go on after an interruption"
+    )
     arguments.add_argument("--analyze-only", action="store_true", help="print the plan, write nothing")
     arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
     options = parse(arguments, argv)
     config = load_config(corpus.PrepareConfig, options.config, options.overrides)
     corpus.prepare(
-        config, options.output_dir, use_cache=options.use_cache, analyze_only=options.analyze_only, num_workers=options.num_workers
+        config,
+        options.output_dir,
+        use_cache=options.use_cache,
+        analyze_only=options.analyze_only,
+        num_workers=options.num_workers,
     )
     return 0
 
@@ -45,7 +51,11 @@ def tokenizer(argv: list[str]) -> int:
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
     arguments.add_argument("--output-dir", required=True, type=Path)
     options = parse(arguments, argv)
-    trained = train_tokenizer(load_config(TokenizerConfig, options.config, options.overrides), options.corpus_dirs, options.output_dir)
+    trained = train_tokenizer(
+        load_config(TokenizerConfig, options.config, options.overrides),
+        options.corpus_dirs,
+        options.output_dir,
+    )
     print(f"{options.output_dir}: {trained.vocab_size:,} pieces, fingerprint {trained.fingerprint}")
     return 0
 
@@ -58,12 +68,25 @@ def tokenize(argv: list[str]) -> int:
 
     arguments = parser("lumi tokenize", _summary(tokenize))
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
-    arguments.add_argument("--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file")
+    arguments.add_argument(
+        "--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file"
+    )
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument("--validation-fraction", type=float, help="share of the documents that is held out; default: 0.005")
-    arguments.add_argument("--validation-corpus-dirs", nargs="+", metavar="DIR", help="corpora that are held out instead, whole")
-    arguments.add_argument("--template", choices=tuple(TEMPLATES), help="layout of conversations; default: the tokenizer's")
-    arguments.add_argument("--max-tokens", type=int, metavar="N", help="end conversations at the last answer within so many tokens")
+    arguments.add_argument(
+        "--validation-fraction", type=float, help="share of the documents that is held out; default: 0.005"
+    )
+    arguments.add_argument(
+        "--validation-corpus-dirs", nargs="+", metavar="DIR", help="corpora that are held out instead, whole"
+    )
+    arguments.add_argument(
+        "--template", choices=tuple(TEMPLATES), help="layout of conversations; default: the tokenizer's"
+    )
+    arguments.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="end conversations at the last answer within so many tokens",
+    )
     arguments.add_argument("--num-workers", type=int, help="threads; default: one per core")
     options = arguments.parse_args(argv)
     manifest = shards.tokenize(
@@ -88,10 +111,23 @@ def generate(argv: list[str]) -> int:
     arguments = parser("lumi generate", _summary(generate))
     _add_model(arguments)
     prompts = arguments.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more, several run as a batch; without it, stdin is the prompt")
-    prompts.add_argument("--input", metavar="FILE", help='JSON lines, {"prompt": TEXT} or {"messages": [...]}; - is stdin')
-    arguments.add_argument("--output", metavar="FILE", help="with --input: where the JSON lines with the results go; default: stdout")
-    arguments.add_argument("--batch-size", type=int, metavar="N", help="with --input: lines at a time; default: 8")
+    prompts.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="TEXT",
+        help="one or more, several run as a batch; without it, stdin is the prompt",
+    )
+    prompts.add_argument(
+        "--input", metavar="FILE", help='JSON lines, {"prompt": TEXT} or {"messages": [...]}; - is stdin'
+    )
+    arguments.add_argument(
+        "--output",
+        metavar="FILE",
+        help="with --input: where the JSON lines with the results go; default: stdout",
+    )
+    arguments.add_argument(
+        "--batch-size", type=int, metavar="N", help="with --input: lines at a time; default: 8"
+    )
     _add_sampling(arguments, generation.SamplingConfig())
     options = arguments.parse_args(argv)
     config = _sampling(options)
@@ -113,7 +149,9 @@ def generate(argv: list[str]) -> int:
         return 0
     print(texts[0], end="", flush=True)
     try:
-        generation.generate(model, tokenizer, texts, config, lambda row, text: print(text, end="", flush=True))
+        generation.generate(
+            model, tokenizer, texts, config, lambda row, text: print(text, end="", flush=True)
+        )
     finally:
         print()  # an error begins on a line of its own
     return 0
@@ -128,7 +166,9 @@ def _prompt_from_stdin() -> str:
         raise UserError(f"the prompt on stdin must be UTF-8, got another byte at {error.start}") from error
     if not text.strip():
         raise UserError('the prompt on stdin must hold text, got none; to begin from nothing use --prompt ""')
-    return text.removesuffix("\n").removesuffix("\r")  # `echo` and editors put it there, it is not part of the text
+    return text.removesuffix("\n").removesuffix(
+        "\r"
+    )  # `echo` and editors put it there, it is not part of the text
 
 
 def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
@@ -142,20 +182,32 @@ def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
     to_stdout = options.output in (None, "-")
     if not to_stdout and os.path.realpath(options.output) == os.path.realpath(options.input):
         raise UserError(f"--output must be another file than --input, got {options.output} for both")
-    if not to_stdout and (not options.output or os.path.isdir(options.output) or not os.path.isdir(os.path.dirname(options.output) or ".")):
-        raise UserError(f"--output must be a file in a folder that exists, got {options.output}; make the folder or mend the path")
+    if not to_stdout and (
+        not options.output
+        or os.path.isdir(options.output)
+        or not os.path.isdir(os.path.dirname(options.output) or ".")
+    ):
+        raise UserError(
+            f"--output must be a file in a folder that exists, got {options.output}; make the folder or mend the path"
+        )
     try:
         data = sys.stdin.buffer.read() if options.input == "-" else Path(options.input).read_bytes()
     except OSError as error:
-        raise UserError(f"--input must be a file that can be read, got {options.input}: {error.strerror}") from error
+        raise UserError(
+            f"--input must be a file that can be read, got {options.input}: {error.strerror}"
+        ) from error
     model, tokenizer, *_ = _load(options)
-    requests = read_requests(data, "stdin" if options.input == "-" else options.input, tokenizer, model.config.max_positions)
+    requests = read_requests(
+        data, "stdin" if options.input == "-" else options.input, tokenizer, model.config.max_positions
+    )
     with (
         contextlib.nullcontext(sys.stdout.buffer) if to_stdout else open(options.output, "wb") as file,
         progress_bar("generate", " lines", total=len(requests), disable=to_stdout) as progress,
     ):
         for batch in complete(model, tokenizer, requests, config, batch_size):
-            file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n" for record in batch)
+            file.writelines(
+                json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n" for record in batch
+            )
             file.flush()
             progress.update(len(batch))
     return 0
@@ -168,7 +220,9 @@ def chat(argv: list[str]) -> int:
 
     arguments = parser("lumi chat", _summary(chat))
     _add_model(arguments)
-    arguments.add_argument("--system", metavar="TEXT", help="the system message, which stands before every conversation")
+    arguments.add_argument(
+        "--system", metavar="TEXT", help="the system message, which stands before every conversation"
+    )
     _add_sampling(arguments, SamplingConfig(max_new_tokens=512))
     options = arguments.parse_args(argv)
     config = _sampling(options)
@@ -178,11 +232,24 @@ def chat(argv: list[str]) -> int:
 
 def _add_model(arguments: argparse.ArgumentParser) -> None:
     """Which model, and where and how it computes; `_load` reads these options."""
-    arguments.add_argument("--model-path", required=True, type=Path, help="a run folder, its final/, or a Hugging Face folder")
-    arguments.add_argument("--adapter-path", metavar="PATH", help="a LoRA adapter, or the run that made it; the model is then its base")
-    arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder")
+    arguments.add_argument(
+        "--model-path", required=True, type=Path, help="a run folder, its final/, or a Hugging Face folder"
+    )
+    arguments.add_argument(
+        "--adapter-path",
+        metavar="PATH",
+        help="a LoRA adapter, or the run that made it; the model is then its base",
+    )
+    arguments.add_argument(
+        "--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder"
+    )
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and matrix products")
+    arguments.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of activations and matrix products",
+    )
 
 
 def _load(options: argparse.Namespace) -> "Pretrained":
@@ -201,19 +268,27 @@ def _load(options: argparse.Namespace) -> "Pretrained":
 
 def _add_sampling(arguments: argparse.ArgumentParser, defaults: "SamplingConfig") -> None:
     """How tokens are chosen; `_sampling` reads these options."""
-    arguments.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="where to stop at the latest")
+    arguments.add_argument(
+        "--max-new-tokens", type=int, default=defaults.max_new_tokens, help="where to stop at the latest"
+    )
     arguments.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
     arguments.add_argument("--top-k", type=int, default=defaults.top_k, help="0 is off")
     arguments.add_argument("--top-p", type=float, default=defaults.top_p, help="1 is off")
-    arguments.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, help="1 is off")
-    arguments.add_argument("--seed", type=int, default=defaults.seed, help="the same seed gives the same text")
+    arguments.add_argument(
+        "--repetition-penalty", type=float, default=defaults.repetition_penalty, help="1 is off"
+    )
+    arguments.add_argument(
+        "--seed", type=int, default=defaults.seed, help="the same seed gives the same text"
+    )
 
 
 def _sampling(options: argparse.Namespace) -> "SamplingConfig":
     from lumi.generate import SamplingConfig
 
     try:
-        return SamplingConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingConfig)})
+        return SamplingConfig(
+            **{field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingConfig)}
+        )
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 2)}") from error
 
@@ -224,17 +299,26 @@ def evaluate(argv: list[str]) -> int:
     from lumi.evaluation.evaluate import evaluate as run_evaluation
 
     arguments = parser("lumi evaluate", _summary(evaluate))
-    add_config(arguments, f"{CONFIGS / 'standard.json'}, or data_dirs.json beside it where --data-dirs is given")
+    add_config(
+        arguments, f"{CONFIGS / 'standard.json'}, or data_dirs.json beside it where --data-dirs is given"
+    )
     _add_model(arguments)
     arguments.add_argument("--output-dir", required=True, type=Path)
     arguments.add_argument(
-        "--data-dirs", nargs="+", metavar="DIR", help="token stores, or corpus folders: perplexity on their validation splits"
+        "--data-dirs",
+        nargs="+",
+        metavar="DIR",
+        help="token stores, or corpus folders: perplexity on their validation splits",
     )
-    arguments.add_argument("--limit", type=int, help="at most so many examples of each task and documents of each text")
+    arguments.add_argument(
+        "--limit", type=int, help="at most so many examples of each task and documents of each text"
+    )
     options = parse(arguments, argv)
     path = options.config or CONFIGS / ("data_dirs.json" if options.data_dirs else "standard.json")
     config = load_config(EvaluationConfig, path, options.overrides)
-    run_evaluation(config, _load(options), options.output_dir, data_dirs=options.data_dirs or (), limit=options.limit)
+    run_evaluation(
+        config, _load(options), options.output_dir, data_dirs=options.data_dirs or (), limit=options.limit
+    )
     return 0
 
 
@@ -243,8 +327,12 @@ def export(argv: list[str]) -> int:
     from lumi import export as exporting
 
     arguments = parser("lumi export", _summary(export))
-    arguments.add_argument("--model-path", required=True, type=Path, help="a run folder, its final/, or a Hugging Face folder")
-    arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder")
+    arguments.add_argument(
+        "--model-path", required=True, type=Path, help="a run folder, its final/, or a Hugging Face folder"
+    )
+    arguments.add_argument(
+        "--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder"
+    )
     _add_export(arguments)
     options = arguments.parse_args(argv)
     max_shard_bytes = exporting.parse_size(options.max_shard_size) if options.max_shard_size else None
@@ -264,13 +352,19 @@ def merge(argv: list[str]) -> int:
     from lumi import export as exporting
 
     arguments = parser("lumi merge", _summary(merge))
-    arguments.add_argument("--model-path", required=True, type=Path, help="the adapter's folder, or the run that made it")
+    arguments.add_argument(
+        "--model-path", required=True, type=Path, help="the adapter's folder, or the run that made it"
+    )
     arguments.add_argument("--base-path", type=Path, help="default: the base that the adapter names")
     _add_export(arguments)
     options = arguments.parse_args(argv)
     max_shard_bytes = exporting.parse_size(options.max_shard_size) if options.max_shard_size else None
     exported = exporting.merge(
-        options.model_path, options.output_dir, base_path=options.base_path, dtype=options.dtype, max_shard_bytes=max_shard_bytes
+        options.model_path,
+        options.output_dir,
+        base_path=options.base_path,
+        dtype=options.dtype,
+        max_shard_bytes=max_shard_bytes,
     )
     print(f"{options.output_dir}: {exported}")
     return 0
@@ -278,8 +372,15 @@ def merge(argv: list[str]) -> int:
 
 def _add_export(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--output-dir", required=True, type=Path, help="new or empty")
-    arguments.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights on disk")
-    arguments.add_argument("--max-shard-size", metavar="SIZE", help="such as 2GB; larger weights are cut into several files")
+    arguments.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights on disk",
+    )
+    arguments.add_argument(
+        "--max-shard-size", metavar="SIZE", help="such as 2GB; larger weights are cut into several files"
+    )
 
 
 def plan(argv: list[str]) -> int:
@@ -313,7 +414,11 @@ def plan(argv: list[str]) -> int:
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise UserError(f"--{name.replace('_', '-')} {rest}") from error
-    print(describe_scale(load_config(TrainConfig, options.config, options.overrides), cluster, Path(options.config).stem))
+    print(
+        describe_scale(
+            load_config(TrainConfig, options.config, options.overrides), cluster, Path(options.config).stem
+        )
+    )
     return 0
 
 
@@ -323,13 +428,18 @@ def demo(argv: list[str]) -> int:
 
     arguments = parser("lumi demo", _summary(demo))
     arguments.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    arguments.add_argument("--minutes", type=float, default=2.3, help="training is cut to fit; 0: all steps of the config")
+    arguments.add_argument(
+        "--minutes", type=float, default=2.3, help="training is cut to fit; 0: all steps of the config"
+    )
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = arguments.parse_args(argv)
     return pipeline.demo(options.output_dir, options.minutes, options.device)
 
 
-COMMANDS = {command.__name__: command for command in (prepare, tokenizer, tokenize, plan, generate, chat, evaluate, export, merge, demo)}
+COMMANDS = {
+    command.__name__: command
+    for command in (prepare, tokenizer, tokenize, plan, generate, chat, evaluate, export, merge, demo)
+}
 
 
 def _summary(command) -> str:

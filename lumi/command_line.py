@@ -19,7 +19,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
     """An argument parser that shows defaults and takes no abbreviations, which would break scripts when options are added."""
-    return argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False, formatter_class=_Formatter)
+    return argparse.ArgumentParser(
+        prog=program, description=description, allow_abbrev=False, formatter_class=_Formatter
+    )
 
 
 def add_config(arguments: argparse.ArgumentParser, default: str = "") -> None:
@@ -27,13 +29,20 @@ def add_config(arguments: argparse.ArgumentParser, default: str = "") -> None:
     dotted overrides. Use `parse` to read them."""
     shown = f"; default: {default}" if default else ""
     arguments.add_argument("--config", required=not default, help=f"JSON config of this stage{shown}")
-    arguments.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="changes to the config, e.g. optimizer.peak_lr=3e-4")
+    arguments.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.subkey=value",
+        help="changes to the config, e.g. optimizer.peak_lr=3e-4",
+    )
 
 
 def parse(arguments: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse; overrides may stand anywhere, also behind an option that takes several values. A path that exists is not an override."""
     overrides = [argument for argument in argv if _OVERRIDE.match(argument) and not Path(argument).exists()]
-    return arguments.parse_args([*overrides, *(argument for argument in argv if argument not in [*overrides, "--"])])
+    return arguments.parse_args(
+        [*overrides, *(argument for argument in argv if argument not in [*overrides, "--"])]
+    )
 
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
@@ -51,7 +60,9 @@ def normalize(argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call `main` with normalised arguments; a UserError becomes one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is written, in order with the progress
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # a log file shows a line when it is written, in order with the progress
     try:
         return main(normalize(sys.argv[1:] if argv is None else argv))
     except UserError as error:

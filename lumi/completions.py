@@ -46,12 +46,16 @@ def read_requests(data: bytes, where: str, tokenizer: Tokenizer, max_positions: 
             request = _parse(line, tokenizer)
             check_prompts([request.ids], max_positions)
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: line {number}: must be UTF-8, got byte {line[error.start]:#04x} at {error.start}") from error
+            raise UserError(
+                f"{where}: line {number}: must be UTF-8, got byte {line[error.start]:#04x} at {error.start}"
+            ) from error
         except ValueError as error:  # a conversation's, the tokenizer's, the template's, ours
             raise UserError(f"{where}: line {number}: {error}") from error
         requests.append(request)
     if not requests:
-        raise UserError(f"{where}: must hold at least one line, a JSON object with a prompt or messages, got none")
+        raise UserError(
+            f"{where}: must hold at least one line, a JSON object with a prompt or messages, got none"
+        )
     return requests
 
 
@@ -64,7 +68,9 @@ def _parse(line: bytes, tokenizer: Tokenizer) -> Request:
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         raise UserError('must be a JSON object with either "prompt" or "messages"')
     if taken := [name for name in OUTPUT_FIELDS if name in record]:
-        raise UserError(f'"{taken[0]}" must not be there, the result is written under this name; rename the field')
+        raise UserError(
+            f'"{taken[0]}" must not be there, the result is written under this name; rename the field'
+        )
     if "prompt" in record:
         if not isinstance(record["prompt"], str):
             raise UserError(f"prompt must be a string, got {json.dumps(record['prompt'])[:60]}")
@@ -72,7 +78,9 @@ def _parse(line: bytes, tokenizer: Tokenizer) -> Request:
     messages = parse_messages(record["messages"])
     if disorder := find_disorder([*messages, Message("assistant", "")]):
         expected = "messages must be at most one of the system first, then of user and assistant in turn, the user's last"
-        raise MalformedConversation(disorder, f"{expected}; got {', '.join(message.role for message in messages)}")
+        raise MalformedConversation(
+            disorder, f"{expected}; got {', '.join(message.role for message in messages)}"
+        )
     return Request(record, chat.prompt_ids(tokenizer, messages), is_chat=True)
 
 
@@ -99,7 +107,11 @@ def _check_unicode(value: Any, place: str = "") -> None:
 
 
 def complete(
-    model: Transformer, tokenizer: Tokenizer, requests: Sequence[Request], config: SamplingConfig, batch_size: int
+    model: Transformer,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    config: SamplingConfig,
+    batch_size: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answer requests, `batch_size` at a time.
 
@@ -117,9 +129,13 @@ def complete(
             vocab_size=tokenizer.vocab_size,
         )
         results = (
-            (tokenizer.decode(completion.ids, continues=True), len(completion.ids), completion.stopped) for completion in completions
+            (tokenizer.decode(completion.ids, continues=True), len(completion.ids), completion.stopped)
+            for completion in completions
         )
-        yield [request.record | dict(zip(OUTPUT_FIELDS, result, strict=True)) for request, result in zip(batch, results, strict=True)]
+        yield [
+            request.record | dict(zip(OUTPUT_FIELDS, result, strict=True))
+            for request, result in zip(batch, results, strict=True)
+        ]
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[tuple[int, list[Request]]]:

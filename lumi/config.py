@@ -51,7 +51,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two JSON objects, as "key.subkey was X, is Y now"; long values are cut."""
     flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
     keys = [key for key in flat_old | flat_new if flat_old.get(key) != flat_new.get(key)]
-    return [f"{key} was {_describe(flat_old.get(key))}, is {_describe(flat_new.get(key))} now" for key in keys]
+    return [
+        f"{key} was {_describe(flat_old.get(key))}, is {_describe(flat_new.get(key))} now" for key in keys
+    ]
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -71,7 +73,9 @@ def read_json(path: str | Path) -> Any:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"{path}: cannot be read: {reason}") from error
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float)
+        return json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
 
@@ -80,7 +84,9 @@ def write_json(path: str | Path, data: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     os.replace(temporary, path)
 
 
@@ -110,7 +116,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise UserError(f"an override must look like key.subkey=value, got {override!r}")
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float)
+        value = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
     except json.JSONDecodeError:
         value = text  # a bare word is a string: optimizer.kind=muon
     except ValueError as error:
@@ -127,7 +135,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             if not last and target.get(key) is None:
                 target[key] = {}
         else:
-            raise UserError(f"override {override!r}: {'.'.join(keys[:depth])} holds {_describe(target)}, it has no keys")
+            raise UserError(
+                f"override {override!r}: {'.'.join(keys[:depth])} holds {_describe(target)}, it has no keys"
+            )
         if last:
             target[index] = value
         else:
@@ -161,7 +171,9 @@ def _coerce(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
     if origin is Literal:
         if value in arguments and isinstance(value, type(arguments[arguments.index(value)])):
             return value
-        raise _error(where, path, f"must be one of {', '.join(map(json.dumps, arguments))}, got {_describe(value)}")
+        raise _error(
+            where, path, f"must be one of {', '.join(map(json.dumps, arguments))}, got {_describe(value)}"
+        )
     if origin in (Union, types.UnionType):
         return _coerce_union(arguments, value, where, path)
     if origin is tuple:
@@ -187,14 +199,24 @@ def _coerce_union(options: tuple[Any, ...], value: Any, where: str, path: tuple[
     options = tuple(option for option in options if option is not type(None))
     if len(options) == 1:
         return _coerce(options[0], value, where, path)
-    classes = {typing.get_args(typing.get_type_hints(option)["kind"])[0]: option for option in options if dataclasses.is_dataclass(option)}
+    classes = {
+        typing.get_args(typing.get_type_hints(option)["kind"])[0]: option
+        for option in options
+        if dataclasses.is_dataclass(option)
+    }
     if classes:
         kind = value.get("kind") if isinstance(value, dict) else None
         if kind not in classes:
-            raise _error(where, (*path, "kind"), f"must be one of {', '.join(map(json.dumps, classes))}, got {_describe(kind)}")
+            raise _error(
+                where,
+                (*path, "kind"),
+                f"must be one of {', '.join(map(json.dumps, classes))}, got {_describe(kind)}",
+            )
         return _build(classes[kind], value, where, path)
     for option in options:
-        if type(value) is option or (typing.get_origin(option) is Literal and value in typing.get_args(option)):
+        if type(value) is option or (
+            typing.get_origin(option) is Literal and value in typing.get_args(option)
+        ):
             return value
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             return _coerce(option, value, where, path)

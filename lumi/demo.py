@@ -32,7 +32,10 @@ CONFIGS = Path(lumi.configs.__file__).parent / "demo"
 VALIDATION_FRACTION = 0.03
 LEAST_SHARE = 0.577  # of the steps of the configs: 300 of 520. With fewer, measured, the model does not beat xz by a clear margin
 STAGES = 9
-QUESTIONS = (("questions_train", "seen", 2), ("questions_held_out", "held out", 3))  # corpus, its name in the output, how many are asked
+QUESTIONS = (
+    ("questions_train", "seen", 2),
+    ("questions_held_out", "held out", 3),
+)  # corpus, its name in the output, how many are asked
 
 
 class Pace(NamedTuple):
@@ -59,10 +62,16 @@ class Demo:
         self._title("prepare", "Python's own documentation -> documents")
         prepare(load_config(PrepareConfig, CONFIGS / "prepare.json"), self.folder("corpus"), use_cache=True)
         self._title("tokenizer", "documents -> SentencePiece BPE")
-        train_tokenizer(load_config(TokenizerConfig, CONFIGS / "tokenizer.json"), [self.folder("corpus")], self.folder("tokenizer"))
+        train_tokenizer(
+            load_config(TokenizerConfig, CONFIGS / "tokenizer.json"),
+            [self.folder("corpus")],
+            self.folder("tokenizer"),
+        )
         tokenizer = Tokenizer.load(self.folder("tokenizer"))
         self._title("tokenize", "documents -> tokens")
-        tokenize([self.folder("corpus")], tokenizer, self.folder("tokens"), validation_fraction=VALIDATION_FRACTION)
+        tokenize(
+            [self.folder("corpus")], tokenizer, self.folder("tokens"), validation_fraction=VALIDATION_FRACTION
+        )
         self._title("pre-train", "tokens -> a language model")
         if code := self._train("pretrain", "tokens"):
             return code
@@ -82,7 +91,12 @@ class Demo:
         pretrained = load_pretrained(self.folder("model"), device=self.device)
         self._title("evaluate", "the merged model -> figures, each with its protocol")
         config = load_config(EvaluationConfig, CONFIGS / "evaluation.json")
-        evaluate(config, pretrained, self.folder("evaluation"), data_dirs=[self.folder("tokens"), self.folder("questions")])
+        evaluate(
+            config,
+            pretrained,
+            self.folder("evaluation"),
+            data_dirs=[self.folder("tokens"), self.folder("questions")],
+        )
         self._title("answer", "questions -> answers")
         self._answer(pretrained)
         self._summary(tokenizer, time.monotonic() - started)
@@ -98,7 +112,9 @@ class Demo:
             print(f"{run / 'final'} is there already; remove {self.output_dir} to begin anew")
             return 0
         config, resume = self.config(name), "auto" if run.exists() else None
-        paths = Paths([str(self.folder(data))], str(self.folder("tokenizer")), run, resume=resume, model_path=model_path)
+        paths = Paths(
+            [str(self.folder(data))], str(self.folder("tokenizer")), run, resume=resume, model_path=model_path
+        )
         return train(config, paths, self.device)
 
     def config(self, name: str) -> TrainConfig:
@@ -106,7 +122,9 @@ class Demo:
         if (begun := self.folder(name) / "config.json").is_file():
             return load_config(TrainConfig, begun)
         config, pace = load_config(TrainConfig, CONFIGS / f"{name}.json"), self._pace()
-        return dataclasses.replace(config, dtype=pace.dtype, num_steps=max(1, round(config.num_steps * pace.share)))
+        return dataclasses.replace(
+            config, dtype=pace.dtype, num_steps=max(1, round(config.num_steps * pace.share))
+        )
 
     def _pace(self) -> Pace:
         """Of pre-training that has begun already, or measured."""
@@ -123,11 +141,17 @@ class Demo:
         """Ask some of the questions that are asked of the corpus, and print what it says beside what the model says."""
         model, tokenizer = pretrained.model, pretrained.tokenizer
         for name, side, count in QUESTIONS:
-            asked = [messages for batch in read_corpus(self.folder(name)).iter_conversations() for messages in batch.conversations]
+            asked = [
+                messages
+                for batch in read_corpus(self.folder(name)).iter_conversations()
+                for messages in batch.conversations
+            ]
             chosen = [asked[(2 * index + 1) * len(asked) // (2 * count)] for index in range(count)]
             prompts = [prompt_ids(tokenizer, messages[:-1]) for messages in chosen]
             greedy = SamplingConfig(max_new_tokens=80, temperature=0.0)
-            answers = generate_ids(model, prompts, greedy, stop_ids=stop_ids(tokenizer), pad_id=filler_id(tokenizer))
+            answers = generate_ids(
+                model, prompts, greedy, stop_ids=stop_ids(tokenizer), pad_id=filler_id(tokenizer)
+            )
             for messages, answer in zip(chosen, answers, strict=True):
                 end = "" if answer.stopped else " ... [cut]"
                 print(f"\n  [{side}] {messages[-2].content}")
@@ -149,16 +173,33 @@ class Demo:
             ("after", f"{after['loss']:.3f} nats per token"),
             ("tuned on", self._trained_on("finetune")),
             ("time", f"{seconds:.0f} s for what was done in this call"),
-            *((name, self.folder(name)) for name in ("corpus", "tokenizer", "tokens", "pretrain", "questions", "finetune", "evaluation")),
+            *(
+                (name, self.folder(name))
+                for name in (
+                    "corpus",
+                    "tokenizer",
+                    "tokens",
+                    "pretrain",
+                    "questions",
+                    "finetune",
+                    "evaluation",
+                )
+            ),
             ("model", self.folder("model")),
         ]
         print("\n" + "\n".join(f"  {name:<14} {value}" for name, value in rows))
         command = os.path.relpath(Path(sys.executable).with_name("lumi"))
         print(f"\n  talk to it:    {command} chat --model-path {self.folder('model')} --temperature 0")
-        print(f"  more text:     {command} generate --model-path {self.folder('pretrain')} --prompt 'class Path'\n")
+        print(
+            f"  more text:     {command} generate --model-path {self.folder('pretrain')} --prompt 'class Path'\n"
+        )
 
     def _validations(self, run: str) -> list[dict]:
-        return [record for record in read_metrics(self.folder(run) / "metrics.jsonl") if record["kind"] == "validation"]
+        return [
+            record
+            for record in read_metrics(self.folder(run) / "metrics.jsonl")
+            if record["kind"] == "validation"
+        ]
 
     def _trained_on(self, run: str) -> str:
         config = read_json(self.folder(run) / "config.json")
@@ -185,7 +226,9 @@ def rehearse(config: TrainConfig, minutes: float) -> Pace:
     seconds = [step_seconds(choice) for choice in choices]
     best = choices[seconds.index(min(seconds))]
     share = min(1.0, max(minutes * 60 / min(seconds) / config.num_steps, LEAST_SHARE)) if minutes else 1.0
-    measured = ", ".join(f"{choice.dtype} {value:.2f} s/step" for choice, value in zip(choices, seconds, strict=True))
+    measured = ", ".join(
+        f"{choice.dtype} {value:.2f} s/step" for choice, value in zip(choices, seconds, strict=True)
+    )
     print(f"rehearsal: {measured} -> {best.dtype}, {share:.0%} of {config.num_steps} steps")
     return Pace(best.dtype, share)
 
@@ -195,7 +238,9 @@ def step_seconds(config: TrainConfig) -> float:
     assert config.model is not None
     model = Transformer(config.model, REFERENCE, compute_dtype=getattr(torch, config.dtype)).init_weights(0)
     size, length = config.batches.micro_batch_rows, config.batches.sequence_length
-    tokens = torch.randint(config.model.vocab_size, (size, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        config.model.vocab_size, (size, length), generator=torch.Generator().manual_seed(0)
+    )
     cu_seqlens = torch.arange(0, size * length + 1, length, dtype=torch.int32)
     for _ in range(2):
         begin = time.perf_counter()
@@ -207,4 +252,6 @@ def step_seconds(config: TrainConfig) -> float:
 def held_out_text(tokens: Path, tokenizer: Tokenizer) -> bytes:
     """The validation documents of a token store, one after the other, in UTF-8."""
     split = TokenStore.open(tokens).split("validation")
-    return b"".join(tokenizer.decode(split.document(index).tolist()).encode() for index in range(split.num_documents))
+    return b"".join(
+        tokenizer.decode(split.document(index).tolist()).encode() for index in range(split.num_documents)
+    )

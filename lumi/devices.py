@@ -12,7 +12,9 @@ class Gpu(NamedTuple):
     flops: float  # dense bfloat16 peak, FLOP/s
     memory_bytes: int  # the GB of a data sheet are GiB
     memory_bandwidth: float  # bytes/s
-    link_bandwidth: float  # bytes/s that it sends to the GPUs of its node: NVLink, or PCIe 4.0 x16 where it has none
+    link_bandwidth: (
+        float  # bytes/s that it sends to the GPUs of its node: NVLink, or PCIe 4.0 x16 where it has none
+    )
 
 
 GPUS = {

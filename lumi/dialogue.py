@@ -50,7 +50,9 @@ class Dialogue:
         UserError: the tokenizer's chat template cannot be used, or the system message is refused by it or too long.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig, system: str | None = None):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig, system: str | None = None
+    ):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self._num_answers = 0
         positions = model.config.max_positions
@@ -63,7 +65,9 @@ class Dialogue:
         Raises:
             UserError: it is too long, not valid Unicode, or refused by the chat template; everything is as it was then.
         """
-        utf8(system or "")  # before the template stands around it: the place of an error is counted in what was written
+        utf8(
+            system or ""
+        )  # before the template stands around it: the place of an error is counted in what was written
         if (shortest := len(self._prompt(system, [], Message("user", "?")))) > self.max_prompt_tokens:
             raise UserError(
                 f"the system message must leave room for a question within {self.max_prompt_tokens} tokens (the model's "
@@ -106,7 +110,9 @@ class Dialogue:
 
     def _prompt(self, system: str | None, turns: Sequence[Turn], user: Message) -> list[int]:
         first = [Message("system", system)] if system else []
-        return chat.prompt_ids(self.tokenizer, [*first, *(message for turn in turns for message in turn), user])
+        return chat.prompt_ids(
+            self.tokenizer, [*first, *(message for turn in turns for message in turn), user]
+        )
 
     def _generate(self, prompt: Sequence[int], on_text: Callable[[str], None]) -> Answer:
         decoder, pieces, ids = StreamDecoder(self.tokenizer), list[str](), list[int]()
@@ -206,14 +212,20 @@ def _turn(dialogue: Dialogue, line: str, interactive: bool) -> bool:
         _note(f"cut after {answer.num_tokens} tokens")
     if answer.num_forgotten:
         turns = "turn was" if answer.num_forgotten == 1 else f"{answer.num_forgotten} turns were"
-        _note(f"the conversation outgrew the model's {dialogue.model.config.max_positions} positions: the oldest {turns} forgotten")
+        _note(
+            f"the conversation outgrew the model's {dialogue.model.config.max_positions} positions: the oldest {turns} forgotten"
+        )
     return True
 
 
 def _obey(dialogue: Dialogue, command: str, rest: str) -> None:
     if command == "system":
         dialogue.set_system(rest)
-        _note("a new conversation, with this system message" if rest else "a new conversation, without a system message")
+        _note(
+            "a new conversation, with this system message"
+            if rest
+            else "a new conversation, without a system message"
+        )
     elif command in ("reset", "undo", "help") and not rest:
         if command == "reset":
             dialogue.reset()
@@ -224,7 +236,9 @@ def _obey(dialogue: Dialogue, command: str, rest: str) -> None:
         else:
             print(HELP, file=sys.stderr)
     else:
-        raise UserError(f"a command must be /reset, /undo, /system TEXT, /help or /exit, got /{command} {rest}".rstrip())
+        raise UserError(
+            f"a command must be /reset, /undo, /system TEXT, /help or /exit, got /{command} {rest}".rstrip()
+        )
 
 
 def _note(text: str) -> None:

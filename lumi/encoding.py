@@ -88,7 +88,9 @@ def encode_documents(recipe: Recipe, task: Documents) -> dict[str, Encoded]:
         if isinstance(document, str):
             data = utf8(document)
             name, rank = split_of(data, recipe.validation_fraction)
-            splits[name].add([tokenizer.bos_id, *tokenizer.encode_utf8(data), tokenizer.eos_id], source, len(data), rank)
+            splits[name].add(
+                [tokenizer.bos_id, *tokenizer.encode_utf8(data), tokenizer.eos_id], source, len(data), rank
+            )
         else:
             name, rank = split_of(canonical(document), recipe.validation_fraction)
             assert recipe.template is not None
@@ -122,7 +124,9 @@ class _Growing:
         self.counts[source] = (documents + 1, tokens + len(ids), total_bytes + num_bytes)
         self.lowest_rank = min(self.lowest_rank, rank)
 
-    def add_conversation(self, rendered: Rendered | None, conversation: Conversation, source: str, rank: int) -> None:
+    def add_conversation(
+        self, rendered: Rendered | None, conversation: Conversation, source: str, rank: int
+    ) -> None:
         answers = [index for index, message in enumerate(conversation) if message.role == "assistant"]
         if rendered is None:
             self.dropped["no_answer_within_max_tokens" if answers else "no_answer"] += 1
@@ -138,7 +142,9 @@ class _Growing:
         return Encoded(tokens, lengths, mask, self.counts, self.lowest_rank, self.dropped, self.truncated)
 
 
-def encode_all(batches: Iterable[Documents], recipe: Recipe, num_workers: int) -> Iterator[dict[str, Encoded]]:
+def encode_all(
+    batches: Iterable[Documents], recipe: Recipe, num_workers: int
+) -> Iterator[dict[str, Encoded]]:
     """Encode documents in their order; the documents that come out do not depend on `num_workers`.
 
     Args:
@@ -161,7 +167,11 @@ def make_tasks(batches: Iterable[Documents]) -> Iterator[Documents]:
         for document, source in zip(batch.documents, batch.sources, strict=True):
             documents.append(document)
             sources.append(source)
-            size += len(document) if isinstance(document, str) else sum(len(message.content) for message in document)
+            size += (
+                len(document)
+                if isinstance(document, str)
+                else sum(len(message.content) for message in document)
+            )
             if size >= TASK_CHARACTERS:
                 yield Documents(documents, sources)
                 documents, sources, size = [], [], 0

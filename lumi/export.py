@@ -38,12 +38,20 @@ class Exported(NamedTuple):
     merging: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        files = f"{self.num_files} file{'s' * (self.num_files > 1)} of weights, {self.num_bytes / 1e6:,.1f} MB"
-        difference = f"differ by at most {self.difference:.3g} from float32's (up to {self.logit:.3g})" if self.difference else "are equal"
+        files = (
+            f"{self.num_files} file{'s' * (self.num_files > 1)} of weights, {self.num_bytes / 1e6:,.1f} MB"
+        )
+        difference = (
+            f"differ by at most {self.difference:.3g} from float32's (up to {self.logit:.3g})"
+            if self.difference
+            else "are equal"
+        )
         lines = [f"{files}; read back and compared: the logits {difference}"]
         if self.merging is not None:
             lines.append(
-                "merged in float64: the logits differ by at most {:.3g} from base and adapter's, allowed {:.3g}".format(*self.merging)
+                "merged in float64: the logits differ by at most {:.3g} from base and adapter's, allowed {:.3g}".format(
+                    *self.merging
+                )
             )
         return "\n".join(lines)
 
@@ -68,7 +76,9 @@ def export(
     """
     _check_output(output_dir)
     if is_adapter(folder := locate(model_path)):
-        raise UserError(f"--model-path must be a whole model, got the adapter {folder}; `lumi merge` makes one of it and its base")
+        raise UserError(
+            f"--model-path must be a whole model, got the adapter {folder}; `lumi merge` makes one of it and its base"
+        )
     model, tokenizer, *_ = load_pretrained(folder, tokenizer_path=tokenizer_path, device="cpu")
     return _write(Path(output_dir), model, tokenizer, dtype, max_shard_bytes)
 
@@ -93,7 +103,9 @@ def merge(
     """
     _check_output(output_dir)
     if not is_adapter(adapter := locate(model_path)):
-        raise UserError(f"--model-path must hold an adapter, got the whole model {adapter}; nothing is to be merged")
+        raise UserError(
+            f"--model-path must hold an adapter, got the whole model {adapter}; nothing is to be merged"
+        )
     if base_path is None:
         model, tokenizer, *_ = load_pretrained(adapter, device="cpu")
     else:
@@ -117,7 +129,9 @@ def _check_output(output_dir: str | Path) -> None:
         raise UserError(f"--output-dir must be new or empty, got {path}; choose another")
 
 
-def _write(output_dir: Path, model: Transformer, tokenizer: Tokenizer, dtype: str, max_shard_bytes: int | None) -> Exported:
+def _write(
+    output_dir: Path, model: Transformer, tokenizer: Tokenizer, dtype: str, max_shard_bytes: int | None
+) -> Exported:
     """Write, read back and compare; `output_dir` appears when all is well."""
     exact = _logits(model)
     for name, parameter in model.named_parameters():
@@ -132,18 +146,26 @@ def _write(output_dir: Path, model: Transformer, tokenizer: Tokenizer, dtype: st
         try:
             save_model(temporary, model, tokenizer, dtype, max_shard_bytes)
         except OSError as error:
-            raise UserError(f"{output_dir}: cannot be written: {error.strerror}; nothing was left there") from error
+            raise UserError(
+                f"{output_dir}: cannot be written: {error.strerror}; nothing was left there"
+            ) from error
         reread = load_model(temporary, model.ops, tokenizer=tokenizer)
         weights, rewritten = model.state_dict(), reread.state_dict()
-        if not all(torch.equal(weights[name], rewritten[name]) for name in weights) or not torch.equal(_logits(reread), expected):
-            raise UserError(f"{output_dir}: what was read back is not what was written; nothing was left there, check the disk")
+        if not all(torch.equal(weights[name], rewritten[name]) for name in weights) or not torch.equal(
+            _logits(reread), expected
+        ):
+            raise UserError(
+                f"{output_dir}: what was read back is not what was written; nothing was left there, check the disk"
+            )
         files = [path.stat().st_size for path in temporary.glob("*.safetensors")]
     return Exported(len(files), sum(files), (expected - exact).abs().max().item(), exact.abs().max().item())
 
 
 def _check_space(folder: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
-        raise UserError(f"--output-dir must have {needed / 1e9:.2f} GB of space for the weights, got {free / 1e9:.2f} GB; free some")
+        raise UserError(
+            f"--output-dir must have {needed / 1e9:.2f} GB of space for the weights, got {free / 1e9:.2f} GB; free some"
+        )
 
 
 def _merge_and_compare(model: Transformer) -> tuple[float, float]:
@@ -159,7 +181,9 @@ def _merge_and_compare(model: Transformer) -> tuple[float, float]:
     error, bound = ((other - exact).abs().max().item() for other in (_logits(model), rounded))
     model.float().compute_dtype = torch.float32
     if not error <= bound:
-        raise UserError(f"the merged model must compute what base and adapter compute to {bound:.3g}, got {error:.3g}; report this")
+        raise UserError(
+            f"the merged model must compute what base and adapter compute to {bound:.3g}, got {error:.3g}; report this"
+        )
     return error, bound
 
 

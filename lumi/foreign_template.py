@@ -83,13 +83,25 @@ def _parts(
     add_generation_prompt: bool,
 ) -> tuple[Part, ...]:
     words = [secrets.token_hex(16) for _ in turns]
-    messages = [{"role": role, "content": before + word + after} for word, (role, before, after) in zip(words, turns, strict=True)]
-    ours = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+    messages = [
+        {"role": role, "content": before + word + after}
+        for word, (role, before, after) in zip(words, turns, strict=True)
+    ]
+    ours = {
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "tools": None,
+        "documents": None,
+    }
     text = _render(template, {**dict(variables), **ours})
-    meaning: dict[str, Part] = {piece: ControlPiece(piece) for piece in pieces if piece and not re.search(r"\s", piece)}
+    meaning: dict[str, Part] = {
+        piece: ControlPiece(piece) for piece in pieces if piece and not re.search(r"\s", piece)
+    }
     meaning |= {word: Content(index) for index, word in enumerate(words)}
     pattern = "|".join(re.escape(key) for key in sorted(meaning, key=len, reverse=True))
-    found = tuple(meaning.get(part, part) for part in (re.split(f"({pattern})", text) if pattern else [text]) if part)
+    found = tuple(
+        meaning.get(part, part) for part in (re.split(f"({pattern})", text) if pattern else [text]) if part
+    )
     for index, (role, *_) in enumerate(turns):
         if (count := found.count(Content(index))) != 1:
             raise UserError(
@@ -105,7 +117,9 @@ def _render(template: str, variables: dict[str, Any]) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     job = json.dumps({"template": template, "variables": variables})
     try:
-        process = subprocess.run(command, input=job, capture_output=True, text=True, env=environment, timeout=WALL_SECONDS)
+        process = subprocess.run(
+            command, input=job, capture_output=True, text=True, env=environment, timeout=WALL_SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise UserError(
             f"the model's chat template must finish within {WALL_SECONDS} s, but did not; replace chat_template.jinja in the tokenizer's "
@@ -133,7 +147,11 @@ def main() -> None:
     _limit_resources()
     try:
         text = _environment().from_string(job["template"]).render(**job["variables"])
-        answer = {"text": text} if len(text) <= MAX_CHARACTERS else {"error": f"makes {len(text)} characters of it"}
+        answer = (
+            {"text": text}
+            if len(text) <= MAX_CHARACTERS
+            else {"error": f"makes {len(text)} characters of it"}
+        )
     except _Refusal as error:
         answer = {"error": f"says: {error}"}
     except TemplateSyntaxError as error:
@@ -177,8 +195,12 @@ def _environment() -> Any:
     def refuse(message: str) -> NoReturn:
         raise _Refusal(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return environment

@@ -26,7 +26,9 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature != 0 and not 1e-4 <= self.temperature < float("inf"):  # below, logits divided by it leave float32
+        if self.temperature != 0 and not 1e-4 <= self.temperature < float(
+            "inf"
+        ):  # below, logits divided by it leave float32
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0 is off), got {self.top_k}")
@@ -35,7 +37,9 @@ class SamplingConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
         if not 0.01 <= self.repetition_penalty <= 100:
-            raise ValueError(f"repetition_penalty must be between 0.01 and 100 (1 is off), got {self.repetition_penalty}")
+            raise ValueError(
+                f"repetition_penalty must be between 0.01 and 100 (1 is off), got {self.repetition_penalty}"
+            )
 
 
 class LayerCache:
@@ -43,7 +47,9 @@ class LayerCache:
 
     def __init__(self, batch: int, length: int, model: Transformer, device: torch.device):
         shape = (batch, length, model.config.kv_heads, model.config.per_head)
-        self.k_BSGK, self.v_BSGK = (torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in range(2))
+        self.k_BSGK, self.v_BSGK = (
+            torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in range(2)
+        )
 
     def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Store at `positions_BT`; what a shorter prompt's padding left there before is overwritten when its turn comes."""
@@ -115,14 +121,18 @@ def generate_ids(
                 outputs[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
-                running[row] = lengths[row] + len(outputs[row]) < capacity and len(outputs[row]) < config.max_new_tokens
+                running[row] = (
+                    lengths[row] + len(outputs[row]) < capacity and len(outputs[row]) < config.max_new_tokens
+                )
             elif running[row]:
                 running[row], stopped[row] = False, True
         if not any(running):
             break
         growing_B = torch.tensor(running, device=device)
         tokens[rows[growing_B], length_B[growing_B]] = next_B[growing_B]
-        length_B = length_B + growing_B  # a finished row computes its last token again: the shapes stay, the result is not used
+        length_B = (
+            length_B + growing_B
+        )  # a finished row computes its last token again: the shapes stay, the result is not used
     return [Completion(ids, stop) for ids, stop in zip(outputs, stopped, strict=True)]
 
 
@@ -132,20 +142,30 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int) -> None:
     if not lengths or min(lengths) == 0:
         raise UserError("a prompt must hold at least one token, got an empty one")
     if max(lengths) >= max_positions:
-        raise UserError(f"a prompt must be shorter than the model's {max_positions} positions, got {max(lengths)} tokens")
+        raise UserError(
+            f"a prompt must be shorter than the model's {max_positions} positions, got {max(lengths)} tokens"
+        )
 
 
 def require_finite(values: Tensor) -> None:
     """Raises UserError where what a model computed is NaN or infinite."""
     if not values.isfinite().all():
-        raise UserError("the model's output must be finite, got NaN or infinity: its weights are broken, or --dtype is too narrow for them")
+        raise UserError(
+            "the model's output must be finite, got NaN or infinity: its weights are broken, or --dtype is too narrow for them"
+        )
 
 
 def _positions(block: Tensor) -> Tensor:
     return torch.arange(block.shape[1], device=block.device).expand(block.shape)
 
 
-def sample(logits: Tensor, tokens: Tensor, lengths: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
+def sample(
+    logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    config: SamplingConfig,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
     """Choose a token per row.
 
     Args:
@@ -163,7 +183,9 @@ def sample(logits: Tensor, tokens: Tensor, lengths: Tensor, config: SamplingConf
     if config.repetition_penalty != 1.0:
         seen = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         mentioned = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(1, tokens, seen.long()) > 0
-        penalised = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+        penalised = torch.where(
+            logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty
+        )
         logits = torch.where(mentioned, penalised, logits)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
@@ -173,10 +195,15 @@ def sample(logits: Tensor, tokens: Tensor, lengths: Tensor, config: SamplingConf
     if config.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        outside = probabilities.cumsum(dim=-1) - probabilities >= config.top_p  # the token that crosses the line stays
+        outside = (
+            probabilities.cumsum(dim=-1) - probabilities >= config.top_p
+        )  # the token that crosses the line stays
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
     probabilities = logits.softmax(dim=-1).cpu()
-    picks = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators, strict=True)]
+    picks = [
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(probabilities, generators, strict=True)
+    ]
     return torch.cat(picks).to(logits.device)
 
 

@@ -35,7 +35,11 @@ _ROPE_SCALING = {  # ours -> theirs
 
 
 def save_model(
-    folder: str | Path, model: Transformer, tokenizer: Tokenizer, dtype: str = "float32", max_shard_bytes: int | None = None
+    folder: str | Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    dtype: str = "float32",
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write a model that is in memory as a folder; all else as `save_model_tensors`."""
     save_model_tensors(folder, model.config, model.state_dict(), tokenizer, dtype, max_shard_bytes)
@@ -80,7 +84,9 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _save_weights(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int | None) -> None:
+def _save_weights(
+    folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int | None
+) -> None:
     """Write the weights file by file. How many there are is known at the end, and part of their names."""
     parts: list[list[str]] = []
     total = size = 0
@@ -111,13 +117,20 @@ def model_folder(path: str | Path) -> Path:
     if (path / "final").is_dir():
         return path / "final"
     if (path / "checkpoints").is_dir():
-        raise UserError(f"{path}: must be a finished run, but has no final/ yet; finish it with --resume-from-checkpoint auto")
+        raise UserError(
+            f"{path}: must be a finished run, but has no final/ yet; finish it with --resume-from-checkpoint auto"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: must be a model folder with a config.json; pass a run folder or its final/")
     return path
 
 
-def load_model(folder: str | Path, ops: Ops, compute_dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None) -> Transformer:
+def load_model(
+    folder: str | Path,
+    ops: Ops,
+    compute_dtype: torch.dtype = torch.float32,
+    tokenizer: Tokenizer | None = None,
+) -> Transformer:
     """Read a Llama or Qwen3 folder, ours or anybody's.
 
     Args:
@@ -155,17 +168,23 @@ def _load_weights(folder: Path, model: Transformer) -> None:
     for file in _weight_files(folder):
         with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied_embeddings):
+                if name.endswith("rotary_emb.inv_freq") or (
+                    name == "lm_head.weight" and model.config.tied_embeddings
+                ):
                     continue  # old writers store the frequencies, some repeat the tied embedding
                 view = tensors.get_slice(name)
                 if view.get_dtype() not in _READABLE:
-                    raise UserError(f"{file}: {name} must be of {', '.join(sorted(_READABLE))}, got {view.get_dtype()}: quantised weights?")
+                    raise UserError(
+                        f"{file}: {name} must be of {', '.join(sorted(_READABLE))}, got {view.get_dtype()}: quantised weights?"
+                    )
                 places[name], shapes[name] = file, tuple(view.get_shape())
     for name, tensor in expected.items():
         if (got := shapes.get(name, "nothing")) != tuple(tensor.shape):
             raise UserError(f"{folder}: {name} must have shape {tuple(tensor.shape)}, got {got}")
     if unknown := sorted(places.keys() - expected.keys()):
-        raise UserError(f"{folder}: holds a weight that this model has no place for: {unknown[0]} ({len(unknown)} in all)")
+        raise UserError(
+            f"{folder}: holds a weight that this model has no place for: {unknown[0]} ({len(unknown)} in all)"
+        )
     for file in sorted(set(places.values())):
         with open_tensors(file) as tensors, torch.no_grad():
             for name in (name for name, place in places.items() if place == file):
@@ -179,13 +198,21 @@ def _weight_files(folder: Path) -> Sequence[Path]:
         index = read_json(folder / _INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / _INDEX}: must hold a weight_map of weights and their files, got none; copy it again")
+            raise UserError(
+                f"{folder / _INDEX}: must hold a weight_map of weights and their files, got none; copy it again"
+            )
         names = sorted(map(str, set(weight_map.values())))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):  # a path could lead anywhere
-            raise UserError(f"{folder / _INDEX}: must name safetensors files beside it, got {name!r}; do not use this folder")
+            raise UserError(
+                f"{folder / _INDEX}: must name safetensors files beside it, got {name!r}; do not use this folder"
+            )
         if not (folder / name).is_file():
-            why = "only safetensors weights are read (no pickle)" if names == [_WEIGHTS] else f"{_INDEX} names it; copy the whole folder"
+            why = (
+                "only safetensors weights are read (no pickle)"
+                if names == [_WEIGHTS]
+                else f"{_INDEX} names it; copy the whole folder"
+            )
             raise UserError(f"{folder / name}: is missing; {why}")
     return [folder / name for name in names]
 
@@ -209,7 +236,9 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str
     """transformers' `config.json`, with the keys of both its generations."""
     scaling = None
     if config.rope_scaling is not None:
-        scaling = {"rope_type": "llama3"} | {theirs: getattr(config.rope_scaling, ours) for ours, theirs in _ROPE_SCALING.items()}
+        scaling = {"rope_type": "llama3"} | {
+            theirs: getattr(config.rope_scaling, ours) for ours, theirs in _ROPE_SCALING.items()
+        }
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
@@ -250,20 +279,32 @@ def read_shape(folder: str | Path) -> ModelConfig:
 def model_config(data: dict[str, Any], where: str) -> ModelConfig:
     """Our config from transformers'. Raises UserError naming what is not supported."""
     if not isinstance(data, dict) or not isinstance(data.get("architectures") or [], list):
-        raise UserError(f"{where}: must be the config of a model, an object with a list of architectures; copy the file again")
+        raise UserError(
+            f"{where}: must be the config of a model, an object with a list of architectures; copy the file again"
+        )
     rope, older = data.get("rope_parameters") or data.get("rope_scaling") or {}, data.get("rope_scaling")
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters must be an object, got {rope!r}")
-    if older is not None and (not isinstance(older, dict) or _rope_type(older) != _rope_type(rope) or _contradict(rope, older)):
-        raise UserError(f"{where}: rope_parameters and rope_scaling must say the same, got {rope} and {older}; take one out")
+    if older is not None and (
+        not isinstance(older, dict) or _rope_type(older) != _rope_type(rope) or _contradict(rope, older)
+    ):
+        raise UserError(
+            f"{where}: rope_parameters and rope_scaling must say the same, got {rope} and {older}; take one out"
+        )
     rope_type = _rope_type(rope)
     supported = {
         "model_type": (data.get("model_type"), ("llama", "qwen3")),
-        "architectures": ((data.get("architectures") or [None])[0], (None, "LlamaForCausalLM", "Qwen3ForCausalLM")),
+        "architectures": (
+            (data.get("architectures") or [None])[0],
+            (None, "LlamaForCausalLM", "Qwen3ForCausalLM"),
+        ),
         "quantization_config": (data.get("quantization_config"), (None,)),
         "hidden_act": (data.get("hidden_act", "silu"), ("silu",)),
         "rope_type": (rope_type, ("default", "llama3")),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0)), (1.0, None)),
+        "partial_rotary_factor": (
+            rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0)),
+            (1.0, None),
+        ),
         "attention_bias": (data.get("attention_bias", False), (False,)),
         "mlp_bias": (data.get("mlp_bias", False), (False,)),
         "use_sliding_window": (data.get("use_sliding_window", False), (False,)),
@@ -271,7 +312,9 @@ def model_config(data: dict[str, Any], where: str) -> ModelConfig:
     for key, (value, allowed) in supported.items():
         if value not in allowed:
             wanted = " or ".join(repr(item) for item in allowed if item is not None) or "absent"
-            raise UserError(f"{where}: {key} must be {wanted}, got {repr(value)[:100]}: this model cannot be imported")
+            raise UserError(
+                f"{where}: {key} must be {wanted}, got {repr(value)[:100]}: this model cannot be imported"
+            )
     required = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     if missing := [key for key in required if key not in data]:
         raise UserError(f"{where}: {missing[0]} is missing; this is not the config of a Llama model")

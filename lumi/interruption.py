@@ -30,7 +30,9 @@ class StopSignal:
         self._depth = 0  # of `interrupting` blocks
 
     def __enter__(self) -> "StopSignal":
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -65,5 +67,7 @@ class StopSignal:
             self.received, self.time = number, now
             if self._depth:
                 raise Interrupted(number)
-        elif now - self.time > 1.0:  # torchrun hands Ctrl-C on to processes that the terminal has already told: that is not a second one
+        elif (
+            now - self.time > 1.0
+        ):  # torchrun hands Ctrl-C on to processes that the terminal has already told: that is not a second one
             os._exit(128 + number)

@@ -41,7 +41,9 @@ class LoraConfig:
     dora: bool = False
     targets: str | tuple[str, ...] = ALL_LINEAR
     tokens: tuple[str, ...] = ()
-    base_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen matrices in training; loaded, a base is as it is
+    base_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the frozen matrices in training; loaded, a base is as it is
+    )
 
     def __post_init__(self):
         if self.rank < 1:
@@ -81,7 +83,9 @@ class LoraLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.drops:
             narrow = F.linear(F.dropout(x, self.config.dropout), self.lora_A.to(x.dtype))
-            y = F.linear(x, self.weight.to(x.dtype)) + self.config.scale * F.linear(narrow, self.lora_B.to(x.dtype))
+            y = F.linear(x, self.weight.to(x.dtype)) + self.config.scale * F.linear(
+                narrow, self.lora_B.to(x.dtype)
+            )
         else:
             (y,) = self.ops.lora_linear(x, [self.weight], [self.lora_A], [self.lora_B], [self.config.scale])
         if self.lora_magnitude is None:
@@ -98,16 +102,26 @@ class LoraLinear(Linear):
         return weight_OI
 
     def _sum(self) -> Tensor:
-        wide = torch.promote_types(self.lora_B.dtype, torch.float32)  # FSDP2 hands out parameters in the compute dtype
-        return torch.addmm(self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.config.scale)
+        wide = torch.promote_types(
+            self.lora_B.dtype, torch.float32
+        )  # FSDP2 hands out parameters in the compute dtype
+        return torch.addmm(
+            self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.config.scale
+        )
 
 
 def apply_adapted(x: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Several linears of one input, those of them in one operator that have an adapter and neither dropout at work nor DoRA."""
-    joined = [linear for linear in linears if isinstance(linear, LoraLinear) and not linear.drops and linear.lora_magnitude is None]
+    joined = [
+        linear
+        for linear in linears
+        if isinstance(linear, LoraLinear) and not linear.drops and linear.lora_magnitude is None
+    ]
     if not joined:
         return apply_each(x, *linears)
-    weights, As, Bs = ([getattr(linear, name) for linear in joined] for name in ("weight", "lora_A", "lora_B"))
+    weights, As, Bs = (
+        [getattr(linear, name) for linear in joined] for name in ("weight", "lora_A", "lora_B")
+    )
     ys = iter(joined[0].ops.lora_linear(x, weights, As, Bs, [linear.config.scale for linear in joined]))
     return [next(ys) if linear in joined else linear(x) for linear in linears]
 
@@ -170,21 +184,29 @@ def _owner(model: Transformer, name: str) -> tuple[Attention | MLP, str]:
 
 def find_targets(model: Transformer, targets: str | Sequence[str]) -> list[str]:
     """The names of the linears that `targets` mean, in the model's order. Raises UserError as `add_lora`."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, Linear) and name != "lm_head"]
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, Linear) and name != "lm_head"
+    ]
     found: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         matches = [name for name in linears if target == ALL_LINEAR or f".{name}".endswith(f".{target}")]
         if not matches:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             why = " (the loss is fused with it)" if target == "lm_head" else ""
-            raise UserError(f'lora.targets must be "{ALL_LINEAR}" or end the names of linears ({known}), got {target!r}{why}')
+            raise UserError(
+                f'lora.targets must be "{ALL_LINEAR}" or end the names of linears ({known}), got {target!r}{why}'
+            )
         found.update(matches)
     return [name for name in linears if name in found]
 
 
 def token_matrices(model: Transformer) -> dict[str, nn.Embedding | Linear]:
     """The modules whose `weight` has a row for each token, by name: the embedding, and `lm_head` where it is one of its own."""
-    return {name: module for name in ("token_embedding", "lm_head") if (module := getattr(model, name)) is not None}
+    return {
+        name: module
+        for name in ("token_embedding", "lm_head")
+        if (module := getattr(model, name)) is not None
+    }
 
 
 def trained_rows(module: nn.Module) -> TrainedRows | None:
@@ -228,9 +250,13 @@ def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Restore what `trained_tensors` gave. Raises UserError where names or shapes are not this model's."""
     ours = trained_tensors(model)
     for name in ours | tensors:
-        expected, got = (tuple(group[name].shape) if name in group else "nothing" for group in (ours, tensors))
+        expected, got = (
+            tuple(group[name].shape) if name in group else "nothing" for group in (ours, tensors)
+        )
         if expected != got:
-            raise UserError(f"the checkpoint must hold {expected} for {name}, got {got}; resume with the config that wrote it")
+            raise UserError(
+                f"the checkpoint must hold {expected} for {name}, got {got}; resume with the config that wrote it"
+            )
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(tensors[name])

@@ -31,13 +31,25 @@ def parse_messages(data: Any) -> Conversation:
         MalformedConversation: not such a list ("malformed_messages"), another role ("unknown_role").
     """
     if not isinstance(data, list | tuple) or not data:
-        raise MalformedConversation("malformed_messages", f"messages must be a list of at least one message, got {str(data)[:60]!r}")
+        raise MalformedConversation(
+            "malformed_messages", f"messages must be a list of at least one message, got {str(data)[:60]!r}"
+        )
     messages = []
     for number, item in enumerate(data, start=1):
-        if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(item.get("content"), str):
-            raise MalformedConversation("malformed_messages", f"message {number} must have a role and a content, got {str(item)[:60]!r}")
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("role"), str)
+            or not isinstance(item.get("content"), str)
+        ):
+            raise MalformedConversation(
+                "malformed_messages",
+                f"message {number} must have a role and a content, got {str(item)[:60]!r}",
+            )
         if item["role"] not in ROLES:
-            raise MalformedConversation("unknown_role", f"message {number}: role must be one of {', '.join(ROLES)}, got {item['role']!r}")
+            raise MalformedConversation(
+                "unknown_role",
+                f"message {number}: role must be one of {', '.join(ROLES)}, got {item['role']!r}",
+            )
         messages.append(Message(item["role"], item["content"]))
     return tuple(messages)
 

@@ -37,19 +37,28 @@ class MetricsLog:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(temporary, path)
-        self.file = path.open("ab", buffering=0)  # a line that could not be written is not tried again when the file is closed
+        self.file = path.open(
+            "ab", buffering=0
+        )  # a line that could not be written is not tried again when the file is closed
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Append a record; floats that are not finite become null, for JSON has none. Raises UserError where it cannot be written."""
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
         line = json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False).encode() + b"\n"
         start = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(line) < len(line):  # so much room there was
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            with contextlib.suppress(OSError):  # on a disk that fails altogether, half a line may stay: it is dropped on resuming
-                os.ftruncate(self.file.fileno(), start)  # or the next line would begin in the middle of this one
+            with contextlib.suppress(
+                OSError
+            ):  # on a disk that fails altogether, half a line may stay: it is dropped on resuming
+                os.ftruncate(
+                    self.file.fileno(), start
+                )  # or the next line would begin in the middle of this one
             raise UserError(
                 f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume-from-checkpoint auto"
             ) from error
@@ -78,7 +87,13 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line.decode())
     except ValueError:
         return None
-    return record if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("kind"), str) else None
+    return (
+        record
+        if isinstance(record, dict)
+        and type(record.get("step")) is int
+        and isinstance(record.get("kind"), str)
+        else None
+    )
 
 
 class Meter:
@@ -112,7 +127,9 @@ def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
 
     records = read_metrics(metrics)
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
-    validation = [(r["step"], r["loss"]) for r in records if r["kind"] == "validation" and r["loss"] is not None]
+    validation = [
+        (r["step"], r["loss"]) for r in records if r["kind"] == "validation" and r["loss"] is not None
+    ]
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if train:

@@ -39,17 +39,32 @@ class ModelConfig:
     qk_norm: bool = False
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "mlp_dim", "num_kv_heads", "head_dim", "max_positions"):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "model_dim",
+            "num_heads",
+            "mlp_dim",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.head_dim is None and self.model_dim % self.num_heads:
-            raise ValueError(f"model_dim must be a multiple of num_heads = {self.num_heads}, got {self.model_dim}")
+            raise ValueError(
+                f"model_dim must be a multiple of num_heads = {self.num_heads}, got {self.model_dim}"
+            )
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads = {self.kv_heads}, got {self.num_heads}")
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads = {self.kv_heads}, got {self.num_heads}"
+            )
         if self.per_head % 2:
             raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.per_head}")
         if self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise ValueError(f"rope_theta and norm_eps must be positive, got {self.rope_theta} and {self.norm_eps}")
+            raise ValueError(
+                f"rope_theta and norm_eps must be positive, got {self.rope_theta} and {self.norm_eps}"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -65,7 +80,10 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Parameters, by arithmetic."""
         embeddings = self.vocab_size * self.model_dim * (1 if self.tied_embeddings else 2)
-        attention = 2 * self.model_dim * self.per_head * (self.num_heads + self.kv_heads) + 2 * self.per_head * self.qk_norm
+        attention = (
+            2 * self.model_dim * self.per_head * (self.num_heads + self.kv_heads)
+            + 2 * self.per_head * self.qk_norm
+        )
         layer = attention + 3 * self.model_dim * self.mlp_dim + 2 * self.model_dim
         return embeddings + self.num_layers * layer + self.model_dim
 
@@ -73,7 +91,9 @@ class ModelConfig:
         """Floating-point operations to train one token: 6 per weight of a matrix product (4 where it is frozen and has no gradient), and
         causal attention over `context` tokens (Kaplan et al. 2020, arXiv:2001.08361; Chowdhery et al. 2022, arXiv:2204.02311)."""
         matrices = self.num_parameters - self.vocab_size * self.model_dim * (not self.tied_embeddings)
-        return (4 if frozen else 6) * matrices + 6 * self.num_layers * self.num_heads * self.per_head * context
+        return (
+            4 if frozen else 6
+        ) * matrices + 6 * self.num_layers * self.num_heads * self.per_head * context
 
 
 class LayerCache(Protocol):
@@ -197,11 +217,20 @@ class Transformer(nn.Module):
         gradient_checkpointing: keep only each layer's input and recompute the rest in backward (Chen et al. 2016, arXiv:1604.06174).
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, *, compute_dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ):
         super().__init__()
         self.config, self.ops = config, ops
         self.compute_dtype, self.gradient_checkpointing = compute_dtype, gradient_checkpointing
-        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.model_dim), freeze=False)
+        self.token_embedding = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.model_dim), freeze=False
+        )
         self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.model_dim, config, ops)
         self.lm_head = None if config.tied_embeddings else Linear(config.model_dim, config.vocab_size)
@@ -228,11 +257,19 @@ class Transformer(nn.Module):
             if parameter.ndim < 2:
                 yield name, torch.ones(parameter.shape)
                 continue
-            std = 0.02 / math.sqrt(2 * self.config.num_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            std = (
+                0.02 / math.sqrt(2 * self.config.num_layers)
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 0.02
+            )
             yield name, torch.randn(parameter.shape, generator=generator) * std
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None, cache: Sequence[LayerCache] | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """Normalised last hidden states.
 
@@ -248,7 +285,9 @@ class Transformer(nn.Module):
         batch, length = tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        cos, sin = rope_table(positions, self.config.per_head, self.config.rope_theta, self.config.rope_scaling)
+        cos, sin = rope_table(
+            positions, self.config.per_head, self.config.rope_theta, self.config.rope_scaling
+        )
         plan = self.ops.attention_plan(cu_seqlens, batch, length, tokens.device) if cache is None else None
         context = Context(positions, cos, sin, plan, None)
         x_BTD = self.token_embedding(tokens).to(self.compute_dtype)
@@ -276,4 +315,6 @@ class Transformer(nn.Module):
         """The summed next-token loss of a batch, in nats, float32; `targets` (B, T) are already shifted, -100 is not trained. Backward is
         cheapest when the loss's gradient is `expected_dloss`."""
         hidden_ND = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
-        return self.ops.linear_cross_entropy(hidden_ND, self.output_weight, targets.flatten(), expected_dloss=expected_dloss)
+        return self.ops.linear_cross_entropy(
+            hidden_ND, self.output_weight, targets.flatten(), expected_dloss=expected_dloss
+        )

@@ -19,7 +19,11 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from lumi.tensor_pieces import piece
 
-_COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Jordan's quintic, which brings singular values near 1 in five turns
+_COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of Jordan's quintic, which brings singular values near 1 in five turns
 _TURNS = 5
 
 

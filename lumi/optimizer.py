@@ -116,11 +116,21 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: None = None, *, norm: Tensor | None = None, max_norm: float = math.inf, loss_scale: float = 1.0
+        self,
+        closure: None = None,
+        *,
+        norm: Tensor | None = None,
+        max_norm: float = math.inf,
+        loss_scale: float = 1.0,
     ) -> None:
         """One update of every parameter that has a gradient, clipped by `norm`, `max_norm` and `loss_scale` as `adamw` has them. Groups
         may differ in weight decay alone."""
-        members = [(p, self.state[p], group["weight_decay"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        members = [
+            (p, self.state[p], group["weight_decay"])
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         if not members:
             return
         torch._foreach_add_([state["step"] for _, state, _ in members], 1)
@@ -152,15 +162,24 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig):
         self.config = config
-        self.measured: tuple[Tensor, float, float] | None = None  # the gradients' norm, their loss scale, the norm without it
+        self.measured: tuple[Tensor, float, float] | None = (
+            None  # the gradients' norm, their loss scale, the norm without it
+        )
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.named:
             raise ValueError("model must have parameters that require gradients, got none")
         matrices = {name: p for name, p in self.named.items() if p.ndim >= 2}
         vectors = [p for p in self.named.values() if p.ndim < 2]
-        hidden = {name: p for name, p in matrices.items() if name.startswith("layers.")} if config.kind == "muon" else {}
+        hidden = (
+            {name: p for name, p in matrices.items() if name.startswith("layers.")}
+            if config.kind == "muon"
+            else {}
+        )
         rest = [p for name, p in matrices.items() if name not in hidden]
-        groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": rest, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         groups = [group for group in groups if group["params"]]
         self.optimizers: list[torch.optim.Optimizer] = []
         if groups:
@@ -168,11 +187,19 @@ class Optimizer:
             # definition of ours would be many launches.
             native = native_device(_own(list(self.named.values()))) is not None
             adamw_class = AdamW if native else partial(torch.optim.AdamW, fused=True)
-            self.optimizers.append(adamw_class(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps))
+            self.optimizers.append(
+                adamw_class(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps)
+            )
         if hidden:
             sharded = any(isinstance(p, DTensor) for p in hidden.values())
-            muon_class: Any = ShardedMuon if sharded else partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-            settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
+            muon_class: Any = (
+                ShardedMuon if sharded else partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+            )
+            settings = {
+                "lr": config.peak_lr,
+                "weight_decay": config.weight_decay,
+                "momentum": config.muon_momentum,
+            }
             self.optimizers.append(muon_class(list(hidden.values()), **settings))
         for optimizer in self.optimizers:
             _allocate_states(optimizer)
@@ -207,7 +234,15 @@ class Optimizer:
                 continue
             if factor != 1.0:
                 torch._foreach_mul_(
-                    _own([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]), factor
+                    _own(
+                        [
+                            p.grad
+                            for group in optimizer.param_groups
+                            for p in group["params"]
+                            if p.grad is not None
+                        ]
+                    ),
+                    factor,
                 )
             optimizer.step()
 
@@ -229,11 +264,17 @@ class Optimizer:
 
 def _allocate_states(optimizer: torch.optim.Optimizer) -> None:
     """Zeros, as the first step would make them: memory is taken at once, and a checkpoint of any step has the same tensors."""
-    moments = ("exp_avg", "exp_avg_sq") if isinstance(optimizer, AdamW | torch.optim.AdamW) else ("momentum_buffer",)
+    moments = (
+        ("exp_avg", "exp_avg_sq")
+        if isinstance(optimizer, AdamW | torch.optim.AdamW)
+        else ("momentum_buffer",)
+    )
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         state = optimizer.state[parameter]
         if "exp_avg" in moments:
-            state["step"] = torch.zeros((), device="cpu" if isinstance(optimizer, AdamW) else parameter.device)
+            state["step"] = torch.zeros(
+                (), device="cpu" if isinstance(optimizer, AdamW) else parameter.device
+            )
         state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments}
 
 
@@ -248,7 +289,9 @@ def _whole_norm(gradients: list[Tensor]) -> Tensor:
     for gradient in gradients:
         if not isinstance(gradient, DTensor):
             return global_norm(gradients)  # whole on every process
-        copies = math.prod(gradient.device_mesh.size(side) for side, p in enumerate(gradient.placements) if p.is_replicate())
+        copies = math.prod(
+            gradient.device_mesh.size(side) for side, p in enumerate(gradient.placements) if p.is_replicate()
+        )
         shared.setdefault(copies, []).append(gradient.to_local())
     if not shared:
         return global_norm([])

@@ -64,7 +64,9 @@ class ParallelConfig:
             if side < 1 and side != -1:
                 raise ValueError(f"{name} must be at least 1, or -1 for the rest, got {side}")
         if sides.count(-1) > 1:
-            raise ValueError(f"must leave the rest to one side at most, got replicate, shard, tensor = {', '.join(map(str, sides))}")
+            raise ValueError(
+                f"must leave the rest to one side at most, got replicate, shard, tensor = {', '.join(map(str, sides))}"
+            )
 
     def layout(self, num_processes: int) -> Layout:
         """The sides of the mesh for a number of processes. Raises UserError where they do not come out even."""
@@ -72,8 +74,14 @@ class ParallelConfig:
         given = math.prod(side for side in sides if side != -1)
         shown = " x ".join(f"{name} {side}" for name, side in zip(Layout._fields, sides, strict=True))
         if num_processes % given or (-1 not in sides and given != num_processes):
-            wanted = f"divide the {num_processes} processes" if -1 in sides else f"be the {num_processes} processes"
-            raise UserError(f"parallel: {shown} = {given} must {wanted} of this run; mend the config, or torchrun --nproc-per-node")
+            wanted = (
+                f"divide the {num_processes} processes"
+                if -1 in sides
+                else f"be the {num_processes} processes"
+            )
+            raise UserError(
+                f"parallel: {shown} = {given} must {wanted} of this run; mend the config, or torchrun --nproc-per-node"
+            )
         return Layout(*(num_processes // given if side == -1 else side for side in sides))
 
 
@@ -84,7 +92,9 @@ class World:
     rank: int
     size: int
     device: torch.device
-    patient: dist.ProcessGroup  # on the CPU, without the time limit of a step: for what takes the main process hours
+    patient: (
+        dist.ProcessGroup
+    )  # on the CPU, without the time limit of a step: for what takes the main process hours
     saving: dist.ProcessGroup  # likewise, for the threads that write checkpoints
     stop: StopSignal
     layout: Layout
@@ -178,7 +188,9 @@ class World:
 def choose_device(name: str) -> str:
     """ "cpu" or "cuda"; "auto" is CUDA where there is one. Raises UserError if CUDA is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError('--device must be "cpu" or "auto" on this machine, got "cuda": torch sees no CUDA device')
+        raise UserError(
+            '--device must be "cpu" or "auto" on this machine, got "cuda": torch sees no CUDA device'
+        )
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
@@ -193,7 +205,10 @@ def attempt(work: Callable[[], Value]) -> tuple[Value | None, str | None]:
 
 @contextlib.contextmanager
 def process_group(
-    device: str = "auto", parallel: ParallelConfig | None = None, stop: StopSignal | None = None, timeout_seconds: float = 600.0
+    device: str = "auto",
+    parallel: ParallelConfig | None = None,
+    stop: StopSignal | None = None,
+    timeout_seconds: float = 600.0,
 ) -> Iterator[World]:
     """Join the group that torchrun describes in the environment, or make a group of one; leave it at the end.
 
@@ -211,7 +226,9 @@ def process_group(
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun --nproc-per-node must be at most {torch.cuda.device_count()} (GPUs here), got {local_rank + 1}")
+            raise UserError(
+                f"torchrun --nproc-per-node must be at most {torch.cuda.device_count()} (GPUs here), got {local_rank + 1}"
+            )
         torch.cuda.set_device(local_rank)
     backend, limit = "nccl" if device == "cuda" else "gloo", timedelta(seconds=2 * timeout_seconds + 60)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -235,14 +252,19 @@ def _mesh(device: str, backend: str, layout: Layout, limit: timedelta) -> Device
     """The mesh; its groups get the run's time limit, which they would not take over from the group of all."""
     override: dict[int | str, Any] = {}
     for side in Layout._fields:  # each its own, which torch writes the group's name and members into
-        options: Any = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options: Any = (
+            dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()
+        )  # type: ignore[attr-defined]
         options._timeout = limit
         override[side] = backend, options
     return init_device_mesh(device, layout, mesh_dim_names=Layout._fields, backend_override=override)
 
 
 def parallelize(
-    model: Transformer, world: World, reduce_dtype: str = "bfloat16", weights: Iterable[tuple[str, Tensor]] | None = None
+    model: Transformer,
+    world: World,
+    reduce_dtype: str = "bfloat16",
+    weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> nn.Module:
     """Share a model among the processes, in place. All of them call the result together, and a gradient is the mean over `layout.data`.
 
@@ -282,7 +304,9 @@ def _shard(model: Transformer, world: World, reduce_dtype: torch.dtype) -> None:
     if world.layout.tensor > 1:
         tensor_parallel(model, world.mesh["tensor"])
     mesh = world.mesh["replicate", "shard"] if world.layout.replicate > 1 else world.mesh["shard"]
-    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 

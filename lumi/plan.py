@@ -48,21 +48,32 @@ def describe_plan(
     other = replace(config, gradient_checkpointing=not config.gradient_checkpointing)
     activations = memory_of(other, layout, device.type, kernels, num_trained)["activations"] / 2**20
     otherwise = f"{'with' if other.gradient_checkpointing else 'without'} checkpointing activations {activations:,.0f} MiB"
-    trained = "" if num_trained is None else f"; {num_trained:,} of adapters are trained ({num_trained / model.num_parameters:.2%})"
+    trained = (
+        ""
+        if num_trained is None
+        else f"; {num_trained:,} of adapters are trained ({num_trained / model.num_parameters:.2%})"
+    )
     readers = ("group", "groups") if layout.tensor > 1 else ("process", "processes")
     processes = f"{layout.data} {readers[layout.data > 1]}"
     shares = f"{processes} x {batches.micro_steps(layout.data)} micro-steps x {batches.micro_batch_rows} rows x {batches.sequence_length}"
-    epochs = [f"{name}: {w:.1%} of the rows, {n:,} tokens, {w * config.num_tokens / n:.2f} epochs" for name, w, n in data]
+    epochs = [
+        f"{name}: {w:.1%} of the rows, {n:,} tokens, {w * config.num_tokens / n:.2f} epochs"
+        for name, w, n in data
+    ]
     rows = {
         "model": f"{model.num_parameters:,} parameters, {model.num_layers} layers of {model.model_dim}{trained}",
         "device": f"{num_processes} x {device.type}, {config.dtype}, {kernels} kernels",
         **({"layout": describe_layout(layout)} if num_processes > 1 else {}),
         "tokens": f"{config.num_tokens:,} ({config.num_tokens / model.num_parameters:.1f} per parameter)",
         "steps": f"{config.num_steps:,} of {batches.batch_tokens:,} tokens: {shares}",
-        "compute": f"{flops:.3g} FLOPs" + (f", {flops / peak_flops / 3600:.2f} h at peak" if peak_flops else ""),
-        "memory": ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in memory.items()) + f" (a process, estimated; {otherwise})",
+        "compute": f"{flops:.3g} FLOPs"
+        + (f", {flops / peak_flops / 3600:.2f} h at peak" if peak_flops else ""),
+        "memory": ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in memory.items())
+        + f" (a process, estimated; {otherwise})",
         "data": "; ".join(epochs),
-        "validation": f"{num_validation_tokens:,} tokens" if num_validation_tokens else "none: no validation split",
+        "validation": f"{num_validation_tokens:,} tokens"
+        if num_validation_tokens
+        else "none: no validation split",
     }
     width = max(map(len, rows))
     return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows.items())
@@ -79,7 +90,9 @@ def compute_and_reduce_bytes(config: TrainConfig) -> tuple[int, int]:
     return torch.finfo(getattr(torch, config.dtype)).bits // 8, 2 if reduces_narrow else 4
 
 
-def memory_of(config: TrainConfig, layout: Layout, device_type: str, kernels: str, num_trained: int | None = None) -> dict[str, int]:
+def memory_of(
+    config: TrainConfig, layout: Layout, device_type: str, kernels: str, num_trained: int | None = None
+) -> dict[str, int]:
     """`memory_estimate` of a config.
 
     Args:
@@ -89,9 +102,22 @@ def memory_of(config: TrainConfig, layout: Layout, device_type: str, kernels: st
     narrow, reduce_bytes = compute_and_reduce_bytes(config)
     frozen, kind, checkpointing = None, config.optimizer.kind, config.gradient_checkpointing
     if num_trained is not None and config.lora is not None:
-        frozen = Frozen(num_trained, 2 if config.lora.base_dtype == "bfloat16" else 4, bool(config.lora.tokens))
+        frozen = Frozen(
+            num_trained, 2 if config.lora.base_dtype == "bfloat16" else 4, bool(config.lora.tokens)
+        )
     assert config.model is not None
-    return memory_estimate(config.model, config.batches, kind, narrow, checkpointing, device_type, kernels, frozen, layout, reduce_bytes)
+    return memory_estimate(
+        config.model,
+        config.batches,
+        kind,
+        narrow,
+        checkpointing,
+        device_type,
+        kernels,
+        frozen,
+        layout,
+        reduce_bytes,
+    )
 
 
 def parameters_held(model: ModelConfig, shard: int = 1, tensor: int = 1) -> tuple[int, int]:
@@ -104,7 +130,11 @@ def parameters_held(model: ModelConfig, shard: int = 1, tensor: int = 1) -> tupl
         parameters = dict(Transformer(replace(model, num_layers=1), REFERENCE).named_parameters())
     layer = root = 0
     for name, parameter in parameters.items():
-        in_layer, rows, columns = name.startswith("layers."), len(parameter), parameter.numel() // len(parameter)
+        in_layer, rows, columns = (
+            name.startswith("layers."),
+            len(parameter),
+            parameter.numel() // len(parameter),
+        )
         if parameter.ndim == 2 and in_layer and not name.endswith(("o_proj.weight", "down_proj.weight")):
             rows //= tensor
         elif parameter.ndim == 2:
@@ -146,10 +176,14 @@ def memory_estimate(
     triton = kernels == "triton"
     tokens = batches.micro_batch_rows * batches.sequence_length
     parts = _held(model, batches, optimizer, compute_bytes, frozen, layout, reduce_bytes)
-    parts["activations"] = tokens * _kept_per_token(model, compute_bytes, checkpointing, triton, layout.tensor)
+    parts["activations"] = tokens * _kept_per_token(
+        model, compute_bytes, checkpointing, triton, layout.tensor
+    )
     weight_bytes = compute_bytes if _is_sharded(layout) else frozen.weight_bytes if frozen else 4
     rows_trained = frozen is None or frozen.rows
-    parts["loss"] = _loss_bytes(model, tokens // layout.tensor, compute_bytes, weight_bytes, rows_trained, device_type, triton)
+    parts["loss"] = _loss_bytes(
+        model, tokens // layout.tensor, compute_bytes, weight_bytes, rows_trained, device_type, triton
+    )
     return {**parts, "total": sum(parts.values())}
 
 
@@ -171,8 +205,16 @@ def _held(
     layer, root = parameters_held(model, layout.shard, layout.tensor)
     held, own_adapters = model.num_layers * layer + root, math.ceil(adapters / layout.shard)
     trained = own_adapters if frozen else held
-    states = 2 * trained if optimizer == "adamw" else trained + (0 if frozen else root - math.ceil(model.model_dim / layout.shard))
-    parts = {"weights": weight_bytes * held + 4 * own_adapters, "gradients": 4 * trained, "optimizer": 4 * states}
+    states = (
+        2 * trained
+        if optimizer == "adamw"
+        else trained + (0 if frozen else root - math.ceil(model.model_dim / layout.shard))
+    )
+    parts = {
+        "weights": weight_bytes * held + 4 * own_adapters,
+        "gradients": 4 * trained,
+        "optimizer": 4 * states,
+    }
     embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
     if frozen and rows_trained:
         parts["weights"] += weight_bytes * embeddings
@@ -188,22 +230,38 @@ def _held(
     return parts | {"gathered": gathered + (0 if frozen else (compute_bytes + reduce_bytes) * layer)}
 
 
-def _kept_per_token(model: ModelConfig, compute_bytes: int, checkpointing: bool, triton: bool, tensor: int) -> int:
+def _kept_per_token(
+    model: ModelConfig, compute_bytes: int, checkpointing: bool, triton: bool, tensor: int
+) -> int:
     """Bytes that backward finds of a token of a micro-batch on one of `tensor` processes."""
     heads, dim, mlp = 2 * (model.num_heads + model.kv_heads) * model.per_head, model.model_dim, model.mlp_dim
     wide = model.num_heads + 2 if triton else 6 * dim + heads + 3 * mlp
     whole = 2 * dim if tensor > 1 else 0
-    per_layer = compute_bytes * whole + (compute_bytes * (4 * dim - whole + heads + 3 * mlp) + 4 * wide) // tensor
-    return compute_bytes * model.num_layers * dim // tensor + per_layer if checkpointing else model.num_layers * per_layer
+    per_layer = (
+        compute_bytes * whole + (compute_bytes * (4 * dim - whole + heads + 3 * mlp) + 4 * wide) // tensor
+    )
+    return (
+        compute_bytes * model.num_layers * dim // tensor + per_layer
+        if checkpointing
+        else model.num_layers * per_layer
+    )
 
 
 def _loss_bytes(
-    model: ModelConfig, tokens: int, compute_bytes: int, weight_bytes: int, rows_trained: bool, device_type: str, triton: bool
+    model: ModelConfig,
+    tokens: int,
+    compute_bytes: int,
+    weight_bytes: int,
+    rows_trained: bool,
+    device_type: str,
+    triton: bool,
 ) -> int:
     """What the loss of `tokens` tokens takes; its matrix comes with `weight_bytes` a number."""
     vocab, dim = model.vocab_size, model.model_dim
     if triton:
-        dtype, weight_dtype = (torch.float32 if size == 4 else torch.bfloat16 for size in (compute_bytes, weight_bytes))
+        dtype, weight_dtype = (
+            torch.float32 if size == 4 else torch.bfloat16 for size in (compute_bytes, weight_bytes)
+        )
         return workspace_bytes(tokens, dim, vocab, dtype, weight_dtype, True, rows_trained, device_type)
     rows = min(tokens, chunk_rows(vocab, device_type))
     return (4 + 2 * compute_bytes) * rows * vocab + (8 * vocab * dim if rows_trained else 0)

@@ -21,10 +21,17 @@ from lumi.plan import memory_of
 from lumi.run_config import TrainConfig
 from lumi.storage import REHEARSAL
 
-USABLE = 0.9  # of the memory that is free: the estimate knows nothing of torch's own, fragments and peaks between
+USABLE = (
+    0.9  # of the memory that is free: the estimate knows nothing of torch's own, fragments and peaks between
+)
 _CGROUPS = (  # folder, limit, use, and what of it are pages of files, which make way: in the two generations of control groups
     ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
 )
 
 
@@ -46,7 +53,12 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def choose_micro_batch(
-    config: TrainConfig, world: World, kernels: str, free: int | None, num_trained: int | None, before: int | None = None
+    config: TrainConfig,
+    world: World,
+    kernels: str,
+    free: int | None,
+    num_trained: int | None,
+    before: int | None = None,
 ) -> TrainConfig:
     """The config with the largest micro-batch that fits into every process's free memory, where it asks for "auto". The batch stays as it
     is: more rows at a time are fewer micro-steps.
@@ -68,7 +80,9 @@ def choose_micro_batch(
     sized = [with_micro_batch(config, size) for size in sizes]
     free = int(world.least(free or 0))
     if not free:
-        raise UserError('batches.micro_batch_size must be a number on this system, which does not say how much memory is free, got "auto"')
+        raise UserError(
+            'batches.micro_batch_size must be a number on this system, which does not say how much memory is free, got "auto"'
+        )
     for candidate in sized:
         needed = memory_of(candidate, world.layout, world.device.type, kernels, num_trained)["total"]
         if needed <= USABLE * free:
@@ -98,7 +112,10 @@ class Rehearsal(NamedTuple):
     def describe(self, micro_steps: int, num_steps: int) -> str:
         """One line for people; the optimizer's time is not in the step's."""
         step = self.micro_step * (micro_steps - 1) + self.last_micro_step
-        parts = [f"a step takes about {_duration(step)}", f"{num_steps:,} steps {_duration(step * num_steps)}"]
+        parts = [
+            f"a step takes about {_duration(step)}",
+            f"{num_steps:,} steps {_duration(step * num_steps)}",
+        ]
         parts += [] if self.validation is None else [f"a batch of validation {_duration(self.validation)}"]
         parts += [
             f"a save {_duration(self.save)} (the loop waits {_duration(self.stall)})",
@@ -108,7 +125,11 @@ class Rehearsal(NamedTuple):
 
 
 def rehearse(
-    micro_step: Callable[[bool], None], validate: Callable[[], None] | None, save: Callable[[Path], float], folder: Path, world: World
+    micro_step: Callable[[bool], None],
+    validate: Callable[[], None] | None,
+    save: Callable[[Path], float],
+    folder: Path,
+    world: World,
 ) -> Rehearsal:
     """Run the parts of a run once, on all processes together.
 

@@ -48,14 +48,23 @@ def load_pretrained(
     chosen = choose_device(device)
     folder, adapter = locate(path), None if adapter_path is None else locate(adapter_path)
     if adapter is not None and not is_adapter(adapter):
-        raise UserError(f"--adapter-path must hold an adapter, got {adapter}, which holds a whole model; pass it by --model-path alone")
+        raise UserError(
+            f"--adapter-path must hold an adapter, got {adapter}, which holds a whole model; pass it by --model-path alone"
+        )
     if is_adapter(folder):
         if adapter is not None:
-            raise UserError(f"--model-path must be a whole model where --adapter-path is given, got the adapter {folder}")
+            raise UserError(
+                f"--model-path must be a whole model where --adapter-path is given, got the adapter {folder}"
+            )
         folder, adapter = base_of(folder), folder
     own = adapter is not None and (adapter / MODEL_FILE).is_file()  # PEFT's adapters come without
     tokenizer = Tokenizer.load(tokenizer_path or (adapter if own else None) or folder)
-    if adapter is not None and not own and tokenizer_path is None and (template := adapter / TEMPLATE_FILE).is_file():
+    if (
+        adapter is not None
+        and not own
+        and tokenizer_path is None
+        and (template := adapter / TEMPLATE_FILE).is_file()
+    ):
         tokenizer = tokenizer.with_chat_template(template.read_text(encoding="utf-8"))
     model = load_model(folder, select("auto", chosen, read_shape(folder).per_head), dtype, tokenizer)
     if adapter is not None:

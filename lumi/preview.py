@@ -11,7 +11,9 @@ from lumi.tokenizer import Tokenizer
 OPEN, CLOSE = "[[", "]]"
 
 
-def marked_example(split: Split, document: int, length: int, tokenizer: Tokenizer, max_tokens: int = 400) -> str:
+def marked_example(
+    split: Split, document: int, length: int, tokenizer: Tokenizer, max_tokens: int = 400
+) -> str:
     """The first `length` tokens of a conversation as the model sees them, control tokens spelt out, what is trained between [[ and ]]."""
     begin = int(split.offsets[document])
     end = begin + length
@@ -33,10 +35,14 @@ def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     return text + tokenizer.decode(plain, continues=True)
 
 
-def describe_conversations(name: str, rows: ConversationRows, stored: SplitManifest, tokenizer: Tokenizer) -> str:
+def describe_conversations(
+    name: str, rows: ConversationRows, stored: SplitManifest, tokenizer: Tokenizer
+) -> str:
     """What of a store is trained: its share of the tokens, what was and is left out, and the first conversation with the mask marked."""
     padding = 1 - rows.num_tokens / (rows.rows_per_epoch * rows.capacity)
-    dropped = "".join(f"; {count:,} {reason} left out by tokenize" for reason, count in stored.dropped.items())
+    dropped = "".join(
+        f"; {count:,} {reason} left out by tokenize" for reason, count in stored.dropped.items()
+    )
     first = int(np.flatnonzero(rows.lengths)[0])
     return (
         f"{name}: {len(rows.lengths) - rows.num_dropped:,} conversations in {rows.rows_per_epoch:,} rows ({padding:.1%} padding)\n"

@@ -27,9 +27,13 @@ def fresh_store() -> dist.Store:
         UserError: some of the others do not come within five minutes; names them.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun; otherwise by the first process
+    served = (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )  # by torchrun; otherwise by the first process
     is_master = rank == 0 and not served
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_master, wait_for_workers=False)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_master, wait_for_workers=False
+    )
     word = secrets.token_hex(8)
     store.set(f"lumi/word/{rank}", word)
     start = _name_start(store, word, size) if rank == 0 else _find_start(store, word, rank)
@@ -47,7 +51,9 @@ def _name_start(store: dist.Store, word: str, size: int) -> str:
         if not missing:
             return word
     ranks = ", ".join(map(str, missing))
-    raise UserError(f"all {size} processes must come within {_MOST_SECONDS:.0f} s of each other, got nothing of rank {ranks}")
+    raise UserError(
+        f"all {size} processes must come within {_MOST_SECONDS:.0f} s of each other, got nothing of rank {ranks}"
+    )
 
 
 def _find_start(store: dist.Store, word: str, rank: int) -> str:
@@ -56,7 +62,9 @@ def _find_start(store: dist.Store, word: str, rank: int) -> str:
         if words.get(str(rank)) == word:
             store.set(f"lumi/{start}/found/{rank}", "")
             return start
-    raise UserError(f"all processes must come within {_MOST_SECONDS:.0f} s of each other, got no word of rank 0 to rank {rank}")
+    raise UserError(
+        f"all processes must come within {_MOST_SECONDS:.0f} s of each other, got no word of rank 0 to rank {rank}"
+    )
 
 
 def _looks() -> Iterator[None]:

@@ -25,7 +25,9 @@ def run_identity(config: TrainConfig, start: Path | None, data: RunData) -> dict
     }
 
 
-def resumed_state(checkpoint: Checkpoint, identity: dict[str, Any], config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def resumed_state(
+    checkpoint: Checkpoint, identity: dict[str, Any], config: TrainConfig, say: Callable[[str], None]
+) -> dict[str, Any]:
     """The state of a checkpoint that this run may go on from; `say` is told what has changed in the config.
 
     Raises:
@@ -34,9 +36,13 @@ def resumed_state(checkpoint: Checkpoint, identity: dict[str, Any], config: Trai
     state = dict(checkpoint.state)
     if changed := differences(state.pop("identity"), identity):
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
-        raise UserError(f"{checkpoint.path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with")
+        raise UserError(
+            f"{checkpoint.path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with"
+        )
     if state["step"] > config.num_steps:
-        raise UserError(f"num_steps must be at least the checkpoint's step {state['step']}, got {config.num_steps}")
+        raise UserError(
+            f"num_steps must be at least the checkpoint's step {state['step']}, got {config.num_steps}"
+        )
     for change in differences(state.pop("config"), to_dict(config)):
         say(f"changed since the checkpoint: {change}")
     return state

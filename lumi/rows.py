@@ -17,7 +17,9 @@ import numpy as np
 from lumi.config import UserError
 from lumi.token_store import Split
 
-_OPEN_ROWS = 256  # that the packing looks for room in; with 256 hardly a token more is padding than with all of them
+_OPEN_ROWS = (
+    256  # that the packing looks for room in; with 256 hardly a token more is padding than with all of them
+)
 
 
 class Row(NamedTuple):
@@ -39,7 +41,9 @@ class TextRows:
         self.num_tokens = int(self.lengths.sum())
         self.rows_per_epoch = (self.num_tokens - 1) // length
         if self.rows_per_epoch < 1:
-            raise UserError(f"a token store must hold more than sequence_length = {length} training tokens, got {self.num_tokens}")
+            raise UserError(
+                f"a token store must hold more than sequence_length = {length} training tokens, got {self.num_tokens}"
+            )
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,15 +72,25 @@ class ConversationRows:
         trained_N = split.loss_mask(0, len(split.tokens))
         self.lengths = _lengths_that_fit(split, trained_N, stored, self.capacity)
         kept = np.flatnonzero(self.lengths)
-        self.num_cut, self.num_dropped = int((self.lengths[kept] < stored[kept]).sum()), len(stored) - len(kept)
+        self.num_cut, self.num_dropped = (
+            int((self.lengths[kept] < stored[kept]).sum()),
+            len(stored) - len(kept),
+        )
         if not len(kept):
-            raise UserError(f"a token store must hold an answer that ends within sequence_length = {length} tokens, got none; raise it")
+            raise UserError(
+                f"a token store must hold an answer that ends within sequence_length = {length} tokens, got none; raise it"
+            )
         self.num_tokens = int(self.lengths.sum())
-        begins, before = np.asarray(split.offsets[:-1]).astype(np.int64), np.concatenate([[0], np.cumsum(trained_N)])
+        begins, before = (
+            np.asarray(split.offsets[:-1]).astype(np.int64),
+            np.concatenate([[0], np.cumsum(trained_N)]),
+        )
         self.num_trained = int((before[begins + self.lengths] - before[begins]).sum())
         self.rows = pack(self.lengths, np.random.default_rng(seed).permutation(kept).tolist(), self.capacity)
         self.rows_per_epoch = len(self.rows)
-        self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.rows_per_epoch))
+        self._epoch = functools.lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.rows_per_epoch)
+        )
 
     def row(self, index: int) -> Row:
         """Row `index`, counted from 0 through all epochs."""
@@ -121,7 +135,9 @@ def empty_row(size: int) -> Row:
     return Row(np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool), np.zeros(size, dtype=bool), [])
 
 
-def cut_row(split: Split, order: np.ndarray, ends: np.ndarray, start: int, count: int, size: int | None = None) -> Row:
+def cut_row(
+    split: Split, order: np.ndarray, ends: np.ndarray, start: int, count: int, size: int | None = None
+) -> Row:
     """Tokens [start, start + count) of the stream of the documents `order`, of which each ends at `ends`, padded to `size`."""
     row = empty_row(size or count)
     filled, index = 0, int(np.searchsorted(ends, start, side="right"))
@@ -166,10 +182,16 @@ def pack(lengths: np.ndarray, order: Iterable[int], capacity: int) -> list[list[
 
 def _lengths_that_fit(split: Split, trained_N: np.ndarray, stored: np.ndarray, capacity: int) -> np.ndarray:
     """How many tokens of each conversation go into a row: all, those up to its last answer that fits, or 0."""
-    lengths = np.where(np.add.reduceat(trained_N, np.asarray(split.offsets[:-1]).astype(np.int64), dtype=np.int64) > 0, stored, 0)
+    lengths = np.where(
+        np.add.reduceat(trained_N, np.asarray(split.offsets[:-1]).astype(np.int64), dtype=np.int64) > 0,
+        stored,
+        0,
+    )
     for document in np.flatnonzero(lengths > capacity):
         begin = int(split.offsets[document])
         trained = trained_N[begin : begin + capacity + 1]
-        ends = np.flatnonzero(trained[:-1] & ~trained[1:])  # an answer's last trained token is its end-of-turn
+        ends = np.flatnonzero(
+            trained[:-1] & ~trained[1:]
+        )  # an answer's last trained token is its end-of-turn
         lengths[document] = ends[-1] + 1 if len(ends) else 0
     return lengths

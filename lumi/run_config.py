@@ -23,7 +23,9 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     num_steps: int
     seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of activations and products; master weights are float32
+    dtype: Literal["float32", "bfloat16", "float16"] = (
+        "bfloat16"  # of activations and products; master weights are float32
+    )
     kernels: Literal["auto", "reference", "triton"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -31,14 +33,29 @@ class TrainConfig:
     validation_tokens: int | None = 1_000_000  # of each data folder; null: the whole split
     save_every: int = 1000
     keep_last: int = 2  # checkpoints; the best one is kept beside them
-    final: Literal["last", "best"] = "last"  # which weights final/ holds; "best": of the checkpoint of the lowest validation loss
-    max_loss_sigmas: float | None = None  # a step whose loss is this many deviations above those before it is skipped; null: none is
-    max_skipped_steps: int = 5  # in a row, for a loss or gradient that is not finite or a spike, before the run stops
-    step_timeout_seconds: float = 600.0  # what a process may take between two marks of a step before all are stopped
+    final: Literal["last", "best"] = (
+        "last"  # which weights final/ holds; "best": of the checkpoint of the lowest validation loss
+    )
+    max_loss_sigmas: float | None = (
+        None  # a step whose loss is this many deviations above those before it is skipped; null: none is
+    )
+    max_skipped_steps: int = (
+        5  # in a row, for a loss or gradient that is not finite or a spike, before the run stops
+    )
+    step_timeout_seconds: float = (
+        600.0  # what a process may take between two marks of a step before all are stopped
+    )
     preflight: bool = True  # before step 1: time a micro-step, and rehearse an evaluation and a save
 
     def __post_init__(self):
-        for name in ("num_steps", "validate_every", "save_every", "keep_last", "max_skipped_steps", "validation_tokens"):
+        for name in (
+            "num_steps",
+            "validate_every",
+            "save_every",
+            "keep_last",
+            "max_skipped_steps",
+            "validation_tokens",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("max_loss_sigmas", "step_timeout_seconds"):

@@ -13,7 +13,9 @@ from lumi.parallel import World, attempt
 from lumi.storage import DamagedError, discard_folders, lock_file, make_folder, sweep_temporaries
 
 LOCK_WAIT_SECONDS = 30  # the processes of a run that was killed may need a moment to go
-_OUR_TEMPORARY = re.compile(r"(config|status)\.json\.tmp-\d+|metrics\.jsonl\.tmp")  # of `write_json` and the log
+_OUR_TEMPORARY = re.compile(
+    r"(config|status)\.json\.tmp-\d+|metrics\.jsonl\.tmp"
+)  # of `write_json` and the log
 # Checkpoints that make way, until a new one is whole: renamed from the first name to the second when all of them are inside.
 _ABANDONING, _ABANDONED = ".abandoning-after-step-", ".abandoned-after-step-"
 _STEP = "[0-9]" * 8  # a glob pattern
@@ -86,7 +88,9 @@ class RunFolder:
             )
 
     def _sweep(self) -> list[str]:
-        swept = [folder / name for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)]
+        swept = [
+            folder / name for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)
+        ]
         for file in sorted(file for file in self.path.iterdir() if _OUR_TEMPORARY.fullmatch(file.name)):
             file.unlink()
             swept.append(file)
@@ -119,7 +123,9 @@ class RunFolder:
             damages.append(damage.removesuffix(f"; {REMEDY}"))
             say(f"{damages[-1]}; trying the checkpoint before it")
         if damages:
-            world.refuse(f"{self.checkpoints}: none of {len(damages)} checkpoints is whole; the newest: {damages[0]}; restore one")
+            world.refuse(
+                f"{self.checkpoints}: none of {len(damages)} checkpoints is whole; the newest: {damages[0]}; restore one"
+            )
         return None
 
     def _candidates(self, resume: str) -> list[Path]:
@@ -134,7 +140,11 @@ class RunFolder:
         except UserError as error:
             return None, None, str(error)
         except OSError as error:
-            return None, None, f"{error.filename or path}: cannot be read: {error.strerror}; mend that and start again, nothing was changed"
+            return (
+                None,
+                None,
+                f"{error.filename or path}: cannot be read: {error.strerror}; mend that and start again, nothing was changed",
+            )
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of `step`, whether or not there is one."""
@@ -189,7 +199,9 @@ class RunFolder:
             a line for everything that could not be removed: the next call tries again.
         """
         try:
-            faults = discard_folders(self.checkpoints, [path.name for path in self.checkpoints.glob(_ABANDONED + _STEP)])
+            faults = discard_folders(
+                self.checkpoints, [path.name for path in self.checkpoints.glob(_ABANDONED + _STEP)]
+            )
             faults += prune_checkpoints(self.checkpoints, keep_last, best)
             return list(dict.fromkeys(faults))
         except OSError as error:
@@ -211,7 +223,9 @@ def _check_state(checkpoint: Checkpoint) -> None:
         raise UserError(f"{path / 'state.json'}: step must be a whole number from 0, got {step!r}; {REMEDY}")
     named = re.fullmatch(r"step-(\d+)", path.name)
     if named and int(named[1]) != step:
-        raise UserError(f"{path / 'state.json'}: step must be {int(named[1])}, as the folder's name says, got {step}; {REMEDY}")
+        raise UserError(
+            f"{path / 'state.json'}: step must be {int(named[1])}, as the folder's name says, got {step}; {REMEDY}"
+        )
     best = state.get("best", "nothing")
     if best is not None and not (
         isinstance(best, dict)
@@ -220,7 +234,9 @@ def _check_state(checkpoint: Checkpoint) -> None:
         and isinstance(best["loss"], float)
         and math.isfinite(best["loss"])
     ):
-        raise UserError(f"{path / 'state.json'}: best must be null, or a step and a loss, got {best!r}; {REMEDY}")
+        raise UserError(
+            f"{path / 'state.json'}: best must be null, or a step and a loss, got {best!r}; {REMEDY}"
+        )
 
 
 def _is_step(value: Any) -> bool:

@@ -36,7 +36,9 @@ class RunLog:
     def progress(self, step: int, num_steps: int) -> Iterator[None]:
         """Show the progress from `step` to `num_steps` as long as the block lasts; `metrics.jsonl` is closed at its end."""
         try:
-            with progress_bar("train", "step", total=num_steps, initial=step, disable=not self.is_main) as self.bar:
+            with progress_bar(
+                "train", "step", total=num_steps, initial=step, disable=not self.is_main
+            ) as self.bar:
                 yield
         finally:
             if self.metrics is not None:
@@ -52,7 +54,9 @@ class RunLog:
         if self.metrics is not None:
             self._try(partial(self.metrics.write, step, kind, **values))
 
-    def step(self, step: int, tokens: int, loss: float, values: dict[str, Any], flops_share: float | None) -> None:
+    def step(
+        self, step: int, tokens: int, loss: float, values: dict[str, Any], flops_share: float | None
+    ) -> None:
         """The record of a training step, and the progress.
 
         Args:
@@ -62,7 +66,11 @@ class RunLog:
         """
         self.meter.add(tokens)
         seconds, waited, rate = self.meter.read()
-        times = {"tokens_per_second": round(rate, 1), "step_seconds": round(seconds, 4), "data_wait_seconds": round(waited, 4)}
+        times = {
+            "tokens_per_second": round(rate, 1),
+            "step_seconds": round(seconds, 4),
+            "data_wait_seconds": round(waited, 4),
+        }
         mfu = {} if flops_share is None else {"mfu": rate * flops_share}
         self.write(step, "train", loss=loss, **values, **times, **mfu, tokens=step * tokens)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {human(rate)} tokens/s", refresh=False)
@@ -71,7 +79,9 @@ class RunLog:
     def draw(self) -> None:
         """The picture of the losses so far."""
         if self.is_main:
-            self._try(lambda: draw_loss(self.folder.metrics, self.folder.picture, f"{self.folder.path.name}: loss"))
+            self._try(
+                lambda: draw_loss(self.folder.metrics, self.folder.picture, f"{self.folder.path.name}: loss")
+            )
 
     def _try(self, work: Callable[[], None]) -> None:
         _, fault = attempt(work)

@@ -18,7 +18,9 @@ from lumi.pretrained import locate
 from lumi.run_config import TrainConfig
 from lumi.tokenizer import Tokenizer
 
-FINAL_SHARD_BYTES = 5 * 10**9  # of one weights file in final/, which is all that is in memory of a model while it is written
+FINAL_SHARD_BYTES = (
+    5 * 10**9
+)  # of one weights file in final/, which is all that is in memory of a model while it is written
 
 
 def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, ModelConfig, Path | None]:
@@ -29,17 +31,23 @@ def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, 
     """
     if model_path is None:
         if config.model is None:
-            raise UserError("config.model must give the shape of the model where --model-path gives no model, got null")
+            raise UserError(
+                "config.model must give the shape of the model where --model-path gives no model, got null"
+            )
         if config.lora is not None:
             raise UserError("config.lora needs a model to adapt: pass --model-path, or take lora out")
         return config, config.model, None
     folder = locate(model_path)
     if is_adapter(folder):
-        raise UserError(f"--model-path must be a whole model to train, got the adapter {folder}; `lumi merge` makes one of it and its base")
+        raise UserError(
+            f"--model-path must be a whole model to train, got the adapter {folder}; `lumi merge` makes one of it and its base"
+        )
     shape = read_shape(folder)
     if config.model is not None and (ours := _resolved(config.model)) != (theirs := _resolved(shape)):
         key = next(key for key in theirs if ours[key] != theirs[key])
-        raise UserError(f"config.model must be null, or that of --model-path {folder}: {key} must be {theirs[key]}, got {ours[key]}")
+        raise UserError(
+            f"config.model must be null, or that of --model-path {folder}: {key} must be {theirs[key]}, got {ours[key]}"
+        )
     try:
         return dataclasses.replace(config, model=shape), shape, folder
     except ValueError as error:
@@ -50,7 +58,9 @@ def _resolved(shape: ModelConfig) -> dict[str, Any]:
     return to_dict(dataclasses.replace(shape, num_kv_heads=shape.kv_heads, head_dim=shape.per_head))
 
 
-def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops) -> Transformer:
+def build(
+    config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops
+) -> Transformer:
     """The model: with the weights of `start`, frozen under adapters where the config has `lora`, on the CPU; or on the "meta" device, for
     random ones.
 
@@ -58,7 +68,9 @@ def build(config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer
         UserError: the vocabulary is too small for the tokenizer, or what `lumi.hf_format.load_model` and `lumi.lora.add_lora` raise.
     """
     if tokenizer.vocab_size > shape.vocab_size:
-        raise UserError(f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size} pieces, got {shape.vocab_size}")
+        raise UserError(
+            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size} pieces, got {shape.vocab_size}"
+        )
     dtype = getattr(torch, config.dtype)
     if start is None:
         with torch.device("meta"):
@@ -95,7 +107,9 @@ def save_final(
     """Write `final/` from a checkpoint: the model, or its adapter, which names the weights `start` that had this fingerprint when the run
     began. `model` says what the tensors are; its own values, of which this process may have a part only, are not read."""
     if config.lora is None:
-        save_model_tensors(folder, model.config, checkpoint.tensors("model"), tokenizer, max_shard_bytes=FINAL_SHARD_BYTES)
+        save_model_tensors(
+            folder, model.config, checkpoint.tensors("model"), tokenizer, max_shard_bytes=FINAL_SHARD_BYTES
+        )
     else:
         assert start is not None
         assert fingerprint is not None

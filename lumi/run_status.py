@@ -29,7 +29,10 @@ def write_status(folder: str | Path, status: Status, step: int, **more: Any) -> 
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(status_file(folder), {"status": status, "step": step, "time": now, "host": socket.gethostname(), **more})
+    write_json(
+        status_file(folder),
+        {"status": status, "step": step, "time": now, "host": socket.gethostname(), **more},
+    )
 
 
 def read_status(folder: str | Path) -> dict[str, Any] | None:
@@ -43,5 +46,7 @@ def read_status(folder: str | Path) -> dict[str, Any] | None:
         return None
     data = read_json(path)
     if not isinstance(data, dict) or data.get("status") not in get_args(Status):
-        raise UserError(f"{path}: must hold a status, one of {', '.join(get_args(Status))}, got {str(data)[:60]}; remove the file")
+        raise UserError(
+            f"{path}: must hold a status, one of {', '.join(get_args(Status))}, got {str(data)[:60]}; remove the file"
+        )
     return data

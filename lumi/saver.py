@@ -66,11 +66,22 @@ class Saver:
         """
         start = time.perf_counter()
         self.wait()
-        own = own_pieces({(group, name): tensor for group in tensors for name, tensor in tensors[group].items()}, self.rank, self.size)
-        groups = {group: {name: describe(tensor) for name, tensor in named.items()} for group, named in tensors.items()}
-        values = json.loads(json.dumps({**state, "step": step}, allow_nan=False))  # a copy, and refused here if it is not JSON
+        own = own_pieces(
+            {(group, name): tensor for group in tensors for name, tensor in tensors[group].items()},
+            self.rank,
+            self.size,
+        )
+        groups = {
+            group: {name: describe(tensor) for name, tensor in named.items()}
+            for group, named in tensors.items()
+        }
+        values = json.loads(
+            json.dumps({**state, "step": step}, allow_nan=False)
+        )  # a copy, and refused here if it is not JSON
         pieces = self._stage(own)
-        self._running = self._executor.submit(self._save, self.folder / f"step-{step:08d}", pieces, groups, values, finish)
+        self._running = self._executor.submit(
+            self._save, self.folder / f"step-{step:08d}", pieces, groups, values, finish
+        )
         return time.perf_counter() - start
 
     @property
@@ -123,14 +134,23 @@ class Saver:
         return staged
 
     def _save(
-        self, path: Path, pieces: dict[Key, Piece], groups: Description, state: dict[str, Any], finish: Callable[[Path], None]
+        self,
+        path: Path,
+        pieces: dict[Key, Piece],
+        groups: Description,
+        state: dict[str, Any],
+        finish: Callable[[Path], None],
     ) -> None:
         """What the thread does: make the folder, write, seal and rename it, finish; all processes go from one to the next together."""
         failure = f"{path}: cannot be written"
         with contextlib.ExitStack() as unfinished:
 
             def make_folder() -> str | None:
-                return unfinished.enter_context(atomic_folder(path, replace=True)).name if self.rank == 0 else None
+                return (
+                    unfinished.enter_context(atomic_folder(path, replace=True)).name
+                    if self.rank == 0
+                    else None
+                )
 
             temporary = path.parent / self._together(failure, make_folder)[0]
             written = self._together(failure, lambda: self._write(temporary, pieces))
@@ -140,17 +160,30 @@ class Saver:
                     for _, entries in written:
                         for (group, name), entry in entries.items():
                             groups[group][name]["pieces"].append(entry)
-                    seal_checkpoint(temporary, state, groups, {file: record for records, _ in written for file, record in records.items()})
+                    seal_checkpoint(
+                        temporary,
+                        state,
+                        groups,
+                        {file: record for records, _ in written for file, record in records.items()},
+                    )
                     unfinished.close()
 
             self._together(failure, complete)
         remedy = "the checkpoint is whole, resume from it"
-        self._together(f"{path}: was saved, but not what follows", lambda: finish(path) if self.rank == 0 else None, remedy)
+        self._together(
+            f"{path}: was saved, but not what follows",
+            lambda: finish(path) if self.rank == 0 else None,
+            remedy,
+        )
 
-    def _write(self, temporary: Path, pieces: dict[Key, Piece]) -> tuple[dict[str, dict[str, Any]], dict[Key, dict[str, Any]]]:
+    def _write(
+        self, temporary: Path, pieces: dict[Key, Piece]
+    ) -> tuple[dict[str, dict[str, Any]], dict[Key, dict[str, Any]]]:
         """Write this process's files. Returns their records, and where the pieces lie."""
         if not temporary.is_dir():
-            raise UserError("the folder must be on a disk that all processes share, got one that only the first can see")
+            raise UserError(
+                "the folder must be on a disk that all processes share, got one that only the first can see"
+            )
         records, entries = {}, {}
         for group in sorted({group for group, _ in pieces}):
             file = tensor_file(group, self.rank)
@@ -158,14 +191,21 @@ class Saver:
             records[file] = save_tensors(temporary / file, tensors, moved=self._moved)
             for key, piece in pieces.items():
                 if key[0] == group:
-                    entries[key] = {"file": file, "offset": list(piece.offset), "shape": list(piece.local.shape)}
+                    entries[key] = {
+                        "file": file,
+                        "offset": list(piece.offset),
+                        "shape": list(piece.local.shape),
+                    }
         return records, entries
 
     def _moved(self) -> None:
         self._chunks += 1
 
     def _together(
-        self, failure: str, work: Callable[[], Any], remedy: str = "earlier checkpoints are intact, resume from them"
+        self,
+        failure: str,
+        work: Callable[[], Any],
+        remedy: str = "earlier checkpoints are intact, resume from them",
     ) -> list[Any]:
         """Do a part of a save. Returns what it returned on every process, when all are done.
 

@@ -81,7 +81,9 @@ class Cluster:
 
     def bandwidth(self, layout: Layout, side: str) -> tuple[float, bool]:
         """Bytes/s that each process of a group sends in a ring, and whether the group reaches over several nodes."""
-        stride = {"tensor": 1, "shard": layout.tensor, "replicate": layout.tensor * layout.shard, "world": 1}[side]
+        stride = {"tensor": 1, "shard": layout.tensor, "replicate": layout.tensor * layout.shard, "world": 1}[
+            side
+        ]
         ranks = group_size(layout, side)
         nvlink = GPUS[self.gpu].link_bandwidth if self.nvlink_gbps is None else self.nvlink_gbps * 1e9 / 8
         if self.nodes == 1 or self.gpus_per_node % (stride * ranks) == 0:
@@ -133,7 +135,11 @@ def collectives(config: TrainConfig, layout: Layout) -> list[Collective]:
     assert model is not None
     _, reduce_bytes = compute_and_reduce_bytes(config)
     if layout.shard == layout.tensor == 1:
-        calls = [Collective("gradients", "all-reduce", "replicate", 1, reduce_bytes * model.num_parameters, LAST_BACKWARD)]
+        calls = [
+            Collective(
+                "gradients", "all-reduce", "replicate", 1, reduce_bytes * model.num_parameters, LAST_BACKWARD
+            )
+        ]
     else:
         calls = _of_shards(config, model, layout) + _of_tensors(config, model, layout)
         calls += _of_muon(model, layout) if config.optimizer.kind == "muon" else []
@@ -146,29 +152,52 @@ def _of_shards(config: TrainConfig, model: ModelConfig, layout: Layout) -> list[
     layer, root = parameters_held(model, layout.shard, layout.tensor)
     inside, outside, times = layers * layout.shard * layer, layout.shard * root, layers * micro_steps
     return [
-        Collective("layers' weights, forward", "all-gather", "shard", times, narrow * micro_steps * inside, FORWARD),
-        Collective("layers' weights, backward", "all-gather", "shard", times, narrow * micro_steps * inside, BACKWARD),
-        Collective("other weights", "all-gather", "shard", micro_steps, narrow * micro_steps * outside, NOTHING),
-        Collective("layers' gradients", "reduce-scatter", "shard", layers, reduce_bytes * inside, LAST_BACKWARD),
+        Collective(
+            "layers' weights, forward", "all-gather", "shard", times, narrow * micro_steps * inside, FORWARD
+        ),
+        Collective(
+            "layers' weights, backward", "all-gather", "shard", times, narrow * micro_steps * inside, BACKWARD
+        ),
+        Collective(
+            "other weights", "all-gather", "shard", micro_steps, narrow * micro_steps * outside, NOTHING
+        ),
+        Collective(
+            "layers' gradients", "reduce-scatter", "shard", layers, reduce_bytes * inside, LAST_BACKWARD
+        ),
         Collective("other gradients", "reduce-scatter", "shard", 1, reduce_bytes * outside, NOTHING),
-        Collective("shards of gradients, layers", "all-reduce", "replicate", layers, reduce_bytes * layers * layer, LAST_BACKWARD),
+        Collective(
+            "shards of gradients, layers",
+            "all-reduce",
+            "replicate",
+            layers,
+            reduce_bytes * layers * layer,
+            LAST_BACKWARD,
+        ),
         Collective("shards of gradients, other", "all-reduce", "replicate", 1, reduce_bytes * root, NOTHING),
     ]
 
 
 def _of_tensors(config: TrainConfig, model: ModelConfig, layout: Layout) -> list[Collective]:
     narrow, reduce_bytes = compute_and_reduce_bytes(config)
-    micro_steps, batches, again = config.batches.micro_steps(layout.data), config.batches, config.gradient_checkpointing
+    micro_steps, batches, again = (
+        config.batches.micro_steps(layout.data),
+        config.batches,
+        config.gradient_checkpointing,
+    )
     values = narrow * batches.micro_batch_rows * batches.sequence_length * model.model_dim
     gathers, scatters = ((4 + more * again) * model.num_layers * micro_steps for more in (2, 1))
     matrices = (1 if model.tied_embeddings else 2) * micro_steps
     embeddings = narrow * matrices * model.vocab_size * model.model_dim
     norms = 2 * model.num_layers * (1 + model.qk_norm)
     norm_values = 2 * model.num_layers * (model.model_dim + model.qk_norm * model.per_head)
-    norm_bytes = norm_values * (reduce_bytes if micro_steps > 1 else narrow) + micro_steps * narrow * model.model_dim
+    norm_bytes = (
+        norm_values * (reduce_bytes if micro_steps > 1 else narrow) + micro_steps * narrow * model.model_dim
+    )
     return [
         Collective("tokens' values", "all-gather", "tensor", gathers, gathers * values, NOTHING),
-        Collective("tokens' values, summed", "reduce-scatter", "tensor", scatters, scatters * values, NOTHING),
+        Collective(
+            "tokens' values, summed", "reduce-scatter", "tensor", scatters, scatters * values, NOTHING
+        ),
         Collective("embedding and lm_head", "all-gather", "tensor", matrices, embeddings, NOTHING),
         Collective("their gradients", "reduce-scatter", "tensor", matrices, embeddings, NOTHING),
         Collective("norms' gradients", "all-reduce", "tensor", norms + micro_steps, norm_bytes, NOTHING),
@@ -177,7 +206,10 @@ def _of_tensors(config: TrainConfig, model: ModelConfig, layout: Layout) -> list
 
 def _of_muon(model: ModelConfig, layout: Layout) -> list[Collective]:
     shapes = matrices_of_layers(model)
-    calls, num_bytes = sum(shapes.values()), 2 * sum(rows * columns * count for (rows, columns), count in shapes.items())
+    calls, num_bytes = (
+        sum(shapes.values()),
+        2 * sum(rows * columns * count for (rows, columns), count in shapes.items()),
+    )
     return [
         Collective("muon's matrices", "all-gather", "shard", calls, num_bytes // layout.tensor, NOTHING),
         Collective("muon's matrices, whole", "all-gather", "tensor", calls, num_bytes, NOTHING),
@@ -207,8 +239,12 @@ def step_time(config: TrainConfig, layout: Layout, cluster: Cluster) -> StepTime
         seconds[call.beside] += call.sent_bytes(layout) / cluster.bandwidth(layout, call.side)[0]
     work, gathering = (products * 2 / 3 + again) / micro_steps, seconds[BACKWARD] / micro_steps
     exposed = seconds[NOTHING] + max(0.0, seconds[FORWARD] - products / 3)
-    exposed += (micro_steps - 1) * max(0.0, gathering - work) + max(0.0, gathering + seconds[LAST_BACKWARD] - work)
-    return StepTime(products, again, optimizer_seconds(config, layout, cluster), sum(seconds.values()), exposed)
+    exposed += (micro_steps - 1) * max(0.0, gathering - work) + max(
+        0.0, gathering + seconds[LAST_BACKWARD] - work
+    )
+    return StepTime(
+        products, again, optimizer_seconds(config, layout, cluster), sum(seconds.values()), exposed
+    )
 
 
 def optimizer_seconds(config: TrainConfig, layout: Layout, cluster: Cluster) -> float:
@@ -222,7 +258,11 @@ def optimizer_seconds(config: TrainConfig, layout: Layout, cluster: Cluster) -> 
         sides = [(min(shape), max(shape), count) for shape, count in matrices_of_layers(model).items()]
         flops = sum(5 * (4 * short**2 * long + 2 * short**3) * count for short, long, count in sides)
         matrices = sum(matrices_of_layers(model).values())
-        shared = math.ceil(matrices / cluster.num_gpus) / matrices if layout.shard > 1 or layout.tensor > 1 else 1.0
+        shared = (
+            math.ceil(matrices / cluster.num_gpus) / matrices
+            if layout.shard > 1 or layout.tensor > 1
+            else 1.0
+        )
         seconds += shared * flops / cluster.flops
     return seconds
 

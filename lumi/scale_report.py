@@ -38,13 +38,17 @@ def describe_scale(config: TrainConfig, cluster: Cluster, name: str) -> str:
         "time": _time(config, layout, cluster),
         "checkpoint": _checkpoint(config, layout, cluster),
     }
-    return "\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
+    return "\n".join(
+        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items()
+    )
 
 
 def checked_layout(config: TrainConfig, cluster: Cluster) -> Layout:
     """The sides of the mesh. Raises UserError where the config cannot run on this cluster."""
     if config.model is None or config.lora is not None:
-        raise UserError("--config must be one of pre-training, with a model and without lora; a plan on paper reads no model from disk")
+        raise UserError(
+            "--config must be one of pre-training, with a model and without lora; a plan on paper reads no model from disk"
+        )
     layout = config.parallel.layout(cluster.num_gpus)
     check_tensor_parallel(config.model, config.batches.sequence_length, layout.tensor, dora=False)
     config.batches.micro_steps(layout.data)
@@ -58,7 +62,9 @@ def _with_micro_batch(config: TrainConfig, cluster: Cluster) -> TrainConfig:
     rows = one.batches.micro_steps(layout.data)
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     sized = [replace(config, batches=replace(config.batches, micro_batch_size=size)) for size in sizes]
-    return next((candidate for candidate in sized if _memory_of(candidate, layout)["total"] <= _usable(cluster)), one)
+    return next(
+        (candidate for candidate in sized if _memory_of(candidate, layout)["total"] <= _usable(cluster)), one
+    )
 
 
 def _kernels(config: TrainConfig) -> str:
@@ -92,9 +98,14 @@ def _run(config: TrainConfig, layout: Layout, cluster: Cluster) -> list[str]:
 
 
 def _memory(config: TrainConfig, layout: Layout, cluster: Cluster) -> list[str]:
-    columns = {flag: _memory_of(replace(config, gradient_checkpointing=flag), layout) for flag in (False, True)}
+    columns = {
+        flag: _memory_of(replace(config, gradient_checkpointing=flag), layout) for flag in (False, True)
+    }
     lines = [f"{'gradient_checkpointing':24}{'false':>10}{'true':>10}"]
-    lines += [f"{part:24}" + "".join(f"{column[part] / 2**30:>10.2f}" for column in columns.values()) for part in columns[False]]
+    lines += [
+        f"{part:24}" + "".join(f"{column[part] / 2**30:>10.2f}" for column in columns.values())
+        for part in columns[False]
+    ]
     usable, total = _usable(cluster), columns[config.gradient_checkpointing]["total"]
     share = f"{USABLE_SHARE:.0%} of {GPUS[cluster.gpu].memory_bytes / 2**30:.0f} = {usable / 2**30:.1f} GiB"
     chosen = f"gradient_checkpointing = {str(config.gradient_checkpointing).lower()}, as this config has it"
@@ -114,7 +125,13 @@ def what_fits(config: TrainConfig, cluster: Cluster) -> list[str]:
         total = _memory_of(changed, layout)["total"]
         if changes and total <= _usable(cluster):
             seconds = step_time(changed, layout, cluster).total
-            found.append((len(changes), seconds, f"would fit: {' '.join(changes)} ({total / 2**30:.1f} GiB, {seconds:.2f} s a step)"))
+            found.append(
+                (
+                    len(changes),
+                    seconds,
+                    f"would fit: {' '.join(changes)} ({total / 2**30:.1f} GiB, {seconds:.2f} s a step)",
+                )
+            )
     if found:
         fewest = min(number for number, _, _ in found)
         return [text for number, _, text in sorted(found) if number == fewest][:3]
@@ -131,7 +148,9 @@ def _changes(config: TrainConfig, cluster: Cluster) -> Iterator[tuple[list[str],
     while sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
     layouts = [None, *(size for size in (1, 2, 4, 8) if cluster.gpus_per_node % size == 0)]
-    for checkpointing, size, tensor in itertools.product({config.gradient_checkpointing, True}, sizes, layouts):
+    for checkpointing, size, tensor in itertools.product(
+        {config.gradient_checkpointing, True}, sizes, layouts
+    ):
         changes = [] if checkpointing == config.gradient_checkpointing else ["gradient_checkpointing=true"]
         changes += [] if size == config.batches.micro_batch_size else [f"batches.micro_batch_size={size}"]
         parallel = config.parallel
@@ -139,14 +158,19 @@ def _changes(config: TrainConfig, cluster: Cluster) -> Iterator[tuple[list[str],
             parallel = replace(parallel, replicate=1, shard=-1, tensor=tensor)
             changes += [f"parallel.{side}={getattr(parallel, side)}" for side in Layout._fields]
         batches = replace(config.batches, micro_batch_size=size)
-        yield changes, replace(config, gradient_checkpointing=checkpointing, batches=batches, parallel=parallel)
+        yield (
+            changes,
+            replace(config, gradient_checkpointing=checkpointing, batches=batches, parallel=parallel),
+        )
 
 
 def _communication(config: TrainConfig, layout: Layout, cluster: Cluster) -> list[str]:
     calls = collectives(config, layout)
     if not calls:
         return ["none: one process"]
-    lines = [f"{'':29}{'collective':16}{'processes':>14}{'calls':>8}{'GB sent':>10}{'GB/s':>7}{'seconds':>10}  runs beside"]
+    lines = [
+        f"{'':29}{'collective':16}{'processes':>14}{'calls':>8}{'GB sent':>10}{'GB/s':>7}{'seconds':>10}  runs beside"
+    ]
     for call in calls:
         bandwidth, over_network = cluster.bandwidth(layout, call.side)
         place = f"{group_size(layout, call.side)}, {'network' if over_network else 'NVLink'}"
@@ -186,7 +210,11 @@ def _checkpoint(config: TrainConfig, layout: Layout, cluster: Cluster) -> list[s
         f"({_figure(host / 1e9)} GB of memory a node)",
         f"write  {_figure(write)} s beside training, at {cluster.disk_gb_per_second:g} GB/s for all; due every {_figure(interval)} s",
     ]
-    return lines if write < interval else [*lines, "SAVES WAIT for the one before them: raise save_every, or the disk's speed"]
+    return (
+        lines
+        if write < interval
+        else [*lines, "SAVES WAIT for the one before them: raise save_every, or the disk's speed"]
+    )
 
 
 def _figure(value: float) -> str:

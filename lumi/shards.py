@@ -19,11 +19,27 @@ from lumi.corpus import CorpusReader, is_corpus, read_corpus
 from lumi.encoding import Documents, Encoded, Recipe, encode_all
 from lumi.progress import progress_bar
 from lumi.storage import TEMPORARY_PREFIX, atomic_folder
-from lumi.token_store import TOKENIZE_COMMAND, Split, StoreManifest, StoreWriter, TokenStore, is_token_store, read_store_manifest
+from lumi.token_store import (
+    TOKENIZE_COMMAND,
+    Split,
+    StoreManifest,
+    StoreWriter,
+    TokenStore,
+    is_token_store,
+    read_store_manifest,
+)
 from lumi.tokenizer import Tokenizer
 from lumi.workers import num_cores
 
-__all__ = ["Split", "StoreManifest", "StoreWriter", "TokenStore", "open_or_tokenize", "token_cache", "tokenize"]
+__all__ = [
+    "Split",
+    "StoreManifest",
+    "StoreWriter",
+    "TokenStore",
+    "open_or_tokenize",
+    "token_cache",
+    "tokenize",
+]
 
 DEFAULT_VALIDATION_FRACTION = 0.005
 
@@ -61,18 +77,31 @@ def tokenize(
     _check_fraction(validation_fraction, bool(validation_corpus_dirs))
     if not corpus_dirs:
         raise UserError("--corpus-dirs must name at least one corpus folder, got none")
-    readers, validation_readers = ([read_corpus(folder) for folder in folders] for folders in (corpus_dirs, validation_corpus_dirs))
+    readers, validation_readers = (
+        [read_corpus(folder) for folder in folders] for folders in (corpus_dirs, validation_corpus_dirs)
+    )
     template = _choose_template([*readers, *validation_readers], tokenizer, template, max_tokens)
-    recipe = Recipe(tokenizer=tokenizer, validation_fraction=validation_fraction, template=template, max_tokens=max_tokens)
+    recipe = Recipe(
+        tokenizer=tokenizer, validation_fraction=validation_fraction, template=template, max_tokens=max_tokens
+    )
     inputs = _inputs(recipe, readers, validation_readers)
     if (existing := _existing_store(output_dir, tokenizer, inputs)) is not None:
-        print(f"{output_dir}: already holds these documents in tokens of this tokenizer; kept", file=sys.stderr)
+        print(
+            f"{output_dir}: already holds these documents in tokens of this tokenizer; kept", file=sys.stderr
+        )
         return existing
     _sweep(output_dir)
-    encoded = _encode(readers, validation_readers, recipe, num_cores() if num_workers is None else num_workers)
+    encoded = _encode(
+        readers, validation_readers, recipe, num_cores() if num_workers is None else num_workers
+    )
     try:
-        with closing(encoded), atomic_folder(output_dir) as folder:  # whatever ends this early ends the threads too
-            writer = StoreWriter(folder, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+        with (
+            closing(encoded),
+            atomic_folder(output_dir) as folder,
+        ):  # whatever ends this early ends the threads too
+            writer = StoreWriter(
+                folder, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
+            )
             try:
                 lowest_rank = _write(writer, encoded)
                 manifest = writer.finish(inputs, template.name if template is not None else None)
@@ -81,7 +110,10 @@ def tokenize(
             _check_splits(manifest, writer.dropped, recipe, bool(validation_readers), lowest_rank)
     except OSError as error:
         # Another process may have finished the same store meanwhile; the first one stays.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or (existing := _existing_store(output_dir, tokenizer, inputs)) is None:
+        if (
+            error.errno not in (errno.ENOTEMPTY, errno.EEXIST)
+            or (existing := _existing_store(output_dir, tokenizer, inputs)) is None
+        ):
             raise
         return existing
     return manifest
@@ -120,27 +152,41 @@ def open_or_tokenize(
     if is_token_store(folder):
         return _open(folder, tokenizer, verify)
     if not is_corpus(folder):
-        what = "a folder without the manifest.json of either" if folder.is_dir() else "a file" if folder.exists() else "nothing there"
+        what = (
+            "a folder without the manifest.json of either"
+            if folder.is_dir()
+            else "a file"
+            if folder.exists()
+            else "nothing there"
+        )
         raise UserError(
             f"--data-dirs must name token stores (of `lumi tokenize`) or corpus folders (of `lumi prepare`), got {folder}: {what}"
         )
     cache = token_cache(folder, tokenizer)
-    if is_token_store(cache) and read_store_manifest(cache).inputs["corpus 0"] != _corpus_fingerprint(read_corpus(folder)):
+    if is_token_store(cache) and read_store_manifest(cache).inputs["corpus 0"] != _corpus_fingerprint(
+        read_corpus(folder)
+    ):
         print(f"{cache}: the corpus has changed since; it is tokenized again", file=sys.stderr)
         outdated = cache.with_name(f"{TEMPORARY_PREFIX}{cache.name}-{os.getpid()}")
-        os.rename(cache, outdated)  # at once: what an interrupted removal leaves is no token store, and nothing would replace it
+        os.rename(
+            cache, outdated
+        )  # at once: what an interrupted removal leaves is no token store, and nothing would replace it
         shutil.rmtree(outdated)
     tokenize([folder], tokenizer, cache, validation_fraction=validation_fraction, num_workers=num_workers)
     return _open(cache, tokenizer, verify)
 
 
 def _open(folder: Path, tokenizer: Tokenizer, verify: Literal["size", "hash"]) -> TokenStore:
-    return TokenStore.open(folder, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, verify=verify)
+    return TokenStore.open(
+        folder, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, verify=verify
+    )
 
 
 def _check_fraction(validation_fraction: float, has_validation_corpora: bool) -> None:
     if not 0 <= validation_fraction < 1:
-        raise UserError(f"--validation-fraction must be at least 0 and less than 1, got {validation_fraction}")
+        raise UserError(
+            f"--validation-fraction must be at least 0 and less than 1, got {validation_fraction}"
+        )
     if has_validation_corpora and validation_fraction > 0:
         raise UserError(
             f"--validation-fraction must be 0 or left out beside --validation-corpus-dirs, got {validation_fraction}; leave it out"
@@ -182,16 +228,23 @@ def _read_batches(readers: Sequence[CorpusReader]) -> Iterator[Documents]:
         return
     with progress_bar("tokenizing", " documents", total=sum(len(reader) for reader in readers)) as progress:
         for reader in readers:
-            for documents, sources in reader.iter_conversations() if reader.holds_conversations else reader.iter_batches():
+            for documents, sources in (
+                reader.iter_conversations() if reader.holds_conversations else reader.iter_batches()
+            ):
                 yield Documents(documents, sources)
                 progress.update(len(documents))
 
 
 def _encode(
-    readers: Sequence[CorpusReader], validation_readers: Sequence[CorpusReader], recipe: Recipe, num_workers: int
+    readers: Sequence[CorpusReader],
+    validation_readers: Sequence[CorpusReader],
+    recipe: Recipe,
+    num_workers: int,
 ) -> Generator[dict[str, Encoded], None, None]:
     yield from encode_all(_read_batches(readers), recipe, num_workers)
-    yield from encode_all(_read_batches(validation_readers), replace(recipe, validation_fraction=1.0), num_workers)
+    yield from encode_all(
+        _read_batches(validation_readers), replace(recipe, validation_fraction=1.0), num_workers
+    )
 
 
 def _write(writer: StoreWriter, encoded: Iterable[dict[str, Encoded]]) -> float:
@@ -205,9 +258,14 @@ def _write(writer: StoreWriter, encoded: Iterable[dict[str, Encoded]]) -> float:
     return lowest_rank / 2**64
 
 
-def _inputs(recipe: Recipe, readers: Sequence[CorpusReader], validation_readers: Sequence[CorpusReader]) -> dict[str, str]:
+def _inputs(
+    recipe: Recipe, readers: Sequence[CorpusReader], validation_readers: Sequence[CorpusReader]
+) -> dict[str, str]:
     inputs = {f"corpus {index}": _corpus_fingerprint(reader) for index, reader in enumerate(readers)}
-    inputs |= {f"validation corpus {index}": _corpus_fingerprint(reader) for index, reader in enumerate(validation_readers)}
+    inputs |= {
+        f"validation corpus {index}": _corpus_fingerprint(reader)
+        for index, reader in enumerate(validation_readers)
+    }
     inputs["validation_fraction"] = str(float(recipe.validation_fraction))
     if recipe.template is not None:
         inputs |= {"template": recipe.template.name, "max_tokens": str(recipe.max_tokens)}
@@ -224,11 +282,17 @@ def _existing_store(output_dir: Path, tokenizer: Tokenizer, inputs: dict[str, st
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return None
     if not output_dir.is_dir() or not is_token_store(output_dir):
-        raise UserError(f"--output-dir must be new, empty or a token store, got {output_dir}, which holds something else")
+        raise UserError(
+            f"--output-dir must be new, empty or a token store, got {output_dir}, which holds something else"
+        )
     manifest = read_store_manifest(output_dir)
     theirs = {"tokenizer": manifest.tokenizer_fingerprint} | manifest.inputs
     ours = {"tokenizer": tokenizer.fingerprint} | inputs
-    differences = [f"{key} {theirs.get(key)} there, {ours.get(key)} asked for" for key in theirs | ours if theirs.get(key) != ours.get(key)]
+    differences = [
+        f"{key} {theirs.get(key)} there, {ours.get(key)} asked for"
+        for key in theirs | ours
+        if theirs.get(key) != ours.get(key)
+    ]
     if differences:
         raise UserError(
             f"{output_dir}: holds a token store of other inputs ({'; '.join(differences)}); choose another --output-dir, or remove it"
@@ -238,12 +302,25 @@ def _existing_store(output_dir: Path, tokenizer: Tokenizer, inputs: dict[str, st
 
 
 def _check_splits(
-    manifest: StoreManifest, dropped: dict[str, Counter[str]], recipe: Recipe, has_validation_corpora: bool, lowest_rank: float
+    manifest: StoreManifest,
+    dropped: dict[str, Counter[str]],
+    recipe: Recipe,
+    has_validation_corpora: bool,
+    lowest_rank: float,
 ) -> None:
     documents = sum(split.documents for split in manifest.splits.values())
-    lost = "".join(f"; {count:,} dropped: {reason}" for reason, count in sorted((dropped["train"] + dropped["validation"]).items()))
-    more = "raise --max-tokens, or prepare more conversations" if lost else "see the corpus' DATA_CARD.md for what was dropped"
-    needed = {"--corpus-dirs": "train", "--validation-corpus-dirs": "validation"} if has_validation_corpora else {}
+    lost = "".join(
+        f"; {count:,} dropped: {reason}"
+        for reason, count in sorted((dropped["train"] + dropped["validation"]).items())
+    )
+    more = (
+        "raise --max-tokens, or prepare more conversations"
+        if lost
+        else "see the corpus' DATA_CARD.md for what was dropped"
+    )
+    needed = (
+        {"--corpus-dirs": "train", "--validation-corpus-dirs": "validation"} if has_validation_corpora else {}
+    )
     if documents == 0:
         raise UserError(f"--corpus-dirs must hold at least one document, got none{lost}; {more}")
     for option, split in needed.items():

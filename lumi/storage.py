@@ -23,7 +23,9 @@ if sys.platform != "win32":
 TEMPORARY_PREFIX = ".tmp-"
 REHEARSAL = f"{TEMPORARY_PREFIX}rehearsal"  # where preflight saves
 _DISPLACED, _DISCARDED = "-displaced", "-discarded"
-_OURS = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(?:rehearsal|(?P<name>.+)-(?:\d+(?P<displaced>{_DISPLACED})?|discarded))")
+_OURS = re.compile(
+    rf"{re.escape(TEMPORARY_PREFIX)}(?:rehearsal|(?P<name>.+)-(?:\d+(?P<displaced>{_DISPLACED})?|discarded))"
+)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some disks of clusters
 
 
@@ -57,9 +59,13 @@ def check_file(path: str | Path, record: dict[str, Any], *, remedy: str, check_h
     if found is None or not stat.S_ISREG(found.st_mode):
         raise DamagedError(f"{path}: is missing; {remedy}")
     if (size := found.st_size) != record["size"]:
-        raise DamagedError(f"{path}: must be {record['size']} bytes, got {size}: the file is truncated or was changed; {remedy}")
+        raise DamagedError(
+            f"{path}: must be {record['size']} bytes, got {size}: the file is truncated or was changed; {remedy}"
+        )
     if check_hash and (sha256 := sha256_file(path)) != record["sha256"]:
-        raise DamagedError(f"{path}: SHA-256 must be {record['sha256']}, got {sha256}: the file is corrupt; {remedy}")
+        raise DamagedError(
+            f"{path}: SHA-256 must be {record['sha256']}, got {sha256}: the file is corrupt; {remedy}"
+        )
 
 
 def check_patterns(paths: Sequence[str]) -> None:
@@ -76,7 +82,9 @@ def matching_files(paths: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for pattern in paths:
-        matches = sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
+        matches = sorted(
+            path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)
+        )
         if not matches:
             raise UserError(
                 f"paths must match at least one file, got {pattern!r} (looked from {os.getcwd()}); mend the path, or take it out"
@@ -116,7 +124,9 @@ def atomic_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path
             os.rename(folder, displaced)
         os.rename(temporary, folder)
         _fsync(folder.parent)  # before the old one goes
-        shutil.rmtree(displaced, ignore_errors=True)  # the new one is whole: what stays of the old one is litter, for the next sweep
+        shutil.rmtree(
+            displaced, ignore_errors=True
+        )  # the new one is whole: what stays of the old one is litter, for the next sweep
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -128,7 +138,9 @@ def sweep_temporaries(parent: str | Path) -> list[str]:
     A folder that was moved aside for a new one that never came is put back. Folders of other names are not ours to remove.
     """
     swept = []
-    for path in sorted(path for path in Path(parent).glob(f"{TEMPORARY_PREFIX}*") if path.is_dir() and not path.is_symlink()):
+    for path in sorted(
+        path for path in Path(parent).glob(f"{TEMPORARY_PREFIX}*") if path.is_dir() and not path.is_symlink()
+    ):
         ours = _OURS.fullmatch(path.name)
         if ours is None:
             continue
@@ -184,7 +196,9 @@ def lock_file(path: str | Path, wait_seconds: float, say: Callable[[str], None])
     return descriptor
 
 
-def _wait_for_lock(descriptor: int, path: str | Path, wait_seconds: float, say: Callable[[str], None]) -> None:
+def _wait_for_lock(
+    descriptor: int, path: str | Path, wait_seconds: float, say: Callable[[str], None]
+) -> None:
     deadline = None
     while True:
         try:
@@ -192,7 +206,9 @@ def _wait_for_lock(descriptor: int, path: str | Path, wait_seconds: float, say: 
             return
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                say(f"{path}: cannot be locked on this disk: {error.strerror}; take care that no second run writes there")
+                say(
+                    f"{path}: cannot be locked on this disk: {error.strerror}; take care that no second run writes there"
+                )
                 return
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise

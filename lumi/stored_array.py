@@ -36,7 +36,10 @@ class StoredArray:
         start, stop, step = places.indices(self.length)
         if step != 1:
             raise ValueError(f"places must be a slice of step 1, got {places}")
-        return np.frombuffer(self._read(start * self.dtype.itemsize, max(0, stop - start) * self.dtype.itemsize), dtype=self.dtype)
+        return np.frombuffer(
+            self._read(start * self.dtype.itemsize, max(0, stop - start) * self.dtype.itemsize),
+            dtype=self.dtype,
+        )
 
     def _read(self, offset: int, size: int) -> bytes:
         data = b""

@@ -21,7 +21,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from lumi.config import UserError
 from lumi.model import ModelConfig, Transformer
 
-_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # each process computes some of their outputs
+_COLUMNS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "gate_proj",
+    "up_proj",
+)  # each process computes some of their outputs
 _ROWS = ("o_proj", "down_proj")  # each process has some of their inputs
 _SEQUENCE_DIM = 1
 
@@ -41,7 +47,9 @@ def check_tensor_parallel(config: ModelConfig, sequence_length: int, size: int, 
         if value % size:
             raise UserError(f"parallel.tensor must divide {name} = {value}, got {size}")
     if dora:
-        raise UserError(f"parallel.tensor must be 1 with lora.dora (lengths of rows that no process has whole), got {size}")
+        raise UserError(
+            f"parallel.tensor must be 1 with lora.dora (lengths of rows that no process has whole), got {size}"
+        )
 
 
 def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
@@ -50,7 +58,10 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     for name, parameter in list(model.named_parameters()):
         path, _, attribute = name.rpartition(".")
         whole = parameter.detach()
-        shared = nn.Parameter(distribute_tensor(whole, mesh, [_placement(name, whole)], src_data_rank=None), parameter.requires_grad)
+        shared = nn.Parameter(
+            distribute_tensor(whole, mesh, [_placement(name, whole)], src_data_rank=None),
+            parameter.requires_grad,
+        )
         setattr(model.get_submodule(path), attribute, shared)
     for layer in model.layers:
         for module in map(layer.get_submodule, ("attention", "mlp")):
@@ -102,7 +113,9 @@ def _local(parameter: Tensor, whole: bool) -> Tensor:
     assert isinstance(parameter, DTensor)
     if whole:
         parameter = parameter.redistribute(placements=[Replicate()])
-    return parameter.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements])
+    return parameter.to_local(
+        grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements]
+    )
 
 
 def _own_tokens(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -110,9 +123,15 @@ def _own_tokens(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def _gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    whole = DTensor.from_local(x, mesh, [Shard(_SEQUENCE_DIM)], run_check=False).redistribute(placements=[Replicate()])
+    whole = DTensor.from_local(x, mesh, [Shard(_SEQUENCE_DIM)], run_check=False).redistribute(
+        placements=[Replicate()]
+    )
     return whole.to_local(grad_placements=[Partial()])
 
 
 def _scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(_SEQUENCE_DIM)]).to_local()
+    return (
+        DTensor.from_local(x, mesh, [Partial()], run_check=False)
+        .redistribute(placements=[Shard(_SEQUENCE_DIM)])
+        .to_local()
+    )

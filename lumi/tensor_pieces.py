@@ -37,7 +37,11 @@ class Piece(NamedTuple):
 
     def part_of(self, whole: Tensor) -> Tensor:
         """The same part of a plain tensor of shape `shape`."""
-        return whole[tuple(slice(start, start + size) for start, size in zip(self.offset, self.local.shape, strict=True))]
+        return whole[
+            tuple(
+                slice(start, start + size) for start, size in zip(self.offset, self.local.shape, strict=True)
+            )
+        ]
 
 
 def piece(tensor: Tensor) -> Piece:
@@ -59,7 +63,9 @@ def piece(tensor: Tensor) -> Piece:
         chunk = math.ceil(shape[dim] / mesh.size(side))  # as torch.chunk: the last may be smaller, or empty
         start = min(chunk * coordinate[side], shape[dim])
         offset[dim], shape[dim] = offset[dim] + start, min(chunk, shape[dim] - start)
-    if tuple(local.shape) != tuple(shape) and (local.numel() or math.prod(shape)):  # FSDP2 gives empty parts other shapes
+    if tuple(local.shape) != tuple(shape) and (
+        local.numel() or math.prod(shape)
+    ):  # FSDP2 gives empty parts other shapes
         raise ValueError(
             f"the local part of a tensor {whole}, {tensor.placements}, must have shape {tuple(shape)}, got {tuple(local.shape)}"
         )
@@ -76,7 +82,11 @@ def _cuts(tensor: DTensor) -> list[int]:
     strided: list[int] = []
     for side, placement in enumerate(placements):
         if isinstance(placement, _StridedShard):  # a kind of Shard in some versions of torch
-            right = [other for other in range(side + 1, mesh.ndim) if getattr(placements[other], "dim", None) == placement.dim]
+            right = [
+                other
+                for other in range(side + 1, mesh.ndim)
+                if getattr(placements[other], "dim", None) == placement.dim
+            ]
             if math.prod(mesh.size(other) for other in right) != placement.split_factor:
                 raise ValueError(f"the parts of a tensor to save must be boxes, got {placements} on {mesh}")
             strided.append(side)
@@ -101,7 +111,9 @@ def own_pieces(tensors: Mapping[Key, Tensor], rank: int, size: int) -> dict[Key,
     written = np.zeros(size)
     layouts: dict[Any, np.ndarray] = {}
     holders = {name: _holders(tensor, size, layouts) for name, tensor in tensors.items()}
-    bytes_each = {name: tensor.numel() * tensor.element_size() / len(holders[name]) for name, tensor in tensors.items()}
+    bytes_each = {
+        name: tensor.numel() * tensor.element_size() / len(holders[name]) for name, tensor in tensors.items()
+    }
     for name in sorted(tensors, key=lambda name: (-bytes_each[name], name)):
         least = written[holders[name]].argmin(axis=1)  # the first of equals
         writers = holders[name][np.arange(len(least)), least]
@@ -122,7 +134,9 @@ def _holders(tensor: Tensor, size: int, layouts: dict[Any, np.ndarray]) -> np.nd
             raise ValueError(f"a tensor to save must be on a mesh of all {size} processes, got {mesh}")
         ranks = mesh.mesh.numpy()
         replicated = [side for side in range(mesh.ndim) if side not in cut]
-        layouts[mesh, cut] = ranks.transpose(*cut, *replicated).reshape(math.prod(ranks.shape[side] for side in cut), -1)
+        layouts[mesh, cut] = ranks.transpose(*cut, *replicated).reshape(
+            math.prod(ranks.shape[side] for side in cut), -1
+        )
     return layouts[mesh, cut]
 
 
@@ -132,9 +146,13 @@ def check_cover(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
         if not len(box.offset) == len(box.shape) == len(shape) or not all(
             0 <= start < end <= length for start, end, length in zip(box.offset, box.end, shape, strict=True)
         ):
-            raise ValueError(f"a piece must lie inside shape {shape} and not be empty, got offset {box.offset}, shape {box.shape}")
+            raise ValueError(
+                f"a piece must lie inside shape {shape} and not be empty, got offset {box.offset}, shape {box.shape}"
+            )
     if (covered := sum(math.prod(box.shape) for box in boxes)) != math.prod(shape):
-        raise ValueError(f"the pieces must hold the {math.prod(shape)} elements of shape {shape} once each, got {covered}")
+        raise ValueError(
+            f"the pieces must hold the {math.prod(shape)} elements of shape {shape} once each, got {covered}"
+        )
     reached: list[Box] = []  # what the first dimension, in which nearly everything is cut, has not passed yet
     for box in sorted(boxes) if shape else ():
         reached = [other for other in reached if other.end[0] > box.offset[0]]
@@ -143,7 +161,9 @@ def check_cover(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
         reached.append(box)
 
 
-def fill(target: Tensor, boxes: Sequence[Box], read_slice: Callable[[int, tuple[slice, ...]], Tensor]) -> None:
+def fill(
+    target: Tensor, boxes: Sequence[Box], read_slice: Callable[[int, tuple[slice, ...]], Tensor]
+) -> None:
     """Write what this process holds of `target`, in place, from saved pieces of any shape that cover the whole.
 
     Args:
@@ -165,4 +185,7 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 def _inside(part: Box, box: Box) -> tuple[slice, ...]:
     """The slices that cut `part` out of `box`."""
-    return tuple(slice(start - origin, end - origin) for start, end, origin in zip(part.offset, part.end, box.offset, strict=True))
+    return tuple(
+        slice(start - origin, end - origin)
+        for start, end, origin in zip(part.offset, part.end, box.offset, strict=True)
+    )

@@ -159,7 +159,10 @@ class TokenStore:
             )
         remedy = f"copy the store again, or remove it and run {command}"
         num_ids = manifest.vocab_size if vocab_size is None else min(vocab_size, manifest.vocab_size)
-        splits = {name: _open_split(folder, name, manifest, num_ids, remedy, verify == "hash") for name in manifest.splits}
+        splits = {
+            name: _open_split(folder, name, manifest, num_ids, remedy, verify == "hash")
+            for name in manifest.splits
+        }
         return cls(folder, manifest, splits)
 
     def has_split(self, name: str) -> bool:
@@ -191,7 +194,12 @@ class StoreWriter:
         self._splits: dict[str, _SplitWriter] = {}
 
     def append(
-        self, split: str, tokens: np.ndarray, lengths: np.ndarray, counts: dict[str, tuple[int, int, int]], mask: np.ndarray | None = None
+        self,
+        split: str,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        counts: dict[str, tuple[int, int, int]],
+        mask: np.ndarray | None = None,
     ) -> None:
         """Append documents.
 
@@ -213,9 +221,13 @@ class StoreWriter:
         if mask is not None and len(mask) != len(tokens):
             raise ValueError(f"mask must have one value for each of {len(tokens)} tokens, got {len(mask)}")
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise UserError(f"token ids must be between 0 and {self.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
+            raise UserError(
+                f"token ids must be between 0 and {self.vocab_size - 1}, got {tokens.min()} to {tokens.max()}"
+            )
         if split not in self._splits:
-            self._splits[split] = _SplitWriter(self.folder, split, token_dtype(self.vocab_size), mask is not None)
+            self._splits[split] = _SplitWriter(
+                self.folder, split, token_dtype(self.vocab_size), mask is not None
+            )
         self._splits[split].append(tokens, lengths, counts, mask)
 
     def count_dropped(self, split: str, dropped: dict[str, int], truncated: int) -> None:
@@ -236,7 +248,10 @@ class StoreWriter:
             dtype="uint16" if token_dtype(self.vocab_size).itemsize == 2 else "uint32",
             inputs=inputs,
             template=template,
-            splits={name: self._splits[name].finish(self.dropped[name], self.truncated[name]) for name in sorted(self._splits)},
+            splits={
+                name: self._splits[name].finish(self.dropped[name], self.truncated[name])
+                for name in sorted(self._splits)
+            },
         )
         write_json(self.folder / "manifest.json", to_dict(manifest))
         return manifest
@@ -254,7 +269,13 @@ class _SplitWriter:
         self.spare_bits = np.zeros(0, dtype=bool)  # fewer than 8, which do not fill a byte of the mask yet
         self.files["offsets"].write(np.zeros(1, dtype="<u8").tobytes())
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray, counts: dict[str, tuple[int, int, int]], mask: np.ndarray | None) -> None:
+    def append(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        counts: dict[str, tuple[int, int, int]],
+        mask: np.ndarray | None,
+    ) -> None:
         if (mask is not None) != ("mask" in self.files):
             raise ValueError("mask must be given for every document of a split or for none")
         self.files["tokens"].write(tokens.astype(self.dtype).tobytes())
@@ -287,7 +308,10 @@ class _SplitWriter:
             truncated=truncated,
             max_token_id=self.max_token_id,
             files={path.name: FileRecord(**file_record(path)) for path in self.paths.values()},
-            sources={name: Counts(documents=d, tokens=t, bytes=b) for name, (d, t, b) in sorted(self.sources.items())},
+            sources={
+                name: Counts(documents=d, tokens=t, bytes=b)
+                for name, (d, t, b) in sorted(self.sources.items())
+            },
         )
 
 
@@ -306,11 +330,21 @@ def read_store_manifest(folder: str | Path) -> StoreManifest:
     """The manifest of a token store. Raises UserError: not a token store, of another version, or damaged."""
     path = Path(folder) / "manifest.json"
     if not is_token_store(folder):
-        what = "a manifest.json of something else" if path.is_file() else "no manifest.json" if Path(folder).is_dir() else "no such folder"
-        raise UserError(f"{folder}: must be a finished token store, got {what}; make one with `{TOKENIZE_COMMAND} {folder}`")
+        what = (
+            "a manifest.json of something else"
+            if path.is_file()
+            else "no manifest.json"
+            if Path(folder).is_dir()
+            else "no such folder"
+        )
+        raise UserError(
+            f"{folder}: must be a finished token store, got {what}; make one with `{TOKENIZE_COMMAND} {folder}`"
+        )
     data = read_json(path)
     if data.get("format") != FORMAT:
-        raise UserError(f"{path}: format must be {FORMAT}, got {data.get('format')}; tokenize again with this version of lumi")
+        raise UserError(
+            f"{path}: format must be {FORMAT}, got {data.get('format')}; tokenize again with this version of lumi"
+        )
     manifest = from_dict(StoreManifest, data, where=str(path))
     if manifest.dtype != token_dtype(manifest.vocab_size).name:
         raise UserError(
@@ -319,11 +353,15 @@ def read_store_manifest(folder: str | Path) -> StoreManifest:
     for name, split in manifest.splits.items():
         names = {f"{name}.tokens", f"{name}.offsets"}
         if name not in SPLITS or not names <= split.files.keys() <= names | {f"{name}.mask"}:
-            raise UserError(f"{path}: splits must be {' or '.join(SPLITS)} with their files, got {name!r} with {', '.join(split.files)}")
+            raise UserError(
+                f"{path}: splits must be {' or '.join(SPLITS)} with their files, got {name!r} with {', '.join(split.files)}"
+            )
     return manifest
 
 
-def _open_split(folder: Path, name: str, manifest: StoreManifest, num_ids: int, remedy: str, check_hash: bool) -> Split:
+def _open_split(
+    folder: Path, name: str, manifest: StoreManifest, num_ids: int, remedy: str, check_hash: bool
+) -> Split:
     split = manifest.splits[name]
     dtype = token_dtype(manifest.vocab_size)
     arrays: dict[str, StoredArray] = {}
@@ -337,15 +375,26 @@ def _open_split(folder: Path, name: str, manifest: StoreManifest, num_ids: int, 
             continue
         path, size = folder / f"{name}.{kind}", length * array_dtype.itemsize
         if record.size != size or record.size == 0:
-            raise UserError(f"{folder / 'manifest.json'}: size of {path.name} must be {size} for its counts, got {record.size}; {remedy}")
+            raise UserError(
+                f"{folder / 'manifest.json'}: size of {path.name} must be {size} for its counts, got {record.size}; {remedy}"
+            )
         check_file(path, {"size": record.size, "sha256": record.sha256}, remedy=remedy, check_hash=check_hash)
         arrays[kind] = StoredArray(path, array_dtype, length, remedy=remedy)
     tokens, offsets = arrays["tokens"], arrays["offsets"][:]
     if offsets[0] != 0 or offsets[-1] != split.tokens or (offsets[1:] <= offsets[:-1]).any():
-        raise UserError(f"{folder / name}.offsets: must rise from 0 to {split.tokens}, got other values: the file is corrupt; {remedy}")
+        raise UserError(
+            f"{folder / name}.offsets: must rise from 0 to {split.tokens}, got other values: the file is corrupt; {remedy}"
+        )
     highest = split.max_token_id
     if check_hash:
-        highest = max(int(tokens[start : start + _CHECK_TOKENS].max()) for start in range(0, len(tokens), _CHECK_TOKENS))
+        highest = max(
+            int(tokens[start : start + _CHECK_TOKENS].max()) for start in range(0, len(tokens), _CHECK_TOKENS)
+        )
     if highest >= num_ids:
         raise UserError(f"{folder / name}.tokens: ids must be below {num_ids}, got {highest}; {remedy}")
-    return Split(tokens=tokens, offsets=offsets, mask=arrays["mask"][:] if "mask" in arrays else None, num_bytes=split.bytes)
+    return Split(
+        tokens=tokens,
+        offsets=offsets,
+        mask=arrays["mask"][:] if "mask" in arrays else None,
+        num_bytes=split.bytes,
+    )

@@ -17,9 +17,18 @@ from lumi.config import UserError, write_json
 from lumi.tokenizer_files import Surroundings
 
 MODEL_FILE = "tokenizer.model"
-TRAIN_COMMAND = "lumi tokenizer --config configs/tokenizer/32k.json --corpus-dirs CORPUS --output-dir TOKENIZER"
+TRAIN_COMMAND = (
+    "lumi tokenizer --config configs/tokenizer/32k.json --corpus-dirs CORPUS --output-dir TOKENIZER"
+)
 
-SPECIAL_PIECES = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")  # ids 0 to 5 of Lumi's recipe
+SPECIAL_PIECES = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+)  # ids 0 to 5 of Lumi's recipe
 UNK_ID, BOS_ID, EOS_ID, PAD_ID, IM_START_ID, IM_END_ID = range(6)
 FIRST_BYTE_ID = len(SPECIAL_PIECES)
 FIRST_LEARNED_ID = FIRST_BYTE_ID + 256
@@ -51,7 +60,10 @@ class Tokenizer:
     def __init__(self, model: bytes, *, where: str = "tokenizer", surroundings: Surroundings | None = None):
         is_new, surroundings = surroundings is None, surroundings or Surroundings()
         self._model, self._where, self._surroundings = model, where, surroundings
-        original, self._processor = _load_processor(model, where), _load_processor(model + _NO_DUMMY_PREFIX, where)
+        original, self._processor = (
+            _load_processor(model, where),
+            _load_processor(model + _NO_DUMMY_PREFIX, where),
+        )
         self._prefix = b" " if original.normalize("a") != self._processor.normalize("a") else b""
         self._pieces = [original.id_to_piece(i) for i in range(original.vocab_size())]
         self._is_own = not self._prefix and _is_of_the_recipe(original, self._pieces, surroundings)
@@ -67,7 +79,9 @@ class Tokenizer:
             )
         self.token_bytes = np.array([len(data) for data in self._bytes], dtype=np.int32)
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.chat_template = tokenizer_files.CHAT_TEMPLATE if is_new and self._is_own else surroundings.chat_template
+        self.chat_template = (
+            tokenizer_files.CHAT_TEMPLATE if is_new and self._is_own else surroundings.chat_template
+        )
         self.unk_id = original.unk_id()
         self.bos_id = self._required_id("bos", original.bos_id())
         self.eos_id = self._required_id("eos", original.eos_id())
@@ -81,7 +95,9 @@ class Tokenizer:
             return f"it has {len(self._byte_ids)} of the 256 byte pieces"
         special = [model.is_unknown(i) or model.is_control(i) or model.is_byte(i) for i in range(size)]
         scores = [model.get_score(i) for i in range(size) if not special[i]]
-        if any(score % 1 for score in scores):  # BPE numbers its merges; unigram has logarithms of probabilities
+        if any(
+            score % 1 for score in scores
+        ):  # BPE numbers its merges; unigram has logarithms of probabilities
             return "it is a unigram model"
         if scores.count(0.0) > 1:  # only the first merge, and pieces that were prescribed
             return "it has user-defined pieces, which would be read out of a user's text"
@@ -103,7 +119,9 @@ class Tokenizer:
 
     def _required_id(self, role: str, default: int) -> int:
         if (found := self._named_id(role, default)) is None:
-            raise UserError(f"{self._where}: must have a {role} token, got none; name one as {role}_token in tokenizer_config.json")
+            raise UserError(
+                f"{self._where}: must have a {role} token, got none; name one as {role}_token in tokenizer_config.json"
+            )
         return found
 
     @classmethod
@@ -121,7 +139,9 @@ class Tokenizer:
                     f"{path}: must hold a {MODEL_FILE}, got tokenizer.json alone; only SentencePiece tokenizers can be imported"
                 )
             what = f"the folder holds no {MODEL_FILE}" if path.is_dir() else "there is no such file or folder"
-            raise UserError(f"{path}: must be a tokenizer folder or its {MODEL_FILE}, but {what}; make one with `{TRAIN_COMMAND}`")
+            raise UserError(
+                f"{path}: must be a tokenizer folder or its {MODEL_FILE}, but {what}; make one with `{TRAIN_COMMAND}`"
+            )
         model, surroundings = file.read_bytes(), tokenizer_files.read_surroundings(folder)
         expected = surroundings.fingerprint
         if expected is not None and expected != (got := hashlib.sha256(model).hexdigest()):
@@ -163,7 +183,9 @@ class Tokenizer:
         if _SPACE not in data:
             return self._processor.encode(data)
         spelt = [self._byte_ids[bytes([byte])] for byte in _SPACE]
-        ids: list[int] = []  # SentencePiece would give U+2581 back as a space, so it goes in as its three bytes
+        ids: list[
+            int
+        ] = []  # SentencePiece would give U+2581 back as a space, so it goes in as its three bytes
         for index, part in enumerate(data.split(_SPACE)):
             ids += (spelt if index else []) + self._processor.encode(part)
         return ids
@@ -183,7 +205,9 @@ class Tokenizer:
     def piece_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, possibly a part of a character. Raises UserError for an id outside [0, vocab_size)."""
         if not 0 <= token_id < self.vocab_size:
-            raise UserError(f"a token id must be between 0 and {self.vocab_size - 1}, got {token_id}: was it made by another tokenizer?")
+            raise UserError(
+                f"a token id must be between 0 and {self.vocab_size - 1}, got {token_id}: was it made by another tokenizer?"
+            )
         return self._bytes[token_id]
 
     def save(self, folder: str | Path) -> None:
@@ -208,7 +232,10 @@ class Tokenizer:
             for name, data in self._surroundings.files_with(self.chat_template).items():
                 (folder / name).write_bytes(data)
             return
-        compact = json.dumps(tokenizer_files.transformers_tokenizer(self._pieces, SPECIAL_PIECES, FIRST_LEARNED_ID), ensure_ascii=False)
+        compact = json.dumps(
+            tokenizer_files.transformers_tokenizer(self._pieces, SPECIAL_PIECES, FIRST_LEARNED_ID),
+            ensure_ascii=False,
+        )
         (folder / "tokenizer.json").write_text(compact, encoding="utf-8")
         write_json(folder / "tokenizer_config.json", tokenizer_files.transformers_config(self.fingerprint))
 
@@ -229,23 +256,30 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _is_of_the_recipe(model: sentencepiece.SentencePieceProcessor, pieces: Sequence[str], surroundings: Surroundings) -> bool:
+def _is_of_the_recipe(
+    model: sentencepiece.SentencePieceProcessor, pieces: Sequence[str], surroundings: Surroundings
+) -> bool:
     """Whether Lumi made the model, and nobody changed what stands beside it: its files can be made anew."""
     return (
         tuple(pieces[:FIRST_BYTE_ID]) == SPECIAL_PIECES
         and model.is_unknown(UNK_ID)
         and all(model.is_control(i) for i in range(1, FIRST_BYTE_ID))
-        and [i for i in range(len(pieces)) if model.is_byte(i)] == list(range(FIRST_BYTE_ID, FIRST_LEARNED_ID))
+        and [i for i in range(len(pieces)) if model.is_byte(i)]
+        == list(range(FIRST_BYTE_ID, FIRST_LEARNED_ID))
         and surroundings.names.items() <= {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}.items()
         and surroundings.added.keys() <= set(SPECIAL_PIECES)
     )
 
 
-def _control_ids(model: sentencepiece.SentencePieceProcessor, pieces: Sequence[str], added: dict[str, int], where: str) -> dict[str, int]:
+def _control_ids(
+    model: sentencepiece.SentencePieceProcessor, pieces: Sequence[str], added: dict[str, int], where: str
+) -> dict[str, int]:
     """The control pieces of the model, and those that the files beside it add behind its pieces."""
     ids = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
     beyond = {name: i for name, i in added.items() if not (0 <= i < len(pieces) and pieces[i] == name)}
-    if sorted(beyond.values()) != list(range(len(pieces), len(pieces) + len(beyond))) or beyond.keys() & set(pieces):
+    if sorted(beyond.values()) != list(range(len(pieces), len(pieces) + len(beyond))) or beyond.keys() & set(
+        pieces
+    ):
         raise UserError(
             f"{where}: tokens that the files beside it add must have the ids from {len(pieces)} on, without a gap, and new names, "
             f"got {beyond}; remove them from tokenizer_config.json and added_tokens.json if the model does not need them"
@@ -269,7 +303,9 @@ def _load_processor(model: bytes, where: str) -> sentencepiece.SentencePieceProc
     except RuntimeError:
         loaded = False
     if not loaded:
-        raise UserError(f"{where}: must be a SentencePiece model, but cannot be parsed; make a tokenizer with `{TRAIN_COMMAND}`")
+        raise UserError(
+            f"{where}: must be a SentencePiece model, but cannot be parsed; make a tokenizer with `{TRAIN_COMMAND}`"
+        )
     return processor
 
 

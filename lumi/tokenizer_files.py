@@ -13,7 +13,9 @@ from lumi.chat_templates import TEMPLATES
 from lumi.config import UserError, read_json
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
-FINGERPRINT_KEY = "lumi_fingerprint"  # in tokenizer_config.json; transformers keeps keys that it does not know
+FINGERPRINT_KEY = (
+    "lumi_fingerprint"  # in tokenizer_config.json; transformers keeps keys that it does not know
+)
 
 CHAT_TEMPLATE = TEMPLATES["chatml"].jinja
 
@@ -46,12 +48,21 @@ class Surroundings:
 def read_surroundings(folder: Path) -> Surroundings:
     """Read the files beside a model. Raises UserError where one is not JSON, or not what transformers writes there."""
     files = {name: (folder / name).read_bytes() for name in _KEPT_FILES if (folder / name).is_file()}
-    config, special, added = (_read_object(folder / name) for name in (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json"))
+    config, special, added = (
+        _read_object(folder / name) for name in (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
+    )
     for key, token in _object(config.get("added_tokens_decoder", {}), folder / CONFIG_FILE).items():
         added[_content(token)] = int(key) if key.isdecimal() else key
-    if wrong := [name for name, number in added.items() if not (isinstance(name, str) and type(number) is int)]:
-        raise UserError(f"{folder}: an added token must be a name and an id, got {wrong[0]!r}: {added[wrong[0]]!r}; correct its JSON files")
-    tokens = {role: _content(config.get(f"{role}_token", special.get(f"{role}_token"))) for role in ("bos", "eos", "pad")}
+    if wrong := [
+        name for name, number in added.items() if not (isinstance(name, str) and type(number) is int)
+    ]:
+        raise UserError(
+            f"{folder}: an added token must be a name and an id, got {wrong[0]!r}: {added[wrong[0]]!r}; correct its JSON files"
+        )
+    tokens = {
+        role: _content(config.get(f"{role}_token", special.get(f"{role}_token")))
+        for role in ("bos", "eos", "pad")
+    }
     names = {role: token for role, token in tokens.items() if isinstance(token, str)}
     file = folder / TEMPLATE_FILE
     template = file.read_text(encoding="utf-8") if file.is_file() else _template_in(config)
@@ -77,7 +88,14 @@ def _template_in(config: dict[str, Any]) -> str | None:
     """The chat template in `tokenizer_config.json`: a text, or the default one of several."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next((item.get("template") for item in template if isinstance(item, dict) and item.get("name") == "default"), None)
+        template = next(
+            (
+                item.get("template")
+                for item in template
+                if isinstance(item, dict) and item.get("name") == "default"
+            ),
+            None,
+        )
     return template if isinstance(template, str) else None
 
 
@@ -99,7 +117,9 @@ def transformers_config(fingerprint: str) -> dict[str, Any]:
     }
 
 
-def transformers_tokenizer(pieces: Sequence[str], special: Sequence[str], first_normal: int) -> dict[str, Any]:
+def transformers_tokenizer(
+    pieces: Sequence[str], special: Sequence[str], first_normal: int
+) -> dict[str, Any]:
     """`tokenizer.json`: the model as a byte-fallback BPE of the `tokenizers` library.
 
     Args:
@@ -113,14 +133,25 @@ def transformers_tokenizer(pieces: Sequence[str], special: Sequence[str], first_
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": piece, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            {
+                "id": i,
+                "content": piece,
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
             for i, piece in enumerate(special)
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False},
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
             "pair": [
                 {"SpecialToken": {"id": "<s>", "type_id": 0}},
                 {"Sequence": {"id": "A", "type_id": 0}},
@@ -129,7 +160,10 @@ def transformers_tokenizer(pieces: Sequence[str], special: Sequence[str], first_
             ],
             "special_tokens": {"<s>": {"id": "<s>", "ids": [special.index("<s>")], "tokens": ["<s>"]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [replace_space, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [replace_space, {"type": "ByteFallback"}, {"type": "Fuse"}],
+        },
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -156,7 +190,14 @@ def _merges(pieces: Sequence[str], first_normal: int) -> list[tuple[str, str]]:
     return merges
 
 
-def card(*, fingerprint: str, recipe: dict[str, Any], trained_on: Sequence[str], sampled_bytes: int, bytes_per_token: float) -> str:
+def card(
+    *,
+    fingerprint: str,
+    recipe: dict[str, Any],
+    trained_on: Sequence[str],
+    sampled_bytes: int,
+    bytes_per_token: float,
+) -> str:
     """The README.md of a tokenizer folder."""
     settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in recipe.items())
     sources = "\n".join(f"- {source}" for source in trained_on)

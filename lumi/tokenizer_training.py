@@ -17,7 +17,16 @@ from lumi.config import UserError, to_dict
 from lumi.corpus import CorpusReader, read_corpus
 from lumi.progress import progress_bar
 from lumi.storage import atomic_folder
-from lumi.tokenizer import BOS_ID, EOS_ID, FIRST_LEARNED_ID, MODEL_FILE, PAD_ID, SPECIAL_PIECES, UNK_ID, Tokenizer
+from lumi.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    FIRST_LEARNED_ID,
+    MODEL_FILE,
+    PAD_ID,
+    SPECIAL_PIECES,
+    UNK_ID,
+    Tokenizer,
+)
 
 _RECIPE: dict[str, Any] = {
     "model_type": "bpe",
@@ -32,7 +41,9 @@ _RECIPE: dict[str, Any] = {
     "num_threads": 16,  # fixed, because it is stored in the model: another value would be another fingerprint
 }
 _CHUNK_CHARACTERS = 4096  # at most 16,384 bytes of UTF-8: SentencePiece drops longer sentences
-_RESERVED = re.compile("[\0▁▅]+")  # ends of C strings, SentencePiece's space, its unknown mark: it drops sentences with the last
+_RESERVED = re.compile(
+    "[\0▁▅]+"
+)  # ends of C strings, SentencePiece's space, its unknown mark: it drops sentences with the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +64,9 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.vocab_size <= FIRST_LEARNED_ID:
-            raise ValueError(f"vocab_size must be more than the {FIRST_LEARNED_ID} special and byte pieces, got {self.vocab_size}")
+            raise ValueError(
+                f"vocab_size must be more than the {FIRST_LEARNED_ID} special and byte pieces, got {self.vocab_size}"
+            )
         if not 0.98 <= self.character_coverage <= 1:
             raise ValueError(f"character_coverage must be between 0.98 and 1, got {self.character_coverage}")
         if self.max_training_bytes < 1:
@@ -62,7 +75,9 @@ class TokenizerConfig:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
 
 
-def train_tokenizer(config: TokenizerConfig, corpus_dirs: Sequence[str | Path], output_dir: str | Path) -> Tokenizer:
+def train_tokenizer(
+    config: TokenizerConfig, corpus_dirs: Sequence[str | Path], output_dir: str | Path
+) -> Tokenizer:
     """Learn a tokenizer from corpus folders and write its folder; the same corpora and config give the same bytes.
 
     Raises:
@@ -73,7 +88,9 @@ def train_tokenizer(config: TokenizerConfig, corpus_dirs: Sequence[str | Path], 
     readers = [read_corpus(folder) for folder in corpus_dirs]
     texts = (text for reader in readers for text in reader.iter_texts())
     progress = progress_bar("sampling", " documents", iterable=texts)
-    sample = sample_chunks((chunk for text in progress for chunk in split_chunks(text)), config.max_training_bytes, config.seed)
+    sample = sample_chunks(
+        (chunk for text in progress for chunk in split_chunks(text)), config.max_training_bytes, config.seed
+    )
     tokenizer = Tokenizer(_train_model(config, sample), where=str(output_dir))
     if existing is not None:
         if existing.fingerprint != tokenizer.fingerprint:
@@ -81,14 +98,21 @@ def train_tokenizer(config: TokenizerConfig, corpus_dirs: Sequence[str | Path], 
                 f"{output_dir}: holds another tokenizer (fingerprint {existing.fingerprint}, this one is {tokenizer.fingerprint}); "
                 f"choose another --output-dir or remove that folder"
             )
-        print(f"{output_dir}: already holds this tokenizer (fingerprint {tokenizer.fingerprint})", file=sys.stderr)
+        print(
+            f"{output_dir}: already holds this tokenizer (fingerprint {tokenizer.fingerprint})",
+            file=sys.stderr,
+        )
         return tokenizer
     measured = sample[:: len(sample) // 500 + 1]
     num_tokens = sum(map(len, tokenizer.encode_batch(measured)))
     card = tokenizer_files.card(
         fingerprint=tokenizer.fingerprint,
         recipe=to_dict(config) | _RECIPE,
-        trained_on=[source for folder, reader in zip(corpus_dirs, readers, strict=True) for source in _describe_sources(folder, reader)],
+        trained_on=[
+            source
+            for folder, reader in zip(corpus_dirs, readers, strict=True)
+            for source in _describe_sources(folder, reader)
+        ],
         sampled_bytes=sum(len(chunk.encode()) for chunk in sample),
         bytes_per_token=sum(len(chunk.encode()) for chunk in measured) / num_tokens,
     )
@@ -121,7 +145,9 @@ def sample_chunks(chunks: Iterable[str], max_bytes: int, seed: int) -> list[str]
 
     Every chunk has a pseudo-random rank, from its content; those of the lowest ranks stay. One pass, memory for the sample alone.
     """
-    kept: list[tuple[int, int, int, str]] = []  # a heap with the highest rank on top: (-rank, index, bytes, chunk)
+    kept: list[
+        tuple[int, int, int, str]
+    ] = []  # a heap with the highest rank on top: (-rank, index, bytes, chunk)
     total, limit = 0, 2**64
     key = seed.to_bytes(8, "little")
     for index, chunk in enumerate(chunks):
@@ -182,7 +208,9 @@ def _existing_tokenizer(output_dir: Path) -> Tokenizer | None:
     if (output_dir / MODEL_FILE).is_file():
         return Tokenizer.load(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output-dir must be new, empty or a tokenizer folder, got {output_dir}, which holds something else")
+        raise UserError(
+            f"--output-dir must be new, empty or a tokenizer folder, got {output_dir}, which holds something else"
+        )
     return None
 
 

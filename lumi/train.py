@@ -57,11 +57,17 @@ class Trainer:
         free = free_memory(world.device)
         found = self.folder.find(paths.resume, world, self.log.say)
         self.config, self.data = config, RunData(config, paths, world)
-        self.identity = world.agreed(lambda: run_identity(config, self.start, self.data))  # before the weights that it names are read
+        self.identity = world.agreed(
+            lambda: run_identity(config, self.start, self.data)
+        )  # before the weights that it names are read
         self.model = world.agreed(lambda: build(config, shape, self.start, self.data.tokenizer, self.ops))
-        self.num_trained = sum(tensor.numel() for tensor in trained_tensors(self.model).values()) if config.lora else None
+        self.num_trained = (
+            sum(tensor.numel() for tensor in trained_tensors(self.model).values()) if config.lora else None
+        )
         before = micro_batch_before(found)
-        self.config = config = world.alike(lambda: choose_micro_batch(config, world, self.ops.name, free, self.num_trained, before))
+        self.config = config = world.alike(
+            lambda: choose_micro_batch(config, world, self.ops.name, free, self.num_trained, before)
+        )
         self.micro_steps = config.batches.micro_steps(world.layout.data)
         if config.compile:
             for layer in self.model.layers:
@@ -72,16 +78,26 @@ class Trainer:
         self.loss_scale = LossScale(config.dtype)
         self.spikes = LossSpikes(config.max_loss_sigmas)
         fine_tuning = self.start is not None and bool(self.data.validation)
-        self.state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "skipped_steps": 0, "best": None, "validation": None}
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "skipped_in_a_row": 0,
+            "skipped_steps": 0,
+            "best": None,
+            "validation": None,
+        }
         self.state["validation_due"] = fine_tuning  # what fine-tuning begins at
         self.saved_step: int | None = None
         self.fault: str | None = None  # why this process could not read the data of a step
         self._resume(found)
         self.saver = Saver(self.folder.checkpoints, world.rank, world.size, world.saving)
-        self.watchdog = Watchdog(world.patient, config.step_timeout_seconds, self._report_hang, lambda: self.saver.progress)
+        self.watchdog = Watchdog(
+            world.patient, config.step_timeout_seconds, self._report_hang, lambda: self.saver.progress
+        )
         peak = peak_flops(world.device)
         self.peak_flops = peak and peak * world.size
-        flops_per_token = shape.flops_per_token(config.batches.sequence_length, frozen=config.lora is not None)
+        flops_per_token = shape.flops_per_token(
+            config.batches.sequence_length, frozen=config.lora is not None
+        )
         self.flops_share = self.peak_flops and flops_per_token / self.peak_flops
 
     def train(self) -> bool:
@@ -95,7 +111,9 @@ class Trainer:
             if stopping:
                 self._save()
                 return False
-            _seed(_step_seed(config.seed, step, world.data_rank), world.device)  # what a step draws depends on nothing before it
+            _seed(
+                _step_seed(config.seed, step, world.data_rank), world.device
+            )  # what a step draws depends on nothing before it
             # Gradients are means over the processes that read different rows; the loss is the sum over all targets, by their number.
             dloss = self.loss_scale.value * world.layout.data / num_targets
             nats: list[Tensor] = []
@@ -104,7 +122,10 @@ class Trainer:
                 nats.append(self._forward_backward(batch, dloss, last=index == len(micro_batches) - 1))
             self.watchdog.mark(step, "optimizer")
             mean_loss = world.sum(torch.stack(nats).sum().item())[0] / num_targets
-            gradient_norm, lr = self.optimizer.clip_gradients(self.loss_scale.value), lr_at(step, config.num_steps, config.optimizer)
+            gradient_norm, lr = (
+                self.optimizer.clip_gradients(self.loss_scale.value),
+                lr_at(step, config.num_steps, config.optimizer),
+            )
             finite = math.isfinite(mean_loss) and math.isfinite(gradient_norm)
             accepted = finite and not self.spikes.is_spike(mean_loss)
             if accepted:
@@ -137,7 +158,9 @@ class Trainer:
         """
         self.watchdog.mark(self.state["step"] + 1, "counting targets")
         faulty, mine = bool(self.fault or self.log.fault), sum(batch.num_targets for batch in micro_batches)
-        targets, stopping, faults, failed = self.world.sum(mine, self.world.stop.received, faulty, self.saver.failed)
+        targets, stopping, faults, failed = self.world.sum(
+            mine, self.world.stop.received, faulty, self.saver.failed
+        )
         if faults:
             self._refuse_faults()
         if failed:
@@ -156,7 +179,14 @@ class Trainer:
         return loss.detach()
 
     def _end_step(
-        self, step: int, accepted: bool, loss: float, gradient_norm: float, lr: float, num_targets: int, nats: list[Tensor]
+        self,
+        step: int,
+        accepted: bool,
+        loss: float,
+        gradient_norm: float,
+        lr: float,
+        num_targets: int,
+        nats: list[Tensor],
     ) -> None:
         """Count and log a step, and do what is due after it."""
         config, state = self.config, self.state
@@ -196,15 +226,23 @@ class Trainer:
         """Name the documents behind a step that was skipped, each process its own; stop after too many steps in a row."""
         step, skipped = self.state["step"], self.state["skipped_in_a_row"]
         spike = math.isfinite(loss) and math.isfinite(gradient_norm)
-        self.log.say(f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}{', a spike' if spike else ''}")
+        self.log.say(
+            f"step {step} skipped: loss {loss}, gradient norm {gradient_norm}{', a spike' if spike else ''}"
+        )
         for index, value in enumerate(nats):
-            if math.isfinite(loss) or not value.isfinite():  # of a spike, or of gradients, nobody knows whose it was
+            if (
+                math.isfinite(loss) or not value.isfinite()
+            ):  # of a spike, or of gradients, nobody knows whose it was
                 named, fault = attempt(partial(self.data.name_documents, step, *self._rows(index)))
                 tqdm.write(f"step {step}: loss {value.item()} in a micro-batch of {named or fault}")
         if skipped >= self.config.max_skipped_steps:
             self._save()
             self._finish_save()
-            what = "the loss was a spike, or it or the gradient not finite," if spike else "the loss or gradient was not finite"
+            what = (
+                "the loss was a spike, or it or the gradient not finite,"
+                if spike
+                else "the loss or gradient was not finite"
+            )
             self.world.refuse(
                 f"{what} in {skipped} steps running, up to step {step}; "
                 f"to inspect: {self.folder.checkpoint(step)}; "
@@ -224,13 +262,25 @@ class Trainer:
             return stopped > 0
 
         token_bytes = self.data.tokenizer.token_bytes
-        result = held_out_loss(self.model, self.data.validation, token_bytes, config.batches, world, config.validation_tokens, stopping)
+        result = held_out_loss(
+            self.model,
+            self.data.validation,
+            token_bytes,
+            config.batches,
+            world,
+            config.validation_tokens,
+            stopping,
+        )
         reshard(self.model)
         self.state["validation_due"] = result is None
         if result is not None:
-            self.state["validation"] = {"step": step, **asdict(result)} if math.isfinite(result.loss) else None
+            self.state["validation"] = (
+                {"step": step, **asdict(result)} if math.isfinite(result.loss) else None
+            )
             self.log.write(step, "validation", **asdict(result))
-            self.log.say(f"step {step}: validation loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte")
+            self.log.say(
+                f"step {step}: validation loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte"
+            )
             self.log.draw()
         self.log.meter.read()  # the time that validation took is not training's
 
@@ -277,7 +327,9 @@ class Trainer:
 
     def _abandon_later(self) -> None:
         for name in self.folder.abandon_after(self.state["step"]):
-            self.log.say(f"set aside {name}: this run goes on from before it; it goes when the next save is whole")
+            self.log.say(
+                f"set aside {name}: this run goes on from before it; it goes when the next save is whole"
+            )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = resumed_state(checkpoint, self.identity, self.config, self.log.say)
@@ -300,7 +352,9 @@ class Trainer:
         write_json(self.folder.config, to_dict(self.config))
         size, device, kernels, data = self.world.size, self.world.device, self.ops.name, self.data
         validation = data.num_validation_tokens()
-        plan = describe_plan(self.config, data.shares(), validation, size, device, kernels, self.peak_flops, self.num_trained)
+        plan = describe_plan(
+            self.config, data.shares(), validation, size, device, kernels, self.peak_flops, self.num_trained
+        )
         self.log.say("\n".join([f"plan\n{plan}", *data.describe_conversations()]))
 
     def _prepare(self) -> None:
@@ -312,7 +366,9 @@ class Trainer:
         one_batch = world.layout.data * config.batches.micro_batch_rows * config.batches.sequence_length
 
         def micro_step(last: bool) -> None:
-            last = last or self.micro_steps == 1  # of which there is none before the last, and no memory for what it would keep
+            last = (
+                last or self.micro_steps == 1
+            )  # of which there is none before the last, and no memory for what it would keep
             self._forward_backward(batch, 1.0, last)
             if last:
                 self.optimizer.zero_grad()
@@ -362,9 +418,19 @@ class Trainer:
         step, best = self.state["step"], self.state["best"]
         if self.config.final == "best" and best is not None and best["step"] != step:
             step = best["step"]
-            self.log.say(f"final is the checkpoint of step {step}, of the lowest validation loss: {best['loss']:.4f}")
+            self.log.say(
+                f"final is the checkpoint of step {step}, of the lowest validation loss: {best['loss']:.4f}"
+            )
         checkpoint = self.folder.load(self.folder.checkpoint(step))
-        save_final(self.folder.final, self.model, checkpoint, self.config, self.start, self.identity["start"], self.data.tokenizer)
+        save_final(
+            self.folder.final,
+            self.model,
+            checkpoint,
+            self.config,
+            self.start,
+            self.identity["start"],
+            self.data.tokenizer,
+        )
         self.log.say(f"final model: {self.folder.final}")
 
 
@@ -423,7 +489,9 @@ def train(config: TrainConfig, paths: Paths, device: str = "auto") -> int:
         if world.is_main and not finished:
             after = f" after step {trainer.state['step']}" if trainer else ""
             tqdm.write(f"stopped by {name}{after}; go on with --resume-from-checkpoint auto")
-        if fault := world.from_main(fault):  # when one process leaves, torchrun ends the others: not before the status is written
+        if fault := world.from_main(
+            fault
+        ):  # when one process leaves, torchrun ends the others: not before the status is written
             world.refuse(fault)
         return 128 + number if number else 0
 
@@ -431,7 +499,12 @@ def train(config: TrainConfig, paths: Paths, device: str = "auto") -> int:
 def _check(config: TrainConfig, paths: Paths, world: World) -> None:
     """Raises UserError where config, model and processes do not go together: in one process, before any work."""
     config, shape, _ = resolve(config, paths.model_path)
-    check_tensor_parallel(shape, config.batches.sequence_length, world.layout.tensor, config.lora is not None and config.lora.dora)
+    check_tensor_parallel(
+        shape,
+        config.batches.sequence_length,
+        world.layout.tensor,
+        config.lora is not None and config.lora.dora,
+    )
     smallest = with_micro_batch(config, 1) if config.batches.micro_batch_size == "auto" else config
     smallest.batches.micro_steps(world.layout.data)
     _select_kernels(config.kernels, world.device, shape.per_head)
@@ -444,9 +517,13 @@ def _claim(folder: RunFolder, resume: str | None) -> None:
 
 def main(argv: list[str]) -> int:
     """The command line."""
-    arguments = parser("train.py", "Train a language model; start with torchrun, or plain python for one process.")
+    arguments = parser(
+        "train.py", "Train a language model; start with torchrun, or plain python for one process."
+    )
     add_config(arguments)
-    arguments.add_argument("--data-dirs", nargs="+", required=True, metavar="DIR", help="token stores, or corpus folders")
+    arguments.add_argument(
+        "--data-dirs", nargs="+", required=True, metavar="DIR", help="token stores, or corpus folders"
+    )
     arguments.add_argument(
         "--data-weights",
         nargs="+",
@@ -454,8 +531,12 @@ def main(argv: list[str]) -> int:
         metavar="W",
         help="share of the rows that each data folder gets; by its tokens where not given",
     )
-    arguments.add_argument("--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file")
-    arguments.add_argument("--model-path", type=Path, metavar="M", help="begin with this model: a run or a Hugging Face folder")
+    arguments.add_argument(
+        "--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file"
+    )
+    arguments.add_argument(
+        "--model-path", type=Path, metavar="M", help="begin with this model: a run or a Hugging Face folder"
+    )
     arguments.add_argument("--output-dir", required=True, type=Path, help="the run folder")
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -467,7 +548,9 @@ def main(argv: list[str]) -> int:
             return 2  # the machine's first process says it
         raise
     weights, resume = options.data_weights, options.resume_from_checkpoint
-    paths = Paths(options.data_dirs, options.tokenizer_dir, options.output_dir, weights, resume, options.model_path)
+    paths = Paths(
+        options.data_dirs, options.tokenizer_dir, options.output_dir, weights, resume, options.model_path
+    )
     return train(config, paths, options.device)
 
 

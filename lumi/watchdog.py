@@ -26,7 +26,10 @@ import torch.distributed as dist
 from lumi.blame import Beat, Blame, describe, find_blame
 
 EXIT_HUNG = 75  # sysexits.h: EX_TEMPFAIL, a failure that another try may mend
-_SILENT_BEATS, _SILENT_SECONDS = 5, 10.0  # a process whose beat has not changed for as many of ours, and as long, no longer runs
+_SILENT_BEATS, _SILENT_SECONDS = (
+    5,
+    10.0,
+)  # a process whose beat has not changed for as many of ours, and as long, no longer runs
 _SILENT_IN_PATIENCE = 3  # times as long: a save can starve a machine
 _LOOKS = 3  # beats are as old as their interval: what was seen once may be the very moment in which all go on
 _FOREIGN = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -89,7 +92,9 @@ class Watchdog:
             step: the optimizer step, never less than before.
             phase: what comes now, for the message, such as "waiting for data".
         """
-        self._place = Place(step, self._place.mark + 1 if step == self._place.step else 0, phase, self._patience > 0)
+        self._place = Place(
+            step, self._place.mark + 1 if step == self._place.step else 0, phase, self._patience > 0
+        )
 
     @contextmanager
     def patience(self, phase: str) -> Iterator[None]:
@@ -101,12 +106,16 @@ class Watchdog:
             yield
         finally:
             self._patience -= 1
-            self._place = self._place._replace(phase=before.phase, patient=before.patient)  # a new object: a mark
+            self._place = self._place._replace(
+                phase=before.phase, patient=before.patient
+            )  # a new object: a mark
 
     def __enter__(self) -> "Watchdog":
         if self._size == 1:
             return self
-        number = torch.tensor([secrets.randbits(62)])  # a restarted group can meet the keys of the group before it in the same store
+        number = torch.tensor(
+            [secrets.randbits(62)]
+        )  # a restarted group can meet the keys of the group before it in the same store
         dist.broadcast(number, group_src=0, group=self._group)
         self._prefix = f"watchdog/{number.item()}"
         self._address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -114,12 +123,16 @@ class Watchdog:
         timeout, others = timedelta(seconds=30), _connections(self._address[1])
         self._store = dist.TCPStore(*self._address, is_master=False, wait_for_workers=False, timeout=timeout)
         opened = _connections(self._address[1]) - others
-        self._connection = [socket.fromfd(file, socket.AF_INET, socket.SOCK_STREAM) for file in opened]  # torch itself gives it to nobody
+        self._connection = [
+            socket.fromfd(file, socket.AF_INET, socket.SOCK_STREAM) for file in opened
+        ]  # torch itself gives it to nobody
         self._main = threading.get_ident()
         self._publish()
         dist.barrier(self._group)  # from here on every process finds a beat of every other
         # No daemons: one that comes back from the store while the interpreter ends aborts the process.
-        self._threads = [threading.Thread(target=run, name=run.__name__) for run in (self._converse, self._count_time)]
+        self._threads = [
+            threading.Thread(target=run, name=run.__name__) for run in (self._converse, self._count_time)
+        ]
         for thread in self._threads:
             thread.start()
         return self
@@ -130,7 +143,9 @@ class Watchdog:
         if not self._threads:
             return
         self._threads[0].join(timeout=5)
-        for connection in self._connection:  # its calls end now, with an error, also where the store is the one that hangs
+        for (
+            connection
+        ) in self._connection:  # its calls end now, with an error, also where the store is the one that hangs
             with suppress(OSError):  # the store is gone
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
@@ -155,7 +170,11 @@ class Watchdog:
             self._answered.clear()
             if unanswered > self._silence(place.patient) and still >= self._limit and not self._stopping:
                 host, port = self._address
-                server = "torchrun on the first machine" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+                server = (
+                    "torchrun on the first machine"
+                    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                    else "rank 0"
+                )
                 self._tell(
                     f"step {place.step}: rank {self._rank} (host {socket.gethostname()}, pid {os.getpid()}) has not gone on for "
                     f"{still:.0f} s, and the store of the processes at {host}:{port} does not answer: {server}, which serves it, "
@@ -174,9 +193,14 @@ class Watchdog:
                     self._look_around()
                 self._answered.set()
             self._publish()
-        except dist.DistError as error:  # a lost connection alone stops nobody; the other thread sees that no more answers come
+        except (
+            dist.DistError
+        ) as error:  # a lost connection alone stops nobody; the other thread sees that no more answers come
             if not self._leaving.is_set():
-                os.write(2, f"\nwarning: the watchdog of rank {self._rank} has lost the store of the processes: {error}\n".encode())
+                os.write(
+                    2,
+                    f"\nwarning: the watchdog of rank {self._rank} has lost the store of the processes: {error}\n".encode(),
+                )
 
     def _silence(self, patient: bool) -> float:
         """How many seconds without a sign of life are too many."""
@@ -208,7 +232,8 @@ class Watchdog:
         found = self._store.multi_get([f"{self._prefix}/{rank}" for rank in range(self._size)])
         beats = [Beat(**json.loads(beat)) for beat in found]
         self._unchanged = [
-            unchanged + 1 if beat.count == count else 0 for beat, count, unchanged in zip(beats, self._counts, self._unchanged, strict=True)
+            unchanged + 1 if beat.count == count else 0
+            for beat, count, unchanged in zip(beats, self._counts, self._unchanged, strict=True)
         ]
         self._counts = [beat.count for beat in beats]
         mute = {
@@ -271,7 +296,9 @@ def line_of_code(main: int) -> str:
         innermost = innermost.f_back
     own, last = _own_line(innermost), _line(innermost)
     threads = sorted({line for frame in frames.values() if (line := _own_line(frame))})
-    return (last if own in (None, last) else f"{own} > {last}") + "".join(f", thread in {line}" for line in threads)
+    return (last if own in (None, last) else f"{own} > {last}") + "".join(
+        f", thread in {line}" for line in threads
+    )
 
 
 def _own_line(frame: FrameType | None) -> str | None:

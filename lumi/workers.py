@@ -30,7 +30,9 @@ class Workers(Generic[Item, Result]):
         threads: for functions that spend their time outside the interpreter's lock: threads start at once and copy nothing.
     """
 
-    def __init__(self, function: Callable[[Any, Item], Result], shared: Any, num_workers: int, *, threads: bool = False):
+    def __init__(
+        self, function: Callable[[Any, Item], Result], shared: Any, num_workers: int, *, threads: bool = False
+    ):
         if num_workers < 1:
             raise UserError(f"--num-workers must be at least 1, got {num_workers}")
         self.function, self.shared, self.num_workers, self.threads = function, shared, num_workers, threads
@@ -71,11 +73,17 @@ class Workers(Generic[Item, Result]):
         if self.threads:
             return ThreadPoolExecutor(self.num_workers)
         spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.num_workers, spawn, initializer=_start, initargs=(self.function, self.shared))
+        return ProcessPoolExecutor(
+            self.num_workers, spawn, initializer=_start, initargs=(self.function, self.shared)
+        )
 
     def _submit(self, item: Item) -> Future[Result]:
         assert self._pool is not None
-        return self._pool.submit(self.function, self.shared, item) if self.threads else self._pool.submit(_call, item)
+        return (
+            self._pool.submit(self.function, self.shared, item)
+            if self.threads
+            else self._pool.submit(_call, item)
+        )
 
 
 def num_cores() -> int:
@@ -89,7 +97,9 @@ _work: tuple[Callable[[Any, Any], Any], Any] | None = None  # of a worker proces
 def _start(function: Callable[[Any, Any], Any], shared: Any) -> None:
     global _work
     _work = function, shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers itself
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A parent that was killed cannot end its workers, which would wait for work for ever.

@@ -9,8 +9,12 @@ import pytest
 import torch
 from synthetic import write_jsonl
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before any kernel import
-torch.set_num_threads(1)  # the tests' tensors are tiny: threads that wait for each other cost far more than they bring
+os.environ.setdefault(
+    "TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1"
+)  # before any kernel import
+torch.set_num_threads(
+    1
+)  # the tests' tensors are tiny: threads that wait for each other cost far more than they bring
 
 
 @pytest.fixture
@@ -34,7 +38,11 @@ def corpus_dir(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("corpus")
     source = JsonlSource(name="synthetic", paths=(str(write_jsonl(folder / "raw.jsonl", 400)),))
-    prepare(PrepareConfig(sources=(source,), deduplication=DeduplicationConfig(near=False)), folder / "corpus", num_workers=1)
+    prepare(
+        PrepareConfig(sources=(source,), deduplication=DeduplicationConfig(near=False)),
+        folder / "corpus",
+        num_workers=1,
+    )
     return folder / "corpus"
 
 
@@ -43,7 +51,9 @@ def tokenizer(corpus_dir, tmp_path_factory):
     """A tokenizer of 384 pieces, trained on `corpus_dir`; its folder is `tokenizer_dir`."""
     from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
 
-    return train_tokenizer(TokenizerConfig(vocab_size=384), [corpus_dir], tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+    return train_tokenizer(
+        TokenizerConfig(vocab_size=384), [corpus_dir], tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +103,31 @@ def command(store_dir, tokenizer_dir, tmp_path):
         config.write_text(json.dumps(merged(changes)))
         launcher = [sys.executable]
         if processes:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        paths = ["--data_dirs", str(store_dir), "--tokenizer-dir", str(tokenizer_dir), "--output-dir", str(tmp_path / name)]
-        return [*launcher, lumi.train.__file__, "--config", str(config), *paths, *arguments, "--device", "cpu"]
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+            ]
+        paths = [
+            "--data_dirs",
+            str(store_dir),
+            "--tokenizer-dir",
+            str(tokenizer_dir),
+            "--output-dir",
+            str(tmp_path / name),
+        ]
+        return [
+            *launcher,
+            lumi.train.__file__,
+            "--config",
+            str(config),
+            *paths,
+            *arguments,
+            "--device",
+            "cpu",
+        ]
 
     return command
 
@@ -107,7 +139,11 @@ def disk_of(tmp_path):
 
     def disk_of(size):
         folder.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+            capture_output=True,
+            text=True,
+        )
         if mounted.returncode:
             folder.rmdir()
             pytest.skip(f"mounting a small disk needs root: {mounted.stderr.strip()}")

@@ -14,14 +14,22 @@ def wanderer(tokenizer, max_positions=256, padding=0):
     Args:
         padding: ids beyond the tokenizer's, which this model likes best.
     """
-    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size + padding, max_positions=max_positions, **SHAPE), REFERENCE)
+    model = Transformer(
+        ModelConfig(vocab_size=tokenizer.vocab_size + padding, max_positions=max_positions, **SHAPE),
+        REFERENCE,
+    )
     model.init_weights(0).eval()
-    sayable = [tokenizer.decode([i]).isalpha() and tokenizer.decode([i]).isascii() for i in range(tokenizer.vocab_size)]
+    sayable = [
+        tokenizer.decode([i]).isalpha() and tokenizer.decode([i]).isascii()
+        for i in range(tokenizer.vocab_size)
+    ]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(6)  # untrained weights of the usual size would repeat one token for ever
-        model.lm_head.weight[: tokenizer.vocab_size][~torch.tensor(sayable)] = 0  # a logit of zero: the best letters are above it
+        model.lm_head.weight[: tokenizer.vocab_size][~torch.tensor(sayable)] = (
+            0  # a logit of zero: the best letters are above it
+        )
         model.lm_head.weight[tokenizer.vocab_size :] *= 100
     return model
 
@@ -29,7 +37,9 @@ def wanderer(tokenizer, max_positions=256, padding=0):
 def speller(tokenizer, following, max_positions=256):
     """Chooses by the last token alone: after `key` comes `following[key]`, after any other token `following[None]`."""
     size = tokenizer.vocab_size
-    config = ModelConfig(vocab_size=size, num_layers=1, model_dim=size, num_heads=2, mlp_dim=8, max_positions=max_positions)
+    config = ModelConfig(
+        vocab_size=size, num_layers=1, model_dim=size, num_heads=2, mlp_dim=8, max_positions=max_positions
+    )
     model = Transformer(config, REFERENCE).init_weights(0).eval()
     with torch.no_grad():
         model.token_embedding.weight.copy_(torch.eye(size))

@@ -52,7 +52,11 @@ class Forks:
     def __enter__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.started = []
         return self
@@ -80,13 +84,24 @@ class Forks:
         if processes:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+                group = {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(free.getsockname()[1]),
+                    "WORLD_SIZE": str(processes),
+                }
         started = []
         for rank in range(processes or 1):
             environment = group and {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             log = logs / f"{len(self.started)}-rank-{rank}"
             mine = [fault for of, *fault in faults if of == rank]
-            pid = self.ask({"arguments": [str(part) for part in arguments], "log": str(log), "environment": environment, "faults": mine})
+            pid = self.ask(
+                {
+                    "arguments": [str(part) for part in arguments],
+                    "log": str(log),
+                    "environment": environment,
+                    "faults": mine,
+                }
+            )
             started.append(Process(self, pid, log))
         self.started += started
         return started
@@ -201,7 +216,9 @@ def leave_fingerprint(path):
 
     def run(self):
         finished = real(self)
-        digest = hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in self.model.parameters()))
+        digest = hashlib.sha256(
+            b"".join(tensor.detach().numpy().tobytes() for tensor in self.model.parameters())
+        )
         Path(path).write_text(digest.hexdigest())
         return finished
 

@@ -27,12 +27,27 @@ from lumi.rendezvous import fresh_store
 from lumi.tensor_parallel import tensor_parallel
 from lumi.tensor_pieces import piece
 
-SHAPE = {"vocab_size": 45, "num_layers": 2, "model_dim": 16, "num_heads": 4, "mlp_dim": 24, "max_positions": 64}
+SHAPE = {
+    "vocab_size": 45,
+    "num_layers": 2,
+    "model_dim": 16,
+    "num_heads": 4,
+    "mlp_dim": 24,
+    "max_positions": 64,
+}
 VARIANTS = {
     "plain": ({}, None, False),
-    "grouped heads, tied, qk norm, checkpointing": ({"num_kv_heads": 2, "tied_embeddings": True, "qk_norm": True}, None, True),
+    "grouped heads, tied, qk norm, checkpointing": (
+        {"num_kv_heads": 2, "tied_embeddings": True, "qk_norm": True},
+        None,
+        True,
+    ),
     "lora on all": ({}, LoraConfig(rank=3), False),
-    "lora on some, rows of tokens": ({"num_kv_heads": 2}, LoraConfig(rank=2, targets=("q_proj", "o_proj", "down_proj")), True),
+    "lora on some, rows of tokens": (
+        {"num_kv_heads": 2},
+        LoraConfig(rank=2, targets=("q_proj", "o_proj", "down_proj")),
+        True,
+    ),
     "lora, rows of tied tokens": ({"tied_embeddings": True}, LoraConfig(rank=2), False),
 }
 ROUNDING = 1e-12  # in float64, of the largest
@@ -45,12 +60,16 @@ def mesh_of(*sides):
 
 def build(variant):
     changes, lora, checkpointing = VARIANTS[variant]
-    model = Transformer(ModelConfig(**SHAPE | changes), REFERENCE, gradient_checkpointing=checkpointing).init_weights(1)
+    model = Transformer(
+        ModelConfig(**SHAPE | changes), REFERENCE, gradient_checkpointing=checkpointing
+    ).init_weights(1)
     if lora is not None:
         add_lora(model, lora, token_ids=[3, 7] if "rows" in variant else [])
         generator = torch.Generator().manual_seed(2)
         for tensor in trained_tensors(model).values():
-            tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)  # B is zero at first, and A then has no gradient
+            tensor.data += 0.1 * torch.randn(
+                tensor.shape, generator=generator
+            )  # B is zero at first, and A then has no gradient
     model.compute_dtype = torch.float64
     return model.double()
 
@@ -85,7 +104,12 @@ def share_layers(rank, size, folder):
                 gradient = shared.get_parameter(name).grad
                 assert isinstance(gradient, DTensor)
                 difference = (gradient.full_tensor() - parameter.grad).abs().max()
-                assert difference <= ROUNDING * parameter.grad.abs().max(), (variant, name, difference, parameter.grad.abs().max())
+                assert difference <= ROUNDING * parameter.grad.abs().max(), (
+                    variant,
+                    name,
+                    difference,
+                    parameter.grad.abs().max(),
+                )
                 assert parameter.grad.any(), (variant, name)
 
 
@@ -107,7 +131,9 @@ def held(values, layout):
     for name, value in values.items():
         if layout[2] > 1:
             dim = MATRICES[name][1]
-            value = distribute_tensor(value, mesh["tensor"], [Replicate() if dim is None else Shard(dim)], src_data_rank=None)
+            value = distribute_tensor(
+                value, mesh["tensor"], [Replicate() if dim is None else Shard(dim)], src_data_rank=None
+            )
         module.register_parameter(name.replace(" ", "_"), nn.Parameter(value))
     fully_shard(module, mesh=mesh["replicate", "shard"] if layout[0] > 1 else mesh["shard"])
     return list(module.parameters())
@@ -134,7 +160,9 @@ def step_with_muon(rank, size, folder):
                 for optimizer in (expected, got):
                     optimizer.param_groups[0]["lr"] = 0.1 / step
                 gradients = matrices(step)
-                for index, (whole, part, gradient) in enumerate(zip(truth, held(gradients, layout), gradients.values(), strict=True)):
+                for index, (whole, part, gradient) in enumerate(
+                    zip(truth, held(gradients, layout), gradients.values(), strict=True)
+                ):
                     skipped = step == 2 and index == 1
                     truth[index].grad = None if skipped else gradient.clone()
                     parts[index].grad = None if skipped else part.detach()
@@ -143,8 +171,16 @@ def step_with_muon(rank, size, folder):
                 got.step()
                 for name, whole, part in zip(MATRICES, truth, parts, strict=True):
                     local, offset, _ = piece(part)
-                    box = tuple(slice(start, start + length) for start, length in zip(offset, local.shape, strict=True))
-                    assert torch.equal(local, whole.detach()[box]), (layout, step, name, (local - whole.detach()[box]).abs().max())
+                    box = tuple(
+                        slice(start, start + length)
+                        for start, length in zip(offset, local.shape, strict=True)
+                    )
+                    assert torch.equal(local, whole.detach()[box]), (
+                        layout,
+                        step,
+                        name,
+                        (local - whole.detach()[box]).abs().max(),
+                    )
                     assert torch.equal(gathered(part.detach()), whole), (layout, step, name)
 
 
@@ -188,7 +224,11 @@ def start_in_vain(server, size):
 def start_again_and_again():
     """Starts on one store, as torchrun serves it: of several sizes, with one process late, and after one that was in vain."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(server.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     start_in_vain(server, 3)
     for size, late in ((3, 0), (2, 1), (2, 0), (3, 2), (3, 1)):
         assert fork(size, meet, late) == [0] * size

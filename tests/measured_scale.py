@@ -26,9 +26,19 @@ from lumi.optimizer import Optimizer, OptimizerConfig
 from lumi.parallel import Layout, ParallelConfig, gradient_sync, parallelize
 from lumi.run_config import TrainConfig
 
-MODEL = {"vocab_size": 51, "num_layers": 3, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "max_positions": 16}
+MODEL = {
+    "vocab_size": 51,
+    "num_layers": 3,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "max_positions": 16,
+}
 FOR_TRITON = ModelConfig(vocab_size=50, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48)
-EVEN, UNEVEN = ModelConfig(mlp_dim=44, qk_norm=True, **MODEL), ModelConfig(mlp_dim=45, tied_embeddings=True, **MODEL)
+EVEN, UNEVEN = (
+    ModelConfig(mlp_dim=44, qk_norm=True, **MODEL),
+    ModelConfig(mlp_dim=45, tied_embeddings=True, **MODEL),
+)
 
 
 def case(model, layout, *, rows=4, optimizer="adamw", **settings):
@@ -36,7 +46,15 @@ def case(model, layout, *, rows=4, optimizer="adamw", **settings):
     parallel = ParallelConfig(**layout._asdict(), reduce_dtype=settings.pop("reduce_dtype", "bfloat16"))
     batches = BatchConfig(sequence_length=8, batch_tokens=8 * rows, micro_batch_size=2)
     kind = OptimizerConfig(kind=optimizer)
-    return TrainConfig(model=model, batches=batches, optimizer=kind, parallel=parallel, num_steps=1, kernels="reference", **settings)
+    return TrainConfig(
+        model=model,
+        batches=batches,
+        optimizer=kind,
+        parallel=parallel,
+        num_steps=1,
+        kernels="reference",
+        **settings,
+    )
 
 
 CASES = {
@@ -108,9 +126,14 @@ def fsdp_parameters(module):
 
 def whole_gradients(model):
     """Bytes of the gradients that FSDP2 keeps between micro-steps."""
-    parameters = [p for module in model.modules() if isinstance(module, FSDPModule) for p in fsdp_parameters(module)]
+    parameters = [
+        p for module in model.modules() if isinstance(module, FSDPModule) for p in fsdp_parameters(module)
+    ]
     summed = [p.unsharded_accumulated_grad for p in parameters]
-    return own_bytes(p._unsharded_param.grad if total is None else total for p, total in zip(parameters, summed, strict=True))
+    return own_bytes(
+        p._unsharded_param.grad if total is None else total
+        for p, total in zip(parameters, summed, strict=True)
+    )
 
 
 def kept_by_a_layer(layout):
@@ -119,13 +142,21 @@ def kept_by_a_layer(layout):
     for num_layers in (2, 3):
         model = Transformer(replace(FOR_TRITON, num_layers=num_layers), TRITON).init_weights(0)
         mesh = init_device_mesh("cpu", layout, mesh_dim_names=Layout._fields)
-        wrapped = parallelize(model, SimpleNamespace(layout=layout, mesh=mesh, device=torch.device("cpu")), "float32")
-        gathered = [p for module in model.modules() if isinstance(module, FSDPModule) for p in fsdp_parameters(module)]
+        wrapped = parallelize(
+            model, SimpleNamespace(layout=layout, mesh=mesh, device=torch.device("cpu")), "float32"
+        )
+        gathered = [
+            p for module in model.modules() if isinstance(module, FSDPModule) for p in fsdp_parameters(module)
+        ]
         storages = {}
 
         def pack(tensor, gathered=gathered, storages=storages):
             address = own(tensor).untyped_storage().data_ptr()
-            if address not in {own(p._unsharded_param).untyped_storage().data_ptr() for p in gathered if hasattr(p, "_unsharded_param")}:
+            if address not in {
+                own(p._unsharded_param).untyped_storage().data_ptr()
+                for p in gathered
+                if hasattr(p, "_unsharded_param")
+            }:
                 storages[address] = own(tensor)  # kept alive, so that no address comes twice
             return tensor
 
@@ -140,7 +171,9 @@ def measure(config):
     mesh = init_device_mesh("cpu", layout, mesh_dim_names=Layout._fields)
     world = SimpleNamespace(layout=layout, mesh=mesh, device=torch.device("cpu"))
     dtype = getattr(torch, config.dtype)
-    model = Transformer(config.model, REFERENCE, compute_dtype=dtype, gradient_checkpointing=config.gradient_checkpointing)
+    model = Transformer(
+        config.model, REFERENCE, compute_dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
+    )
     wrapped: nn.Module = parallelize(model.init_weights(0), world, config.parallel.reduce_dtype)
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.register_comm_hook(None, lambda _, bucket: allreduce_hook(None, bucket))
@@ -170,7 +203,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=own_rank, world_size=2)
     measured = {name: measure(config) for name, config in CASES.items()}
-    measured["a layer's activations"] = {"shard": kept_by_a_layer(Layout(1, 2, 1)), "tensor": kept_by_a_layer(Layout(1, 1, 2))}
+    measured["a layer's activations"] = {
+        "shard": kept_by_a_layer(Layout(1, 2, 1)),
+        "tensor": kept_by_a_layer(Layout(1, 1, 2)),
+    }
     if own_rank == 0:
         output.write_text(json.dumps(measured))
     dist.destroy_process_group()

@@ -78,9 +78,14 @@ class ObservedOptimizer(Optimizer):
     def _describe(self, gradients):
         values = [gradient.flatten() for gradient in gradients.values()]
         observed["bfloat16_gradients"] = all(torch.equal(value, value.bfloat16().float()) for value in values)
-        tensors = {"parameters": list(self.named.values()), "states": [t for t in self.state_tensors().values() if t.ndim]}
+        tensors = {
+            "parameters": list(self.named.values()),
+            "states": [t for t in self.state_tensors().values() if t.ndim],
+        }
         for name, members in tensors.items():
-            observed[name] = sorted({f"{type(t.data).__name__} {str(own(t).dtype).removeprefix('torch.')}" for t in members})
+            observed[name] = sorted(
+                {f"{type(t.data).__name__} {str(own(t).dtype).removeprefix('torch.')}" for t in members}
+            )
             observed[f"own_{name}"] = sum(own(t).numel() for t in members)
             observed[f"all_{name}"] = sum(t.numel() for t in members)
         observed["gradients"] = {name: gradient.contiguous() for name, gradient in gradients.items()}
@@ -93,7 +98,9 @@ def train(folder, arguments):
     if code == 0:
         if RANK == 0:
             safetensors.torch.save_file(observed["gradients"], folder / "gradients.safetensors")
-        (folder / f"observed-{RANK}.json").write_text(json.dumps({key: observed[key] for key in observed.keys() - {"gradients"}}))
+        (folder / f"observed-{RANK}.json").write_text(
+            json.dumps({key: observed[key] for key in observed.keys() - {"gradients"}})
+        )
     return code
 
 
@@ -123,7 +130,10 @@ def main(jobs):
         folder = Path(job["folder"])
         code = fork(folder, job["arguments"])
         if code != job["exit"]:
-            sys.exit(f"{folder.name}, rank {RANK}: exit code {code}\n" + Path(f"{folder}.err-{RANK}").read_text()[-3000:])
+            sys.exit(
+                f"{folder.name}, rank {RANK}: exit code {code}\n"
+                + Path(f"{folder}.err-{RANK}").read_text()[-3000:]
+            )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ import time
 from lumi.metrics import read_metrics
 
 CONFIG = {
-    "model": {"vocab_size": 384, "num_layers": 2, "model_dim": 32, "num_heads": 2, "mlp_dim": 64, "max_positions": 128},
+    "model": {
+        "vocab_size": 384,
+        "num_layers": 2,
+        "model_dim": 32,
+        "num_heads": 2,
+        "mlp_dim": 64,
+        "max_positions": 128,
+    },
     "batches": {"sequence_length": 32, "batch_tokens": 256, "micro_batch_size": 2},
     "optimizer": {"kind": "muon", "peak_lr": 0.01, "schedule": {"kind": "cosine", "warmup_steps": 4}},
     "num_steps": 12,

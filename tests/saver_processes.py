@@ -33,7 +33,14 @@ from lumi.tensor_pieces import own_pieces, piece
 
 DEADLINE_SECONDS = 120
 SHAPES = {"even": (12, 8), "uneven": (7, 3), "few": (2, 5), "vector": (5,), "narrow": (10, 4)}
-LAYOUTS = {"one": (1, 1, 1), "ddp": (4, 1, 1), "fsdp": (1, 4, 1), "hsdp": (2, 2, 1), "fsdp x tp": (1, 2, 2), "hsdp x tp": (2, 1, 2)}
+LAYOUTS = {
+    "one": (1, 1, 1),
+    "ddp": (4, 1, 1),
+    "fsdp": (1, 4, 1),
+    "hsdp": (2, 2, 1),
+    "fsdp x tp": (1, 2, 2),
+    "hsdp x tp": (2, 1, 2),
+}
 TENSOR_DIMS = {"even": 0, "uneven": 0, "narrow": 1}  # which dimension tensor parallelism cuts
 
 
@@ -118,14 +125,23 @@ def read_under_every_layout(folder, layouts):
             for group in got:
                 checkpoint.fill(group, got[group])
                 for name, tensor in got[group].items():
-                    assert torch.equal(piece(tensor).local, piece(expected[group][name]).local), (path, layout, name)
+                    assert torch.equal(piece(tensor).local, piece(expected[group][name]).local), (
+                        path,
+                        layout,
+                        name,
+                    )
 
 
 def fail_on_one(rank, size, folder):
     """A file that cannot be written, on the second process or on the first, before or after the pieces; and a process that goes away."""
     checkpoints = folder / "checkpoints"
     tensors = {"model": {name: torch.full((3000,), float(index)) for index, name in enumerate("abcd")}}
-    few = {"model": {f"a long name, so that tensors.json is larger than its tensor: {index}": torch.ones(1) for index in range(40)}}
+    few = {
+        "model": {
+            f"a long name, so that tensors.json is larger than its tensor: {index}": torch.ones(1)
+            for index in range(40)
+        }
+    }
     with joined(rank, size, folder) as group:
         saver = Saver(checkpoints, rank, size, group)
         saver.begin(1, tensors, {"good": True})
@@ -140,7 +156,10 @@ def fail_on_one(rank, size, folder):
                 saver.begin(2, unsaved, {})
                 while not saver.failed:
                     time.sleep(0.001)
-                with pytest.raises(UserError, match=rf"step-00000002: cannot be written: {reason}; earlier checkpoints are intact"):
+                with pytest.raises(
+                    UserError,
+                    match=rf"step-00000002: cannot be written: {reason}; earlier checkpoints are intact",
+                ):
                     saver.wait()
             assert not saver.failed
             dist.barrier()
@@ -156,7 +175,11 @@ def fail_on_one(rank, size, folder):
         saver.begin(5, tensors, {})
         with pytest.raises(RuntimeError):
             saver.close()
-        assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000003", "step-00000004"]
+        assert sorted(path.name for path in checkpoints.iterdir()) == [
+            "step-00000001",
+            "step-00000003",
+            "step-00000004",
+        ]
         os._exit(0)  # the process group has lost a member
 
 
@@ -174,7 +197,10 @@ def fail_to_finish(saver, rank, tensors):
     with pytest.raises(UserError, match=message):
         saver.wait()
     saver.begin(3, tensors, {}, mistake)
-    with pytest.raises(ZeroDivisionError if rank == 0 else UserError, match="a mistake" if rank == 0 else "rank 0: an unexpected error"):
+    with pytest.raises(
+        ZeroDivisionError if rank == 0 else UserError,
+        match="a mistake" if rank == 0 else "rank 0: an unexpected error",
+    ):
         saver.wait()
 
 
@@ -193,7 +219,9 @@ def save_for_ever(rank, size, folder, reports):
     with Saver(folder) as saver:
         for number in range(1, 1_000_000):
             tensors = {name: {"w": torch.full((100_000,), float(number))} for name in ("model", "optimizer")}
-            saver.begin(number % 3, tensors, {"number": number}, lambda path, number=number: report(reports, number))
+            saver.begin(
+                number % 3, tensors, {"number": number}, lambda path, number=number: report(reports, number)
+            )
 
 
 def report(reports, number):
@@ -266,7 +294,9 @@ def refuse(rank, size, folder):
         "must be sharded or replicated": DTensor.from_local(torch.ones(4), two, [Partial(), Replicate()]),
         "must be boxes": DTensor.from_local(torch.ones(4), two, [strided, Replicate()]),
         "the parts of a tensor": DTensor.from_local(torch.ones(4), two, [Shard(0), strided]),
-        r"must have shape \(4,\), got \(5,\)": DTensor.from_local(torch.ones(5), two, [Shard(0), Replicate()], shape=(8,), stride=(1,)),
+        r"must have shape \(4,\), got \(5,\)": DTensor.from_local(
+            torch.ones(5), two, [Shard(0), Replicate()], shape=(8,), stride=(1,)
+        ),
     }
     for message, tensor in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -290,7 +320,9 @@ def main(case, folder):
         kill_at_random_moments(folder)
     elif case == "end":
         assert fork(1, end_while_saving, folder / "whole", resource.RLIM_INFINITY) == [0]
-        assert fork(1, end_while_saving, folder / "failed", 1000) == [0]  # the program's own result; the message is on stderr
+        assert fork(1, end_while_saving, folder / "failed", 1000) == [
+            0
+        ]  # the program's own result; the message is on stderr
 
 
 if __name__ == "__main__":

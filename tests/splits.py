@@ -8,7 +8,12 @@ from lumi.token_store import Split
 def make_split(lengths, first=0):
     """Text: documents of the given lengths."""
     tokens = np.concatenate([1000 * d + first + np.arange(n) for d, n in enumerate(lengths)])
-    return Split(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64), None, len(tokens))
+    return Split(
+        tokens.astype(np.uint16),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64),
+        None,
+        len(tokens),
+    )
 
 
 def make_conversations(masks):

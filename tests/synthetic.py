@@ -4,9 +4,29 @@ import json
 import random
 from pathlib import Path
 
-_NOUNS = ["river", "stone", "garden", "letter", "engine", "window", "teacher", "forest", "bridge", "market", "winter", "signal"]
+_NOUNS = [
+    "river",
+    "stone",
+    "garden",
+    "letter",
+    "engine",
+    "window",
+    "teacher",
+    "forest",
+    "bridge",
+    "market",
+    "winter",
+    "signal",
+]
 _VERBS = ["finds", "carries", "opens", "measures", "follows", "paints", "repairs", "remembers"]
-_PLACES = ["near the harbour", "behind a wall", "under the old roof", "at noon", "in silence", "after the storm"]
+_PLACES = [
+    "near the harbour",
+    "behind a wall",
+    "under the old roof",
+    "at noon",
+    "in silence",
+    "after the storm",
+]
 
 
 def sentence(rng: random.Random) -> str:

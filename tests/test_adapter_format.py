@@ -38,7 +38,9 @@ def save_base(tokenizer, folder, tied=False):
     model = Transformer(ModelConfig(vocab_size=384, **shape), REFERENCE).init_weights(0)
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1
+            )
     save_model(folder, model, tokenizer)
     return folder
 
@@ -53,7 +55,9 @@ def adapted(base_dir, config):
     add_lora(model, config)
     with torch.no_grad():
         for index, (_, module) in enumerate(adapters(model)):
-            module.lora_B.copy_(0.2 * torch.randn(module.lora_B.shape, generator=torch.Generator().manual_seed(index)))
+            module.lora_B.copy_(
+                0.2 * torch.randn(module.lora_B.shape, generator=torch.Generator().manual_seed(index))
+            )
             if module.lora_magnitude is not None:
                 module.lora_magnitude.mul_(1.3)
     return model
@@ -80,7 +84,14 @@ def test_peft_computes_the_same_from_our_adapter(config, base_dir, tokenizer, tm
 def test_we_compute_the_same_from_theirs(targets, base_dir, tmp_path):
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False, use_rslora=True, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=7,
+        target_modules=targets,
+        init_lora_weights=False,
+        use_rslora=True,
+        task_type="CAUSAL_LM",
+    )
     theirs = peft.get_peft_model(base, config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
@@ -93,7 +104,10 @@ def test_we_compute_the_same_from_theirs(targets, base_dir, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
-    base_dir, config = save_base(tokenizer, tmp_path / "base", tied), LoraConfig(rank=4, tokens=("<|im_start|>", "<|im_end|>"))
+    base_dir, config = (
+        save_base(tokenizer, tmp_path / "base", tied),
+        LoraConfig(rank=4, tokens=("<|im_start|>", "<|im_end|>")),
+    )
     model = load_model(base_dir, REFERENCE)
     add_lora(model, config, token_ids=[4, 5])
     with torch.no_grad():
@@ -105,14 +119,18 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
     ids = torch.tensor([[1, 4, 90, 5, 4, 91, 5]])
     with torch.no_grad():
         expected, ours = theirs(ids).logits, model.eval().logits(model.hidden(ids))
-        assert (ours - load_pretrained(base_dir, device="cpu").model.logits(model.hidden(ids))).abs().max() > 0.1
+        assert (
+            ours - load_pretrained(base_dir, device="cpu").model.logits(model.hidden(ids))
+        ).abs().max() > 0.1
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     loaded = load_pretrained(tmp_path / "ours", device="cpu").model
     assert torch.equal(loaded.logits(loaded.hidden(ids)), ours)
 
     torch.manual_seed(0)
     indices = [4, 5] if tied else {"embed_tokens": [4, 5], "lm_head": [4, 5]}
-    config = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=indices, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=3, target_modules=["q_proj"], trainable_token_indices=indices, init_lora_weights=False
+    )
     theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base_dir), config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -128,7 +146,9 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
 def test_it_comes_back_as_it_went(base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4, alpha=6, dropout=0.1, targets=("v_proj", "up_proj"))
     model = adapted(base_dir, config)
-    save_adapter(tmp_path / "run" / "final", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))
+    save_adapter(
+        tmp_path / "run" / "final", model, config, tokenizer, base_dir, weights_fingerprint(base_dir)
+    )
     expected = our_logits(model)
     by_itself = load_pretrained(tmp_path / "run", device="cpu")
     with_base = load_pretrained(base_dir, adapter_path=tmp_path / "run" / "final", device="cpu")
@@ -147,7 +167,9 @@ def edit(path, **changes):
 
 
 def drop(path, key):
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key})
+    )
 
 
 def rewrite(path, change):
@@ -172,8 +194,14 @@ def replace_weight(key, change):
 
 
 REFUSALS = [
-    (lambda base, adapter: (adapter / "adapter_config.json").unlink(), "must be an adapter folder with adapter_config.json"),
-    (lambda base, adapter: (adapter / "adapter_config.json").write_text("[]"), r"must hold an object, got \[\]"),
+    (
+        lambda base, adapter: (adapter / "adapter_config.json").unlink(),
+        "must be an adapter folder with adapter_config.json",
+    ),
+    (
+        lambda base, adapter: (adapter / "adapter_config.json").write_text("[]"),
+        r"must hold an object, got \[\]",
+    ),
     (config_with(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
     (config_with(init_lora_weights="pissa"), "init_lora_weights must be True or .*, got 'pissa'"),
     (config_with(modules_to_save=["lm_head"]), "modules_to_save must not be set"),
@@ -182,33 +210,76 @@ REFUSALS = [
     (config_with(use_something_new=True), "use_something_new must not be set, got True"),
     (lambda base, adapter: drop(adapter / "adapter_config.json", "lora_alpha"), "lora_alpha is missing"),
     (config_with(r=0), "rank must be at least 1, got 0"),
-    (config_with(r=5), r"q_proj.lora_A.weight must have shape \(5, 32\) by adapter_config.json and the model, got \(4, 32\)"),
+    (
+        config_with(r=5),
+        r"q_proj.lora_A.weight must have shape \(5, 32\) by adapter_config.json and the model, got \(4, 32\)",
+    ),
     (config_with(use_dora=True), r"lora_magnitude_vector must have shape \(32,\) .*, got nothing"),
-    (config_with(trainable_token_indices={"embed_tokens": 5, "lm_head": 5}), "trainable_token_indices must be ids below 384"),
-    (config_with(trainable_token_indices=[4]), "trainable_token_indices must be the same for the embedding and an lm_head"),
-    (config_with(trainable_token_indices={"embed_tokens": [4], "lm_head": [4]}), "trainable_tokens_delta must have shape .*nothing"),
-    (lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(), "is missing; only safetensors weights are read"),
-    (lambda base, adapter: (adapter / "adapter_model.safetensors").write_bytes(b"x" * 99), "must be a safetensors file"),
+    (
+        config_with(trainable_token_indices={"embed_tokens": 5, "lm_head": 5}),
+        "trainable_token_indices must be ids below 384",
+    ),
+    (
+        config_with(trainable_token_indices=[4]),
+        "trainable_token_indices must be the same for the embedding and an lm_head",
+    ),
+    (
+        config_with(trainable_token_indices={"embed_tokens": [4], "lm_head": [4]}),
+        "trainable_tokens_delta must have shape .*nothing",
+    ),
+    (
+        lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(),
+        "is missing; only safetensors weights are read",
+    ),
+    (
+        lambda base, adapter: (adapter / "adapter_model.safetensors").write_bytes(b"x" * 99),
+        "must be a safetensors file",
+    ),
     (weights_with(dict.clear), "must hold adapters of the model's linears, got none"),
-    (weights_with(lambda tensors: tensors.pop(A_WEIGHT)), r"q_proj.lora_A.weight must have shape \(4, 32\) .*, got nothing"),
+    (
+        weights_with(lambda tensors: tensors.pop(A_WEIGHT)),
+        r"q_proj.lora_A.weight must have shape \(4, 32\) .*, got nothing",
+    ),
     (replace_weight("alien", torch.clone), r"alien must have shape nothing .*, got \(4, 32\)"),
     (replace_weight("lm_head.lora_A.weight", torch.clone), r"got \(4, 32\) .the loss is fused with lm_head"),
-    (replace_weight("base_model.model.model.norm.lora_A.weight", torch.clone), "model.norm.lora_A.weight must have shape nothing"),
+    (
+        replace_weight("base_model.model.model.norm.lora_A.weight", torch.clone),
+        "model.norm.lora_A.weight must have shape nothing",
+    ),
     (
         replace_weight(A_WEIGHT.replace("lora_A.weight", "lora_magnitude_vector"), torch.clone),
         "lora_magnitude_vector must have shape nothing",
     ),
-    (replace_weight(A_WEIGHT, lambda tensor: tensor * float("nan")), "q_proj.lora_A.weight must hold finite float32"),
-    (replace_weight(A_WEIGHT, lambda tensor: tensor.to(torch.int8)), "q_proj.lora_A.weight must hold finite float32"),
-    (replace_weight(A_WEIGHT, lambda tensor: tensor.to(torch.float8_e4m3fn)), "q_proj.lora_A.weight must hold finite float32"),
-    (lambda base, adapter: rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"].mul_(2)), "the base must be the one"),
+    (
+        replace_weight(A_WEIGHT, lambda tensor: tensor * float("nan")),
+        "q_proj.lora_A.weight must hold finite float32",
+    ),
+    (
+        replace_weight(A_WEIGHT, lambda tensor: tensor.to(torch.int8)),
+        "q_proj.lora_A.weight must hold finite float32",
+    ),
+    (
+        replace_weight(A_WEIGHT, lambda tensor: tensor.to(torch.float8_e4m3fn)),
+        "q_proj.lora_A.weight must hold finite float32",
+    ),
+    (
+        lambda base, adapter: rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"].mul_(2)),
+        "the base must be the one",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("damage", "message"), REFUSALS, ids=[message[:30] for _, message in REFUSALS])
 def test_refuses(damage, message, base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4)
-    save_adapter(tmp_path / "adapter", adapted(base_dir, config), config, tokenizer, base_dir, weights_fingerprint(base_dir))
+    save_adapter(
+        tmp_path / "adapter",
+        adapted(base_dir, config),
+        config,
+        tokenizer,
+        base_dir,
+        weights_fingerprint(base_dir),
+    )
     damage(base_dir, tmp_path / "adapter")
     with pytest.raises(UserError, match=message) as caught:
         load_adapter(tmp_path / "adapter", load_model(base_dir, REFERENCE), base_dir, tokenizer)
@@ -221,23 +292,38 @@ def test_targets_of_single_layers_are_named_whole(base_dir, tokenizer, tmp_path,
     save_adapter(tmp_path / "adapter", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))
     targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
     assert targets == ["model.layers.1.self_attn.q_proj", "v_proj"]
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base_dir), tmp_path / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base_dir), tmp_path / "adapter"
+    ).eval()
     assert not [str(warning.message) for warning in recwarn if "adapter" in str(warning.message).lower()]
     with torch.no_grad():
         torch.testing.assert_close(our_logits(model), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_without_a_tokenizer_takes_the_base_s(base_dir, tokenizer, tmp_path):
-    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base_dir), peft.LoraConfig(target_modules=["q_proj"]))
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base_dir),
+        peft.LoraConfig(target_modules=["q_proj"]),
+    )
     theirs.save_pretrained(tmp_path / "adapter")
     assert load_pretrained(tmp_path / "adapter", device="cpu").tokenizer.fingerprint == tokenizer.fingerprint
     (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    assert load_pretrained(tmp_path / "adapter", device="cpu").tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    assert (
+        load_pretrained(tmp_path / "adapter", device="cpu").tokenizer.chat_template
+        == "{{ messages[0]['content'] }}"
+    )
 
 
 def test_a_path_must_be_what_it_is_given_for(base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4)
-    save_adapter(tmp_path / "adapter", adapted(base_dir, config), config, tokenizer, base_dir, weights_fingerprint(base_dir))
+    save_adapter(
+        tmp_path / "adapter",
+        adapted(base_dir, config),
+        config,
+        tokenizer,
+        base_dir,
+        weights_fingerprint(base_dir),
+    )
     with pytest.raises(UserError, match="--adapter-path must hold an adapter"):
         load_pretrained(base_dir, adapter_path=base_dir, device="cpu")
     with pytest.raises(UserError, match="--model-path must be a whole model where --adapter-path is given"):
@@ -249,4 +335,7 @@ def test_a_path_must_be_what_it_is_given_for(base_dir, tokenizer, tmp_path):
     base_dir.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="pass both: the base by --model-path, this by --adapter-path"):
         load_pretrained(tmp_path / "adapter", device="cpu")
-    assert load_pretrained(tmp_path / "moved", adapter_path=tmp_path / "adapter", device="cpu").adapter == tmp_path / "adapter"
+    assert (
+        load_pretrained(tmp_path / "moved", adapter_path=tmp_path / "adapter", device="cpu").adapter
+        == tmp_path / "adapter"
+    )

@@ -13,7 +13,12 @@ CONFIG = BatchConfig(sequence_length=4, batch_tokens=16, micro_batch_size=2)
 def test_collate_by_hand():
     rows = [
         Row(np.array([1, 5, 6, 2, 1]), np.array([1, 0, 0, 0, 1], dtype=bool), np.ones(5, dtype=bool), [0, 1]),
-        Row(np.array([7, 2, 1, 8, 9]), np.array([0, 0, 1, 0, 0], dtype=bool), np.array([1, 1, 1, 0, 1], dtype=bool), [1, 2]),
+        Row(
+            np.array([7, 2, 1, 8, 9]),
+            np.array([0, 0, 1, 0, 0], dtype=bool),
+            np.array([1, 1, 1, 0, 1], dtype=bool),
+            [1, 2],
+        ),
     ]
     batch = collate(rows)
     assert batch.tokens.tolist() == [[1, 5, 6, 2], [7, 2, 1, 8]]
@@ -40,7 +45,9 @@ def test_targets_are_the_next_token_of_the_same_document():
     for step in range(1, 12):
         batch = batches[step]
         trained = batch.targets != IGNORE
-        assert torch.equal(batch.targets[trained], batch.tokens[trained] + 1)  # t+1, and never across documents
+        assert torch.equal(
+            batch.targets[trained], batch.tokens[trained] + 1
+        )  # t+1, and never across documents
         assert batch.cu_seqlens[0] == 0
         assert batch.cu_seqlens[-1] == 16
 
@@ -74,7 +81,9 @@ def test_validation_reads_each_token_once_whatever_the_processes():
     split = make_split([6, 5, 3])
 
     def targets(world, max_tokens=None):
-        batches = [b for rank in range(world) for b in validation_batches(split, CONFIG, rank, world, max_tokens)]
+        batches = [
+            b for rank in range(world) for b in validation_batches(split, CONFIG, rank, world, max_tokens)
+        ]
         return sorted(t for b in batches for t in b.targets.flatten().tolist() if t != IGNORE)
 
     expected = sorted([1, 2, 3, 4, 5, 1001, 1002, 1003, 1004, 2001, 2002])
@@ -89,7 +98,13 @@ def test_validation_of_conversations_reads_each_answer_once_whatever_the_process
         batches = [
             b
             for rank in range(world)
-            for b in validation_batches(split, BatchConfig(sequence_length=6, batch_tokens=12, micro_batch_size=1), rank, world, max_tokens)
+            for b in validation_batches(
+                split,
+                BatchConfig(sequence_length=6, batch_tokens=12, micro_batch_size=1),
+                rank,
+                world,
+                max_tokens,
+            )
         ]
         return sorted(t for b in batches for t in b.targets.flatten().tolist() if t != IGNORE)
 
@@ -100,7 +115,11 @@ def test_validation_of_conversations_reads_each_answer_once_whatever_the_process
 def test_the_targets_of_conversations_are_their_answers_alone():
     split = make_conversations(["..++", ".+", "..+..+", "...++", ".++"])
     batches = Batches([split], None, CONFIG, seed=1)
-    answers = {int(token) for token, trained in zip(split.tokens, split.loss_mask(0, len(split.tokens)), strict=True) if trained}
+    answers = {
+        int(token)
+        for token, trained in zip(split.tokens, split.loss_mask(0, len(split.tokens)), strict=True)
+        if trained
+    }
     seen = set()
     for step in range(1, 12):
         batch = batches[step]
@@ -115,7 +134,10 @@ def test_the_targets_of_conversations_are_their_answers_alone():
     [
         (lambda: BatchConfig(sequence_length=1), "sequence_length must be at least 2, got 1"),
         (lambda: BatchConfig(micro_batch_size=0), "micro_batch_size must be at least 1, got 0"),
-        (lambda: BatchConfig(sequence_length=4, batch_tokens=18, micro_batch_size=2), "must be a multiple of .* = 8, got 18"),
+        (
+            lambda: BatchConfig(sequence_length=4, batch_tokens=18, micro_batch_size=2),
+            "must be a multiple of .* = 8, got 18",
+        ),
         (lambda: CONFIG.micro_steps(3), "4 x 2 x 3, got 16"),
         (lambda: Batches([make_split([40])], [1, 2], CONFIG, 0), "one weight per data folder, got 2 for 1"),
         (lambda: Batches([make_split([40])], [0], CONFIG, 0), "must be positive numbers"),

@@ -64,9 +64,13 @@ def assert_whole(results, candidates, left_out=()):
 def test_candidates_take_turns_and_every_buffer_is_used(measure):
     log = []
     calls = {name: [lambda n=name, i=i: log.append((n, i)) for i in range(2)] for name in "ab"}
-    samples = measure.interleaved({name: (lambda c=c: [f() for f in c], 2) for name, c in calls.items()}, torch.device("cpu"), rounds=2)
+    samples = measure.interleaved(
+        {name: (lambda c=c: [f() for f in c], 2) for name, c in calls.items()}, torch.device("cpu"), rounds=2
+    )
     rounds = [[("a", 0), ("a", 1), ("b", 0), ("b", 1)], [("b", 0), ("b", 1), ("a", 0), ("a", 1)]]
-    assert log == [entry for index in range(4) for entry in rounds[index % 2]]  # two of the four rounds are thrown away
+    assert log == [
+        entry for index in range(4) for entry in rounds[index % 2]
+    ]  # two of the four rounds are thrown away
     assert all(0 < sample.low <= sample.seconds <= sample.high for sample in samples.values())
 
 
@@ -85,7 +89,11 @@ def test_a_sample_is_as_long_as_what_is_launched_says(graph, repeats, measure, m
 
     monkeypatch.setattr(measure, "_captured", arranged("graph"))
     monkeypatch.setattr(measure, "_in_turn", arranged("eager"))
-    monkeypatch.setattr(measure, "_seconds", lambda run, device: {"graph": 1e-4, "eager": 1e-3}[lengths[run][0]] * lengths[run][1] / 2)
+    monkeypatch.setattr(
+        measure,
+        "_seconds",
+        lambda run, device: {"graph": 1e-4, "eager": 1e-3}[lengths[run][0]] * lengths[run][1] / 2,
+    )
     run, num_calls = measure.prepared([lambda: None] * 2, torch.device("cuda"), graph=graph)
     assert lengths[run] == ("graph" if graph else "eager", 2 * repeats)
     assert num_calls == 2 * repeats
@@ -94,10 +102,17 @@ def test_a_sample_is_as_long_as_what_is_launched_says(graph, repeats, measure, m
 def test_a_candidate_says_that_it_replays_a_graph_of_its_own(results, measure, monkeypatch):
     module = importlib.import_module("results")
     monkeypatch.setattr(module, "prepared", lambda calls, device, graph: (calls, 1))
-    monkeypatch.setattr(module, "interleaved", lambda ready, *_: {name: measure.Sample(1.0, 1.0, 1.0) for name in ready})
+    monkeypatch.setattr(
+        module, "interleaved", lambda ready, *_: {name: measure.Sample(1.0, 1.0, 1.0) for name in ready}
+    )
     for kind, graph in (("cuda", False), ("cuda", True), ("cpu", False)):
         results.device = torch.device(kind)
-        results.time("case", {"lumi": lambda: [], "lumi, captured": lambda: []}, graph=graph, replays=["lumi, captured"])
+        results.time(
+            "case",
+            {"lumi": lambda: [], "lumi, captured": lambda: []},
+            graph=graph,
+            replays=["lumi, captured"],
+        )
     launches = [t["launch"] for t in read(results)["times"]]
     assert launches == ["eager", "graph", "graph", "graph", "eager", "eager"]
 
@@ -128,7 +143,12 @@ def test_check_lets_through_what_the_dtype_allows_and_no_more(measure):
     exact = [torch.randn(100, dtype=torch.float64)]
     rounded = [exact[0].half()]
     measure.check("rounded", rounded, rounded, exact)
-    for wrong in (rounded[0] * 1.01, rounded[0].where(torch.arange(100) > 0, torch.nan), rounded[0][:99], rounded[0].float()):
+    for wrong in (
+        rounded[0] * 1.01,
+        rounded[0].where(torch.arange(100) > 0, torch.nan),
+        rounded[0][:99],
+        rounded[0].float(),
+    ):
         with pytest.raises(RuntimeError, match="tensor 0"):
             measure.check("wrong", [wrong], rounded, exact)
 
@@ -161,7 +181,11 @@ def test_only_a_benchmark_that_came_to_its_end_is_finished(ends, monkeypatch, tm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(module, "ready", lambda device: nullcontext())
-    monkeypatch.setattr(module, "Results", lambda subject, _, *rest, kind=module.Results: kind(subject, torch.device("cpu"), *rest))
+    monkeypatch.setattr(
+        module,
+        "Results",
+        lambda subject, _, *rest, kind=module.Results: kind(subject, torch.device("cpu"), *rest),
+    )
     monkeypatch.setattr(sys, "argv", ["subject.py", "--output-dir", str(tmp_path)])
 
     def run(results):
@@ -187,26 +211,42 @@ def test_only_a_benchmark_that_came_to_its_end_is_finished(ends, monkeypatch, tm
 def test_row_kernels(results, operator):
     row_kernels = importlib.import_module("row_kernels")
     shape = (1, 3, 2, 1, 16) if operator == "rope" else (5, 64)
-    row_kernels.run(results, {operator: replace(row_kernels.OPERATORS[operator], large=[shape], small=[shape])}, DTYPE)
+    row_kernels.run(
+        results, {operator: replace(row_kernels.OPERATORS[operator], large=[shape], small=[shape])}, DTYPE
+    )
     assert_whole(results, {"lumi", "copy", "eager", "compiled"})
     claims = read(results)["claims"]
-    assert [claim["at_least"] for claim in claims] == ([0.88, 0.88, 3.0] if operator == "rms_norm" else [0.88, 0.88])
+    assert [claim["at_least"] for claim in claims] == (
+        [0.88, 0.88, 3.0] if operator == "rms_norm" else [0.88, 0.88]
+    )
 
 
 def test_row_kernels_count_bytes():
     row_kernels = importlib.import_module("row_kernels")
     assert row_kernels.bytes_moved("rms_norm", (10, 64), 2, backward=True) == 3 * 10 * 64 * 2
-    assert row_kernels.bytes_moved("rope", (2, 3, 4, 1, 64), 2, backward=False) == 6 * (2 * 5 * 64 * 2 + 2 * 32 * 4)
+    assert row_kernels.bytes_moved("rope", (2, 3, 4, 1, 64), 2, backward=False) == 6 * (
+        2 * 5 * 64 * 2 + 2 * 32 * 4
+    )
 
 
 def test_attention(results):
     attention = importlib.import_module("attention")
     attention.run(results, [(1, 20, 2, 1, 64), (1, 20, 1, 1, 64)], [(1, 20, 1, 1, 64)], DTYPE)
-    assert_whole(results, {"lumi", "sdpa"}, left_out={"flex", "varlen", "sdpa cudnn"})  # which have no backward on the CPU
-    claims = {claim["claim"].removesuffix(", at least over 1 shapes"): claim for claim in read(results)["claims"]}
-    over_sdpa = [claims[f"attention {direction}, head_dim 64: times as fast as sdpa"] for direction in ("forward", "backward")]
+    assert_whole(
+        results, {"lumi", "sdpa"}, left_out={"flex", "varlen", "sdpa cudnn"}
+    )  # which have no backward on the CPU
+    claims = {
+        claim["claim"].removesuffix(", at least over 1 shapes"): claim for claim in read(results)["claims"]
+    }
+    over_sdpa = [
+        claims[f"attention {direction}, head_dim 64: times as fast as sdpa"]
+        for direction in ("forward", "backward")
+    ]
     assert [claim["at_least"] for claim in over_sdpa] == [1.25, 1.1]
-    over_flex = [claims[f"packed documents {direction}, head_dim 64: times as fast as flex"] for direction in ("forward", "backward")]
+    over_flex = [
+        claims[f"packed documents {direction}, head_dim 64: times as fast as flex"]
+        for direction in ("forward", "backward")
+    ]
     assert [claim["at_least"] for claim in over_flex] == [1.1, 1.1]
 
 
@@ -216,7 +256,9 @@ def test_flex_attention_sees_the_same_documents():
     document_BT = torch.tensor([[0] * 20 + [1] * 30, [0] * 50])
     cu_seqlens = torch.tensor([0, 20, 50, 100], dtype=torch.int32)
     plan = attention.attention_plan(cu_seqlens, 2, 50, "cpu")
-    reference_plan = importlib.import_module("lumi.kernels.attention_plan").attention_plan_reference(cu_seqlens, 2, 50, "cpu")
+    reference_plan = importlib.import_module("lumi.kernels.attention_plan").attention_plan_reference(
+        cu_seqlens, 2, 50, "cpu"
+    )
     assert plan.length == reference_plan.length
     actual = attention._flex((2, 50, 4, 2, 16), document_BT, torch.device("cpu"))(q, k, v)
     torch.testing.assert_close(actual, attention.attention_reference(q, k, v, reference_plan))
@@ -292,7 +334,9 @@ def test_optimizer(results):
 def test_training_step(results, device):
     training_step = importlib.import_module("training_step")
     ops = TRITON if device == "cuda" else REFERENCE
-    training_step.run(results, {"23M": training_step.Case(MODEL, 3, 16, ("gpt", "llama"), checked=2)}, ops, rounds=1)
+    training_step.run(
+        results, {"23M": training_step.Case(MODEL, 3, 16, ("gpt", "llama"), checked=2)}, ops, rounds=1
+    )
     names = ("lumi", "lumi layers compiled", "gpt", "llama")
     assert_whole(results, {*names, *(f"{name}, captured" for name in names)})
 
@@ -305,7 +349,9 @@ def test_a_wrong_training_step_is_found(wrong, measure, device, monkeypatch):
         def forward(self, *args):
             loss = super().forward(*args)
             if self.ops is not REFERENCE:
-                loss = loss + (0.01 * loss).detach() if wrong == "loss" else 1.05 * loss - (0.05 * loss).detach()
+                loss = (
+                    loss + (0.01 * loss).detach() if wrong == "loss" else 1.05 * loss - (0.05 * loss).detach()
+                )
             return loss
 
     monkeypatch.setattr(training_step, "Transformer", Wrong)
@@ -317,7 +363,10 @@ def test_a_wrong_training_step_is_found(wrong, measure, device, monkeypatch):
 
 
 def test_what_is_checked_of_the_larger_model_takes_several_chunks(on_the_path):
-    training_step, lce = importlib.import_module("training_step"), importlib.import_module("lumi.kernels.linear_cross_entropy")
+    training_step, lce = (
+        importlib.import_module("training_step"),
+        importlib.import_module("lumi.kernels.linear_cross_entropy"),
+    )
     case = training_step.CASES["124M"]
     rows = case.checked * case.length
     assert case.checked < case.batch
@@ -348,7 +397,12 @@ def test_shares_of_the_loop():
     first = loop.Step(0.0, 2.0, {forward_backward: 1.0, optimizer: 0.5, "log": 0.25})
     second = loop.Step(2.0, 6.0, {forward_backward: 5.0, optimizer: 0.5, "log": 0.25, "save": 0.125})
     assert (first.outside, second.outside, second.unsaved) == (0.5, 0.5, 5.875)
-    assert loop.shares([first, second]) == {"outside": 1 / 8, forward_backward: 6 / 8, optimizer: 1 / 8, "log": 0.5 / 8}
+    assert loop.shares([first, second]) == {
+        "outside": 1 / 8,
+        forward_backward: 6 / 8,
+        optimizer: 1 / 8,
+        "log": 0.5 / 8,
+    }
 
 
 def test_what_a_save_costs():
@@ -362,7 +416,9 @@ def test_what_a_save_costs():
     # Steps 2 and 3 are from 2 to 3.5 and to 4.75.
     beside = loop.Save(step=1, waited=False, stall=0.25, begin=1.875, end=3.75, cpu_seconds=0.5)
     waited = loop.Save(step=5, waited=True, stall=2.0, begin=7.0, end=8.625, cpu_seconds=0.25)
-    expected = loop.SaveCost(synchronous=2.0, stall=0.25, slowdown=0.75, writing=1.875, writing_cpu=0.5, noise=0.0625)
+    expected = loop.SaveCost(
+        synchronous=2.0, stall=0.25, slowdown=0.75, writing=1.875, writing_cpu=0.5, noise=0.0625
+    )
     assert loop.save_cost(steps, [beside, waited]) == expected
     assert loop.save_cost(steps, [waited, beside]) == expected
     with pytest.raises(ValueError, match="median"):
@@ -387,11 +443,17 @@ def test_the_parts_of_a_step_are_what_takes_the_time(data, tmp_path, monkeypatch
     slow(importlib.import_module("lumi.saver").Saver, "_write", 0.05)
     config = loop.run_config(True, 8, batches={"micro_batch_size": 2}) | {"save_every": 2}
     run = loop.timed_run(config, data, tmp_path / "run", "cpu", waiting=True)
-    records = [record for record in importlib.import_module("lumi.metrics").read_metrics(run.folder.metrics) if record["kind"] == "train"]
+    records = [
+        record
+        for record in importlib.import_module("lumi.metrics").read_metrics(run.folder.metrics)
+        if record["kind"] == "train"
+    ]
     assert len(run.steps) == len(records) == 8
     for step, record in zip(run.steps, records, strict=True):
         assert sum(step.parts.values()) <= step.seconds
-        assert step.parts["data wait"] == pytest.approx(record["data_wait_seconds"], abs=6e-5)  # which is rounded to 1e-4
+        assert step.parts["data wait"] == pytest.approx(
+            record["data_wait_seconds"], abs=6e-5
+        )  # which is rounded to 1e-4
         assert step.parts[loop.WORK[0]] >= 2 * 0.03
         assert step.parts[loop.WORK[1]] >= 0.04
         assert step.outside >= step.parts["agreement"] >= 0.02
@@ -428,7 +490,10 @@ def test_random_data_is_what_the_benchmarks_ask_for(on_the_path, tmp_path):
 
 def test_scaling(results, data, tmp_path):
     """One process and two train the same, and the figures are those of their logs."""
-    scaling, read_metrics = importlib.import_module("scaling"), importlib.import_module("lumi.metrics").read_metrics
+    scaling, read_metrics = (
+        importlib.import_module("scaling"),
+        importlib.import_module("lumi.metrics").read_metrics,
+    )
     config = scaling.run_config(True, 4, batches={"micro_batch_size": 2}) | {"dtype": "float32"}
     scaling.measure(results, ["DDP, strong"], config, data, tmp_path, rounds=1)
     logs = [read_metrics(tmp_path / f"0-{index}" / "run-0" / "metrics.jsonl") for index in range(2)]
@@ -442,13 +507,21 @@ def test_scaling(results, data, tmp_path):
 def test_scaling_tells_why_a_run_failed(on_the_path, tmp_path):
     loop, scaling = importlib.import_module("loop"), importlib.import_module("scaling")
     with pytest.raises(RuntimeError, match=r"exit code 2: error: .*holds no tokenizer.model"):
-        scaling.tokens_per_second(scaling.ONE, scaling.run_config(True, 4), loop.Data(tmp_path / "no-store", tmp_path), tmp_path / "case")
+        scaling.tokens_per_second(
+            scaling.ONE,
+            scaling.run_config(True, 4),
+            loop.Data(tmp_path / "no-store", tmp_path),
+            tmp_path / "case",
+        )
 
 
 # --- correctness, sanitizer, all together ---
 
 
-@pytest.mark.parametrize("operator", ["rms_norm", "rope", "attention", "decode_attention", "linear_cross_entropy", "lora_linear", "adamw"])
+@pytest.mark.parametrize(
+    "operator",
+    ["rms_norm", "rope", "attention", "decode_attention", "linear_cross_entropy", "lora_linear", "adamw"],
+)
 def test_correctness(operator, device, capsys):
     correctness = importlib.import_module("correctness")
     assert correctness.run(operator, (torch.float32,), torch.device(device), small=True) == 0
@@ -466,15 +539,26 @@ def test_correctness_walks_every_operator():
 
 
 def test_the_cases_that_are_named_risky_are_there(on_the_path):
-    correctness, lce = importlib.import_module("correctness"), importlib.import_module("lumi.kernels.linear_cross_entropy")
+    correctness, lce = (
+        importlib.import_module("correctness"),
+        importlib.import_module("lumi.kernels.linear_cross_entropy"),
+    )
     cases = {case.name: case for make in correctness.OPERATORS.values() for case in make()}
     small = [name for name, case in cases.items() if case.small]
     assert [name for name in small if re.search(r"K=96 H=4 G=2 documents window=\d", name)]
     assert [name for name in small if re.search(r"decode.*page_size=\d", name)]
     assert [name for name in small if "norm rows=5 D=16384" in name]
-    sizes = [tuple(map(int, re.search(r"N=(\d+) D=\d+ V=(\d+)", name).groups())) for name in cases if "entropy" in name]
+    sizes = [
+        tuple(map(int, re.search(r"N=(\d+) D=\d+ V=(\d+)", name).groups()))
+        for name in cases
+        if "entropy" in name
+    ]
     assert {lce.tile_config(V, 2)["num_warps"] for _, V in sizes} == {4, 8, 16, 32}
-    chunked = [name for name, (N, V) in zip((n for n in cases if "entropy" in n), sizes, strict=True) if lce.triton_chunk_rows(N, V, 2) < N]
+    chunked = [
+        name
+        for name, (N, V) in zip((n for n in cases if "entropy" in n), sizes, strict=True)
+        if lce.triton_chunk_rows(N, V, 2) < N
+    ]
     assert [name for name in chunked if "float32 weight" in name]
     assert [name for name in chunked if "float32 weight" not in name]
 
@@ -493,13 +577,19 @@ def spoilt(kind):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("wrong", "exceeds"), ("changes from run to run", "a second run gave other bits"), ("changes its input", "an input was changed")],
+    [
+        ("wrong", "exceeds"),
+        ("changes from run to run", "a second run gave other bits"),
+        ("changes its input", "an input was changed"),
+    ],
 )
 def test_correctness_finds_what_is(kind, message, device, monkeypatch, capsys):
     correctness = importlib.import_module("correctness")
     make = correctness._operands([correctness._draw(3, 4)], [correctness._draw(3, 4)])
     monkeypatch.setitem(
-        correctness.OPERATORS, "bad", lambda: iter([correctness.Case("bad", spoilt(kind), lambda x: x * 1.0, make, small=True)])
+        correctness.OPERATORS,
+        "bad",
+        lambda: iter([correctness.Case("bad", spoilt(kind), lambda x: x * 1.0, make, small=True)]),
     )
     assert correctness.run("bad", (torch.float32,), torch.device(device), small=True) == 1
     assert message in capsys.readouterr().err
@@ -526,10 +616,15 @@ def test_sanitizer_fails_for_what_memcheck_finds(codes, memcheck, racecheck, cod
     sanitize = importlib.import_module("sanitize")
     program = f"import os, sys; sys.exit({codes}[sys.argv[1]] if os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'] == '1' else 3)"
     monkeypatch.setattr(sanitize, "find_tool", lambda: "a tool")
-    monkeypatch.setattr(sanitize, "command", lambda tool, check, operators: [sys.executable, "-S", "-c", program, check])
+    monkeypatch.setattr(
+        sanitize, "command", lambda tool, check, operators: [sys.executable, "-S", "-c", program, check]
+    )
     monkeypatch.setattr(sys, "argv", ["sanitize.py"])
     assert sanitize.main() == code
-    assert capsys.readouterr().out == f"compute-sanitizer memcheck: {memcheck}\ncompute-sanitizer racecheck: {racecheck}\n"
+    assert (
+        capsys.readouterr().out
+        == f"compute-sanitizer memcheck: {memcheck}\ncompute-sanitizer racecheck: {racecheck}\n"
+    )
 
 
 def test_one_benchmark_that_fails_or_hangs_is_reported():
@@ -578,11 +673,21 @@ def test_a_benchmark_that_is_not_begun_keeps_its_earlier_figures(tmp_path, monke
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(run_all, "slug", lambda device: "gpu")
     monkeypatch.setattr(run_all, "run_one", lambda command, seconds: "exit code 9")
-    record = {"claims": [], "failures": [], "left_out": [], "finished": True, "environment": {"device": "gpu", "date": "a day"}}
+    record = {
+        "claims": [],
+        "failures": [],
+        "left_out": [],
+        "finished": True,
+        "environment": {"device": "gpu", "date": "a day"},
+    }
     for seconds, left in (("0", True), ("60", False)):
         path = tmp_path / "optimizer-gpu.json"
         path.write_text(json.dumps({"subject": "optimizer"} | record))
-        monkeypatch.setattr(sys, "argv", ["run_all.py", "--only", "optimizer", "--seconds", seconds, "--output-dir", str(tmp_path)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["run_all.py", "--only", "optimizer", "--seconds", seconds, "--output-dir", str(tmp_path)],
+        )
         assert run_all.main() == 1
         assert path.exists() == left
         text = (tmp_path / "README-gpu.md").read_text()
@@ -601,10 +706,15 @@ def test_table(results):
     finished = {**read(results), "subject": "attention"}
     text = run_all.table([killed, finished], {"optimizer": "not done after 60 s"})
     rows = text.split("\n\n")
-    assert rows[0].splitlines()[2:] == ["| fast | 1.300 | >= 1.25 | yes |", "| unknown | not measured | >= 2 | no |"] * 2
+    assert (
+        rows[0].splitlines()[2:]
+        == ["| fast | 1.300 | >= 1.25 | yes |", "| unknown | not measured | >= 2 | no |"] * 2
+    )
     assert rows[1] == "optimizer: not done after 60 s"
     missing = set(run_all.SUBJECTS) - {"optimizer", "attention"}
-    assert rows[2 : 2 + len(missing)] == [f"{subject}: not measured" for subject in run_all.SUBJECTS if subject in missing]
+    assert rows[2 : 2 + len(missing)] == [
+        f"{subject}: not measured" for subject in run_all.SUBJECTS if subject in missing
+    ]
     rest = rows[2 + len(missing) :]
     assert rest[0] == "subject: it was ended before it was done, so cases and claims are missing"
     assert rest[1:3] == [f"{name}, failed: case: RuntimeError: it broke" for name in ("subject", "attention")]
@@ -614,7 +724,9 @@ def test_table(results):
 def make(*arguments, **environment):
     """A make of its own, which knows nothing of the one that may have started these tests, nor of its flags."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(["make", *arguments], cwd=FOLDER.parent, env=inherited | environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", *arguments], cwd=FOLDER.parent, env=inherited | environment, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -629,7 +741,11 @@ def test_make_gpu_runs_every_test_that_needs_one(gpu_check):
     paths = [root / word for word in line.split() if word.startswith("tests/")]
     ignored = [root / word.removeprefix("--ignore=") for word in line.split() if word.startswith("--ignore=")]
     assert all(path.exists() for path in paths + ignored)
-    marked = [path for path in (root / "tests").rglob("test_*.py") if re.search(r"mark\.gpu\b", path.read_text(encoding="utf-8"))]
+    marked = [
+        path
+        for path in (root / "tests").rglob("test_*.py")
+        if re.search(r"mark\.gpu\b", path.read_text(encoding="utf-8"))
+    ]
     assert len(marked) >= 8
     within = lambda path, folders: any(path.is_relative_to(folder) for folder in folders)
     assert [path for path in marked if not within(path, paths) or within(path, ignored)] == []
@@ -642,7 +758,10 @@ def test_make_gpu_looks_for_a_gpu_before_it_installs_anything(gpu_check):
     result = make("gpu-bench", f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2
     assert "pip" not in result.stdout
-    assert result.stderr.splitlines()[0] == f"make gpu needs a GPU and a CUDA build of torch; PYTHON is {sys.executable}"
+    assert (
+        result.stderr.splitlines()[0]
+        == f"make gpu needs a GPU and a CUDA build of torch; PYTHON is {sys.executable}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -665,17 +784,25 @@ def test_make_gpu_measures_what_is_right_whatever_the_sanitizer_says(failing, ex
 
 def test_tuning_takes_a_tile_that_runs_and_writes_the_table(measure, device, tmp_path, monkeypatch, capsys):
     """A tile that cannot run is left out, the one in the table is timed as well, and the rest of the table stays as it was."""
-    tuner, tiles = importlib.import_module("tune_attention"), importlib.import_module("lumi.kernels.attention_tiles")
+    tuner, tiles = (
+        importlib.import_module("tune_attention"),
+        importlib.import_module("lumi.kernels.attention_tiles"),
+    )
     shipped = json.loads(tiles.TABLE.read_text())
     table = json.loads(tiles.TABLE.read_text())
     monkeypatch.setattr(tiles, "table", lambda: table)
     monkeypatch.setattr(tuner, "CHECKED", (1, 20, 1, 1))
-    good, bad = ({"BLOCK_M": m, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "DESCRIPTORS": False} for m in (16, 24))
+    good, bad = (
+        {"BLOCK_M": m, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "DESCRIPTORS": False} for m in (16, 24)
+    )
     arch = str(tiles.architecture(torch.device(device)))
     best = tuner.tune("dq", 32, [bad, good], torch.device(device), DTYPE, (1, 20, 1, 1), rounds=1)
     printed = capsys.readouterr().out
     assert "dq K=32 24 16 4 2 False: left out" in printed
-    assert [f"dq K=32 {' '.join(map(str, row.values()))}: backward" in printed for row in (shipped[arch]["64"]["dq"], good)] == [True] * 2
+    assert [
+        f"dq K=32 {' '.join(map(str, row.values()))}: backward" in printed
+        for row in (shipped[arch]["64"]["dq"], good)
+    ] == [True] * 2
     assert best in (shipped[arch]["64"]["dq"], good)
     tuner.write(tmp_path / "table.json")
     expected = {**shipped, arch: {**shipped[arch], "64": {**shipped[arch]["64"], "dq": best}}}
@@ -688,4 +815,6 @@ def test_tuning_takes_a_tile_that_runs_and_writes_the_table(measure, device, tmp
 def test_the_table_is_written_as_it_was_read(on_the_path, tmp_path):
     tuner = importlib.import_module("tune_attention")
     tuner.write(tmp_path / "table.json")
-    assert (tmp_path / "table.json").read_text() == importlib.import_module("lumi.kernels.attention_tiles").TABLE.read_text()
+    assert (tmp_path / "table.json").read_text() == importlib.import_module(
+        "lumi.kernels.attention_tiles"
+    ).TABLE.read_text()

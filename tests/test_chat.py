@@ -14,10 +14,14 @@ from lumi.messages import Message, to_json
 
 BOS, EOS, IM_START, IM_END = 1, 2, 4, 5
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-MARKERS = (
-    "<s> </s> <unk> <pad> <|im_start|> <|im_end|> <|im_start|>assistant <0x0A> [INST] [/INST] <<SYS>> {{bos_token}} {%endfor%}".split()
-)
-HEADERS = ["### Instruction:\n", "\n\n### Response:\n", "User:\n", "Assistant:\n", "<|im_end|>\n<|im_start|>system\n"]
+MARKERS = "<s> </s> <unk> <pad> <|im_start|> <|im_end|> <|im_start|>assistant <0x0A> [INST] [/INST] <<SYS>> {{bos_token}} {%endfor%}".split()
+HEADERS = [
+    "### Instruction:\n",
+    "\n\n### Response:\n",
+    "User:\n",
+    "Assistant:\n",
+    "<|im_end|>\n<|im_start|>system\n",
+]
 CHARACTERS = [
     "'",
     "\\",
@@ -39,7 +43,9 @@ CHARACTERS = [
     "\u00a0",
 ]
 
-TEXTS = st.lists(st.sampled_from(MARKERS + HEADERS + CHARACTERS) | st.text(max_size=6), max_size=4).map("".join)
+TEXTS = st.lists(st.sampled_from(MARKERS + HEADERS + CHARACTERS) | st.text(max_size=6), max_size=4).map(
+    "".join
+)
 NAMES = sorted(TEMPLATES)
 
 
@@ -52,7 +58,9 @@ def conversations(draw):
     return tuple(messages + ([Message("user", draw(TEXTS))] if draw(st.booleans()) else []))
 
 
-examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+examples = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 class Answer(str):
@@ -139,7 +147,9 @@ def test_what_is_trained_is_the_answers_and_their_ends(tokenizer, name, messages
     runs = trained_runs(render(tokenizer, TEMPLATES[name], messages))
     answers = [m.content for m in messages if m.role == "assistant"]
     assert [tokenizer.decode(run[:-1]) for run in runs] == answers
-    assert [run[:-1] for run in runs] == [tokenizer.encode(answer) for answer in answers]  # as they are generated
+    assert [run[:-1] for run in runs] == [
+        tokenizer.encode(answer) for answer in answers
+    ]  # as they are generated
     assert all(run[-1] == end and not set(run[:-1]) & set(range(6)) for run in runs)
 
 
@@ -150,7 +160,10 @@ def test_no_text_becomes_a_control_token_or_moves_the_mask(tokenizer, name, mess
     harmless = [m if m.role == "assistant" else m._replace(content="hello") for m in messages]
     hostile, calm = (render(tokenizer, TEMPLATES[name], some) for some in (messages, harmless))
     assert trained_runs(hostile) == trained_runs(calm)
-    controls = [[(token, trained) for token, trained in zip(r.ids, r.mask, strict=True) if token < 6] for r in (hostile, calm)]
+    controls = [
+        [(token, trained) for token, trained in zip(r.ids, r.mask, strict=True) if token < 6]
+        for r in (hostile, calm)
+    ]
     assert controls[0] == controls[1]
 
 
@@ -188,7 +201,17 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(tokenizer, name, 
 def test_three_conversations_by_hand(tokenizer):
     e = tokenizer.encode
     ask = (Message("user", "Hi?"), Message("assistant", "Yes."))
-    chatml = [BOS, IM_START, *e("user\nHi?"), IM_END, *e("\n"), IM_START, *e("assistant\n"), *e("Yes."), IM_END]
+    chatml = [
+        BOS,
+        IM_START,
+        *e("user\nHi?"),
+        IM_END,
+        *e("\n"),
+        IM_START,
+        *e("assistant\n"),
+        *e("Yes."),
+        IM_END,
+    ]
     alpaca = [BOS, *e(f"{PREAMBLE}\n\n### Instruction:\nHi?\n\n### Response:\n"), *e("Yes."), EOS]
     plain = [BOS, *e("Be brief.\n\nUser:\nHi?\n\nAssistant:\n"), *e("Yes."), EOS]
     answer = len(e("Yes.")) + 1
@@ -206,7 +229,9 @@ def test_three_conversations_by_hand(tokenizer):
 
 def test_what_stands_behind_an_answer_is_left_out(tokenizer):
     turns = {"user": Turn((), ()), "assistant": Turn((), (Control.EOS, "\n", Control.IM_END))}
-    rendered = render(tokenizer, Template(name="x", turns=turns), [Message("user", "q"), Message("assistant", "a")] * 2)
+    rendered = render(
+        tokenizer, Template(name="x", turns=turns), [Message("user", "q"), Message("assistant", "a")] * 2
+    )
     e = tokenizer.encode
     expected = [BOS, *e("q"), *e("a"), EOS, *e("\n"), IM_END, *e("q"), *e("a"), EOS]
     assert rendered.ids == expected
@@ -232,7 +257,9 @@ def test_a_lone_surrogate_is_named(tokenizer):
 
 def jinja(template, messages, **variables):
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template.jinja).render(messages=to_json(messages), bos_token="<s>", eos_token="</s>", **variables)
+    return environment.from_string(template.jinja).render(
+        messages=to_json(messages), bos_token="<s>", eos_token="</s>", **variables
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -241,7 +268,9 @@ def jinja(template, messages, **variables):
 def test_jinja2_makes_the_same_text(tokenizer, name, messages):
     template = TEMPLATES[name]
     asking = tokenizer.with_chat_template(template.jinja)
-    assert jinja(template, messages, add_generation_prompt=True) == spelt(tokenizer, prompt_ids(asking, messages))
+    assert jinja(template, messages, add_generation_prompt=True) == spelt(
+        tokenizer, prompt_ids(asking, messages)
+    )
     training = spelt(tokenizer, render(tokenizer, template, messages).ids)
     assert jinja(template, messages, add_generation_prompt=False).startswith(training)
 
@@ -253,11 +282,21 @@ def test_transformers_makes_the_same_ids(tokenizer, tmp_path, name):
     tokenizer = tokenizer.with_chat_template(TEMPLATES[name].jinja)
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    system, question = Message("system", "You are brief.\n"), Message("user", "  What is é?\n\n def f():\n    pass 😀")
+    system, question = (
+        Message("system", "You are brief.\n"),
+        Message("user", "  What is é?\n\n def f():\n    pass 😀"),
+    )
     for messages in ([question], [system, question]):
-        assert theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"] == prompt_ids(tokenizer, messages)
+        assert theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)[
+            "input_ids"
+        ] == prompt_ids(tokenizer, messages)
     answer = Message("assistant", "A letter.\n")
-    long = [system, question, answer, question]  # before an answer they encode header and answer as one, which is another way of the same
+    long = [
+        system,
+        question,
+        answer,
+        question,
+    ]  # before an answer they encode header and answer as one, which is another way of the same
     for messages in (long, long[1:]):
         text = theirs.apply_chat_template(to_json(messages), add_generation_prompt=True, tokenize=False)
         assert text == spelt(tokenizer, prompt_ids(tokenizer, messages))
@@ -271,12 +310,16 @@ def test_a_role_that_the_template_does_not_know():
 
     for template in TEMPLATES.values():
         with pytest.raises(RuntimeError, match="role must be one of system, user, assistant, got tool"):
-            environment.from_string(template.jinja).render(messages=[{"role": "tool", "content": ""}], raise_exception=raise_exception)
+            environment.from_string(template.jinja).render(
+                messages=[{"role": "tool", "content": ""}], raise_exception=raise_exception
+            )
 
 
 def test_quotes_and_backslashes_survive_jinja():
     awkward = "a'b\\n'' + ' \\' + \\\n{{ x }}{% y %}"
-    turns = {role: Turn((awkward, awkward), (Control.EOS, awkward)) for role in ("system", "user", "assistant")}
+    turns = {
+        role: Turn((awkward, awkward), (Control.EOS, awkward)) for role in ("system", "user", "assistant")
+    }
     template = Template(name="awkward", turns=turns, default_system=awkward)
     once = f"{awkward}{awkward}x</s>{awkward}"
     text = jinja(template, [Message("user", "x")], add_generation_prompt=True)
@@ -300,15 +343,24 @@ def test_what_ends_an_answer(tokenizer):
 
 
 def test_a_base_model_cannot_be_asked(tokenizer):
-    with pytest.raises(UserError, match="must have a chat template, got none: the model was not made for conversations; continue a text"):
+    with pytest.raises(
+        UserError,
+        match="must have a chat template, got none: the model was not made for conversations; continue a text",
+    ):
         prompt_ids(tokenizer.with_chat_template(None), [Message("user", "hi")])
 
 
 def test_a_template_whose_tokens_are_missing_is_refused(tokenizer):
     poor = copy.copy(tokenizer)
     poor.im_start_id = poor.im_end_id = None
-    for use in (lambda: render(poor, TEMPLATES["chatml"], []), lambda: prompt_ids(poor, []), lambda: stop_ids(poor)):
-        with pytest.raises(UserError, match=r"got chatml, which needs IM_END and IM_START; use alpaca or plain"):
+    for use in (
+        lambda: render(poor, TEMPLATES["chatml"], []),
+        lambda: prompt_ids(poor, []),
+        lambda: stop_ids(poor),
+    ):
+        with pytest.raises(
+            UserError, match=r"got chatml, which needs IM_END and IM_START; use alpaca or plain"
+        ):
             use()
     assert check_controls(poor, TEMPLATES["plain"]) == {Control.BOS: BOS, Control.EOS: EOS}
 

@@ -23,9 +23,17 @@ class Terminal:
     """A process whose standard streams are a pseudo-terminal, which is also what Ctrl-C reaches it by."""
 
     def __init__(self, *command):
-        self.master, self.slave = pty.openpty()  # we hold both ends, or reading would fail while nobody has opened it yet
+        self.master, self.slave = (
+            pty.openpty()
+        )  # we hold both ends, or reading would fail while nobody has opened it yet
         # A session's leader gets the first terminal that it opens for its own, hence the shell.
-        shell = ["sh", "-c", 'terminal=$1; shift; exec "$@" <"$terminal" >"$terminal" 2>&1', "sh", os.ttyname(self.slave)]
+        shell = [
+            "sh",
+            "-c",
+            'terminal=$1; shift; exec "$@" <"$terminal" >"$terminal" 2>&1',
+            "sh",
+            os.ttyname(self.slave),
+        ]
         environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([*shell, *map(str, command)], start_new_session=True, env=environment)
         self.unread = ""
@@ -59,7 +67,17 @@ def chat(tokenizer, tmp_path):
 
     def start(max_positions, *options):
         save_model(tmp_path / "final", wanderer(tokenizer, max_positions), tokenizer)
-        command = (sys.executable, "-m", "lumi.cli", "chat", "--model-path", tmp_path / "final", "--temperature", "0", *options)
+        command = (
+            sys.executable,
+            "-m",
+            "lumi.cli",
+            "chat",
+            "--model-path",
+            tmp_path / "final",
+            "--temperature",
+            "0",
+            *options,
+        )
         terminals.append(Terminal(*command))
         terminals[-1].expect(r"/help lists the commands.*\n> ")
         return terminals[-1]
@@ -71,7 +89,12 @@ def chat(tokenizer, tmp_path):
 
 def test_a_conversation(chat, tokenizer):
     terminal = chat(512, "--max-new-tokens", "12", "--system", "Be brief.")
-    here = Dialogue(wanderer(tokenizer, 512), tokenizer, SamplingConfig(max_new_tokens=12, temperature=0.0), system="Be brief.")
+    here = Dialogue(
+        wanderer(tokenizer, 512),
+        tokenizer,
+        SamplingConfig(max_new_tokens=12, temperature=0.0),
+        system="Be brief.",
+    )
 
     def ask(question):
         terminal.type(question + "\n")
@@ -107,7 +130,9 @@ def test_control_c_stops_an_answer_and_not_the_program(chat):
     terminal.type("/undo\n")
     terminal.expect(r"\[turns that are left: 1\]\n> ")
     terminal.type(CONTROL_C)
-    terminal.type("\n")  # a signal in the moment in which Python's readline has not begun to wait is seen with the next line only
+    terminal.type(
+        "\n"
+    )  # a signal in the moment in which Python's readline has not begun to wait is seen with the next line only
     terminal.expect(r"\[Ctrl-C again leaves, as do /exit and Ctrl-D\]\n> ")
     terminal.type("/exit\n")
     assert terminal.process.wait(PATIENCE) == 0

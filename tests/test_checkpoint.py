@@ -8,14 +8,24 @@ import pytest
 import safetensors.torch
 import torch
 
-from lumi.checkpoint import list_checkpoints, load_tensors, open_checkpoint, prune_checkpoints, save_tensors, seal_checkpoint
+from lumi.checkpoint import (
+    list_checkpoints,
+    load_tensors,
+    open_checkpoint,
+    prune_checkpoints,
+    save_tensors,
+    seal_checkpoint,
+)
 from lumi.config import UserError
 from lumi.saver import Saver
 from lumi.storage import DamagedError, file_record
 
 
 def save(folder, step=1, value=1):
-    tensors = {"model": {"w": torch.full((3, 5), float(value)), "v": torch.arange(3)}, "optimizer": {"w/step": torch.tensor(2.0)}}
+    tensors = {
+        "model": {"w": torch.full((3, 5), float(value)), "v": torch.arange(3)},
+        "optimizer": {"w/step": torch.tensor(2.0)},
+    }
     with Saver(folder) as saver:
         saver.begin(step, tensors, {"note": value})
     return folder / f"step-{step:08d}"
@@ -33,12 +43,20 @@ def rewrite(path, name, change):
     change(data)
     (path / name).write_text(json.dumps(data))
     if name != "manifest.json":
-        rewrite(path, "manifest.json", lambda manifest: manifest["files"].update({name: file_record(path / name)}))
+        rewrite(
+            path, "manifest.json", lambda manifest: manifest["files"].update({name: file_record(path / name)})
+        )
 
 
 def test_round_trip(tmp_path):
     path = save(tmp_path, 7)
-    names = ["manifest.json", "model-00000.safetensors", "optimizer-00000.safetensors", "state.json", "tensors.json"]
+    names = [
+        "manifest.json",
+        "model-00000.safetensors",
+        "optimizer-00000.safetensors",
+        "state.json",
+        "tensors.json",
+    ]
     assert sorted(file.name for file in path.iterdir()) == names
     checkpoint = load(path)
     assert checkpoint.state == {"step": 7, "note": 1}
@@ -66,8 +84,14 @@ def test_other_names_shapes_and_types_are_refused_and_nothing_is_changed(tmp_pat
     cases = {
         r"model tensor 'x' must be in the checkpoint, got none": {"w": w, "v": v, "x": v},
         r"model tensor 'v' must be in the model, got one of shape \(3,\) only here": {"w": w},
-        r"model tensor 'v' must be int64 of shape \(4,\), got int64 of \(3,\)": {"w": w, "v": torch.zeros(4, dtype=torch.int64)},
-        r"model tensor 'v' must be int32 of shape \(3,\), got int64 of \(3,\)": {"w": w, "v": torch.zeros(3, dtype=torch.int32)},
+        r"model tensor 'v' must be int64 of shape \(4,\), got int64 of \(3,\)": {
+            "w": w,
+            "v": torch.zeros(4, dtype=torch.int64),
+        },
+        r"model tensor 'v' must be int32 of shape \(3,\), got int64 of \(3,\)": {
+            "w": w,
+            "v": torch.zeros(3, dtype=torch.int32),
+        },
     }
     for message, targets in cases.items():
         with pytest.raises(UserError, match=rf"step-00000001: {message}; {remedy}"):
@@ -81,7 +105,9 @@ def test_one_flipped_bit_anywhere_is_refused_by_name(tmp_path):
     path = save(tmp_path)
     for file in path.iterdir():
         whole = file.read_bytes()
-        for index in range(len(whole) - (file.name == "manifest.json")):  # its last byte is a line's end, which may be any space
+        for index in range(
+            len(whole) - (file.name == "manifest.json")
+        ):  # its last byte is a line's end, which may be any space
             changed = bytearray(whole)
             changed[index] ^= 1 << index % 8
             file.write_bytes(changed)
@@ -97,7 +123,9 @@ def test_processes_share_the_checking(tmp_path):
         whole = (path / name).read_bytes()
         (path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         open_checkpoint(path).verify(1 - part, 2)
-        with pytest.raises(UserError, match=rf"step-00000001/{name}: SHA-256 must be .* corrupt; resume from another one"):
+        with pytest.raises(
+            UserError, match=rf"step-00000001/{name}: SHA-256 must be .* corrupt; resume from another one"
+        ):
             open_checkpoint(path).verify(part, 2)
         (path / name).write_bytes(whole)
 
@@ -122,7 +150,9 @@ def test_manifest_and_plan_must_name_the_same_files(tmp_path):
     """Or a file would be read that nobody has checked."""
     path = save(tmp_path)
     rewrite(path, "manifest.json", lambda manifest: manifest["files"].pop("model-00000.safetensors"))
-    with pytest.raises(UserError, match=r"model-00000\.safetensors: must stand in both manifest\.json and tensors\.json"):
+    with pytest.raises(
+        UserError, match=r"model-00000\.safetensors: must stand in both manifest\.json and tensors\.json"
+    ):
         open_checkpoint(path)
 
 
@@ -130,7 +160,8 @@ def test_another_format_is_refused(tmp_path):
     path = save(tmp_path)
     rewrite(path, "manifest.json", lambda manifest: manifest.update(format=1))
     with pytest.raises(
-        UserError, match=r"manifest\.json: format must be 2, got 1; resume with the version of Lumi that wrote it"
+        UserError,
+        match=r"manifest\.json: format must be 2, got 1; resume with the version of Lumi that wrote it",
     ) as raised:
         open_checkpoint(path)
     assert not isinstance(raised.value, DamagedError)
@@ -157,7 +188,8 @@ def test_a_plan_larger_than_its_files_is_refused_before_anything_is_allocated(tm
     rewrite(path, "tensors.json", grow)
     size = (path / "model-00000.safetensors").stat().st_size
     with pytest.raises(
-        DamagedError, match=rf"model-00000\.safetensors: must hold {4 * large + 3 * 8} bytes of tensors, got a file of {size}"
+        DamagedError,
+        match=rf"model-00000\.safetensors: must hold {4 * large + 3 * 8} bytes of tensors, got a file of {size}",
     ):
         open_checkpoint(path).read("model", "w")
 
@@ -165,12 +197,24 @@ def test_a_plan_larger_than_its_files_is_refused_before_anything_is_allocated(tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w["pieces"].pop(), r"the pieces must hold the 15 elements of shape \(3, 5\) once each, got 0"),
-        (lambda w: w["pieces"][0].update(shape=[2, 5]), r"must hold the 15 elements of shape \(3, 5\) once each, got 10"),
+        (
+            lambda w: w["pieces"].pop(),
+            r"the pieces must hold the 15 elements of shape \(3, 5\) once each, got 0",
+        ),
+        (
+            lambda w: w["pieces"][0].update(shape=[2, 5]),
+            r"must hold the 15 elements of shape \(3, 5\) once each, got 10",
+        ),
         (lambda w: w["pieces"][0].update(offset=[1, 0]), r"a piece must lie inside shape \(3, 5\)"),
         (lambda w: w["pieces"].append(w["pieces"][0]), r"once each, got 30"),
-        (lambda w: w["pieces"][0].update(file="../model-00000.safetensors"), r"must be the name of a tensor file beside it, got '\.\./"),
-        (lambda w: w["pieces"][0].update(file="/etc/passwd"), r"must be the name of a tensor file beside it, got '/etc/passwd'"),
+        (
+            lambda w: w["pieces"][0].update(file="../model-00000.safetensors"),
+            r"must be the name of a tensor file beside it, got '\.\./",
+        ),
+        (
+            lambda w: w["pieces"][0].update(file="/etc/passwd"),
+            r"must be the name of a tensor file beside it, got '/etc/passwd'",
+        ),
         (lambda w: w["pieces"][0].update(file=7), "must tell where a tensor lies"),
         (lambda w: w["pieces"][0].update(offset=[0.0, 0]), r"must be lists of integers, got \[0\.0, 0\]"),
         (lambda w: w["pieces"][0].pop("file"), "must tell where a tensor lies: 'file'"),
@@ -205,12 +249,22 @@ def test_a_tensor_file_that_is_not_as_the_plan_says(tmp_path):
     path = save(tmp_path)
     file = path / "model-00000.safetensors"
     for tensors, message in (
-        ({"w": torch.ones(5, 3), "v": torch.arange(3)}, r"'w' must be float32 of \(3, 5\), got float32 of \(5, 3\)"),
-        ({"w": torch.ones(3, 5).int(), "v": torch.arange(3)}, r"'w' must be float32 of \(3, 5\), got int32 of \(3, 5\)"),
+        (
+            {"w": torch.ones(5, 3), "v": torch.arange(3)},
+            r"'w' must be float32 of \(3, 5\), got float32 of \(5, 3\)",
+        ),
+        (
+            {"w": torch.ones(3, 5).int(), "v": torch.arange(3)},
+            r"'w' must be float32 of \(3, 5\), got int32 of \(3, 5\)",
+        ),
         ({"v": torch.arange(3)}, r"must be a safetensors file with 'w': .*"),
     ):
         record = save_tensors(file, tensors)
-        rewrite(path, "manifest.json", lambda manifest, record=record: manifest["files"].update({file.name: record}))
+        rewrite(
+            path,
+            "manifest.json",
+            lambda manifest, record=record: manifest["files"].update({file.name: record}),
+        )
         with pytest.raises(UserError, match=rf"model-00000\.safetensors: {message}"):
             load(path).read("model", "w")
 
@@ -223,7 +277,9 @@ class Crafted:
         return open, (str(self.file), "w")
 
 
-@pytest.mark.parametrize("name", ["model-00000.safetensors", "state.json", "tensors.json", "manifest.json", ".metadata"])
+@pytest.mark.parametrize(
+    "name", ["model-00000.safetensors", "state.json", "tensors.json", "manifest.json", ".metadata"]
+)
 def test_a_crafted_pickle_never_runs(tmp_path, name):
     path, proof = save(tmp_path), tmp_path / "it ran"
     crafted = pickle.dumps(Crafted(proof))
@@ -232,7 +288,11 @@ def test_a_crafted_pickle_never_runs(tmp_path, name):
         load(path).read("model", "w")
     else:
         if name != "manifest.json":
-            rewrite(path, "manifest.json", lambda manifest: manifest["files"].update({name: file_record(path / name)}))
+            rewrite(
+                path,
+                "manifest.json",
+                lambda manifest: manifest["files"].update({name: file_record(path / name)}),
+            )
         with pytest.raises(UserError, match=rf"step-00000001/{name}: "):
             load(path).read("model", "w")
     assert not proof.exists()
@@ -274,7 +334,11 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
     for step in range(2, 7):
         shutil.copytree(path, tmp_path / f"step-{step:08d}")
     prune_checkpoints(tmp_path, keep_last=2, best=3)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000005", "step-00000006"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-00000003",
+        "step-00000005",
+        "step-00000006",
+    ]
 
 
 def test_what_could_not_be_pruned_is_told_and_tried_again(tmp_path, monkeypatch):

@@ -23,7 +23,10 @@ RECORDS = [
     {"id": 1, "prompt": "The river"},
     {"prompt": "", "weight": 0.5},
     {"messages": [{"role": "user", "content": "Où est-il? <|im_end|>"}], "id": "x"},
-    {"messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": "a"}], "tags": ["é", None]},
+    {
+        "messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": "a"}],
+        "tags": ["é", None],
+    },
     {"messages": [{"role": role, "content": role} for role in ("user", "assistant", "user")]},
     {"prompt": "A much longer prompt than the others, é"},
     {"id": 7, "prompt": "The river"},
@@ -46,10 +49,17 @@ def one_by_one(tokenizer, config):
         if "prompt" in record:
             ids, stop = [tokenizer.bos_id, *tokenizer.encode(record["prompt"])], frozenset({tokenizer.eos_id})
         else:
-            ids, stop = prompt_ids(tokenizer, [Message(**message) for message in record["messages"]]), stop_ids(tokenizer)
+            ids, stop = (
+                prompt_ids(tokenizer, [Message(**message) for message in record["messages"]]),
+                stop_ids(tokenizer),
+            )
         options = {"stop_ids": stop, "pad_id": tokenizer.pad_id, "vocab_size": tokenizer.vocab_size}
         [completion] = generate_ids(model, [ids], replace(config, seed=config.seed + number), **options)
-        yield record | {"text": tokenizer.decode(completion.ids), "num_tokens": len(completion.ids), "stopped": completion.stopped}
+        yield record | {
+            "text": tokenizer.decode(completion.ids),
+            "num_tokens": len(completion.ids),
+            "stopped": completion.stopped,
+        }
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -68,19 +78,37 @@ def test_each_kind_ends_at_its_own_tokens(tokenizer):
     requests = read_requests(LINES, "lines", tokenizer, POSITIONS)
     for token, of_a_text in ((tokenizer.im_end_id, False), (tokenizer.eos_id, True)):
         model = speller(tokenizer, {None: token})
-        records = [record for batch in complete(model, tokenizer, requests, SamplingConfig(max_new_tokens=3), 2) for record in batch]
+        records = [
+            record
+            for batch in complete(model, tokenizer, requests, SamplingConfig(max_new_tokens=3), 2)
+            for record in batch
+        ]
         assert {record["stopped"] for record in records if "prompt" in record} == {of_a_text}
         assert {record["stopped"] for record in records if "messages" in record} == {True}
 
 
 def command(model_dir, *options):
-    return ["generate", "--model-path", str(model_dir), "--temperature", "0", "--max-new-tokens", "9", *map(str, options)]
+    return [
+        "generate",
+        "--model-path",
+        str(model_dir),
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "9",
+        *map(str, options),
+    ]
 
 
 def test_files_and_pipes(model_dir, tokenizer, tmp_path, monkeypatch, capfdbinary):
     expected = list(one_by_one(tokenizer, SamplingConfig(max_new_tokens=9, temperature=0.0)))
     (tmp_path / "in.jsonl").write_bytes(LINES)
-    assert run(dispatch, command(model_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")) == 0
+    assert (
+        run(
+            dispatch, command(model_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+        )
+        == 0
+    )
     written = (tmp_path / "out.jsonl").read_bytes()
     assert [json.loads(line) for line in written.splitlines()] == expected
     assert "é".encode() in written
@@ -112,7 +140,10 @@ def test_finished_batches_are_not_lost(model_dir, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "must be a JSON object, got something else: Expecting property name enclosed in double quotes"),
+        (
+            b"{",
+            "must be a JSON object, got something else: Expecting property name enclosed in double quotes",
+        ),
         (b'"prompt"', 'must be a JSON object with either "prompt" or "messages"'),
         (b"{}", 'must be a JSON object with either "prompt" or "messages"'),
         (b'{"prompt": "x", "messages": []}', 'must be a JSON object with either "prompt" or "messages"'),
@@ -123,22 +154,45 @@ def test_finished_batches_are_not_lost(model_dir, tmp_path, monkeypatch, capsys)
             b'{"prompt": "x", "id": ["a", {"b": "xx\\ud800"}]}',
             "id: 2: b: text must be valid Unicode, got the lone surrogate U+D800 at character 2",
         ),
-        (b'{"prompt": "x", "i\\udfffd": 1}', "a name: text must be valid Unicode, got the lone surrogate U+DFFF at character 1"),
-        (b'{"prompt": "\\ud800"}', "prompt: text must be valid Unicode, got the lone surrogate U+D800 at character 0"),
-        (b'{"messages": [{"role": "user", "content": "x\\ud800"}]}', "messages: 1: content: text must be valid Unicode, got the lone"),
+        (
+            b'{"prompt": "x", "i\\udfffd": 1}',
+            "a name: text must be valid Unicode, got the lone surrogate U+DFFF at character 1",
+        ),
+        (
+            b'{"prompt": "\\ud800"}',
+            "prompt: text must be valid Unicode, got the lone surrogate U+D800 at character 0",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "x\\ud800"}]}',
+            "messages: 1: content: text must be valid Unicode, got the lone",
+        ),
         (b'{"prompt": "x", "id": NaN}', "numbers must be finite, which is all that JSON has, got NaN"),
-        (b'{"prompt": "x", "id": [-1e999]}', "numbers must be finite, which is all that JSON has, got -1e999"),
+        (
+            b'{"prompt": "x", "id": [-1e999]}',
+            "numbers must be finite, which is all that JSON has, got -1e999",
+        ),
         (b"[" * 100_000, "must be a JSON object, got something else: maximum recursion depth"),
         (b'{"messages": []}', "messages must be a list of at least one message"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', "message 1: role must be one of"),
-        (b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]}', "messages must be at most one"),
-        (b'{"prompt": "' + b"x" * 300 + b'"}', "a prompt must be shorter than the model's 256 positions, got 30"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]}',
+            "messages must be at most one",
+        ),
+        (
+            b'{"prompt": "' + b"x" * 300 + b'"}',
+            "a prompt must be shorter than the model's 256 positions, got 30",
+        ),
     ],
     ids=lambda value: value[:20].decode(errors="replace") if isinstance(value, bytes) else "",
 )
 def test_a_malformed_line_is_named_before_any_work(line, message, model_dir, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_bytes(LINES + b"\n" + line + b"\n")
-    assert run(dispatch, command(model_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")) == 2
+    assert (
+        run(
+            dispatch, command(model_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'in.jsonl'}: line 9: {message}")
     assert error.count("\n") == 1
@@ -152,7 +206,10 @@ def test_a_malformed_line_is_named_before_any_work(line, message, model_dir, tmp
         (["--prompt", "x", "--batch-size", "2"], "--batch-size must come with --input"),
         (["--input", "in.jsonl", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--input", "in.jsonl", "--output", "./in.jsonl"], "--output must be another file than --input"),
-        (["--input", "in.jsonl", "--output", "none/out"], "--output must be a file in a folder that exists, got none/out"),
+        (
+            ["--input", "in.jsonl", "--output", "none/out"],
+            "--output must be a file in a folder that exists, got none/out",
+        ),
         (["--input", "in.jsonl", "--output", "."], "--output must be a file in a folder that exists, got ."),
         (["--input", "in.jsonl"], "in.jsonl: must hold at least one line"),
         (["--input", "none.jsonl"], "--input must be a file that can be read, got none.jsonl: No such file"),
@@ -176,7 +233,10 @@ def test_which_model_is_loaded(name, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lumi.pretrained, "load_pretrained", spy)
-    for options in ([], ["--adapter-path", "A", "--tokenizer-path", "T", "--device", "cpu", "--dtype", "bfloat16"]):
+    for options in (
+        [],
+        ["--adapter-path", "A", "--tokenizer-path", "T", "--device", "cpu", "--dtype", "bfloat16"],
+    ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x")))
         assert run(dispatch, [name, "--model-path", "M", *options]) == 130
     plain = {"adapter_path": None, "tokenizer_path": None, "device": "auto", "dtype": torch.float32}

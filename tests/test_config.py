@@ -51,7 +51,12 @@ def test_one_or_several():
 
 
 def test_round_trip():
-    data = {"name": "x", "ratio": 1, "shapes": [{"kind": "square", "side": 2}, {"kind": "circle"}], "weights": {"a": 0.5}}
+    data = {
+        "name": "x",
+        "ratio": 1,
+        "shapes": [{"kind": "square", "side": 2}, {"kind": "circle"}],
+        "weights": {"a": 0.5},
+    }
     tree = from_dict(Tree, data)
     assert tree.shapes == (Square(side=2), Circle())
     assert tree.ratio == 1.0
@@ -72,7 +77,10 @@ def test_round_trip():
         ('{"name": "x", "ratio": 1e999}', r"1e999 is too large"),
         ('{"name": "x", "name": "y"}', r"duplicate key 'name'"),
         ('{"name": "x", "mode": "c"}', r'mode must be one of "a", "b", got "c"'),
-        ('{"name": "x", "shapes": [{"kind": "hexagon"}]}', r'shapes\.0\.kind must be one of "circle", "square", got "hexagon"'),
+        (
+            '{"name": "x", "shapes": [{"kind": "hexagon"}]}',
+            r'shapes\.0\.kind must be one of "circle", "square", got "hexagon"',
+        ),
         ('{"name": "x", "shapes": [{"kind": "square"}]}', r"shapes\.0\.side is required, but missing"),
         ('{"name": "x", "steps": 0}', r"steps must be at least 1, got 0"),
         ('{"steps": 1}', r"name is required, but missing"),
@@ -110,7 +118,11 @@ def test_refuses_overrides(tmp_path, override, message):
 def test_differences():
     old = {"a": {"b": 1, "c": [1, 2]}, "d": "x" * 100, "e": 1}
     new = {"a": {"b": 1, "c": [1, 3]}, "d": "y", "f": None}
-    assert differences(old, new) == ["a.c.1 was 2, is 3 now", f'd was "{"x" * 56}..., is "y" now', "e was 1, is null now"]
+    assert differences(old, new) == [
+        "a.c.1 was 2, is 3 now",
+        f'd was "{"x" * 56}..., is "y" now',
+        "e was 1, is null now",
+    ]
     assert differences(old, old) == []
 
 

@@ -18,8 +18,18 @@ from lumi.tokenizer import SPECIAL_PIECES
 from lumi.tokenizer_training import TokenizerConfig
 
 FOLDER = Path(lumi.configs.__file__).parent
-PARAMETERS = {"micro": 9_438_336, "tiny": 23_072_000, "small": 41_686_656, "medium": 83_898_880, "base": 276_861_696}
-LARGE = {"1b": 1_235_814_400, "8b": 8_030_261_248, "70b": 70_553_706_496}  # as Llama 3.2 1B, Llama 3 8B and 70B
+PARAMETERS = {
+    "micro": 9_438_336,
+    "tiny": 23_072_000,
+    "small": 41_686_656,
+    "medium": 83_898_880,
+    "base": 276_861_696,
+}
+LARGE = {
+    "1b": 1_235_814_400,
+    "8b": 8_030_261_248,
+    "70b": 70_553_706_496,
+}  # as Llama 3.2 1B, Llama 3 8B and 70B
 CLASSES = {
     "corpus": PrepareConfig,
     "tokenizer": TokenizerConfig,
@@ -38,7 +48,9 @@ DEMO = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.rglob("*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_it_loads(path):
     by_name = {"demo": DEMO, "evaluation": {"smoke_tests": SmokeTests}}.get(path.parent.name, {})
     load_config(by_name.get(path.stem) or CLASSES[path.parent.name], path)
@@ -51,7 +63,10 @@ def test_the_five_sizes_have_chinchilla_budgets(size):
     budget = 20 * PARAMETERS[size]
     assert budget <= config.num_tokens < budget + config.batches.batch_tokens
     for processes in (1, 2, 4, 8):
-        assert config.batches.micro_steps(processes) * processes * config.batches.micro_batch_size == config.batches.rows
+        assert (
+            config.batches.micro_steps(processes) * processes * config.batches.micro_batch_size
+            == config.batches.rows
+        )
     corpus = load_config(PrepareConfig, FOLDER / "corpus" / f"{size}.json")
     assert sum(source.max_tokens for source in corpus.sources) >= config.num_tokens
     names = {source.dataset for source in corpus.sources}
@@ -78,7 +93,10 @@ def test_the_five_sizes_are_fine_tuned_with_adapters(size):
     assert config.batches.sequence_length <= base.max_positions
     add_lora(on_meta(base), config.lora)  # the targets are linears of this model
     for processes in (1, 2, 4, 8):
-        assert config.batches.micro_steps(processes) * processes * config.batches.micro_batch_size == config.batches.rows
+        assert (
+            config.batches.micro_steps(processes) * processes * config.batches.micro_batch_size
+            == config.batches.rows
+        )
     corpus = load_config(PrepareConfig, FOLDER / "corpus" / "chat.json")
     assert {source.name for source in corpus.sources} == {"alpaca", "dolly", "oasst", "smoltalk"}
 
@@ -91,7 +109,9 @@ def on_meta(shape):
 def test_the_vocabularies_fit():
     tokenizer = load_config(TokenizerConfig, FOLDER / "tokenizer" / "32k.json")
     assert all(
-        load_config(TrainConfig, FOLDER / "pretrain" / f"{size}.json").model.vocab_size == tokenizer.vocab_size for size in PARAMETERS
+        load_config(TrainConfig, FOLDER / "pretrain" / f"{size}.json").model.vocab_size
+        == tokenizer.vocab_size
+        for size in PARAMETERS
     )
     demo = load_config(TokenizerConfig, FOLDER / "demo" / "tokenizer.json")
     assert load_config(TrainConfig, FOLDER / "demo" / "pretrain.json").model.vocab_size == demo.vocab_size
@@ -101,5 +121,14 @@ def test_training_defaults_are_spelt_out():
     """A reader of a config sees the whole shape of the model and the run."""
     for path in sorted((FOLDER / "pretrain").glob("*.json")):
         data = read_json(path)
-        assert {"model", "batches", "optimizer", "num_steps", "seed", "dtype", "validate_every", "save_every"} <= data.keys()
+        assert {
+            "model",
+            "batches",
+            "optimizer",
+            "num_steps",
+            "seed",
+            "dtype",
+            "validate_every",
+            "save_every",
+        } <= data.keys()
         assert ModelConfig(**data["model"]).num_parameters == (PARAMETERS | LARGE)[path.stem]

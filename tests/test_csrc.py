@@ -15,7 +15,16 @@ from lumi import _csrc
 def arguments(**changes):
     """AdamW arguments for one tensor without elements."""
     lists = {name: [0] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "sizes")}
-    numbers = {"step": 1, "lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "norm": 0, "max_norm": 1.0, "loss_scale": 1.0}
+    numbers = {
+        "step": 1,
+        "lr": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "norm": 0,
+        "max_norm": 1.0,
+        "loss_scale": 1.0,
+    }
     return _csrc.AdamWArguments(**{**lists, **numbers, "copies": [], "weight_decays": [0.0], **changes})
 
 
@@ -49,7 +58,9 @@ def test_many_small_arrays():
 
 def test_adamw_of_plain_memory():
     """The first step moves by lr against the gradient's sign, whatever its size."""
-    param, grad, exp_avg, exp_avg_sq = ((ctypes.c_float * 2)(*values) for values in ((1.0, 2.0), (1e-3, -1e3), (0, 0), (0, 0)))
+    param, grad, exp_avg, exp_avg_sq = (
+        (ctypes.c_float * 2)(*values) for values in ((1.0, 2.0), (1e-3, -1e3), (0, 0), (0, 0))
+    )
     copy = (ctypes.c_uint16 * 2)()
     lists = {"params": param, "grads": grad, "exp_avgs": exp_avg, "exp_avg_sqs": exp_avg_sq, "copies": copy}
     addresses = {name: [ctypes.addressof(memory)] for name, memory in lists.items()}
@@ -89,11 +100,15 @@ def test_adamw_refuses_no_threads():
 def test_imports_without_a_gpu_and_says_what_it_was_built_with():
     code = "from lumi import _csrc; print(_csrc.has_cuda, hasattr(_csrc, 'adamw_cuda'), hasattr(_csrc, 'global_norm_cuda'))"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
     assert result.stdout.split() == [str(_csrc.has_cuda)] * 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or not _csrc.has_cuda, reason="needs CUDA code and no CUDA device")
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not _csrc.has_cuda, reason="needs CUDA code and no CUDA device"
+)
 def test_what_the_cuda_runtime_refuses_is_an_error():
     with pytest.raises(RuntimeError, match=r"^CUDA: "):
         _csrc.adamw_cuda(arguments(), 16, 0, 0)

@@ -20,9 +20,13 @@ FLOAT64 = re.compile(r"(DADD|DMUL|DFMA|DSETP|DMNMX)|.*\.F64|MUFU\.\w+64")
 def cuobjdump():
     if not _csrc.has_cuda:
         pytest.skip("Lumi was installed without an nvcc: there is no CUDA code to read")
-    triton = pytest.importorskip("triton", reason="Triton, whose wheel brings cuobjdump, is not installed here")
+    triton = pytest.importorskip(
+        "triton", reason="Triton, whose wheel brings cuobjdump, is not installed here"
+    )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return lambda flag: subprocess.run([tool, flag, _csrc.__file__], check=True, capture_output=True, text=True).stdout
+    return lambda flag: (
+        subprocess.run([tool, flag, _csrc.__file__], check=True, capture_output=True, text=True).stdout
+    )
 
 
 def by_kernel(listing):
@@ -55,12 +59,17 @@ def test_nothing_spills_and_blocks_can_be_resident(opcodes, cuobjdump):
     for key, text in resources.items():
         usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
         assert usage["STACK"] == 0, key
-        assert usage["REG"] <= (64 if key[1] == "finish_norm_kernel" else 40), (key, usage)  # 40: 6 blocks of 256 threads
+        assert usage["REG"] <= (64 if key[1] == "finish_norm_kernel" else 40), (
+            key,
+            usage,
+        )  # 40: 6 blocks of 256 threads
         assert usage["SHARED"] <= 2048, key  # 1 KiB of each block's is the driver's own
         assert not [op for op in opcodes[key] if re.match(r"(LDL|STL)(\.|$)", op)], key
 
 
-@pytest.mark.parametrize(("kernel", "loads", "stores"), [("adamw_kernel", 4, 3), ("partial_norm_kernel", 1, 0)])
+@pytest.mark.parametrize(
+    ("kernel", "loads", "stores"), [("adamw_kernel", 4, 3), ("partial_norm_kernel", 1, 0)]
+)
 def test_memory_is_read_and_written_16_bytes_at_a_time(opcodes, kernel, loads, stores):
     for arch in ARCHES:
         found = opcodes[arch, kernel]
@@ -71,7 +80,9 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(opcodes, kernel, loads, s
 def test_the_update_has_no_float64_instructions(opcodes):
     for arch in ARCHES:
         assert not [op for op in opcodes[arch, "adamw_kernel"] if FLOAT64.match(op)], arch
-        assert [op for op in opcodes[arch, "partial_norm_kernel"] if FLOAT64.match(op)], "what looks for them must find them"
+        assert [op for op in opcodes[arch, "partial_norm_kernel"] if FLOAT64.match(op)], (
+            "what looks for them must find them"
+        )
 
 
 def test_the_norm_multiplies_and_adds_in_one_instruction(opcodes):
@@ -86,7 +97,9 @@ def test_no_cuda_library_is_needed_to_import():
     """The runtime is linked in; the driver's library is looked for at the first launch."""
     if not sys.platform.startswith("linux") or not shutil.which("readelf"):
         pytest.skip("needs Linux and readelf")
-    dynamic = subprocess.run(["readelf", "-d", _csrc.__file__], check=True, capture_output=True, text=True).stdout
+    dynamic = subprocess.run(
+        ["readelf", "-d", _csrc.__file__], check=True, capture_output=True, text=True
+    ).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert any("libc.so" in name for name in needed)
     assert not [name for name in needed if "cuda" in name]

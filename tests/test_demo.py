@@ -18,7 +18,14 @@ TRAIN = {
     "validation_tokens": None,
 }
 PRETRAIN = TRAIN | {
-    "model": {"vocab_size": 512, "num_layers": 1, "model_dim": 32, "num_heads": 2, "mlp_dim": 64, "max_positions": 256},
+    "model": {
+        "vocab_size": 512,
+        "num_layers": 1,
+        "model_dim": 32,
+        "num_heads": 2,
+        "mlp_dim": 64,
+        "max_positions": 256,
+    },
     "num_steps": 60,
     "validate_every": 30,
     "save_every": 30,
@@ -42,18 +49,28 @@ def small_configs(tmp_path, monkeypatch):
 
 
 def records(folder, kind):
-    return [record for line in (folder / "metrics.jsonl").read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
+    return [
+        record
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if (record := json.loads(line))["kind"] == kind
+    ]
 
 
 def questions(folder):
-    return {conversation[0].content for batch in read_corpus(folder).iter_conversations() for conversation in batch.conversations}
+    return {
+        conversation[0].content
+        for batch in read_corpus(folder).iter_conversations()
+        for conversation in batch.conversations
+    }
 
 
 def test_all_stages_and_a_second_call(small_configs, tmp_path, capsys):
     output = tmp_path / "demo"
     assert lumi.demo.demo(output, minutes=0, device="cpu") == 0
     printed = capsys.readouterr().out
-    assert [int(number) for number in re.findall(r"^\[(\d)/9\]", printed, flags=re.MULTILINE)] == list(range(1, 10))
+    assert [int(number) for number in re.findall(r"^\[(\d)/9\]", printed, flags=re.MULTILINE)] == list(
+        range(1, 10)
+    )
 
     text = lumi.demo.held_out_text(output / "tokens", Tokenizer.load(output / "tokenizer"))
     assert len(text) == TokenStore.open(output / "tokens").split("validation").num_bytes

@@ -53,7 +53,10 @@ def test_every_prompt_is_the_whole_conversation(tokenizer, prompts):
         prompt_ids(tokenizer, roles("one <|im_end|>", system="Be brief.")),
         prompt_ids(tokenizer, roles("one <|im_end|>", first.text, "two", system="Be brief.")),
     ]
-    assert second.text != Dialogue(dialogue.model, tokenizer, SHORT, system="Be brief.").answer("two", ignore).text
+    assert (
+        second.text
+        != Dialogue(dialogue.model, tokenizer, SHORT, system="Be brief.").answer("two", ignore).text
+    )
     dialogue.reset()
     dialogue.answer("three", ignore)
     assert prompts[-1] == prompt_ids(tokenizer, roles("three", system="Be brief."))
@@ -104,7 +107,10 @@ def test_the_oldest_turns_are_forgotten_whole(tokenizer, prompts):
         question = f"Question {number} " + "?" * (40 if number == 8 else 3)  # a long one pushes several out
         answer = dialogue.answer(question, ignore)
         forgotten.append(answer.num_forgotten)
-        candidates = [prompt_ids(tokenizer, roles(*said[start:], question, system="Be brief.")) for start in range(0, len(said) + 1, 2)]
+        candidates = [
+            prompt_ids(tokenizer, roles(*said[start:], question, system="Be brief."))
+            for start in range(0, len(said) + 1, 2)
+        ]
         assert prompts[-1] == next(ids for ids in candidates if len(ids) <= 192)
         said += [question, answer.text]
     assert forgotten[0] == 0
@@ -115,7 +121,9 @@ def test_the_oldest_turns_are_forgotten_whole(tokenizer, prompts):
 def test_a_message_too_long_changes_nothing(tokenizer, prompts):
     dialogue = Dialogue(wanderer(tokenizer, max_positions=100), tokenizer, SHORT)
     first = dialogue.answer("one", ignore)
-    with pytest.raises(UserError, match=r"must fit into 92 tokens \(the model's 100 positions, .* got \d+; shorten it"):
+    with pytest.raises(
+        UserError, match=r"must fit into 92 tokens \(the model's 100 positions, .* got \d+; shorten it"
+    ):
         dialogue.answer("x" * 300, ignore)
     with pytest.raises(UserError, match="lone surrogate"):
         dialogue.answer("\udc80", ignore)
@@ -146,7 +154,11 @@ NO_SYSTEM = """{% if messages[0].role == 'system' %}{{ raise_exception('no syste
     [
         ("x" * 900, None, "the system message must leave room for a question within 248 tokens"),
         ("ab\udc80", None, "text must be valid Unicode, got the lone surrogate U\\+DC80 at character 2"),
-        ("Be brief.", NO_SYSTEM, "the model's chat template must accept the conversation, but says: no system here"),
+        (
+            "Be brief.",
+            NO_SYSTEM,
+            "the model's chat template must accept the conversation, but says: no system here",
+        ),
     ],
     ids=["too long", "no Unicode", "refused by the template"],
 )
@@ -170,7 +182,9 @@ def test_no_chat_template_no_dialogue(tokenizer):
 
 def test_the_seed_decides_and_moves_on(tokenizer):
     def answers(seed):
-        dialogue = Dialogue(wanderer(tokenizer), tokenizer, SamplingConfig(max_new_tokens=12, temperature=2.0, seed=seed))
+        dialogue = Dialogue(
+            wanderer(tokenizer), tokenizer, SamplingConfig(max_new_tokens=12, temperature=2.0, seed=seed)
+        )
         for _ in range(2):
             dialogue.reset()
             yield dialogue.answer("go", ignore).text
@@ -215,8 +229,21 @@ def test_a_pipe_gets_answers_alone(tokenizer, monkeypatch, capsys):
 
 def test_commands_and_remarks_on_a_pipe(tokenizer, monkeypatch, capsys):
     a = tokenizer.encode("a")[0]
-    dialogue = Dialogue(speller(tokenizer, {None: a, a: a}, max_positions=100), tokenizer, SHORT, system="Old.")
-    lines = ["one", "two", "/undo", "three " + "?" * 40, "/reset", "/system New one.", "four", "/usr/bin is a path", "/exit", "five"]
+    dialogue = Dialogue(
+        speller(tokenizer, {None: a, a: a}, max_positions=100), tokenizer, SHORT, system="Old."
+    )
+    lines = [
+        "one",
+        "two",
+        "/undo",
+        "three " + "?" * 40,
+        "/reset",
+        "/system New one.",
+        "four",
+        "/usr/bin is a path",
+        "/exit",
+        "five",
+    ]
     assert pipe(monkeypatch, "\n".join(lines).encode(), dialogue) == 0
     captured = capsys.readouterr()
     assert captured.out == "a" * 8 + ("\n" + "a" * 8) * 4 + "\n"
@@ -240,9 +267,15 @@ def test_commands_and_remarks_on_a_pipe(tokenizer, monkeypatch, capsys):
     [
         (b"x" * 900, "error: a message must fit into 248 tokens"),
         (b"caf\xe9", "error: text must be valid Unicode, got the lone surrogate U+DCE9 at character 3"),
-        (b"/system " + b"x" * 900, "error: the system message must leave room for a question within 248 tokens"),
+        (
+            b"/system " + b"x" * 900,
+            "error: the system message must leave room for a question within 248 tokens",
+        ),
         (b"/rest", "error: a command must be /reset, /undo, /system TEXT, /help or /exit, got /rest"),
-        (b"/reset now", "error: a command must be /reset, /undo, /system TEXT, /help or /exit, got /reset now"),
+        (
+            b"/reset now",
+            "error: a command must be /reset, /undo, /system TEXT, /help or /exit, got /reset now",
+        ),
     ],
     ids=["too long", "not UTF-8", "system message too long", "unknown command", "a command with too much"],
 )

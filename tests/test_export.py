@@ -19,15 +19,28 @@ from lumi.lora import LoraConfig, adapters, add_lora
 from lumi.model import ModelConfig, Transformer
 from lumi.tokenizer import Tokenizer
 
-SHAPE = {"num_layers": 2, "model_dim": 48, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 80, "max_positions": 64}
+SHAPE = {
+    "num_layers": 2,
+    "model_dim": 48,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_dim": 80,
+    "max_positions": 64,
+}
 IDS = torch.randint(6, 384, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def build(tokenizer, **changes):
-    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **(SHAPE | changes)), REFERENCE).init_weights(0).eval()
+    model = (
+        Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **(SHAPE | changes)), REFERENCE)
+        .init_weights(0)
+        .eval()
+    )
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1
+            )
     return model
 
 
@@ -76,7 +89,10 @@ def add_adapter(run, config, tokenizer):
 def test_float32_is_equal_to_the_bit(run, tmp_path):
     done = export(run, tmp_path / "out")
     model, reread = load_model(run, REFERENCE), load_model(tmp_path / "out", REFERENCE)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reread.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), reread.state_dict().values(), strict=True)
+    )
     assert done.difference == 0
     assert "equal" in str(done)
     assert (done.num_files, done.num_bytes) == (1, (tmp_path / "out" / "model.safetensors").stat().st_size)
@@ -87,7 +103,9 @@ def test_narrower_weights_in_shards(run, tmp_path, dtype):
     model = load_model(run, REFERENCE)
     done = export(run, tmp_path / "out", dtype=dtype, max_shard_bytes=60_000)
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert shards == [f"model-{i:05d}-of-{done.num_files:05d}.safetensors" for i in range(1, done.num_files + 1)]
+    assert shards == [
+        f"model-{i:05d}-of-{done.num_files:05d}.safetensors" for i in range(1, done.num_files + 1)
+    ]
     before = logits(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype)).float()
@@ -96,7 +114,9 @@ def test_narrower_weights_in_shards(run, tmp_path, dtype):
     batch = torch.randint(384, (2, 64), generator=torch.Generator().manual_seed(0))
     original = load_model(run, REFERENCE)
     with torch.no_grad():
-        expected = (model.logits(model.hidden(batch)) - original.logits(original.hidden(batch))).abs().max().item()
+        expected = (
+            (model.logits(model.hidden(batch)) - original.logits(original.hidden(batch))).abs().max().item()
+        )
     assert done.difference == expected > 0
     assert not torch.equal(before, logits(model))
     assert f"at most {expected:.3g}" in str(done)
@@ -140,7 +160,10 @@ def test_merge_with_a_base_that_moved(run, tokenizer, tmp_path):
     module = dict(adapters(model))["layers.0.attention.q_proj"]
     with torch.no_grad():  # alpha / rank = 8
         expected = (module.weight.double() + 8 * module.lora_B.double() @ module.lora_A.double()).float()
-    merged, narrow = (load_model(tmp_path / name, REFERENCE).layers[0].attention.q_proj.weight for name in ("merged", "narrow"))
+    merged, narrow = (
+        load_model(tmp_path / name, REFERENCE).layers[0].attention.q_proj.weight
+        for name in ("merged", "narrow")
+    )
     assert torch.equal(merged, expected)
     assert torch.equal(narrow, expected.to(torch.bfloat16).float())
 
@@ -166,7 +189,9 @@ def test_a_wrong_merge_is_noticed(run, tokenizer, tmp_path, config, monkeypatch)
 
 def test_the_wrong_command(run, tokenizer, tmp_path):
     adapter, _ = add_adapter(run, LORA["lora"], tokenizer)
-    with pytest.raises(UserError, match=r"--model-path must be a whole model, got the adapter .*; `lumi merge` makes one"):
+    with pytest.raises(
+        UserError, match=r"--model-path must be a whole model, got the adapter .*; `lumi merge` makes one"
+    ):
         export(adapter, tmp_path / "out")
     with pytest.raises(UserError, match="--model-path must hold an adapter, got the whole model"):
         merge(run, tmp_path / "out")
@@ -209,7 +234,9 @@ def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(exporting, "save_model", fill)
-    with pytest.raises(UserError, match=r"out: cannot be written: No space left on device; nothing was left there"):
+    with pytest.raises(
+        UserError, match=r"out: cannot be written: No space left on device; nothing was left there"
+    ):
         export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -219,17 +246,21 @@ def test_weights_that_do_not_fit(run, tokenizer, tmp_path, monkeypatch):
     model.final_norm.weight.data[3] = 1e5
     save_model(tmp_path / "large", model, tokenizer)
     with pytest.raises(
-        UserError, match=r"--dtype must be able to hold every weight, got float16, in which final_norm\.weight is not finite"
+        UserError,
+        match=r"--dtype must be able to hold every weight, got float16, in which final_norm\.weight is not finite",
     ):
         export(tmp_path / "large", tmp_path / "out", dtype="float16")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(UserError, match=r"--output-dir must have 0\.00 GB of space for the weights, got 0\.00 GB"):
+    with pytest.raises(
+        UserError, match=r"--output-dir must have 0\.00 GB of space for the weights, got 0\.00 GB"
+    ):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "run"]
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("2GB", 2 * 10**9), ("1.5 gib", 3 * 2**29), ("500MB", 5 * 10**8), ("100KiB", 102_400), ("7", 7)]
+    ("text", "size"),
+    [("2GB", 2 * 10**9), ("1.5 gib", 3 * 2**29), ("500MB", 5 * 10**8), ("100KiB", 102_400), ("7", 7)],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
@@ -244,9 +275,24 @@ def test_sizes_that_are_none(text):
 def test_the_commands(run, tokenizer, tmp_path, capsys):
     adapter, _ = add_adapter(run, LORA["lora"], tokenizer)
     options = ["--dtype", "bfloat16", "--max-shard-size", "60KB"]
-    assert dispatch(["export", "--model-path", str(run), "--output-dir", str(tmp_path / "exported"), *options]) == 0
-    assert "files of weights, 0.2 MB; read back and compared: the logits differ by at most 0." in capsys.readouterr().out
-    merging = ["merge", "--model-path", str(adapter), "--base-path", str(run), "--output-dir", str(tmp_path / "merged"), *options]
+    assert (
+        dispatch(["export", "--model-path", str(run), "--output-dir", str(tmp_path / "exported"), *options])
+        == 0
+    )
+    assert (
+        "files of weights, 0.2 MB; read back and compared: the logits differ by at most 0."
+        in capsys.readouterr().out
+    )
+    merging = [
+        "merge",
+        "--model-path",
+        str(adapter),
+        "--base-path",
+        str(run),
+        "--output-dir",
+        str(tmp_path / "merged"),
+        *options,
+    ]
     assert dispatch(merging) == 0
     assert "merged in float64: the logits differ by at most " in capsys.readouterr().out
     for name in ("exported", "merged"):

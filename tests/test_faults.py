@@ -59,7 +59,14 @@ class Runs:
     def arguments(self, name, data=None, output=None, **changes):
         config = self.folder / f"{name}.json"
         write_json(config, merged(changes, merged(CHANGES)))
-        paths = ["--data-dirs", data or self.store, "--tokenizer-dir", self.tokenizer_dir, "--output-dir", output or self.folder / name]
+        paths = [
+            "--data-dirs",
+            data or self.store,
+            "--tokenizer-dir",
+            self.tokenizer_dir,
+            "--output-dir",
+            output or self.folder / name,
+        ]
         return ["--config", config, *paths, "--resume-from-checkpoint", "auto", "--device", "cpu"]
 
     def begin(self, name, processes=None, faults=(), **changes):
@@ -75,7 +82,11 @@ class Runs:
         return logs
 
     def status(self, name):
-        return {key: value for key, value in read_status(self.folder / name).items() if key not in ("time", "host")}
+        return {
+            key: value
+            for key, value in read_status(self.folder / name).items()
+            if key not in ("time", "host")
+        }
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +196,9 @@ def test_killed_while_final_is_written(operation, runs, uninterrupted):
 
 def test_killed_in_the_middle_of_accumulation_loses_that_step(runs, uninterrupted):
     changes = {"save_every": 1, "num_steps": 6}
-    runs.end("run", faults=[(0, "at_step", 5, "micro-step 2 of 3", "kill")], expect=-signal.SIGKILL, **changes)
+    runs.end(
+        "run", faults=[(0, "at_step", 5, "micro-step 2 of 3", "kill")], expect=-signal.SIGKILL, **changes
+    )
     assert len(losses(runs.folder / "run")) == 4
     assert re.search(r"resumed from .* at step [34]\b", runs.end("run", **changes)[0])
     assert_same(runs.folder / "run", uninterrupted(**changes))
@@ -208,15 +221,29 @@ def workers(torchrun):
     found = {}
     for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
         variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        found |= {int(variable.removeprefix("RANK=")): int(pid) for variable in variables if variable.startswith("RANK=")}
+        found |= {
+            int(variable.removeprefix("RANK=")): int(pid)
+            for variable in variables
+            if variable.startswith("RANK=")
+        }
     return found
 
 
 def start_torchrun(runs, log, *options, **changes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, lumi.train.__file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        *options,
+        lumi.train.__file__,
+    ]
     arguments = runs.arguments("run", **merged({"batches": {"micro_batch_size": 2}}, changes))
     with open(log, "a") as output:
-        return subprocess.Popen([*command, *map(str, arguments)], env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [*command, *map(str, arguments)], env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
+        )
 
 
 def end_torchrun(torchrun, log):
@@ -232,7 +259,9 @@ def end_torchrun(torchrun, log):
 def test_torchrun_starts_again_after_a_rank_was_killed(runs, uninterrupted):
     changes, log = {"num_steps": 40}, runs.folder / "log"
     torchrun = start_torchrun(runs, log, "--max-restarts=1", **changes)
-    wait_for_step(runs.folder / "run" / "metrics.jsonl", 9, torchrun)  # the second save waits for the first one
+    wait_for_step(
+        runs.folder / "run" / "metrics.jsonl", 9, torchrun
+    )  # the second save waits for the first one
     os.kill(workers(torchrun.pid)[0], signal.SIGKILL)
     assert end_torchrun(torchrun, log) == 0
     assert "resumed from" in log.read_text()
@@ -244,10 +273,15 @@ def test_torchrun_starts_again_after_a_rank_was_killed(runs, uninterrupted):
 
 def test_a_rank_that_hangs_is_named_and_all_end(runs, uninterrupted):
     limited = {"step_timeout_seconds": 4.0}
-    hung = runs.begin("run", 2, faults=[(1, "before", "lumi.batches:Batches.rows", 5 * 3 - 1, "sleep", 1000)], **limited)
+    hung = runs.begin(
+        "run", 2, faults=[(1, "before", "lumi.batches:Batches.rows", 5 * 3 - 1, "sleep", 1000)], **limited
+    )
     assert [process.wait() for process in hung] == [EXIT_HUNG] * 2
     (line,) = error_lines(*(process.log for process in hung))
-    assert re.search(rf"error: step 5: rank 1 \(host .*, pid {hung[1].pid}\) has not gone on for .* at step 5, waiting for data, in ", line)
+    assert re.search(
+        rf"error: step 5: rank 1 \(host .*, pid {hung[1].pid}\) has not gone on for .* at step 5, waiting for data, in ",
+        line,
+    )
     assert "Traceback" not in hung[0].log + hung[1].log
     status = runs.status("run")
     assert status["status"] == "failed"
@@ -266,7 +300,12 @@ def test_a_slow_save_is_no_hang(runs, uninterrupted):
 
 
 def test_a_save_that_hangs_is_named(runs):
-    hung = runs.begin("run", 2, faults=[(0, "before", "lumi.saver:save_tensors", 1, "sleep", 1000)], step_timeout_seconds=3.0)
+    hung = runs.begin(
+        "run",
+        2,
+        faults=[(0, "before", "lumi.saver:save_tensors", 1, "sleep", 1000)],
+        step_timeout_seconds=3.0,
+    )
     assert [process.wait() for process in hung] == [EXIT_HUNG] * 2
     (line,) = error_lines(*(process.log for process in hung))
     assert re.search(rf"rank 0 \(host .*, pid {hung[0].pid}\) has written nothing for ", line)
@@ -295,7 +334,9 @@ def test_sigterm(place, step, runs, uninterrupted):
     assert status["status"] == "preempted"
     assert status["signal"] == "SIGTERM"
     assert status["step"] == step or step is None
-    assert status["step"] == max(map(step_of, list_checkpoints(runs.folder / "run" / "checkpoints")), default=0)  # nothing is lost
+    assert status["step"] == max(
+        map(step_of, list_checkpoints(runs.folder / "run" / "checkpoints")), default=0
+    )  # nothing is lost
     assert re.search(r"stopped by SIGTERM after step \d+; go on with --resume-from-checkpoint auto", log)
     assert not list((runs.folder / "run").rglob(".tmp-*"))
     runs.end("run")
@@ -312,7 +353,12 @@ def test_sigterm_in_a_long_evaluation_cuts_it_short(runs, uninterrupted, validat
 
 
 def test_sigterm_in_the_rehearsal(runs, uninterrupted):
-    runs.end("run", faults=[(0, "before", "lumi.train:rehearse", 1, "terminate")], expect=TERMINATED, preflight=True)
+    runs.end(
+        "run",
+        faults=[(0, "before", "lumi.train:rehearse", 1, "terminate")],
+        expect=TERMINATED,
+        preflight=True,
+    )
     assert runs.status("run") == {"status": "preempted", "step": 0, "signal": "SIGTERM"}
     runs.end("run", preflight=True)
     assert_same(runs.folder / "run", uninterrupted())
@@ -324,7 +370,9 @@ def test_sigterm_while_a_corpus_is_tokenized(processes, rank, runs, uninterrupte
     own = tmp_path / "corpus"
     shutil.copytree(corpus_dir, own, ignore=shutil.ignore_patterns(".tokens"))
     place = "lumi.shards:StoreWriter.append" if rank == 0 else "lumi.parallel:World.from_main"
-    runs.end("run", processes, faults=[(rank, "before", place, 1 + rank, "terminate")], expect=TERMINATED, data=own)
+    runs.end(
+        "run", processes, faults=[(rank, "before", place, 1 + rank, "terminate")], expect=TERMINATED, data=own
+    )
     assert runs.status("run") == {"status": "preempted", "step": 0, "signal": "SIGTERM"}
     assert bool(list(own.rglob("train.tokens"))) == (rank == 1)
     assert not list(own.rglob(".tmp-*"))
@@ -333,7 +381,9 @@ def test_sigterm_while_a_corpus_is_tokenized(processes, rank, runs, uninterrupte
 
 
 @pytest.mark.parametrize(
-    "place", [["at_step", 6, "micro-step 2"], ["at_step", 4, "validation"], ["before", "lumi.saver:Saver._write", 1]], ids=str
+    "place",
+    [["at_step", 6, "micro-step 2"], ["at_step", 4, "validation"], ["before", "lumi.saver:Saver._write", 1]],
+    ids=str,
 )
 def test_sigterm_to_one_of_two(place, runs, uninterrupted, validated):
     changes = {"data": validated, "validation_tokens": 512}
@@ -366,13 +416,17 @@ def test_a_nan_on_one_rank_is_skipped_by_both(where, runs, uninterrupted):
     fingerprints = [(rank, "leave_fingerprint", str(path)) for rank, path in enumerate(prints)]
     logs = runs.end("run", 2, faults=[(1, "spoil", [5, 6], "nan", where), *fingerprints])
     assert prints[0].read_text() == prints[1].read_text()
-    records = [record for record in read_metrics(runs.folder / "run" / "metrics.jsonl") if record["kind"] == "train"]
+    records = [
+        record for record in read_metrics(runs.folder / "run" / "metrics.jsonl") if record["kind"] == "train"
+    ]
     assert [record["step"] for record in records if record["skipped"]] == [5, 6]
     assert [record.get("skipped_steps") for record in records] == [None] * 4 + [1] + [2] * 7
     assert logs[0].count("step 5 skipped: ") == 1
     named = re.compile(rf"step 5: loss \S+ in a micro-batch of {runs.store} documents \[\d+")
     assert len(named.findall(logs[1])) == 3
-    assert len(named.findall(logs[0])) == (0 if where == "loss" else 3)  # of gradients nobody knows whose they were
+    assert len(named.findall(logs[0])) == (
+        0 if where == "loss" else 3
+    )  # of gradients nobody knows whose they were
     runs.end("truth", 2, faults=[(rank, "leave_out_updates", [5, 6]) for rank in range(2)])
     assert final_weights(runs.folder / "run") == final_weights(runs.folder / "truth")
     assert final_weights(runs.folder / "run") != final_weights(uninterrupted(2))
@@ -408,7 +462,10 @@ def test_a_spike_is_skipped_where_asked(sigmas, runs):
         runs.end(name, faults=stopped, expect=TERMINATED, max_loss_sigmas=sigmas)
         runs.end(name, faults=faults, max_loss_sigmas=sigmas)
         assert_same(runs.folder / name, runs.folder / "run")
-        states = [open_checkpoint(runs.folder / run / "checkpoints" / "step-00000012").state for run in (name, "run")]
+        states = [
+            open_checkpoint(runs.folder / run / "checkpoints" / "step-00000012").state
+            for run in (name, "run")
+        ]
         assert states[0] == states[1]
 
 
@@ -430,10 +487,15 @@ def test_one_flipped_byte_sends_both_to_the_same_older_checkpoint(runs, uninterr
 
 @pytest.mark.parametrize("processes", [None, 2])
 def test_files_that_cannot_grow_end_the_run_and_not_its_checkpoint(processes, runs, uninterrupted):
-    faults = [(rank, "before", "lumi.saver:Saver._write", 2, "limit_files", 20_000) for rank in range(processes or 1)]
+    faults = [
+        (rank, "before", "lumi.saver:Saver._write", 2, "limit_files", 20_000)
+        for rank in range(processes or 1)
+    ]
     logs = runs.end("run", processes, faults=faults, expect=2)
     (line,) = error_lines(*logs)
-    assert re.search(r"step-00000008: cannot be written: (rank \d: )?File too large; earlier checkpoints are intact", line)
+    assert re.search(
+        r"step-00000008: cannot be written: (rank \d: )?File too large; earlier checkpoints are intact", line
+    )
     assert "Traceback" not in "".join(logs)
     assert runs.status("run")["status"] == "failed"
     assert runs.status("run")["message"] in line
@@ -454,12 +516,19 @@ def small_disk(disk_of):
 def test_a_full_disk_ends_the_run_and_not_its_checkpoint(room, processes, small_disk, runs, uninterrupted):
     """Not even the log can be written; or all but the next checkpoint."""
     folder, filler = small_disk / "run", small_disk / "of somebody else"
-    changes = {"num_steps": 80, "save_every": 40}  # between two saves the log needs more than the rest of its last page
-    faults = [(0, "before", "lumi.run_folder:RunFolder.prune", 1, "fill_disk", str(filler), room)]  # when the first one is whole
+    changes = {
+        "num_steps": 80,
+        "save_every": 40,
+    }  # between two saves the log needs more than the rest of its last page
+    faults = [
+        (0, "before", "lumi.run_folder:RunFolder.prune", 1, "fill_disk", str(filler), room)
+    ]  # when the first one is whole
     logs = runs.end("run", processes, faults=faults, expect=2, output=folder, **changes)
     (line,) = error_lines(*logs)
     what = "checkpoints/step-00000080" if room else "metrics.jsonl"
-    assert re.match(rf"error: {folder}/{what}: cannot be written: (rank \d: )?No space left on device; ", line)
+    assert re.match(
+        rf"error: {folder}/{what}: cannot be written: (rank \d: )?No space left on device; ", line
+    )
     assert "Traceback" not in "".join(logs)
     (left,) = (folder / "checkpoints").iterdir()
     assert left.name == "step-00000040"
@@ -476,7 +545,13 @@ def test_a_data_file_that_shrinks_ends_both(runs, store, tmp_path):
     file = own / "train.tokens"
     size = file.stat().st_size
     logs = runs.end(
-        "run", 2, faults=[(1, "at_step", 5, "optimizer", "truncate", str(file), 2000)], expect=2, data=own, num_steps=4000, save_every=4000
+        "run",
+        2,
+        faults=[(1, "at_step", 5, "optimizer", "truncate", str(file), 2000)],
+        expect=2,
+        data=own,
+        num_steps=4000,
+        save_every=4000,
     )
     (line,) = error_lines(*logs)
     assert f"{file}: must be {size} bytes, got 2000: the file was truncated while it was in use" in line
@@ -491,14 +566,24 @@ def test_a_data_file_that_shrinks_ends_both(runs, store, tmp_path):
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_stopped_at_every_step(kind, runs, uninterrupted):
     """Across an epoch's end, a skipped step and a spike, a run stopped after any step is the one that was not."""
-    changes = {"optimizer": {"kind": kind}, "num_steps": 8, "batches": {"batch_tokens": 1536}, "max_loss_sigmas": 4.0}
+    changes = {
+        "optimizer": {"kind": kind},
+        "num_steps": 8,
+        "batches": {"batch_tokens": 1536},
+        "max_loss_sigmas": 4.0,
+    }
     faults = [(0, "short_spike_window", 3), (0, "spoil", [3], "nan", "loss"), (0, "spoil", [6], 3.0, "loss")]
     runs.end("whole", faults=faults, **changes)
     whole = runs.folder / "whole"
-    assert [record["step"] for record in read_metrics(whole / "metrics.jsonl") if record.get("skipped")] == [3, 6]
+    assert [record["step"] for record in read_metrics(whole / "metrics.jsonl") if record.get("skipped")] == [
+        3,
+        6,
+    ]
     for step in range(1, 8):
         name = f"stopped after {step}"
-        runs.end(name, faults=[*faults, (0, "at_step", step, "logging", "terminate")], expect=TERMINATED, **changes)
+        runs.end(
+            name, faults=[*faults, (0, "at_step", step, "logging", "terminate")], expect=TERMINATED, **changes
+        )
         assert runs.status(name)["step"] == step
         runs.end(name, faults=faults, **changes)
         assert_same(runs.folder / name, whole)

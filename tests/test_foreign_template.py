@@ -66,7 +66,12 @@ SYSTEM, QUESTION, ANSWER = (
     Message("user", "  What is é?\n\n    pass 😀 \n"),
     Message("assistant", "A letter. "),
 )
-CONVERSATIONS = [[QUESTION], [SYSTEM, QUESTION], [QUESTION, ANSWER, QUESTION], [SYSTEM, QUESTION, ANSWER, QUESTION]]
+CONVERSATIONS = [
+    [QUESTION],
+    [SYSTEM, QUESTION],
+    [QUESTION, ANSWER, QUESTION],
+    [SYSTEM, QUESTION, ANSWER, QUESTION],
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,11 @@ def imported(tmp_path_factory):
 
 def parts(template, messages=None, **changes):
     variables = (("bos_token", "<s>"), ("eos_token", "</s>"))
-    arguments = {"pieces": ("<s>", "</s>", "<|im_end|>"), "variables": variables, "add_generation_prompt": True}
+    arguments = {
+        "pieces": ("<s>", "</s>", "<|im_end|>"),
+        "variables": variables,
+        "add_generation_prompt": True,
+    }
     return foreign_template.parts(template, messages or [Message("user", "hi")], **(arguments | changes))
 
 
@@ -91,7 +100,10 @@ def test_transformers_makes_the_same_ids(request, tmp_path, template, which):
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for messages in CONVERSATIONS:
-        assert prompt_ids(tokenizer, messages) == theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"]
+        assert (
+            prompt_ids(tokenizer, messages)
+            == theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"]
+        )
     assert stop_ids(tokenizer) == {tokenizer.eos_id}
 
 
@@ -100,7 +112,10 @@ def test_what_newer_templates_use(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for messages in CONVERSATIONS:
-        assert prompt_ids(tokenizer, messages) == theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"]
+        assert (
+            prompt_ids(tokenizer, messages)
+            == theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"]
+        )
 
 
 def test_zephyr_by_hand(tokenizer):
@@ -110,7 +125,8 @@ def test_zephyr_by_hand(tokenizer):
 
 
 TEXTS = st.lists(
-    st.sampled_from(["<s>", "</s>", "<|im_end|>", "[INST]", " ", "\n", "▁", "<|", "im_end", "{{ 1 }}", "\0"]) | st.text(max_size=4)
+    st.sampled_from(["<s>", "</s>", "<|im_end|>", "[INST]", " ", "\n", "▁", "<|", "im_end", "{{ 1 }}", "\0"])
+    | st.text(max_size=4)
 )
 
 
@@ -119,7 +135,9 @@ TEXTS = st.lists(
 @given(text=TEXTS.map("".join))
 def test_no_text_becomes_a_control_token(tokenizer, template, text):
     tokenizer = tokenizer.with_chat_template(template)
-    hostile, calm = (prompt_ids(tokenizer, [Message("user", content), ANSWER, QUESTION]) for content in (text, "hello"))
+    hostile, calm = (
+        prompt_ids(tokenizer, [Message("user", content), ANSWER, QUESTION]) for content in (text, "hello")
+    )
     assert [token for token in hostile if token < 6] == [token for token in calm if token < 6]
     said = text.strip() if template == LLAMA_2 else text
     assert tokenizer.decode(hostile) == tokenizer.decode(calm).replace("hello", said, 1)
@@ -133,17 +151,26 @@ def test_white_space_goes_through_the_template():
 
 def test_a_control_piece_of_white_space_is_text():
     for piece in ("\n", "a\n", " "):
-        assert parts("a{{ messages[0].content }}", [Message("user", "\n x")], pieces=(piece,)) == ("a\n ", Content(0))
+        assert parts("a{{ messages[0].content }}", [Message("user", "\n x")], pieces=(piece,)) == (
+            "a\n ",
+            Content(0),
+        )
 
 
 def test_longer_pieces_come_first():
-    assert parts("<s><s>x{{ messages[0].content }}", pieces=("<s>", "<s>x", "")) == (ControlPiece("<s>"), ControlPiece("<s>x"), Content(0))
+    assert parts("<s><s>x{{ messages[0].content }}", pieces=("<s>", "<s>x", "")) == (
+        ControlPiece("<s>"),
+        ControlPiece("<s>x"),
+        Content(0),
+    )
 
 
 def test_what_ends_an_answer_is_what_stands_behind_it(tokenizer):
     ends = "{% for m in messages %}<|im_start|>{{ m.content }}{% if m.role == 'assistant' %}!{{ '<|im_end|>' }}{% endif %}<pad>{% endfor %}"
     assert stop_ids(tokenizer.with_chat_template(ends)) == {2, 5}
-    assert stop_ids(tokenizer.with_chat_template("{% for m in messages %}{{ m.content }}\n{% endfor %}")) == {2}
+    assert stop_ids(tokenizer.with_chat_template("{% for m in messages %}{{ m.content }}\n{% endfor %}")) == {
+        2
+    }
 
 
 @pytest.mark.parametrize(
@@ -200,7 +227,9 @@ def test_a_template_that_does_not_end_is_stopped():
 
 def test_patience_ends(monkeypatch):
     monkeypatch.setattr(foreign_template, "WALL_SECONDS", 0.001)
-    with pytest.raises(UserError, match=r"must finish within 0\.001 s, but did not; .*when the machine is less busy"):
+    with pytest.raises(
+        UserError, match=r"must finish within 0\.001 s, but did not; .*when the machine is less busy"
+    ):
         parts("{{ messages[0].content }}{# patience #}")
 
 
@@ -209,4 +238,7 @@ def test_a_template_runs_once_for_conversations_of_the_same_form(tokenizer, monk
     first = prompt_ids(tokenizer, [Message("user", "one")])
     monkeypatch.setattr(foreign_template, "_render", None)
     second = prompt_ids(tokenizer, [Message("user", "two")])
-    assert (tokenizer.decode(first), tokenizer.decode(second)) == ("<|user|>\none\n<|assistant|>\n", "<|user|>\ntwo\n<|assistant|>\n")
+    assert (tokenizer.decode(first), tokenizer.decode(second)) == (
+        "<|user|>\none\n<|assistant|>\n",
+        "<|user|>\ntwo\n<|assistant|>\n",
+    )

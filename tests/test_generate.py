@@ -17,7 +17,15 @@ PROMPTS = [[1, 7, 9, 30, 12], [1], [1, 5, 5, 8, 40, 41, 42, 43, 44]]
 
 
 def build(**changes):
-    shape = {"vocab_size": 61, "num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48, "max_positions": 64}
+    shape = {
+        "vocab_size": 61,
+        "num_layers": 2,
+        "model_dim": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mlp_dim": 48,
+        "max_positions": 64,
+    }
     model = Transformer(ModelConfig(**shape | changes), REFERENCE).init_weights(0).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,7 +41,10 @@ def greedy(count, **changes):
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tied_embeddings": True}], ids=str)
 def test_the_cache_changes_no_token(changes):
     model = build(**changes)
-    for config in (greedy(40), greedy(40, repetition_penalty=2.0)):  # the penalty makes an untrained model wander
+    for config in (
+        greedy(40),
+        greedy(40, repetition_penalty=2.0),
+    ):  # the penalty makes an untrained model wander
         with_cache = generate_ids(model, PROMPTS, config, **NO_STOP)
         assert with_cache == generate_ids(model, PROMPTS, config, **NO_STOP, use_cache=False)
         assert [(len(row.ids), row.stopped) for row in with_cache] == [(40, False)] * 3
@@ -84,13 +95,18 @@ def test_positions_end_a_row():
 def test_ids_beyond_the_tokenizer_are_never_chosen():
     model = build()
     wide = generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP)
-    narrow = generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP, vocab_size=20)
+    narrow = generate_ids(
+        model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP, vocab_size=20
+    )
     assert max(max(row.ids) for row in wide) >= 20 > max(max(row.ids) for row in narrow)
 
 
 def test_the_seed_decides():
     model = build()
-    one, same, other = (generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=20, seed=seed), **NO_STOP) for seed in (1, 1, 2))
+    one, same, other = (
+        generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=20, seed=seed), **NO_STOP)
+        for seed in (1, 1, 2)
+    )
     assert one == same != other
 
 
@@ -121,7 +137,9 @@ def frequencies(config, tokens=None, count=4000):
 def test_sampling_follows_the_distribution(changes, expected):
     got = frequencies(SamplingConfig(**{"temperature": 1.0} | changes))
     assert all((g == 0) == (e == 0) for g, e in zip(got.tolist(), expected, strict=True))
-    torch.testing.assert_close(got, torch.tensor(expected), atol=4 * 0.5 / 4000**0.5, rtol=0)  # four standard errors
+    torch.testing.assert_close(
+        got, torch.tensor(expected), atol=4 * 0.5 / 4000**0.5, rtol=0
+    )  # four standard errors
 
 
 def test_repetition_penalty_by_hand():
@@ -141,7 +159,13 @@ def test_repetition_penalty_by_hand():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"temperature": 1e-4}, {"top_p": 1e-6}, {"repetition_penalty": 0.01}, {"repetition_penalty": 100.0}, {"temperature": 1e300}],
+    [
+        {"temperature": 1e-4},
+        {"top_p": 1e-6},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100.0},
+        {"temperature": 1e300},
+    ],
     ids=str,
 )
 def test_the_bounds_themselves_can_be_sampled_from(changes):
@@ -156,9 +180,15 @@ def test_the_bounds_themselves_can_be_sampled_from(changes):
 def test_a_broken_model_is_refused(value, temperature):
     logits = torch.zeros(2, 5)
     logits[1, 3] = value
-    with pytest.raises(UserError, match="the model's output must be finite, got NaN or infinity: its weights are broken"):
+    with pytest.raises(
+        UserError, match="the model's output must be finite, got NaN or infinity: its weights are broken"
+    ):
         sample(
-            logits, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2), SamplingConfig(temperature=temperature), [torch.Generator()] * 2
+            logits,
+            torch.zeros(2, 1, dtype=torch.int64),
+            torch.ones(2),
+            SamplingConfig(temperature=temperature),
+            [torch.Generator()] * 2,
         )
 
 
@@ -204,8 +234,14 @@ def test_the_prompt_comes_from_stdin(data, tokenizer, tmp_path, monkeypatch, cap
     [
         (["x" * 300], "a prompt must be shorter than the model's 64 positions, got 30"),
         (["caf\udce9"], "text must be valid Unicode, got the lone surrogate U+DCE9 at character 3"),
-        (["The river", "x" * 300], "prompt 2: a prompt must be shorter than the model's 64 positions, got 30"),
-        (["The river", "\udce9"], "prompt 2: text must be valid Unicode, got the lone surrogate U+DCE9 at character 0"),
+        (
+            ["The river", "x" * 300],
+            "prompt 2: a prompt must be shorter than the model's 64 positions, got 30",
+        ),
+        (
+            ["The river", "\udce9"],
+            "prompt 2: text must be valid Unicode, got the lone surrogate U+DCE9 at character 0",
+        ),
     ],
     ids=["too long", "no Unicode", "the second too long", "the second no Unicode"],
 )
@@ -229,7 +265,11 @@ def test_an_error_begins_on_a_line_of_its_own(tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [(b"\n", "the prompt on stdin must hold text, got none"), (b"caf\xe9", "the prompt on stdin must be UTF-8, got")]
+    ("data", "message"),
+    [
+        (b"\n", "the prompt on stdin must hold text, got none"),
+        (b"caf\xe9", "the prompt on stdin must be UTF-8, got"),
+    ],
 )
 def test_what_is_no_prompt_on_stdin(data, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
@@ -249,9 +289,18 @@ def test_what_is_no_prompt_on_stdin(data, message, monkeypatch, capsys):
         ({"top_p": 0.0}, r"top_p must be between 0.000001 and 1 \(off\), got 0.0"),
         ({"top_p": 1e-320}, r"top_p must be between 0.000001 and 1 \(off\), got 1e-320"),
         ({"top_p": 1.1}, r"top_p must be between 0.000001 and 1 \(off\), got 1.1"),
-        ({"repetition_penalty": 0.0}, r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 0.0"),
-        ({"repetition_penalty": 1e-300}, r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 1e-300"),
-        ({"repetition_penalty": 101.0}, r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 101.0"),
+        (
+            {"repetition_penalty": 0.0},
+            r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 0.0",
+        ),
+        (
+            {"repetition_penalty": 1e-300},
+            r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 1e-300",
+        ),
+        (
+            {"repetition_penalty": 101.0},
+            r"repetition_penalty must be between 0.01 and 100 \(1 is off\), got 101.0",
+        ),
     ],
 )
 def test_refuses(changes, message):

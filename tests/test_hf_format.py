@@ -22,7 +22,9 @@ SHAPES = {
     "tied": {"tied_embeddings": True, "num_kv_heads": 1},
     "wide heads": {"head_dim": 32, "rope_theta": 500_000.0, "norm_eps": 1e-6},
     "scaled positions": {
-        "rope_scaling": RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32),
+        "rope_scaling": RopeScaling(
+            factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
+        ),
         "num_kv_heads": 2,
     },
     "qk-norm": {"qk_norm": True, "num_kv_heads": 2, "tied_embeddings": True},
@@ -31,10 +33,19 @@ IDS = torch.randint(6, 384, (2, 50), generator=torch.Generator().manual_seed(0))
 
 
 def build(tokenizer, **changes):
-    shape = {"vocab_size": tokenizer.vocab_size, "num_layers": 3, "model_dim": 64, "num_heads": 4, "mlp_dim": 96, "max_positions": 128}
+    shape = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_layers": 3,
+        "model_dim": 64,
+        "num_heads": 4,
+        "mlp_dim": 96,
+        "max_positions": 128,
+    }
     model = Transformer(ModelConfig(**shape | changes), REFERENCE).init_weights(0).eval()
     with torch.no_grad():
-        for index, parameter in enumerate(model.parameters()):  # norms away from one, and logits that tell tokens apart
+        for index, parameter in enumerate(
+            model.parameters()
+        ):  # norms away from one, and logits that tell tokens apart
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
             parameter.add_(noise, alpha=0.1)
     return model
@@ -55,9 +66,13 @@ def test_transformers_computes_the_same_from_our_folder(shape, tokenizer, tmp_pa
     with torch.no_grad():
         torch.testing.assert_close(our_logits(model), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
         prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("The river opens")]])
-        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False)[0, prompt.shape[1] :]
+        expected = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False
+        )[0, prompt.shape[1] :]
     greedy = SamplingConfig(max_new_tokens=30, temperature=0.0)
-    ours = generate_ids(model, prompt.tolist(), greedy, stop_ids=frozenset({tokenizer.eos_id}), pad_id=tokenizer.pad_id)[0]
+    ours = generate_ids(
+        model, prompt.tolist(), greedy, stop_ids=frozenset({tokenizer.eos_id}), pad_id=tokenizer.pad_id
+    )[0]
     assert ours.ids == [token for token in expected.tolist() if token != tokenizer.eos_id]
     reread = load_model(tmp_path / "final", REFERENCE)
     assert reread.config == ModelConfig(
@@ -121,7 +136,9 @@ def test_narrow_weights_and_a_padded_vocabulary(dtype, tokenizer, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(our_logits(ours), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
     write_llama(tmp_path, vocab_size=380)
-    with pytest.raises(UserError, match=r"the tokenizer must have at most the model's 380 ids, got 384; remove tokens"):
+    with pytest.raises(
+        UserError, match=r"the tokenizer must have at most the model's 380 ids, got 384; remove tokens"
+    ):
         load_model(tmp_path, REFERENCE, tokenizer=tokenizer)
 
 
@@ -131,13 +148,20 @@ def test_the_config_of_every_generation(generation, tmp_path):
     if generation != "new":  # rope_theta beside rope_scaling; before that, "type" in it
         data = json.loads((tmp_path / "config.json").read_text())
         scaling = data.pop("rope_parameters")
-        data |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "head_dim": None, "torch_dtype": data.pop("dtype")}
+        data |= {
+            "rope_theta": scaling.pop("rope_theta"),
+            "rope_scaling": scaling,
+            "head_dim": None,
+            "torch_dtype": data.pop("dtype"),
+        }
         if generation == "oldest":
             scaling["type"] = scaling.pop("rope_type")
         (tmp_path / "config.json").write_text(json.dumps(data))
     config = load_model(tmp_path, REFERENCE).config
     assert config.rope_theta == 500_000.0
-    assert config.rope_scaling == RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=30)
+    assert config.rope_scaling == RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=30
+    )
 
 
 def test_what_old_writers_store_besides_is_passed_over(tmp_path):
@@ -147,7 +171,9 @@ def test_what_old_writers_store_besides_is_passed_over(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors")
     with torch.no_grad():
-        torch.testing.assert_close(our_logits(load_model(tmp_path, REFERENCE)), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            our_logits(load_model(tmp_path, REFERENCE)), theirs(IDS).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -156,12 +182,16 @@ def test_weights_cut_into_files(tied, tokenizer, tmp_path):
     save_model(tmp_path / "final", model, tokenizer, max_shard_bytes=120_000)
     index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
     tensors = {path.name: load_file(path) for path in (tmp_path / "final").glob("*.safetensors")}
-    assert sorted(tensors) == [f"model-{number:05d}-of-{len(tensors):05d}.safetensors" for number in range(1, len(tensors) + 1)]
+    assert sorted(tensors) == [
+        f"model-{number:05d}-of-{len(tensors):05d}.safetensors" for number in range(1, len(tensors) + 1)
+    ]
     assert index["weight_map"] == {name: file for file, held in tensors.items() for name in held}
     assert index["metadata"]["total_size"] == 4 * model.config.num_parameters
     sizes = [sum(tensor.nbytes for tensor in held.values()) for held in tensors.values()]
     assert max(sizes) <= 120_000
-    assert len(sizes) <= 2 * sum(sizes) / 120_000 + 1  # two neighbours are together larger than one file may be
+    assert (
+        len(sizes) <= 2 * sum(sizes) / 120_000 + 1
+    )  # two neighbours are together larger than one file may be
     assert torch.equal(our_logits(load_model(tmp_path / "final", REFERENCE)), our_logits(model))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     with torch.no_grad():
@@ -203,10 +233,16 @@ def test_weights_that_are_never_all_in_memory(tied, tokenizer, tmp_path):
     tensors = OnDemand(model.state_dict())
     save_model_tensors(tmp_path / "lazy", model.config, tensors, tokenizer, max_shard_bytes=120_000)
     assert tensors.asked == list(model.state_dict())
-    assert tensors.most <= 120_000 + max(tensor.nbytes for tensor in tensors.whole.values()) < 4 * model.config.num_parameters / 2
+    assert (
+        tensors.most
+        <= 120_000 + max(tensor.nbytes for tensor in tensors.whole.values())
+        < 4 * model.config.num_parameters / 2
+    )
     assert tensors.alive == 0
     save_model(tmp_path / "at once", model, tokenizer, max_shard_bytes=120_000)
-    lazy, at_once = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("lazy", "at once"))
+    lazy, at_once = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("lazy", "at once")
+    )
     assert lazy == at_once
 
 
@@ -229,7 +265,13 @@ def test_the_folder_has_the_keys_of_both_generations(tokenizer, tmp_path):
     assert b"lm_head" not in header
     assert b'"BF16"' in header
     names = {path.name for path in (tmp_path / "final").iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    } <= names
 
 
 def corrupt(folder, **changes):
@@ -244,21 +286,42 @@ def corrupt(folder, **changes):
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default' or 'llama3', got 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor of the rope type llama3 is missing"),
-        ({"rope_parameters": LLAMA_3_ROPE | {"factor": 0.5}}, r"rope_scaling factor must be at least 1, got 0\.5"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "low_freq_factor of the rope type llama3 is missing",
+        ),
+        (
+            {"rope_parameters": LLAMA_3_ROPE | {"factor": 0.5}},
+            r"rope_scaling factor must be at least 1, got 0\.5",
+        ),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_parameters and rope_scaling must say the same"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            "rope_parameters and rope_scaling must say the same",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_parameters and rope_scaling must say the same"),
         ({"rope_scaling": [1]}, "rope_parameters and rope_scaling must say the same"),
-        ({"architectures": {"a": 1}}, "must be the config of a model, an object with a list of architectures"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures must be 'LlamaForCausalLM' or .*, got 'LlamaForSeq"),
-        ({"quantization_config": {"bits": 4}}, r"quantization_config must be absent, got {'bits': 4}: this model cannot be imported"),
+        (
+            {"architectures": {"a": 1}},
+            "must be the config of a model, an object with a list of architectures",
+        ),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "architectures must be 'LlamaForCausalLM' or .*, got 'LlamaForSeq",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            r"quantization_config must be absent, got {'bits': 4}: this model cannot be imported",
+        ),
         ({"head_dim": 7}, r"config\.json: head_dim must be even .* got 7"),
         ({"head_dim": "16"}, r'config\.json: head_dim must be an integer, got "16"'),
         ({"hidden_size": 128}, r"model\.embed_tokens\.weight must have shape \(384, 128\), got \(384, 64\)"),
         ({"num_hidden_layers": 4}, r"model\.layers\.3\.\S+ must have shape .*, got nothing"),
-        ({"num_hidden_layers": 2}, r"a weight that this model has no place for: model\.layers\.2\.\S+ \(9 in all\)"),
+        (
+            {"num_hidden_layers": 2},
+            r"a weight that this model has no place for: model\.layers\.2\.\S+ \(9 in all\)",
+        ),
     ],
     ids=str,
 )
@@ -290,35 +353,51 @@ def test_damaged_and_malicious_shards(tokenizer, tmp_path):
     index = json.loads(index_file.read_text())
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.rename(tmp_path / shard.name)
-    with pytest.raises(UserError, match=rf"{shard.name}: is missing; model\.safetensors\.index\.json names it; copy the whole folder"):
+    with pytest.raises(
+        UserError,
+        match=rf"{shard.name}: is missing; model\.safetensors\.index\.json names it; copy the whole folder",
+    ):
         load_model(folder, REFERENCE)
     for name in (f"../{shard.name}", str(tmp_path / shard.name), "..", "pytorch_model.bin", 7):
         index_file.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-        with pytest.raises(UserError, match=r"must name safetensors files beside it, got '.*'; do not use this folder"):
+        with pytest.raises(
+            UserError, match=r"must name safetensors files beside it, got '.*'; do not use this folder"
+        ):
             load_model(folder, REFERENCE)
     for data in ([], {}, {"weight_map": {}}, {"weight_map": [shard.name]}):
         index_file.write_text(json.dumps(data))
-        with pytest.raises(UserError, match=r"index\.json: must hold a weight_map of weights and their files, got none"):
+        with pytest.raises(
+            UserError, match=r"index\.json: must hold a weight_map of weights and their files, got none"
+        ):
             load_model(folder, REFERENCE)
     (tmp_path / shard.name).rename(shard)
     index_file.write_text(json.dumps(index))
     tensors = load_file(shard)
     name = sorted(tensors)[0]
     save_file(tensors | {name: tensors[name].to(torch.int8)}, shard)
-    with pytest.raises(UserError, match=rf"{shard.name}: {name} must be of BF16, F16, F32, F64, got I8: quantised weights\?"):
+    with pytest.raises(
+        UserError, match=rf"{shard.name}: {name} must be of BF16, F16, F32, F64, got I8: quantised weights\?"
+    ):
         load_model(folder, REFERENCE)
 
 
 def test_a_run_without_a_final_model_and_another_tokenizer(tokenizer, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"run: must be a finished run, but has no final/ yet; finish it with --resume"):
+    with pytest.raises(
+        UserError, match=r"run: must be a finished run, but has no final/ yet; finish it with --resume"
+    ):
         model_folder(tmp_path / "run")
     save_model(tmp_path / "run" / "final", build(tokenizer), tokenizer)
-    assert model_folder(tmp_path / "run") == model_folder(tmp_path / "run" / "final") == tmp_path / "run" / "final"
+    assert (
+        model_folder(tmp_path / "run")
+        == model_folder(tmp_path / "run" / "final")
+        == tmp_path / "run" / "final"
+    )
     load_model(tmp_path / "run" / "final", REFERENCE, tokenizer=tokenizer)
     corrupt(tmp_path / "run" / "final", tokenizer_fingerprint="0" * 64)
     with pytest.raises(
-        UserError, match=rf"the tokenizer must be the one it was trained with, of fingerprint 0{{64}}, got {tokenizer.fingerprint}"
+        UserError,
+        match=rf"the tokenizer must be the one it was trained with, of fingerprint 0{{64}}, got {tokenizer.fingerprint}",
     ):
         load_model(tmp_path / "run" / "final", REFERENCE, tokenizer=tokenizer)
 
@@ -341,5 +420,7 @@ def test_saving_again_replaces_the_folder(tokenizer, tmp_path):
     for seed in (0, 1):
         model = build(tokenizer).init_weights(seed)
         save_model(tmp_path / "final", model, tokenizer)
-    assert torch.equal(load_model(tmp_path / "final", REFERENCE).token_embedding.weight, model.token_embedding.weight)
+    assert torch.equal(
+        load_model(tmp_path / "final", REFERENCE).token_embedding.weight, model.token_embedding.weight
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["final"]

@@ -37,7 +37,11 @@ def test_within_a_block_a_signal_ends_the_work(number):
         finally:
             seen.append("cleaned up")
 
-    with pytest.raises(Interrupted, match=f"stopped by {number.name}") as caught, StopSignal() as stop, stop.interrupting():
+    with (
+        pytest.raises(Interrupted, match=f"stopped by {number.name}") as caught,
+        StopSignal() as stop,
+        stop.interrupting(),
+    ):
         work()
     assert (caught.value.number, stop.received, seen) == (number, number, ["cleaned up"])
     assert signal.getsignal(number) == before
@@ -135,11 +139,19 @@ def start(large_corpus, tokenizer_dir, tmp_path):
     """Starts processes of TOKENIZING; what they make goes into `tmp_path / "stores"`."""
     (tmp_path / "stores").mkdir()
     (tmp_path / "tokenizing.py").write_text(TOKENIZING)
-    command = [sys.executable, str(tmp_path / "tokenizing.py"), str(large_corpus), str(tokenizer_dir), str(tmp_path / "stores")]
+    command = [
+        sys.executable,
+        str(tmp_path / "tokenizing.py"),
+        str(large_corpus),
+        str(tokenizer_dir),
+        str(tmp_path / "stores"),
+    ]
     processes = []
 
     def start():
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         processes.append(process)
         return process
 
@@ -169,7 +181,9 @@ def test_tokenizing_stops_at_any_moment_and_a_rerun_goes_on(start, tmp_path):
     assert (number, names) == (0, ["straight"])
     stopped, deadline = 0, time.monotonic() + 120
     while stopped < 15 and time.monotonic() < deadline:
-        number, took, names, num_left = attempt(process, stores / "stopped", 1 + stopped % 3, rng.uniform(0, seconds))
+        number, took, names, num_left = attempt(
+            process, stores / "stopped", 1 + stopped % 3, rng.uniform(0, seconds)
+        )
         assert number in (0, signal.SIGTERM)
         assert num_left <= num_threads
         if names == ["straight"]:

@@ -13,7 +13,9 @@ from lumi.kernels.lora_linear import lora_linear
 from lumi.lora import LoraConfig, adapters, add_lora, apply_adapted, load_trained, merge_lora, trained_tensors
 from lumi.model import ModelConfig, Transformer, apply_each
 
-SHAPE = ModelConfig(vocab_size=61, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, max_positions=64)
+SHAPE = ModelConfig(
+    vocab_size=61, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, max_positions=64
+)
 TOKENS = torch.tensor([[1, 5, 9, 33, 60, 2, 7, 8], [3, 3, 3, 4, 5, 6, 7, 8]])
 LINEARS = 7 * SHAPE.num_layers
 
@@ -32,7 +34,9 @@ def adapted(config, dtype=torch.float32, trained=True, ops=REFERENCE, seed=3):
             for _, module in adapters(model):
                 module.lora_B.copy_(0.3 * torch.randn(module.lora_B.shape, generator=generator))
                 if module.lora_magnitude is not None:
-                    module.lora_magnitude.mul_(1 + 0.2 * torch.rand(module.lora_magnitude.shape, generator=generator))
+                    module.lora_magnitude.mul_(
+                        1 + 0.2 * torch.rand(module.lora_magnitude.shape, generator=generator)
+                    )
     return model.eval()
 
 
@@ -65,8 +69,16 @@ def test_one_linear_by_hand():
     model = adapted(LoraConfig(rank=2, alpha=6, targets=("o_proj",)))
     module = model.layers[0].attention.o_proj
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    expected = x.double() @ module.weight.double().T + 6 / 2 * (x.double() @ module.lora_A.double().T) @ module.lora_B.double().T
-    assert_parity("y", module(x).detach(), (x @ module.weight.T + 3 * x @ module.lora_A.T @ module.lora_B.T).detach(), expected.detach())
+    expected = (
+        x.double() @ module.weight.double().T
+        + 6 / 2 * (x.double() @ module.lora_A.double().T) @ module.lora_B.double().T
+    )
+    assert_parity(
+        "y",
+        module(x).detach(),
+        (x @ module.weight.T + 3 * x @ module.lora_A.T @ module.lora_B.T).detach(),
+        expected.detach(),
+    )
     assert LoraConfig(rank=4, alpha=6, rslora=True).scale == 3
     assert LoraConfig(rank=4, alpha=6).scale == 1.5
 
@@ -90,20 +102,32 @@ def test_only_the_adapters_are_trained():
 
 
 @pytest.mark.parametrize(
-    ("targets", "count"), [(("all-linear",), 14), (("q_proj", "v_proj"), 4), (("mlp.gate_proj",), 2), (("layers.1.attention.k_proj",), 1)]
+    ("targets", "count"),
+    [
+        (("all-linear",), 14),
+        (("q_proj", "v_proj"), 4),
+        (("mlp.gate_proj",), 2),
+        (("layers.1.attention.k_proj",), 1),
+    ],
 )
 def test_targets(targets, count):
     model = build()
     add_lora(model, LoraConfig(targets=targets))
     assert sum(1 for _ in adapters(model)) == count
-    assert all(any(target == "all-linear" or name.endswith(target) for target in targets) for name, _ in adapters(model))
+    assert all(
+        any(target == "all-linear" or name.endswith(target) for target in targets)
+        for name, _ in adapters(model)
+    )
 
 
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
         (("lm_head",), "got 'lm_head' .the loss is fused with it"),
-        (("q_proj", "query"), "names of linears .down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.*, got 'query'"),
+        (
+            ("q_proj", "query"),
+            "names of linears .down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.*, got 'query'",
+        ),
         (("proj",), "got 'proj'"),
     ],
 )
@@ -113,7 +137,11 @@ def test_targets_that_are_none(targets, message):
 
 
 def test_one_target_may_stand_without_a_list():
-    assert from_dict(LoraConfig, {"targets": "all-linear"}) == from_dict(LoraConfig, {"targets": ["all-linear"]}) == LoraConfig()
+    assert (
+        from_dict(LoraConfig, {"targets": "all-linear"})
+        == from_dict(LoraConfig, {"targets": ["all-linear"]})
+        == LoraConfig()
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +181,9 @@ def test_packed_loss_and_gradients_are_the_sum_over_conversations(config):
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     loss = packed(tokens, targets, positions, torch.tensor([0, 3, 4, 9], dtype=torch.int32))
     loss.backward()
-    losses = [apart(t, y) for t, y in zip(tokens.split(lengths, dim=1), targets.split(lengths, dim=1), strict=True)]
+    losses = [
+        apart(t, y) for t, y in zip(tokens.split(lengths, dim=1), targets.split(lengths, dim=1), strict=True)
+    ]
     sum(losses).backward()
     assert torch.allclose(loss, sum(losses), rtol=1e-12)
     for name, parameter in trained_tensors(packed).items():
@@ -261,9 +291,19 @@ def test_the_fast_operator_trains_the_same_adapters(config):
         models = [adapted(config, dtype, ops=ops, seed=seed).to(dtype).train() for seed in range(4)]
         for model in models:
             for _, module in adapters(model):
-                module.lora_B.data /= 5  # larger ones amplify every rounding error on the way through the norms
+                module.lora_B.data /= (
+                    5  # larger ones amplify every rounding error on the way through the norms
+                )
             model(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for model in models for parameter in trained_tensors(model).values()]))
+        gradients.append(
+            torch.cat(
+                [
+                    parameter.grad.flatten()
+                    for model in models
+                    for parameter in trained_tensors(model).values()
+                ]
+            )
+        )
     assert_parity("gradient", *gradients)
 
 
@@ -273,7 +313,9 @@ def test_a_compiled_layer_trains_the_same_adapters(checkpointing):
     ops = dataclasses.replace(REFERENCE, lora_linear=lora_linear)
     gradients = []
     for compiled in (False, True):
-        model = adapted(LoraConfig(rank=4, targets=("q_proj", "v_proj", "gate_proj", "up_proj")), torch.bfloat16, ops=ops).train()
+        model = adapted(
+            LoraConfig(rank=4, targets=("q_proj", "v_proj", "gate_proj", "up_proj")), torch.bfloat16, ops=ops
+        ).train()
         model.gradient_checkpointing = checkpointing
         if compiled:
             model.layers[1].compile(backend="aot_eager", fullgraph=True)
@@ -302,7 +344,9 @@ def test_the_base_is_kept_in_bfloat16_where_asked():
                 parameter.copy_(parameter.bfloat16())
     assert torch.equal(logits(model), logits(rounded))
     merge_lora(model)
-    assert all(parameter.dtype == torch.float32 and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.dtype == torch.float32 and parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 def test_the_seed_makes_the_adapters():
@@ -319,7 +363,9 @@ def test_restoring_what_was_trained():
     model, other = adapted(LoraConfig(rank=4)), adapted(LoraConfig(rank=4), trained=False)
     load_trained(other, {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()})
     assert torch.equal(logits(model), logits(other))
-    with pytest.raises(UserError, match=r"must hold \(4, 16\) for layers.0.attention.q_proj.lora_A, got \(5, 16\)"):
+    with pytest.raises(
+        UserError, match=r"must hold \(4, 16\) for layers.0.attention.q_proj.lora_A, got \(5, 16\)"
+    ):
         load_trained(model, trained_tensors(adapted(LoraConfig(rank=5))))
     with pytest.raises(UserError, match=r"got nothing; resume with the config that wrote it"):
         load_trained(model, {})

@@ -11,7 +11,10 @@ from lumi.loss_spikes import LossSpikes
 def training_curve(num_steps, noise, seed):
     """A loss that starts at ln(32768), falls with the root of the step, and is as noisy as its batches."""
     rng = random.Random(seed)
-    return [min(math.log(32768), 2.5 + 8 / math.sqrt(step)) + rng.gauss(0, noise) for step in range(1, num_steps + 1)]
+    return [
+        min(math.log(32768), 2.5 + 8 / math.sqrt(step)) + rng.gauss(0, noise)
+        for step in range(1, num_steps + 1)
+    ]
 
 
 def spikes_of(spikes, losses):
@@ -60,14 +63,18 @@ def test_one_spike_hardly_dulls_the_next():
     losses = [2 + 0.05 * (-1) ** place for place in range(128)]  # deviation 0.05
     spikes = LossSpikes(6.0)
     assert spikes_of(spikes, [*losses, 9.0]) == [128]
-    assert spikes.limit == pytest.approx(2 + 6 * math.sqrt(0.05**2 + 0.3**2 / 128), rel=0.01)  # one value at 6 deviations among 128
+    assert spikes.limit == pytest.approx(
+        2 + 6 * math.sqrt(0.05**2 + 0.3**2 / 128), rel=0.01
+    )  # one value at 6 deviations among 128
 
 
 def test_what_lasts_is_no_spike_for_ever():
     losses = training_curve(4_000, 0.05, seed=4)
     shifted = [loss + 1.5 * (place >= 2_000) for place, loss in enumerate(losses)]
     skipped = spikes_of(LossSpikes(6.0), shifted)
-    assert skipped == list(range(2_000, 2_000 + len(skipped)))  # in a row, so that max_skipped_steps stops a run
+    assert skipped == list(
+        range(2_000, 2_000 + len(skipped))
+    )  # in a row, so that max_skipped_steps stops a run
     assert 5 <= len(skipped) <= 30  # and without it, training goes on
     rng = random.Random(5)
     mixed = [loss + 1.5 * (place >= 2_000 and rng.random() < 0.1) for place, loss in enumerate(losses)]

@@ -6,7 +6,11 @@ SYSTEM, USER, ASSISTANT = (Message(role, role) for role in ("system", "user", "a
 
 
 def test_messages_survive_the_way_to_json_and_back():
-    data = [{"role": "system", "content": ""}, {"role": "user", "content": "ü\n"}, {"role": "assistant", "content": "b"}]
+    data = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "ü\n"},
+        {"role": "assistant", "content": "b"},
+    ]
     messages = parse_messages(data)
     assert messages == (Message("system", ""), Message("user", "ü\n"), Message("assistant", "b"))
     assert to_json(messages) == data
@@ -20,9 +24,17 @@ def test_messages_survive_the_way_to_json_and_back():
         ("hello", "malformed_messages", "a list of at least one message, got 'hello'"),
         ({"role": "user", "content": "a"}, "malformed_messages", "a list of at least one message"),
         (["a"], "malformed_messages", "message 1 must have a role and a content, got 'a'"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "malformed_messages", "message 2 must have"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],
+            "malformed_messages",
+            "message 2 must have",
+        ),
         ([{"content": "a"}], "malformed_messages", "message 1 must have"),
-        ([{"role": "tool", "content": "a"}], "unknown_role", "message 1: role must be one of system, user, assistant, got 'tool'"),
+        (
+            [{"role": "tool", "content": "a"}],
+            "unknown_role",
+            "message 1: role must be one of system, user, assistant, got 'tool'",
+        ),
     ],
 )
 def test_what_is_no_list_of_messages_has_a_reason(data, reason, message):

@@ -17,7 +17,12 @@ def test_a_resumed_log_drops_what_will_be_done_again(tmp_path):
     log = MetricsLog(path, resume_step=3)
     log.write(4, "train", loss=40.0)
     log.close()
-    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 40.0),
+    ]
 
 
 def test_a_line_cut_by_a_kill_is_left_out_but_no_other(tmp_path):
@@ -47,7 +52,9 @@ def test_a_line_for_which_there_is_no_room_leaves_no_half(tmp_path):
     size, before = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
     try:
-        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left on device; make room"):
+        with pytest.raises(
+            UserError, match=r"metrics\.jsonl: cannot be written: No space left on device; make room"
+        ):
             log.write(2, "train")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -68,7 +75,14 @@ def test_picture(tmp_path):
 
 
 def test_human():
-    assert [human(v) for v in (0, 12.345, 1234, 999_700, 9_438_336, 2e12)] == ["0", "12.3", "1.23k", "1M", "9.44M", "2T"]
+    assert [human(v) for v in (0, 12.345, 1234, 999_700, 9_438_336, 2e12)] == [
+        "0",
+        "12.3",
+        "1.23k",
+        "1M",
+        "9.44M",
+        "2T",
+    ]
     assert human(1.5e9, "FLOP/s") == "1.5 GFLOP/s"
     assert human(3, "B") == "3 B"
 
@@ -77,7 +91,9 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     log.write(1, "train", loss=float("nan"), norm=float("inf"), lr=0.5, tokens=3)
     log.close()
-    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1, "kind": "train", "loss": None, "norm": None, "lr": 0.5, "tokens": 3}]
+    assert read_metrics(tmp_path / "m.jsonl") == [
+        {"step": 1, "kind": "train", "loss": None, "norm": None, "lr": 0.5, "tokens": 3}
+    ]
 
 
 def test_meter(monkeypatch):

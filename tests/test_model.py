@@ -86,7 +86,9 @@ def test_a_packed_document_does_not_see_its_neighbour():
     with torch.no_grad():
         first, second = (model.hidden(torch.cat([x, b])[None], positions, cu_seqlens)[0, 6:] for x in (a, c))
         assert torch.equal(first, second)
-        assert not torch.equal(model.hidden(torch.cat([a, b])[None])[0, 6:], model.hidden(torch.cat([c, b])[None])[0, 6:])
+        assert not torch.equal(
+            model.hidden(torch.cat([a, b])[None])[0, 6:], model.hidden(torch.cat([c, b])[None])[0, 6:]
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,18 +10,27 @@ from lumi.model import ModelConfig, Transformer
 
 SHAPES = {
     "grouped": {"num_kv_heads": 2},
-    "tied, qk-norm, head_dim 96": {"num_kv_heads": 1, "tied_embeddings": True, "qk_norm": True, "head_dim": 96},
+    "tied, qk-norm, head_dim 96": {
+        "num_kv_heads": 1,
+        "tied_embeddings": True,
+        "qk_norm": True,
+        "head_dim": 96,
+    },
 }
 
 
 def step(shape, ops, dtype, device, compute_dtype, lora=None, seed=0, how="plain"):
     """Loss and gradients of one packed batch; weights and arithmetic in `dtype`, products in `compute_dtype`."""
     config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, mlp_dim=96, **shape)
-    model = Transformer(config, ops, compute_dtype=compute_dtype, gradient_checkpointing=how == "checkpointed").init_weights(seed)
+    model = Transformer(
+        config, ops, compute_dtype=compute_dtype, gradient_checkpointing=how == "checkpointed"
+    ).init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
     if lora is not None:
         add_lora(model, lora)
-        for _, module in adapters(model):  # B begins at zero, and A would have no gradient; much larger, norms amplify rounding errors
+        for _, module in adapters(
+            model
+        ):  # B begins at zero, and A would have no gradient; much larger, norms amplify rounding errors
             module.lora_B.data = 0.05 * torch.randn(module.lora_B.shape, generator=generator)
     model = model.to(device, dtype)
     for layer in model.layers if how == "compiled" else ():
@@ -33,7 +42,10 @@ def step(shape, ops, dtype, device, compute_dtype, lora=None, seed=0, how="plain
     cu_seqlens = torch.tensor([0, 17, 39, 40, 80], dtype=torch.int32, device=device)
     loss = model(tokens, targets, positions, cu_seqlens)
     loss.backward()
-    return {"loss": loss.detach(), **{name: parameter.grad for name, parameter in trained_tensors(model).items()}}
+    return {
+        "loss": loss.detach(),
+        **{name: parameter.grad for name, parameter in trained_tensors(model).items()},
+    }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,7 +68,9 @@ def test_one_step_with_adapters(device):
     assert exact[0].keys() == actual[0].keys()
     assert len(exact[0]) == 1 + 2 * 7 * 2
     for part in ("loss", "lora_A", "lora_B"):
-        joined = lambda steps, part=part: torch.cat([t.flatten() for each in steps for name, t in each.items() if name.endswith(part)])
+        joined = lambda steps, part=part: torch.cat(
+            [t.flatten() for each in steps for name, t in each.items() if name.endswith(part)]
+        )
         assert_parity(part, joined(actual), joined(same_dtype), joined(exact))
 
 
@@ -64,7 +78,10 @@ def test_one_step_with_adapters(device):
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
 def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
     """Bit for bit, under the Triton bundle: every operator stands in a graph as one node with known shapes."""
-    plain, other = (step(SHAPES["grouped"], TRITON, torch.float32, device, torch.float32, lora, how=h) for h in ("plain", how))
+    plain, other = (
+        step(SHAPES["grouped"], TRITON, torch.float32, device, torch.float32, lora, how=h)
+        for h in ("plain", how)
+    )
     assert plain.keys() == other.keys()
     for name in plain:
         assert torch.equal(plain[name], other[name]), name

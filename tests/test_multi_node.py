@@ -29,7 +29,16 @@ def options(store_dir, tokenizer_dir, tmp_path_factory):
     """What follows `train.py` on the command line, the run folder left out."""
     config = tmp_path_factory.mktemp("config") / "config.json"
     write_json(config, merged(CHANGES))
-    return ["--config", str(config), "--data-dirs", str(store_dir), "--tokenizer-dir", str(tokenizer_dir), "--device", "cpu"]
+    return [
+        "--config",
+        str(config),
+        "--data-dirs",
+        str(store_dir),
+        "--tokenizer-dir",
+        str(tokenizer_dir),
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +81,29 @@ def test_a_node_is_lost_and_another_takes_its_place(options, uninterrupted, tmp_
     run, endpoint = tmp_path / "run", f"127.0.0.1:{free_port()}"
 
     def agent(node, log):
-        rendezvous = ["--rdzv-backend=c10d", "--rdzv-id=test", f"--rdzv-endpoint={endpoint}", f"--local-addr=127.0.0.{node + 1}"]
+        rendezvous = [
+            "--rdzv-backend=c10d",
+            "--rdzv-id=test",
+            f"--rdzv-endpoint={endpoint}",
+            f"--local-addr=127.0.0.{node + 1}",
+        ]
         patience = f"--rdzv-conf=is_host={int(node == 0)},keep_alive_interval=1,keep_alive_max_attempt=8"
-        command = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", *rendezvous, patience, TRAIN, *options]
+        command = [
+            *TORCHRUN,
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            "--max-restarts=3",
+            *rendezvous,
+            patience,
+            TRAIN,
+            *options,
+        ]
         command += ["--output-dir", str(run), "--resume-from-checkpoint", "auto"]
         environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(tmp_path / log, "w") as output:
-            return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            )
 
     survivor, lost = agent(0, "survivor"), agent(1, "lost")
     try:
@@ -127,7 +152,11 @@ def slurm(options, tmp_path):
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": str(free_port(20000, 29999) - 20000), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    job = {
+        "SLURM_JOB_ID": str(free_port(20000, 29999) - 20000),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+    }
     path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
     started = []
 
@@ -137,7 +166,11 @@ def slurm(options, tmp_path):
             restarts = {"SLURM_RESTART_COUNT": str(len(started))} if started else {}
             environment = {**ENVIRONMENT, **job, **restarts, "PATH": path, "PLAY": str(tmp_path)}
             with open(tmp_path / "log", "a") as output:
-                started.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT))
+                started.append(
+                    subprocess.Popen(
+                        command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+                    )
+                )
             return started[-1]
 
         def tasks(self):

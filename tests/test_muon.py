@@ -12,7 +12,16 @@ from lumi.muon import orthogonalize
 
 def test_it_is_torchs_muon_bit_for_bit(tmp_path):
     """Tall, wide and uneven matrices on 2 and 4 processes, under FSDP2, hybrid sharding and tensor parallelism by rows and columns."""
-    launch([sys.executable, "-W", "ignore", str(Path(__file__).with_name("group_processes.py")), "muon", str(tmp_path)])
+    launch(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(Path(__file__).with_name("group_processes.py")),
+            "muon",
+            str(tmp_path),
+        ]
+    )
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32), (1, 7)])

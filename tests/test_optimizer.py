@@ -7,7 +7,15 @@ import torch
 from lumi.kernels.bundle import REFERENCE
 from lumi.lora import LoraConfig, add_lora
 from lumi.model import ModelConfig, Transformer
-from lumi.optimizer import AdamW, CosineSchedule, LossScale, Optimizer, OptimizerConfig, WarmupStableDecay, lr_at
+from lumi.optimizer import (
+    AdamW,
+    CosineSchedule,
+    LossScale,
+    Optimizer,
+    OptimizerConfig,
+    WarmupStableDecay,
+    lr_at,
+)
 
 MODEL = ModelConfig(vocab_size=17, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24)
 
@@ -39,8 +47,12 @@ def test_cosine_by_hand():
 
 
 def test_warmup_stable_decay_by_hand():
-    config = OptimizerConfig(peak_lr=1.0, schedule=WarmupStableDecay(warmup_steps=2, decay_fraction=0.4, final_lr_ratio=0.0))
-    assert [lr_at(step, 10, config) for step in range(1, 11)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    config = OptimizerConfig(
+        peak_lr=1.0, schedule=WarmupStableDecay(warmup_steps=2, decay_fraction=0.4, final_lr_ratio=0.0)
+    )
+    assert [lr_at(step, 10, config) for step in range(1, 11)] == pytest.approx(
+        [0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    )
 
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(warmup_steps=9), WarmupStableDecay(warmup_steps=9)])
@@ -58,7 +70,9 @@ def test_weight_decay_reaches_matrices_only():
         optimizer.step(0.1)
         for name, parameter in model.named_parameters():
             expected = before[name] * (1 - 0.1 * 0.5) if parameter.ndim == 2 else before[name]
-            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-7, msg=f"{kind} {name}")
+            torch.testing.assert_close(
+                parameter.detach(), expected, rtol=1e-6, atol=1e-7, msg=f"{kind} {name}"
+            )
 
 
 def test_adamw_step_by_hand():
@@ -74,7 +88,9 @@ def test_adamw_step_by_hand():
     optimizer.step(0.1)
     mean = (0.25 * first + 0.5 * second) / (1 - 0.25)
     square = (0.75 * 0.25 * first**2 + 0.25 * second**2) / (1 - 0.75**2)
-    torch.testing.assert_close(norm.detach().double(), expected - 0.1 * mean / (square.sqrt() + 1e-3), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        norm.detach().double(), expected - 0.1 * mean / (square.sqrt() + 1e-3), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_muon_takes_the_matrices_of_the_layers_and_makes_them_orthogonal():
@@ -83,11 +99,16 @@ def test_muon_takes_the_matrices_of_the_layers_and_makes_them_orthogonal():
     before = model.layers[0].attention.q_proj.weight.detach().clone()
     fill_gradients(model, 1)
     optimizer.step(1.0)
-    kinds = {name: {key.split("/")[1] for key in states() if key.startswith(name + "/")} for name in optimizer.named}
+    kinds = {
+        name: {key.split("/")[1] for key in states() if key.startswith(name + "/")}
+        for name in optimizer.named
+    }
     for name, found in kinds.items():
         muon = name.startswith("layers.") and name.endswith("proj.weight")
         assert found == ({"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}), name
-    singular = torch.linalg.svdvals(before - model.layers[0].attention.q_proj.weight.detach()) / (0.2 * math.sqrt(16))
+    singular = torch.linalg.svdvals(before - model.layers[0].attention.q_proj.weight.detach()) / (
+        0.2 * math.sqrt(16)
+    )
     assert singular.min() > 0.5  # five Newton-Schulz steps bring them to about 0.7 - 1.2
     assert singular.max() < 1.3
 
@@ -117,7 +138,10 @@ def test_clipping_equals_a_step_on_scaled_gradients(kind, max_norm, loss_scale):
     assert optimizer.clip_gradients(loss_scale) == pytest.approx(exact / loss_scale, rel=1e-6)
     assert all(map(torch.equal, gradients, before))
     factor = min(1.0, max_norm / (exact / loss_scale)) / loss_scale
-    settings = {"max_grad_norm": max_norm, "eps": 0.1}  # an eps that large makes the update depend on the gradients' size
+    settings = {
+        "max_grad_norm": max_norm,
+        "eps": 0.1,
+    }  # an eps that large makes the update depend on the gradients' size
     actual = step_on(kind, gradients, loss_scale, **settings)
     expected = step_on(kind, [gradient * factor for gradient in gradients], **settings)
     for a, b in zip(actual.parameters(), expected.parameters(), strict=True):
@@ -136,7 +160,9 @@ def test_clipping_is_for_one_step(kind):
         fill_gradients(m, 2)
         expected = [p.grad.clone() for p in m.parameters()]
         o.step(0.1)
-        assert all(torch.equal(p.grad, gradient) for p, gradient in zip(m.parameters(), expected, strict=True))
+        assert all(
+            torch.equal(p.grad, gradient) for p, gradient in zip(m.parameters(), expected, strict=True)
+        )
 
 
 def test_loss_scale():
@@ -159,7 +185,10 @@ def test_a_step_on_what_is_not_finite_does_nothing(bad, kind):
     optimizer.step(0.1)
     fill_gradients(model, 4)
     model.final_norm.weight.grad[2] = bad
-    before = {**{k: v.clone() for k, v in model.state_dict().items()}, **{k: v.clone() for k, v in optimizer.state_tensors().items()}}
+    before = {
+        **{k: v.clone() for k, v in model.state_dict().items()},
+        **{k: v.clone() for k, v in optimizer.state_tensors().items()},
+    }
     assert not math.isfinite(optimizer.clip_gradients())
     optimizer.step(0.1)
     after = {**model.state_dict(), **optimizer.state_tensors()}
@@ -217,13 +246,20 @@ def test_states_and_updates_are_those_of_torch():
     model, optimizer = build(weight_decay=0.1)
     other, other_optimizer = build(weight_decay=0.1)
     config = other_optimizer.config
-    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in other_optimizer.optimizers[0].param_groups]
+    groups = [
+        {key: group[key] for key in ("params", "weight_decay")}
+        for group in other_optimizer.optimizers[0].param_groups
+    ]
     betas = (config.beta1, config.beta2)
     other_optimizer.optimizers = [torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=config.eps, fused=True)]
     for seed in range(4):
         if seed == 2:  # each goes on from the other's state
-            ours, theirs = ({k: v.clone() for k, v in o.state_tensors().items()} for o in (optimizer, other_optimizer))
-            assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+            ours, theirs = (
+                {k: v.clone() for k, v in o.state_tensors().items()} for o in (optimizer, other_optimizer)
+            )
+            assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
+                k: (v.shape, v.dtype) for k, v in theirs.items()
+            }
             load_states(optimizer, theirs)
             load_states(other_optimizer, ours)
         for m, o in ((model, optimizer), (other, other_optimizer)):
@@ -267,7 +303,10 @@ def mesh():
 def test_sharded_parameters_are_clipped_and_updated_as_whole_ones(mesh):
     from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
-    settings = {"max_grad_norm": 0.5, "eps": 0.1}  # an eps that large makes the update depend on the gradients' size
+    settings = {
+        "max_grad_norm": 0.5,
+        "eps": 0.1,
+    }  # an eps that large makes the update depend on the gradients' size
     model, optimizer = build(**settings)
     sharded = build()[0]
     shard = lambda t: distribute_tensor(t.detach(), mesh, [Shard(0)])
@@ -283,7 +322,9 @@ def test_sharded_parameters_are_clipped_and_updated_as_whole_ones(mesh):
         fill_gradients(model, seed)
         for a, b in zip(model.parameters(), sharded.parameters(), strict=True):
             b.grad = shard(a.grad)
-        assert sharded_optimizer.clip_gradients(4.0) == pytest.approx(optimizer.clip_gradients(4.0), rel=1e-12)
+        assert sharded_optimizer.clip_gradients(4.0) == pytest.approx(
+            optimizer.clip_gradients(4.0), rel=1e-12
+        )
         for o in (optimizer, sharded_optimizer):
             o.step(0.1)
     for a, b in zip(model.parameters(), sharded.parameters(), strict=True):
@@ -332,7 +373,9 @@ def test_state_round_trip_continues_bit_for_bit(kind):
 
     model, optimizer = build(kind=kind)
     run(model, optimizer, range(3))
-    weights, states = ({k: v.clone() for k, v in d.items()} for d in (model.state_dict(), optimizer.state_tensors()))
+    weights, states = (
+        {k: v.clone() for k, v in d.items()} for d in (model.state_dict(), optimizer.state_tensors())
+    )
     run(model, optimizer, range(3, 6))
     resumed, resumed_optimizer = build(kind=kind)
     resumed.load_state_dict(weights)
@@ -350,7 +393,9 @@ def test_states_are_there_from_the_start():
     fill_gradients(model, 0)
     optimizer.step(0.1)
     after = optimizer.state_tensors()
-    assert {name: state.shape for name, state in after.items()} == {name: state.shape for name, state in before.items()}
+    assert {name: state.shape for name, state in after.items()} == {
+        name: state.shape for name, state in before.items()
+    }
     assert all((state != 0).any() for state in after.values())
 
 

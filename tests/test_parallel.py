@@ -41,7 +41,12 @@ CONFIG = {
     "model": MODEL,
     "batches": {"sequence_length": 32, "batch_tokens": 512, "micro_batch_size": 2},
     # An eps far above the smallest gradients, whose rounding AdamW would otherwise blow up; a clip that is always at work.
-    "optimizer": {"peak_lr": 0.003, "eps": 1e-5, "max_grad_norm": 0.5, "schedule": {"kind": "cosine", "warmup_steps": 4}},
+    "optimizer": {
+        "peak_lr": 0.003,
+        "eps": 1e-5,
+        "max_grad_norm": 0.5,
+        "schedule": {"kind": "cosine", "warmup_steps": 4},
+    },
     "num_steps": 20,
     "dtype": "float32",
     "validate_every": 10,
@@ -68,10 +73,25 @@ def runs(store_dir, tokenizer, tokenizer_dir, tmp_path_factory):
             config = merged(change, config)
         file = folder / f"{name}.json"
         file.write_text(json.dumps(config))
-        arguments = ["--config", file, "--data-dirs", store_dir, "--tokenizer-dir", tokenizer_dir, "--device", "cpu"]
+        arguments = [
+            "--config",
+            file,
+            "--data-dirs",
+            store_dir,
+            "--tokenizer-dir",
+            tokenizer_dir,
+            "--device",
+            "cpu",
+        ]
         arguments += ["--model-path", folder / "base"] if config["model"] is None else []
-        arguments += ["--resume-from-checkpoint", folder / resume / "checkpoints" / "step-00000010"] if resume else []
-        return {"folder": str(folder / name), "arguments": [str(argument) for argument in arguments], "exit": expect}
+        arguments += (
+            ["--resume-from-checkpoint", folder / resume / "checkpoints" / "step-00000010"] if resume else []
+        )
+        return {
+            "folder": str(folder / name),
+            "arguments": [str(argument) for argument in arguments],
+            "exit": expect,
+        }
 
     _launch(
         folder,
@@ -142,7 +162,9 @@ def test_losses_and_gradients_are_those_of_one_process(shape, runs):
     losses = records(one, "train", "loss")
     assert losses[-1] < losses[0] - 1
     assert records(other, "train", "loss") == pytest.approx(losses, rel=LOSS)
-    assert records(other, "train", "gradient_norm") == pytest.approx(records(one, "train", "gradient_norm"), rel=NORM)
+    assert records(other, "train", "gradient_norm") == pytest.approx(
+        records(one, "train", "gradient_norm"), rel=NORM
+    )
     assert records(other, "train", "step", "targets", "lr") == records(one, "train", "step", "targets", "lr")
     assert len(losses) == 20
     expected, got = (load_tensors(folder / "gradients.safetensors") for folder in (one, other))
@@ -154,9 +176,13 @@ def test_losses_and_gradients_are_those_of_one_process(shape, runs):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_validation_figures_are_those_of_one_process(shape, runs):
     one, other = runs / "alone", runs / shape
-    assert records(other, "validation", "step", "tokens", "bytes") == records(one, "validation", "step", "tokens", "bytes")
+    assert records(other, "validation", "step", "tokens", "bytes") == records(
+        one, "validation", "step", "tokens", "bytes"
+    )
     for figure in ("loss", "bits_per_byte"):
-        assert records(other, "validation", figure) == pytest.approx(records(one, "validation", figure), rel=LOSS)
+        assert records(other, "validation", figure) == pytest.approx(
+            records(one, "validation", figure), rel=LOSS
+        )
 
 
 def test_the_processes_shares_are_uneven(store_dir):
@@ -165,13 +191,21 @@ def test_the_processes_shares_are_uneven(store_dir):
     batches = Batches([store.split("train")], None, config, 0)
     for size in (2, 4):
         rows = config.rows // size
-        counts = [{batches.rows(step, rank * rows, (rank + 1) * rows).num_targets for rank in range(size)} for step in range(1, 21)]
+        counts = [
+            {batches.rows(step, rank * rows, (rank + 1) * rows).num_targets for rank in range(size)}
+            for step in range(1, 21)
+        ]
         assert sum(len(different) > 1 for different in counts) >= 15
-        last = [list(validation_batches(store.split("validation"), config, rank, size, 288))[-1] for rank in range(size)]
+        last = [
+            list(validation_batches(store.split("validation"), config, rank, size, 288))[-1]
+            for rank in range(size)
+        ]
         assert [batch.num_targets > 0 for batch in last] == [True] + [False] * (size - 1)
 
 
-@pytest.mark.parametrize("shape", ["alone", *SHAPES, "muon fsdp", "muon tensor", "lora fsdp", "lora tensor", "bfloat16 fsdp"])
+@pytest.mark.parametrize(
+    "shape", ["alone", *SHAPES, "muon fsdp", "muon tensor", "lora fsdp", "lora tensor", "bfloat16 fsdp"]
+)
 def test_the_norm_is_that_of_all_gradients_put_together(shape, runs):
     """In float64, before clipping, in three steps; and every process has the same."""
     seen = observed(runs / shape)
@@ -199,11 +233,23 @@ def test_gradients_are_reduced_in_the_last_micro_step_only(shape, micro_steps, g
 
 
 def test_what_a_process_holds_is_its_share(runs):
-    for name, sharers in (("alone", 1), ("ddp", 1), ("fsdp", 2), ("tensor", 2), ("hybrid", 2), ("fsdp and tensor", 4)):
+    for name, sharers in (
+        ("alone", 1),
+        ("ddp", 1),
+        ("fsdp", 2),
+        ("tensor", 2),
+        ("hybrid", 2),
+        ("fsdp and tensor", 4),
+    ):
         for process in observed(runs / name):
             assert process.all_states == 2 * process.all_parameters == 2 * ModelConfig(**MODEL).num_parameters
-            for own, whole in ((process.own_parameters, process.all_parameters), (process.own_states, process.all_states)):
-                assert own == pytest.approx(whole / sharers, rel=0.03)  # odd rows; and norms, which tensor parallelism does not cut
+            for own, whole in (
+                (process.own_parameters, process.all_parameters),
+                (process.own_states, process.all_states),
+            ):
+                assert own == pytest.approx(
+                    whole / sharers, rel=0.03
+                )  # odd rows; and norms, which tensor parallelism does not cut
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "tensor"])
@@ -222,7 +268,9 @@ def test_lora_with_rows_of_tokens(kind, runs):
     losses = records(one, "train", "loss")
     assert losses[-1] < losses[0] - 0.03
     assert records(other, "train", "loss") == pytest.approx(losses, rel=LOSS)
-    assert records(other, "train", "gradient_norm") == pytest.approx(records(one, "train", "gradient_norm"), rel=NORM)
+    assert records(other, "train", "gradient_norm") == pytest.approx(
+        records(one, "train", "gradient_norm"), rel=NORM
+    )
     expected, got = (load_tensors(folder / "final" / "adapter_model.safetensors") for folder in (one, other))
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -238,14 +286,24 @@ def test_bfloat16_computes_on_float32_masters(kind, runs):
     tensor = "Tensor" if kind == "ddp" else "DTensor"
     for process in seen:
         assert process.parameters == process.states == [f"{tensor} float32"]
-    one, other, wide = (records(runs / name, "train", "loss") for name in ("bfloat16 alone", f"bfloat16 {kind}", "alone"))
+    one, other, wide = (
+        records(runs / name, "train", "loss") for name in ("bfloat16 alone", f"bfloat16 {kind}", "alone")
+    )
     assert other == pytest.approx(one, rel=5e-4)  # measured: 1e-4
-    assert other[:4] != pytest.approx(wide[:4], rel=2 * LOSS)  # as long as both warm up, that is bfloat16's doing
+    assert other[:4] != pytest.approx(
+        wide[:4], rel=2 * LOSS
+    )  # as long as both warm up, that is bfloat16's doing
 
 
 def test_reduce_dtype_is_that_of_the_sums_between_processes(runs):
     """A sum of two that went through bfloat16 is a bfloat16 number; one made in float32 seldom is."""
-    kinds = {"bfloat16 alone": False, "bfloat16 ddp": True, "bfloat16 fsdp": True, "bfloat16 fsdp wide": False, "fsdp": False}
+    kinds = {
+        "bfloat16 alone": False,
+        "bfloat16 ddp": True,
+        "bfloat16 fsdp": True,
+        "bfloat16 fsdp wide": False,
+        "fsdp": False,
+    }
     assert {name: observed(runs / name)[0].bfloat16_gradients for name in kinds} == kinds
 
 
@@ -253,7 +311,11 @@ def test_reduce_dtype_is_that_of_the_sums_between_processes(runs):
     ("resumed", "origin", "uninterrupted"),
     [
         ("fsdp from fsdp", "fsdp", "fsdp"),
-        ("four from four", "four", "four"),  # more than two gradients have an order of sums, which DDP settles by its first backward
+        (
+            "four from four",
+            "four",
+            "four",
+        ),  # more than two gradients have an order of sums, which DDP settles by its first backward
         ("alone from fsdp", "fsdp", "alone"),
         ("hybrid from alone", "alone", "alone"),
         ("ddp from tensor", "tensor", "tensor"),
@@ -261,14 +323,24 @@ def test_reduce_dtype_is_that_of_the_sums_between_processes(runs):
 )
 def test_resumed_in_another_shape(resumed, origin, uninterrupted, runs):
     figures = "step", "loss", "gradient_norm", "lr"
-    expected, got = records(runs / uninterrupted, "train", *figures)[10:], records(runs / resumed, "train", *figures)
+    expected, got = (
+        records(runs / uninterrupted, "train", *figures)[10:],
+        records(runs / resumed, "train", *figures),
+    )
     assert [step for step, *_ in got] == list(range(11, 21))
-    assert f"resumed from {runs / origin / 'checkpoints' / 'step-00000010'} at step 10" in (runs / f"{resumed}.out-0").read_text()
+    assert (
+        f"resumed from {runs / origin / 'checkpoints' / 'step-00000010'} at step 10"
+        in (runs / f"{resumed}.out-0").read_text()
+    )
     if origin == uninterrupted == resumed.split()[0]:
         assert got == expected  # bit for bit
-        assert (runs / resumed / "final" / "model.safetensors").read_bytes() == (runs / origin / "final" / "model.safetensors").read_bytes()
+        assert (runs / resumed / "final" / "model.safetensors").read_bytes() == (
+            runs / origin / "final" / "model.safetensors"
+        ).read_bytes()
     else:
-        assert [value for record in got for value in record] == pytest.approx([value for record in expected for value in record], rel=LOSS)
+        assert [value for record in got for value in record] == pytest.approx(
+            [value for record in expected for value in record], rel=LOSS
+        )
 
 
 @pytest.mark.parametrize("shape", ["alone", *SHAPES])
@@ -277,19 +349,26 @@ def test_final_is_the_last_checkpoint_bit_for_bit(shape, runs):
     final = load_model(runs / shape / "final", REFERENCE).state_dict()
     assert final.keys() == saved.keys()
     assert all(torch.equal(final[name], saved[name]) for name in final)
-    start, last = (open_checkpoint(runs / shape / "checkpoints" / f"step-000000{step}").tensors("model") for step in (10, 20))
+    start, last = (
+        open_checkpoint(runs / shape / "checkpoints" / f"step-000000{step}").tensors("model")
+        for step in (10, 20)
+    )
     assert not any(torch.equal(start[name], last[name]) for name in last)
 
 
 def test_final_of_four_processes_loads_in_transformers(runs):
     from transformers import AutoModelForCausalLM
 
-    model, loading = AutoModelForCausalLM.from_pretrained(runs / "fsdp and tensor" / "final", output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        runs / "fsdp and tensor" / "final", output_loading_info=True
+    )
     assert not any(loading.values())
     tokens = torch.arange(40)[None]
     ours = load_model(runs / "fsdp and tensor" / "final", REFERENCE)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, ours.logits(ours.hidden(tokens)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(tokens).logits, ours.logits(ours.hidden(tokens)), rtol=1e-4, atol=1e-4
+        )
 
 
 REFUSED = {
@@ -297,7 +376,10 @@ REFUSED = {
         {"parallel": {"replicate": 1, "shard": 3}},
         "parallel: replicate 1 x shard 3 x tensor 1 = 3 must be the 2 processes of this run; mend the config, or torchrun --nproc-per-node",
     ),
-    "heads": ({**TENSOR, "model": {"num_kv_heads": 1}}, "parallel.tensor must divide model.num_kv_heads = 1, got 2"),
+    "heads": (
+        {**TENSOR, "model": {"num_kv_heads": 1}},
+        "parallel.tensor must divide model.num_kv_heads = 1, got 2",
+    ),
     "length": (
         {**TENSOR, "batches": {"sequence_length": 33, "batch_tokens": 66}},
         "parallel.tensor must divide batches.sequence_length = 33, got 2",
@@ -342,7 +424,11 @@ def test_layouts(sides, processes, layout):
     ("sides", "processes", "message"),
     [
         ({"shard": 3}, 8, r"replicate -1 x shard 3 x tensor 1 = 3 must divide the 8 processes"),
-        ({"replicate": 2, "shard": 2, "tensor": 1}, 8, r"replicate 2 x shard 2 x tensor 1 = 4 must be the 8 processes"),
+        (
+            {"replicate": 2, "shard": 2, "tensor": 1},
+            8,
+            r"replicate 2 x shard 2 x tensor 1 = 4 must be the 8 processes",
+        ),
         ({"shard": 16}, 8, r"= 16 must divide the 8 processes"),
     ],
 )

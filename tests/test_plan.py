@@ -25,8 +25,12 @@ def test_memory_by_hand():
     assert adamw["activations"] == 30 * 2 * per_layer
     assert adamw["loss"] == (4 + 2 + 2) * 30 * 100 + 8 * 100 * 8
     assert adamw["total"] == sum(value for key, value in adamw.items() if key != "total")
-    assert memory_estimate(model, batches, "muon", 2, False, "cpu")["optimizer"] == 4 * (parameters + 2 * 100 * 8)
-    assert memory_estimate(model, batches, "adamw", 2, True, "cpu")["activations"] == 30 * (2 * 2 * 8 + per_layer)
+    assert memory_estimate(model, batches, "muon", 2, False, "cpu")["optimizer"] == 4 * (
+        parameters + 2 * 100 * 8
+    )
+    assert memory_estimate(model, batches, "adamw", 2, True, "cpu")["activations"] == 30 * (
+        2 * 2 * 8 + per_layer
+    )
     assert memory_estimate(model, batches, "adamw", 4, False, "cpu")["weights"] == 4 * parameters
 
 
@@ -40,7 +44,9 @@ def test_activations_under_triton_are_what_autograd_keeps():
         transformer = Transformer(config, TRITON).init_weights(0)
         storages = {}
         parameters = {p.data_ptr() for p in transformer.parameters()}
-        pack = lambda t: (storages.__setitem__(t.data_ptr(), t), t)[1]  # kept alive, so that no address comes twice
+        pack = lambda t: (storages.__setitem__(t.data_ptr(), t), t)[
+            1
+        ]  # kept alive, so that no address comes twice
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             transformer(*torch.zeros(2, 2, 10, dtype=torch.int64))
         return sum(t.nbytes for address, t in storages.items() if address not in parameters)
@@ -49,7 +55,9 @@ def test_activations_under_triton_are_what_autograd_keeps():
     assert estimate["activations"] == (kept(3) - kept(2)) * 3
     assert estimate["loss"] == workspace_bytes(20, 32, 50, torch.float32, torch.float32, device_type="cpu")
     adapters = memory_estimate(model, batches, "adamw", 2, False, "cuda", "triton", Frozen(10, 2, False))
-    assert adapters["loss"] == workspace_bytes(20, 32, 50, torch.bfloat16, torch.bfloat16, needs_dweight=False)
+    assert adapters["loss"] == workspace_bytes(
+        20, 32, 50, torch.bfloat16, torch.bfloat16, needs_dweight=False
+    )
 
 
 def test_memory_under_adapters_by_hand():
@@ -72,7 +80,9 @@ def test_memory_under_adapters_by_hand():
 def test_memory_of_several_processes_by_hand():
     model = ModelConfig(vocab_size=101, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
     batches = BatchConfig(sequence_length=10, batch_tokens=240, micro_batch_size=3)
-    estimate = lambda layout, **settings: memory_estimate(model, batches, "adamw", 2, False, "cpu", layout=layout, **settings)
+    estimate = lambda layout, **settings: memory_estimate(
+        model, batches, "adamw", 2, False, "cpu", layout=layout, **settings
+    )
     alone = memory_estimate(model, batches, "adamw", 2, False, "cpu")
     ddp = estimate(Layout(2, 1, 1))
     assert ddp == alone | {"buckets": alone["gradients"], "total": alone["total"] + alone["gradients"]}
@@ -103,7 +113,17 @@ def test_adapters_on_several_processes_by_hand():
     model = ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16)
     batches = BatchConfig(sequence_length=10, batch_tokens=120, micro_batch_size=3)
     layer, root = 4 * 64 + 3 * 8 * 16 + 16, 2 * 100 * 8 + 8
-    memory = memory_estimate(model, batches, "adamw", 2, False, "cpu", frozen=Frozen(51, 2, False), layout=Layout(1, 2, 1), reduce_bytes=2)
+    memory = memory_estimate(
+        model,
+        batches,
+        "adamw",
+        2,
+        False,
+        "cpu",
+        frozen=Frozen(51, 2, False),
+        layout=Layout(1, 2, 1),
+        reduce_bytes=2,
+    )
     assert memory["weights"] == 2 * (2 * layer + root) // 2 + 4 * 26
     assert (memory["gradients"], memory["whole gradients"], memory["optimizer"]) == (4 * 26, 2 * 51, 8 * 26)
     assert memory["gathered"] == 2 * (2 * layer + root)
@@ -117,7 +137,9 @@ def test_the_plan_of_adapters_says_what_is_trained():
         num_steps=1000,
     )
     weights = 4 * 4 * 4 + 3 * 4 * 8 + 10 * 4 + 3 * 4
-    lines = describe_plan(config, [("A", 1.0, 32_000)], 0, 1, torch.device("cpu"), "reference", None, 63).splitlines()
+    lines = describe_plan(
+        config, [("A", 1.0, 32_000)], 0, 1, torch.device("cpu"), "reference", None, 63
+    ).splitlines()
     assert lines[0].endswith("252 parameters, 1 layers of 4; 63 of adapters are trained (25.00%)")
     assert f"{128_000 * (4 * weights + 6 * 4 * 16):.3g} FLOPs" in "".join(lines)
 
@@ -139,8 +161,13 @@ def test_the_plan_by_hand():
     assert plan["tokens"] == f"128,000 ({128_000 / 252:.1f} per parameter)"
     assert plan["steps"] == "1,000 of 128 tokens: 2 processes x 2 micro-steps x 2 rows x 16"
     assert plan["compute"] == f"{flops:.3g} FLOPs, {flops / 1e6 / 3600:.2f} h at peak"
-    assert plan["data"] == "A: 75.0% of the rows, 32,000 tokens, 3.00 epochs; B: 25.0% of the rows, 64,000 tokens, 0.50 epochs"
+    assert (
+        plan["data"]
+        == "A: 75.0% of the rows, 32,000 tokens, 3.00 epochs; B: 25.0% of the rows, 64,000 tokens, 0.50 epochs"
+    )
     assert plan["validation"] == "none: no validation split"
-    shared = describe_plan(replace(config, parallel=ParallelConfig(tensor=2)), data, 0, 4, torch.device("cpu"), "reference", None)
+    shared = describe_plan(
+        replace(config, parallel=ParallelConfig(tensor=2)), data, 0, 4, torch.device("cpu"), "reference", None
+    )
     assert "layout      replicate 2 x shard 1 x tensor 2\n" in shared
     assert "1,000 of 128 tokens: 2 groups x 2 micro-steps x 2 rows x 16\n" in shared

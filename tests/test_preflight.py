@@ -58,18 +58,27 @@ def test_the_process_with_the_least_memory_decides():
 
 def test_a_resumed_run_keeps_its_micro_batch_where_it_fits():
     """Another one would round otherwise."""
-    keep = lambda before, free: choose_micro_batch(CONFIG, world(1), "reference", free, None, before).batches.micro_batch_size
+    keep = lambda before, free: (
+        choose_micro_batch(CONFIG, world(1), "reference", free, None, before).batches.micro_batch_size
+    )
     assert keep(4, 2**40) == 4
     assert keep(5, 2**40) == 24  # the run had another batch then
     assert keep(8, int(needed(4) / USABLE) + 1) == 4
 
 
 def test_refuses_what_does_not_fit():
-    with pytest.raises(UserError, match=r"needs about .* MiB for micro-batches of one row, and has 0 MiB .* gradient_checkpointing"):
+    with pytest.raises(
+        UserError,
+        match=r"needs about .* MiB for micro-batches of one row, and has 0 MiB .* gradient_checkpointing",
+    ):
         chosen(1000)
-    with pytest.raises(UserError, match=r"must be a number on this system, which does not say how much memory is free"):
+    with pytest.raises(
+        UserError, match=r"must be a number on this system, which does not say how much memory is free"
+    ):
         chosen(None)
-    with pytest.raises(UserError, match=r"sequence_length x micro_batch_size x processes = 16 x 1 x 5, got 384"):
+    with pytest.raises(
+        UserError, match=r"sequence_length x micro_batch_size x processes = 16 x 1 x 5, got 384"
+    ):
         chosen(2**40, data=5)
 
 
@@ -87,7 +96,9 @@ def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
 
 
 def test_the_line_for_people():
-    line = Rehearsal(0.2, 0.4, 0.5, 3.0, 0.0125, 3 * 2**30).describe(4, 7200)  # three inner micro-steps, and the last
+    line = Rehearsal(0.2, 0.4, 0.5, 3.0, 0.0125, 3 * 2**30).describe(
+        4, 7200
+    )  # three inner micro-steps, and the last
     assert line == (
         "preflight: a step takes about 1 s, 7,200 steps 2 h 0 min, a batch of validation 500 ms, "
         "a save 3 s (the loop waits 12.5 ms), peak memory 3,072 MiB"
@@ -100,18 +111,24 @@ def test_it_rehearses_and_changes_nothing(start, capsys, monkeypatch):
     plain = start("plain")
     capsys.readouterr()
     evaluated, real = [], lumi.train.held_out_loss
-    monkeypatch.setattr(lumi.train, "held_out_loss", lambda *arguments: evaluated.append(arguments[5]) or real(*arguments))
+    monkeypatch.setattr(
+        lumi.train, "held_out_loss", lambda *arguments: evaluated.append(arguments[5]) or real(*arguments)
+    )
     rehearsed = start("rehearsed", preflight=True)
     printed = capsys.readouterr().out
     assert evaluated[0] == 2 * 32  # one micro-batch of tokens
     assert len(evaluated) == 1 + 3
     assert re.search(
-        r"preflight: a step takes about .*, 12 steps .*, a batch of validation .*, a save .* \(the loop waits .*\), peak", printed
+        r"preflight: a step takes about .*, 12 steps .*, a batch of validation .*, a save .* \(the loop waits .*\), peak",
+        printed,
     )
     assert printed.index("preflight:") < printed.index("step 4:")
     assert losses(rehearsed) == losses(plain)
     assert final_weights(rehearsed) == final_weights(plain)
-    assert sorted(path.name for path in (rehearsed / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert sorted(path.name for path in (rehearsed / "checkpoints").iterdir()) == [
+        "step-00000008",
+        "step-00000012",
+    ]
     start("rehearsed", resume="auto", preflight=True, num_steps=13)
     assert "preflight" not in capsys.readouterr().out  # it has shown that it can
 

@@ -8,4 +8,13 @@ from runs import launch
 
 def test_no_start_meets_the_words_of_an_earlier_one(tmp_path):
     """Five starts of 2 and 3 processes on one store, after one whose processes were killed while they waited for the last."""
-    launch([sys.executable, "-W", "ignore", str(Path(__file__).with_name("group_processes.py")), "starts", str(tmp_path)])
+    launch(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(Path(__file__).with_name("group_processes.py")),
+            "starts",
+            str(tmp_path),
+        ]
+    )

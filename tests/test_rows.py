@@ -16,7 +16,9 @@ def test_an_epoch_reads_every_target_once():
         everything = split.tokens.tolist()
         assert len(targets) == 32
         assert all(targets.count(token) <= everything.count(token) for token in targets)
-        assert sum(row.starts[1:].sum() for row in rows) == len(lengths) - 1  # all but the first, which is no target
+        assert (
+            sum(row.starts[1:].sum() for row in rows) == len(lengths) - 1
+        )  # all but the first, which is no target
         assert {document for row in rows for document in row.documents} == set(range(len(lengths)))
     assert [row.tokens.tolist() for row in epochs[0]] != [row.tokens.tolist() for row in epochs[1]]
     again = TextRows(split, length=4, seed=3)
@@ -77,7 +79,11 @@ def test_a_conversation_longer_than_a_row_ends_behind_its_last_answer_that_fits(
     assert rows.lengths.tolist() == [4, 0, 6, 5, 0]
     assert (rows.num_cut, rows.num_dropped, rows.num_tokens) == (1, 2, 15)
     assert rows.num_trained == 8
-    trained = sorted(int(t) for place in range(rows.rows_per_epoch) for t in rows.packed(place).tokens[rows.packed(place).trained])
+    trained = sorted(
+        int(t)
+        for place in range(rows.rows_per_epoch)
+        for t in rows.packed(place).tokens[rows.packed(place).trained]
+    )
     assert trained == [2, 3, 2002, 2003, 2004, 2005, 3001, 3002]
 
 
@@ -106,7 +112,9 @@ def test_validation_rows_are_bounded():
     ]
     assert validation_rows(make_split([6, 5, 3]), 4, 9)[0] == 2
     assert validation_rows(make_conversations(["..+"] * 40), 5, None)[0] == 20
-    assert validation_rows(make_conversations(["..+"] * 40), 7, None)[0] == 20  # a quarter of each row is padding
+    assert (
+        validation_rows(make_conversations(["..+"] * 40), 7, None)[0] == 20
+    )  # a quarter of each row is padding
     assert validation_rows(make_conversations(["..+"] * 40), 5, 12)[0] == 3
 
 
@@ -114,7 +122,10 @@ def test_validation_rows_are_bounded():
     ("split", "message"),
     [
         (make_split([3, 1]), "more than sequence_length = 4 training tokens, got 4"),
-        (make_conversations(["....+", "..."]), "an answer that ends within sequence_length = 3 tokens, got none"),
+        (
+            make_conversations(["....+", "..."]),
+            "an answer that ends within sequence_length = 3 tokens, got none",
+        ),
     ],
 )
 def test_refuses(split, message):

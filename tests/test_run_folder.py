@@ -34,7 +34,9 @@ def folder(tmp_path):
 def save(folder, *steps):
     with Saver(folder.checkpoints) as saver:
         for step in steps:
-            saver.begin(step, {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}, {"best": None})
+            saver.begin(
+                step, {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}, {"best": None}
+            )
 
 
 def steps(folder):
@@ -71,8 +73,12 @@ def test_claim_sweeps_what_is_ours_alone(folder):
     for name in ours + foreign:
         (folder.path / name).write_text("")
     swept = folder.claim("auto")
-    assert sorted(Path(name).name for name in swept) == sorted([".tmp-rehearsal", ".tmp-step-00000016-9", *ours])
-    assert sorted(path.name for path in folder.path.iterdir()) == sorted([".lock", "checkpoints", "metrics.jsonl", *foreign])
+    assert sorted(Path(name).name for name in swept) == sorted(
+        [".tmp-rehearsal", ".tmp-step-00000016-9", *ours]
+    )
+    assert sorted(path.name for path in folder.path.iterdir()) == sorted(
+        [".lock", "checkpoints", "metrics.jsonl", *foreign]
+    )
     assert steps(folder) == [4, 8, 12]
 
 
@@ -92,10 +98,13 @@ def test_auto_falls_back_for_wrong_content(folder):
     assert "--resume" not in first + second  # advice to do what is done anyway
     (folder.checkpoint(4) / "model-00000.safetensors").unlink()
     with pytest.raises(
-        UserError, match=r"none of 3 checkpoints is whole; the newest: .*step-00000012/model-00000\.safetensors: SHA-256 must"
+        UserError,
+        match=r"none of 3 checkpoints is whole; the newest: .*step-00000012/model-00000\.safetensors: SHA-256 must",
     ):
         find(folder)
-    with pytest.raises(UserError, match=r"is missing; resume from another one: --resume-from-checkpoint PATH, or auto"):
+    with pytest.raises(
+        UserError, match=r"is missing; resume from another one: --resume-from-checkpoint PATH, or auto"
+    ):
         find(folder, str(folder.checkpoint(4)))
 
 
@@ -104,10 +113,17 @@ def test_auto_does_not_fall_back_for_anything_else(folder, monkeypatch):
     manifest = folder.checkpoint(12) / "manifest.json"
     whole = manifest.read_text()
     manifest.write_text(whole.replace('"format": 2', '"format": 3'))
-    with pytest.raises(UserError, match=r"manifest\.json: format must be 2, got 3; resume with the version of Lumi that wrote it"):
+    with pytest.raises(
+        UserError,
+        match=r"manifest\.json: format must be 2, got 3; resume with the version of Lumi that wrote it",
+    ):
         find(folder)
     manifest.write_text(whole)
-    for name, call in (("manifest.json", "read_text"), ("model-00000.safetensors", "stat"), ("model-00000.safetensors", "open")):
+    for name, call in (
+        ("manifest.json", "read_text"),
+        ("model-00000.safetensors", "stat"),
+        ("model-00000.safetensors", "open"),
+    ):
         real = open if call == "open" else getattr(Path, call)
 
         def failing(path, *arguments, name=name, real=real, **keywords):
@@ -145,7 +161,11 @@ def test_a_state_that_no_run_writes_is_refused(folder, state, message):
 
 
 def test_best_is_kept_where_it_is_here(folder):
-    for best, kept in (({"step": 4, "loss": 1.5}, {"step": 4, "loss": 1.5}), ({"step": 5, "loss": 1.5}, None), (None, None)):
+    for best, kept in (
+        ({"step": 4, "loss": 1.5}, {"step": 4, "loss": 1.5}),
+        ({"step": 5, "loss": 1.5}, None),
+        (None, None),
+    ):
         rewrite_state(folder.checkpoint(12), {"step": 12, "best": best})
         assert folder.load(folder.checkpoint(12)).state["best"] == kept
 
@@ -172,7 +192,11 @@ def test_a_run_that_dies_before_it_has_saved_anew_loses_nothing(folder):
     assert steps(folder) == [4, 8, 12]
     assert [line.split(":")[0] for line in said] == ["step-00000008", "step-00000012"]
     assert find(folder) == (12, [])
-    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000004", "step-00000008", "step-00000012"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
 
 
 def test_a_run_that_dies_between_its_save_and_pruning_has_the_new_ones_alone(folder):
@@ -208,7 +232,11 @@ def test_killed_while_setting_aside_or_putting_back(folder, monkeypatch, renames
         folder.claim("auto")
     monkeypatch.undo()
     folder.claim("auto")
-    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000004", "step-00000008", "step-00000012"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
 
 
 def test_a_prune_that_fails_is_a_line_and_no_error(folder, monkeypatch):
@@ -244,7 +272,9 @@ time.sleep(600)
 
 def test_a_second_run_in_the_folder_is_refused_until_the_first_has_ended(folder, monkeypatch):
     """The first one is killed, while a child that it has forked lives on."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder.path)], stdout=subprocess.PIPE, text=True
+    )
     child = None
     try:
         child = int(holder.stdout.readline())
@@ -253,7 +283,8 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_has_ended(folder,
         monkeypatch.setattr(lumi.run_folder, "LOCK_WAIT_SECONDS", 0.3)
         said = []
         with pytest.raises(
-            UserError, match=rf"no run is at work in, got .*run, which host .*, pid {holder.pid} is writing to; end that one"
+            UserError,
+            match=rf"no run is at work in, got .*run, which host .*, pid {holder.pid} is writing to; end that one",
         ):
             folder.claim("auto", said.append)
         assert len(said) == 1
@@ -278,9 +309,18 @@ def test_released_it_is_free_for_other_processes(folder):
     folder.release()
     folder.release()
     code = "import sys, fcntl; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    assert subprocess.run([sys.executable, "-c", code, str(folder.path / ".lock")], timeout=60).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(folder.path / ".lock")], timeout=60).returncode == 0
+    )
     folder.claim("auto")
-    assert subprocess.run([sys.executable, "-c", code, str(folder.path / ".lock")], stderr=subprocess.DEVNULL, timeout=60).returncode == 1
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(folder.path / ".lock")], stderr=subprocess.DEVNULL, timeout=60
+        ).returncode
+        == 1
+    )
     with pytest.raises(UserError, match="must be new"):
         folder.claim(None)
-    assert subprocess.run([sys.executable, "-c", code, str(folder.path / ".lock")], timeout=60).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(folder.path / ".lock")], timeout=60).returncode == 0
+    )

@@ -28,7 +28,10 @@ def test_what_was_written_is_read(tmp_path):
 def test_a_damaged_file_is_named(tmp_path):
     for content, message in (
         ("{", r"status.json: not valid JSON"),
-        ('{"status": "asleep"}', r"status.json: must hold a status, one of running, preempted, finished, failed, got .*asleep"),
+        (
+            '{"status": "asleep"}',
+            r"status.json: must hold a status, one of running, preempted, finished, failed, got .*asleep",
+        ),
         ("[]", r"status.json: must hold a status"),
     ):
         (tmp_path / "status.json").write_text(content)

@@ -49,17 +49,25 @@ def test_saved_under_any_layout_and_read_under_any_other(tmp_path):
         checkpoint = assert_equals_the_truth(path)
         found[checkpoint.state["layout"]] = checkpoint
     assert found.keys() == LAYOUTS.keys() - {"one"}
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.startswith("step-")] == []
-    strided = found["fsdp x tp"].groups["model"]["even"]  # 12 rows: rank 0 has the first 3, rank 1 those from 6, rank 2 those from 3
+    assert [
+        path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.startswith("step-")
+    ] == []
+    strided = found["fsdp x tp"].groups["model"][
+        "even"
+    ]  # 12 rows: rank 0 has the first 3, rank 1 those from 6, rank 2 those from 3
     rows = {file: box.offset[0] for file, box in zip(strided.files, strided.boxes, strict=True)}
     assert rows == {f"model-0000{rank}.safetensors": start for rank, start in enumerate([0, 6, 3, 9])}
     shared = [sum(tensor.nbytes for group in whole().values() for tensor in group.values()) / 4] * 4
     for layout in ("ddp", "hsdp", "hsdp x tp"):
         written = [0] * 4
         for file in found[layout].records:
-            written[int(file[-17:-12])] += (found[layout].path / file).stat().st_size - header_bytes(found[layout].path / file)
+            written[int(file[-17:-12])] += (found[layout].path / file).stat().st_size - header_bytes(
+                found[layout].path / file
+            )
         assert sum(written) == sum(shared)  # each piece once
-        assert max(written) - min(written) <= whole()["model"]["even"].nbytes  # shared out to the size of the largest tensor
+        assert (
+            max(written) - min(written) <= whole()["model"]["even"].nbytes
+        )  # shared out to the size of the largest tensor
 
 
 def header_bytes(file):
@@ -107,7 +115,9 @@ def test_what_changes_after_begin_is_not_saved(tmp_path):
         threading.Timer(0.05, go_on.set).start()
         saver.begin(2, tensors, state, lambda path: done.append(path.name))
         assert done[0] == "step-00000001"
-        saver.begin(3, {"model": {"w": torch.arange(3)}}, {}, lambda path: done.append(path.name))  # other shapes in the same buffers
+        saver.begin(
+            3, {"model": {"w": torch.arange(3)}}, {}, lambda path: done.append(path.name)
+        )  # other shapes in the same buffers
     assert done == ["step-00000001", "step-00000002", "step-00000003"]
     for step, value, losses in ((1, 1, [1.0]), (2, 2, [1.0, 2.0])):
         checkpoint = open_checkpoint(tmp_path / f"step-{step:08d}")
@@ -119,11 +129,21 @@ def test_what_changes_after_begin_is_not_saved(tmp_path):
 def test_saving_a_step_again_replaces_it_and_finish_prunes(tmp_path):
     with Saver(tmp_path) as saver:
         for step, value in ((7, 1), (7, 2), (8, 3), (9, 4)):
-            saver.begin(step, make(value), {"value": value}, lambda path: prune_checkpoints(tmp_path, keep_last=2, best=None))
-    assert [open_checkpoint(path).state for path in list_checkpoints(tmp_path)] == [{"step": 8, "value": 3}, {"step": 9, "value": 4}]
+            saver.begin(
+                step,
+                make(value),
+                {"value": value},
+                lambda path: prune_checkpoints(tmp_path, keep_last=2, best=None),
+            )
+    assert [open_checkpoint(path).state for path in list_checkpoints(tmp_path)] == [
+        {"step": 8, "value": 3},
+        {"step": 9, "value": 4},
+    ]
     umask = os.umask(0)
     os.umask(umask)
-    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "step-00000009").iterdir()} == {0o666 & ~umask}
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "step-00000009").iterdir()} == {
+        0o666 & ~umask
+    }
 
 
 def test_a_state_that_is_not_json_is_refused_at_once(tmp_path):
@@ -145,7 +165,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk):
         saver.begin(1, make(1, 20_000), {})
         saver.wait()
         saver.begin(2, make(2, 200_000), {})
-        with pytest.raises(UserError, match=r"step-00000002: cannot be written: No space left on device; earlier checkpoints are intact"):
+        with pytest.raises(
+            UserError,
+            match=r"step-00000002: cannot be written: No space left on device; earlier checkpoints are intact",
+        ):
             saver.begin(3, make(3), {})  # where the loop learns of it
         assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
         checkpoint = open_checkpoint(small_disk / "step-00000001")

@@ -18,7 +18,14 @@ from lumi.model import ModelConfig
 from lumi.parallel import Layout, ParallelConfig
 from lumi.plan import memory_estimate, memory_of, parameters_held
 from lumi.run_config import TrainConfig
-from lumi.scale import Cluster, checkpoint_bytes, collectives, matrices_of_layers, optimizer_seconds, step_time
+from lumi.scale import (
+    Cluster,
+    checkpoint_bytes,
+    collectives,
+    matrices_of_layers,
+    optimizer_seconds,
+    step_time,
+)
 from lumi.scale_report import describe_scale, what_fits
 
 FOLDER = Path(lumi.configs.__file__).parent / "pretrain"
@@ -33,7 +40,10 @@ def measured(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     processes = [
         subprocess.Popen(
-            [*program, str(rank), str(folder / "rendezvous"), str(folder / "out.json")], env=environment, stderr=subprocess.PIPE, text=True
+            [*program, str(rank), str(folder / "rendezvous"), str(folder / "out.json")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in (0, 1)
     ]
@@ -55,8 +65,14 @@ def test_processes_hold_what_is_estimated(name, measured):
     estimate = memory_of(config, layout, "cpu", "reference")
     norms = 0
     if config.optimizer.kind == "muon":  # of norms the estimate leaves out one state
-        matrices = sum(rows * columns * count for (rows, columns), count in matrices_of_layers(config.model).items())
-        norms = 4 * (config.model.num_parameters - matrices - 2 * config.model.vocab_size * config.model.model_dim) // layout.shard
+        matrices = sum(
+            rows * columns * count for (rows, columns), count in matrices_of_layers(config.model).items()
+        )
+        norms = (
+            4
+            * (config.model.num_parameters - matrices - 2 * config.model.vocab_size * config.model.model_dim)
+            // layout.shard
+        )
     assert estimate["weights"] == held["weights"]
     assert estimate["gradients"] == held["gradients"]
     assert estimate["optimizer"] + norms == held["optimizer"]
@@ -81,7 +97,9 @@ def test_processes_say_what_is_estimated(name, measured):
 def test_backward_finds_what_is_estimated(side, measured):
     layout = Layout(1, 1, 1)._replace(**{side: 2})
     batches = BatchConfig(sequence_length=10, batch_tokens=40, micro_batch_size=2)
-    estimate = memory_estimate(measured_scale.FOR_TRITON, batches, "adamw", 4, False, "cpu", "triton", layout=layout)
+    estimate = memory_estimate(
+        measured_scale.FOR_TRITON, batches, "adamw", 4, False, "cpu", "triton", layout=layout
+    )
     assert estimate["activations"] == 3 * measured["a layer's activations"][side]
 
 
@@ -101,9 +119,13 @@ def test_shards_of_8b_by_hand():
     assert parameters_held(model, 8, 2) == ((layer - 8192) // 16 + 1024, 2 * 128256 * 4096 // 16 + 512)
     config = replace(load_config(TrainConfig, FOLDER / "8b.json"), gradient_checkpointing=False)
     total = 8_030_261_248
-    assert memory_of(config, Layout(1, 8, 1), "cuda", "triton")["optimizer"] == total  # 8 bytes each, in 8 parts
+    assert (
+        memory_of(config, Layout(1, 8, 1), "cuda", "triton")["optimizer"] == total
+    )  # 8 bytes each, in 8 parts
     sent = {call.name: call.sent_bytes(Layout(2, 8, 1)) for call in collectives(config, Layout(2, 8, 1))}
-    assert sent["layers' weights, forward"] == pytest.approx(16 * 2 * 32 * layer * 7 / 8)  # 16 micro-steps, bfloat16
+    assert sent["layers' weights, forward"] == pytest.approx(
+        16 * 2 * 32 * layer * 7 / 8
+    )  # 16 micro-steps, bfloat16
     assert sent["layers' gradients"] == pytest.approx(2 * 32 * layer * 7 / 8)
     assert sent["shards of gradients, layers"] == pytest.approx(2 * 2 * 32 * layer / 8 / 2)
 
@@ -113,12 +135,18 @@ def test_where_groups_lie():
     nvlink, card = 0.5 * 400e9, 0.5 * 50e9
     assert cluster.bandwidth(Layout(4, 8, 1), "shard") == (nvlink, False)
     assert cluster.bandwidth(Layout(4, 8, 1), "replicate") == (card, True)
-    assert cluster.bandwidth(Layout(1, 32, 1), "shard") == (8 * card, True)  # all cards of a node work for the ring
+    assert cluster.bandwidth(Layout(1, 32, 1), "shard") == (
+        8 * card,
+        True,
+    )  # all cards of a node work for the ring
     assert cluster.bandwidth(Layout(1, 16, 2), "shard") == (4 * card, True)
     assert cluster.bandwidth(Layout(1, 4, 8), "tensor") == (nvlink, False)
     assert cluster.bandwidth(Layout(1, 4, 8), "shard") == (card, True)
     assert cluster.bandwidth(Layout(1, 2, 16), "tensor") == (8 * card, True)
-    assert replace(cluster, nvlink_gbps=1600).bandwidth(Layout(1, 32, 1), "shard") == (nvlink / 2, True)  # NVLink is the narrower
+    assert replace(cluster, nvlink_gbps=1600).bandwidth(Layout(1, 32, 1), "shard") == (
+        nvlink / 2,
+        True,
+    )  # NVLink is the narrower
     assert Cluster(nodes=1, gpus_per_node=6).bandwidth(Layout(2, 3, 1), "replicate") == (0.8 * 450e9, False)
 
 
@@ -138,19 +166,33 @@ def test_the_time_of_a_step_by_hand():
     assert alone.optimizer == pytest.approx(28 * SMALL.num_parameters / 3.35e12)
     assert (alone.recomputation, alone.communication, alone.exposed) == (0, 0, 0)
     assert alone.total == alone.products + alone.optimizer
-    checkpointed = step_time(small(Layout(1, 1, 1), gradient_checkpointing=True), Layout(1, 1, 1), Cluster(nodes=1, gpus_per_node=1))
+    checkpointed = step_time(
+        small(Layout(1, 1, 1), gradient_checkpointing=True),
+        Layout(1, 1, 1),
+        Cluster(nodes=1, gpus_per_node=1),
+    )
     layers = weights - 64 * 32 - 32
-    assert checkpointed.recomputation / checkpointed.products == pytest.approx((2 * layers + 1024) / (6 * weights + 3072))
+    assert checkpointed.recomputation / checkpointed.products == pytest.approx(
+        (2 * layers + 1024) / (6 * weights + 3072)
+    )
     hidden = step_time(small(Layout(2, 1, 1)), Layout(2, 1, 1), Cluster(nodes=2, gpus_per_node=1, **fast))
     assert hidden.communication > 0
     assert hidden.exposed == 0  # DDP's sums end before backward does
     slow = step_time(
-        small(Layout(2, 1, 1), dtype="float32"), Layout(2, 1, 1), Cluster(nodes=2, gpus_per_node=1, network_gbps=8, link_share=1)
+        small(Layout(2, 1, 1), dtype="float32"),
+        Layout(2, 1, 1),
+        Cluster(nodes=2, gpus_per_node=1, network_gbps=8, link_share=1),
     )
-    assert slow.communication == pytest.approx(4 * SMALL.num_parameters / 1e9)  # an all-reduce by two sends all bytes once, at 1 GB/s
-    assert slow.exposed == pytest.approx(slow.communication - slow.products / 3)  # the last of two micro-steps' backward hides as much
+    assert slow.communication == pytest.approx(
+        4 * SMALL.num_parameters / 1e9
+    )  # an all-reduce by two sends all bytes once, at 1 GB/s
+    assert slow.exposed == pytest.approx(
+        slow.communication - slow.products / 3
+    )  # the last of two micro-steps' backward hides as much
     sharded = step_time(small(Layout(1, 2, 1)), Layout(1, 2, 1), Cluster(nodes=1, gpus_per_node=2, **fast))
-    outside = 2 * 64 * 32 + 32  # gathered in both micro-steps and summed once, in bfloat16; half of it is sent
+    outside = (
+        2 * 64 * 32 + 32
+    )  # gathered in both micro-steps and summed once, in bfloat16; half of it is sent
     assert sharded.exposed == pytest.approx(3 * outside / (0.8 * 1e18 / 8))
 
 
@@ -158,9 +200,13 @@ def test_the_time_of_muon_by_hand():
     config = small(Layout(1, 1, 1), optimizer=replace(small(Layout(1, 1, 1)).optimizer, kind="muon"))
     turn = 4 * (4 * 32**2 * 32 + 2 * 32**3) + 3 * (4 * 32**2 * 64 + 2 * 32**3)
     whole = 2 * 5 * turn / EIGHT.flops
-    assert optimizer_seconds(config, Layout(8, 1, 1), EIGHT) == pytest.approx(whole + 28 * (2 * 64 * 32 + 32) / 3.35e12)
+    assert optimizer_seconds(config, Layout(8, 1, 1), EIGHT) == pytest.approx(
+        whole + 28 * (2 * 64 * 32 + 32) / 3.35e12
+    )
     rounds = math.ceil(2 * 7 / 8)  # eight processes share the 14 matrices
-    assert optimizer_seconds(config, Layout(1, 8, 1), EIGHT) == pytest.approx(rounds / 14 * whole + 28 * (2 * 64 * 32 + 32) / 8 / 3.35e12)
+    assert optimizer_seconds(config, Layout(1, 8, 1), EIGHT) == pytest.approx(
+        rounds / 14 * whole + 28 * (2 * 64 * 32 + 32) / 8 / 3.35e12
+    )
 
 
 def test_what_does_not_fit_says_what_would():
@@ -191,9 +237,21 @@ def test_auto_takes_the_largest_micro_batch_that_fits():
     ("overrides", "nodes", "message"),
     [
         (["model=null"], 1, "--config must be one of pre-training"),
-        (["parallel.replicate=3"], 1, "parallel: replicate 3 x shard 8 x tensor 1 = 24 must be the 8 processes"),
-        (["parallel.shard=1", "parallel.tensor=16"], 2, "parallel.tensor must divide model.num_kv_heads = 8, got 16"),
-        (["batches.batch_tokens=81920"], 1, "batches.batch_tokens must be a multiple of .* = 8192 x 2 x 8, got 81920"),
+        (
+            ["parallel.replicate=3"],
+            1,
+            "parallel: replicate 3 x shard 8 x tensor 1 = 24 must be the 8 processes",
+        ),
+        (
+            ["parallel.shard=1", "parallel.tensor=16"],
+            2,
+            "parallel.tensor must divide model.num_kv_heads = 8, got 16",
+        ),
+        (
+            ["batches.batch_tokens=81920"],
+            1,
+            "batches.batch_tokens must be a multiple of .* = 8192 x 2 x 8, got 81920",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(overrides, nodes, message):

@@ -57,11 +57,24 @@ def question(noun):
 def chat_dir(tokenizer, tmp_path_factory):
     """A token store of four questions and answers, all of them in both splits."""
     folder = tmp_path_factory.mktemp("chat")
-    records = [{"messages": [{"role": "user", "content": question(n)}, {"role": "assistant", "content": a}]} for n, a in ANSWERS.items()]
+    records = [
+        {"messages": [{"role": "user", "content": question(n)}, {"role": "assistant", "content": a}]}
+        for n, a in ANSWERS.items()
+    ]
     (folder / "raw.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     source = JsonlSource(name="toy", paths=(str(folder / "raw.jsonl"),), conversation=MessagesFormat())
-    prepare(PrepareConfig(sources=(source,), deduplication=DeduplicationConfig(near=False)), folder / "corpus", num_workers=1)
-    tokenize([folder / "corpus"], tokenizer, folder / "tokens", validation_corpus_dirs=[folder / "corpus"], num_workers=1)
+    prepare(
+        PrepareConfig(sources=(source,), deduplication=DeduplicationConfig(near=False)),
+        folder / "corpus",
+        num_workers=1,
+    )
+    tokenize(
+        [folder / "corpus"],
+        tokenizer,
+        folder / "tokens",
+        validation_corpus_dirs=[folder / "corpus"],
+        num_workers=1,
+    )
     return folder / "tokens"
 
 
@@ -86,8 +99,17 @@ def base_dir(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def start(chat_dir, base_dir, tokenizer_dir, tmp_path):
-    def start(name="run", resume=None, expect=0, model_path=base_dir, data_dirs=(chat_dir,), weights=None, **changes):
-        paths = Paths([str(folder) for folder in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume, model_path)
+    def start(
+        name="run", resume=None, expect=0, model_path=base_dir, data_dirs=(chat_dir,), weights=None, **changes
+    ):
+        paths = Paths(
+            [str(folder) for folder in data_dirs],
+            str(tokenizer_dir),
+            tmp_path / name,
+            weights,
+            resume,
+            model_path,
+        )
         assert train(from_dict(TrainConfig, CONFIG | changes), paths, "cpu") == expect
         return tmp_path / name
 
@@ -140,7 +162,10 @@ def test_a_frozen_base_is_bit_identical_after_training(start, base_dir, monkeypa
 
     monkeypatch.setattr(lumi.train, "build", spy)
     folder = start(lora=LORA | {"base_dtype": "bfloat16"}, num_steps=8)
-    trained = {name.replace(".parametrizations.weight.original", ".weight"): p for name, p in kept["model"].named_parameters()}
+    trained = {
+        name.replace(".parametrizations.weight.original", ".weight"): p
+        for name, p in kept["model"].named_parameters()
+    }
     for name, tensor in load_model(base_dir, REFERENCE).state_dict().items():
         expected = tensor.bfloat16() if tensor.ndim >= 2 else tensor
         assert trained[name].dtype == expected.dtype
@@ -175,20 +200,46 @@ def test_the_loss_is_the_sum_over_trained_tokens_by_their_number(start, base_dir
 
 def test_two_processes_share_the_trained_tokens(start, chat_dir, base_dir, tokenizer_dir, tmp_path):
     """Each has another number of trained tokens: a mean of their means would be another loss."""
-    changes = {"lora": LORA, "num_steps": 4, "batches": {"sequence_length": 100, "batch_tokens": 200, "micro_batch_size": 1}}
+    changes = {
+        "lora": LORA,
+        "num_steps": 4,
+        "batches": {"sequence_length": 100, "batch_tokens": 200, "micro_batch_size": 1},
+    }
     alone = start("alone", **changes)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
-    paths = ["--data-dirs", chat_dir, "--tokenizer-dir", tokenizer_dir, "--model-path", base_dir, "--output-dir", tmp_path / "two"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", lumi.train.__file__]
+    paths = [
+        "--data-dirs",
+        chat_dir,
+        "--tokenizer-dir",
+        tokenizer_dir,
+        "--model-path",
+        base_dir,
+        "--output-dir",
+        tmp_path / "two",
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        lumi.train.__file__,
+    ]
     command = [*launcher, "--config", tmp_path / "config.json", *paths, "--device", "cpu"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert curve(tmp_path / "two") == pytest.approx(curve(alone), rel=1e-5)
-    ours, theirs = (load_tensors(folder / "final" / "adapter_model.safetensors") for folder in (alone, tmp_path / "two"))
+    ours, theirs = (
+        load_tensors(folder / "final" / "adapter_model.safetensors") for folder in (alone, tmp_path / "two")
+    )
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5) for name in ours | theirs)
     split = TokenStore.open(chat_dir).split("train")
     rows = ConversationRows(split, 100, seed=0)
-    assert len({int(rows.row(index).trained.sum()) for index in range(2)}) == 2  # the first step's two rows differ
+    assert (
+        len({int(rows.row(index).trained.sum()) for index in range(2)}) == 2
+    )  # the first step's two rows differ
 
 
 @pytest.mark.parametrize("lora", [None, LORA | {"dropout": 0.2}], ids=["full", "lora"])
@@ -196,7 +247,13 @@ def test_resumed_is_uninterrupted(lora, start, tmp_path):
     folder = start(lora=lora, num_steps=12, save_every=4, keep_last=3)
     file = folder / "final" / ("adapter_model.safetensors" if lora else "model.safetensors")
     whole, weights = curve(folder), load_tensors(file)
-    start(resume=str(folder / "checkpoints" / "step-00000004"), lora=lora, num_steps=12, save_every=4, keep_last=3)
+    start(
+        resume=str(folder / "checkpoints" / "step-00000004"),
+        lora=lora,
+        num_steps=12,
+        save_every=4,
+        keep_last=3,
+    )
     assert curve(folder) == whole
     again = load_tensors(file)
     assert again.keys() == weights.keys()
@@ -209,7 +266,11 @@ def validations(monkeypatch):
 
     def validations(losses):
         values, real = iter(losses), lumi.train.held_out_loss
-        monkeypatch.setattr(lumi.train, "held_out_loss", lambda *rest: dataclasses.replace(real(*rest), loss=float(next(values))))
+        monkeypatch.setattr(
+            lumi.train,
+            "held_out_loss",
+            lambda *rest: dataclasses.replace(real(*rest), loss=float(next(values))),
+        )
 
     return validations
 
@@ -218,8 +279,12 @@ def validations(monkeypatch):
 def test_final_is_the_best_where_asked(lora, start, validations, capsys):
     validations([1, 5, 4, 6])  # at steps 0, 4, 8 and 12: what fine-tuning begins at is no checkpoint
     folder = start(final="best", lora=lora, num_steps=12, save_every=4, validate_every=4)
-    assert "final is the checkpoint of step 8, of the lowest validation loss: 4.0000" in capsys.readouterr().out
-    best, last = (open_checkpoint(folder / "checkpoints" / f"step-{step:08d}").tensors("model") for step in (8, 12))
+    assert (
+        "final is the checkpoint of step 8, of the lowest validation loss: 4.0000" in capsys.readouterr().out
+    )
+    best, last = (
+        open_checkpoint(folder / "checkpoints" / f"step-{step:08d}").tensors("model") for step in (8, 12)
+    )
     if lora is None:
         name = "layers.0.attention.q_proj.weight"
         final = load_model(folder / "final", REFERENCE).state_dict()[name]
@@ -249,11 +314,22 @@ def test_conversations_and_texts_are_mixed_by_weight(start, chat_dir, store_dir)
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
     assert records[-1]["mix"] == [0.75, 0.25]
     splits = [TokenStore.open(path).split("train") for path in (chat_dir, store_dir)]
-    batches = Batches(splits, [3, 1], BatchConfig(sequence_length=96, batch_tokens=384, micro_batch_size=2), 0)
+    batches = Batches(
+        splits, [3, 1], BatchConfig(sequence_length=96, batch_tokens=384, micro_batch_size=2), 0
+    )
     for record in records:
         rows = batches.documents(record["step"], 0, 4)
-        answers = sum(int(splits[0].loss_mask(*span(splits[0], document)).sum()) for store, ids in rows if store == 0 for document in ids)
-        text = next(batches.rows(record["step"], row, row + 1).num_targets for row, (store, _) in enumerate(rows) if store == 1)
+        answers = sum(
+            int(splits[0].loss_mask(*span(splits[0], document)).sum())
+            for store, ids in rows
+            if store == 0
+            for document in ids
+        )
+        text = next(
+            batches.rows(record["step"], row, row + 1).num_targets
+            for row, (store, _) in enumerate(rows)
+            if store == 1
+        )
         assert record["targets"] == answers + text
         assert text > 80
 
@@ -265,12 +341,24 @@ def span(split, document):
 def test_dora_muon_and_float16_train_too(start):
     lora = LORA | {"dora": True, "dropout": 0.1}
     optimizer = {"kind": "muon", "peak_lr": 0.003}
-    losses = curve(start(lora=lora, dtype="float16", optimizer=optimizer, gradient_checkpointing=True, num_steps=20))
+    losses = curve(
+        start(lora=lora, dtype="float16", optimizer=optimizer, gradient_checkpointing=True, num_steps=20)
+    )
     assert losses[-1] < 0.75 * losses[0]
 
 
 def test_the_model_may_stand_in_the_config_as_well(start):
-    start(model={"vocab_size": 384, "num_layers": 2, "model_dim": 64, "num_heads": 2, "mlp_dim": 128, "max_positions": 128}, num_steps=1)
+    start(
+        model={
+            "vocab_size": 384,
+            "num_layers": 2,
+            "model_dim": 64,
+            "num_heads": 2,
+            "mlp_dim": 128,
+            "max_positions": 128,
+        },
+        num_steps=1,
+    )
 
 
 def test_the_resolved_config_holds_the_model(start):
@@ -296,27 +384,53 @@ def test_an_adapter_vouches_for_the_base_that_was_loaded(start, base_dir, tmp_pa
 
 @pytest.mark.parametrize("bad", ["train", "validation"])
 def test_a_split_that_fits_no_row_is_named_before_the_first_step(bad, start, tokenizer, tmp_path):
-    writer = StoreWriter(tmp_path, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size)
+    writer = StoreWriter(
+        tmp_path, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
+    )
     for split in ("train", "validation"):
         size = 40 if split == bad else 10
         mask = np.arange(size) >= size - 3
         writer.append(split, np.full(size, 300), np.array([size]), {"made": (1, size, 3)}, mask)
     writer.finish({}, "chatml")
-    with pytest.raises(UserError, match=f"{bad} split: a token store must hold an answer that ends within sequence_length = 20 tokens"):
-        start(batches={"sequence_length": 20, "batch_tokens": 40, "micro_batch_size": 1}, data_dirs=[tmp_path])
+    with pytest.raises(
+        UserError,
+        match=f"{bad} split: a token store must hold an answer that ends within sequence_length = 20 tokens",
+    ):
+        start(
+            batches={"sequence_length": 20, "batch_tokens": 40, "micro_batch_size": 1}, data_dirs=[tmp_path]
+        )
 
 
-SMALL = {"vocab_size": 384, "num_layers": 1, "model_dim": 64, "num_heads": 2, "mlp_dim": 128, "max_positions": 128}
+SMALL = {
+    "vocab_size": 384,
+    "num_layers": 1,
+    "model_dim": 64,
+    "num_heads": 2,
+    "mlp_dim": 128,
+    "max_positions": 128,
+}
 LONG = {"sequence_length": 192, "batch_tokens": 384, "micro_batch_size": 2}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_path": None}, r"config\.model must give the shape of the model where --model-path gives no model"),
-        ({"model_path": None, "model": SMALL, "lora": LORA}, r"config\.lora needs a model to adapt: pass --model-path"),
-        ({"model": SMALL}, r"config\.model must be null, or that of --model-path .*: num_layers must be 2, got 1"),
-        ({"batches": LONG}, r"--model-path .*sequence_length must be at most model\.max_positions = 128, got 192"),
+        (
+            {"model_path": None},
+            r"config\.model must give the shape of the model where --model-path gives no model",
+        ),
+        (
+            {"model_path": None, "model": SMALL, "lora": LORA},
+            r"config\.lora needs a model to adapt: pass --model-path",
+        ),
+        (
+            {"model": SMALL},
+            r"config\.model must be null, or that of --model-path .*: num_layers must be 2, got 1",
+        ),
+        (
+            {"batches": LONG},
+            r"--model-path .*sequence_length must be at most model\.max_positions = 128, got 192",
+        ),
     ],
 )
 def test_refuses(changes, message, start):

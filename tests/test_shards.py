@@ -43,12 +43,16 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus, tmp_path_factory):
-    return train_tokenizer(TokenizerConfig(vocab_size=320), [corpus], tmp_path_factory.mktemp("made") / "tokenizer")
+    return train_tokenizer(
+        TokenizerConfig(vocab_size=320), [corpus], tmp_path_factory.mktemp("made") / "tokenizer"
+    )
 
 
 @pytest.fixture(scope="module")
 def other_tokenizer(corpus, tmp_path_factory):
-    return train_tokenizer(TokenizerConfig(vocab_size=310), [corpus], tmp_path_factory.mktemp("made") / "other")
+    return train_tokenizer(
+        TokenizerConfig(vocab_size=310), [corpus], tmp_path_factory.mktemp("made") / "other"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +96,20 @@ def test_every_document_is_there_once_in_order_on_its_side(finished, tokenizer):
 
 def test_the_manifest_counts(finished):
     train = read_json(finished / "manifest.json")["splits"]["train"]
-    web = [text for text, source in zip(TEXTS, SOURCES, strict=True) if source == "web" and expected_split(text) == "train"]
+    web = [
+        text
+        for text, source in zip(TEXTS, SOURCES, strict=True)
+        if source == "web" and expected_split(text) == "train"
+    ]
     assert train["sources"]["web"]["documents"] == len(web)
     assert train["sources"]["web"]["bytes"] == sum(len(text.encode()) for text in web)
     for key in ("documents", "tokens", "bytes"):
         assert train[key] == train["sources"]["web"][key] + train["sources"]["books"][key]
     tokens = (finished / "train.tokens").read_bytes()
-    assert train["files"]["train.tokens"] == {"size": 2 * train["tokens"], "sha256": hashlib.sha256(tokens).hexdigest()}
+    assert train["files"]["train.tokens"] == {
+        "size": 2 * train["tokens"],
+        "sha256": hashlib.sha256(tokens).hexdigest(),
+    }
     assert train["max_token_id"] == np.frombuffer(tokens, "<u2").max()
 
 
@@ -123,13 +134,17 @@ def test_equal_texts_share_a_side_and_the_share_is_as_asked():
 def test_any_number_of_workers_gives_the_same_bytes(corpus, tokenizer, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 500)  # some fifty tasks: real processes
     for workers in (1, 2):
-        tokenize([corpus], tokenizer, tmp_path / str(workers), validation_fraction=FRACTION, num_workers=workers)
+        tokenize(
+            [corpus], tokenizer, tmp_path / str(workers), validation_fraction=FRACTION, num_workers=workers
+        )
         assert file_bytes(tmp_path / str(workers)) == file_bytes(finished)
 
 
 def test_several_corpora_follow_each_other(corpus, tokenizer, tmp_path):
     second = write_corpus(tmp_path / "second", ["one more"], ["extra"])
-    manifest = tokenize([second, corpus], tokenizer, tmp_path / "tokens", validation_fraction=0, num_workers=1)
+    manifest = tokenize(
+        [second, corpus], tokenizer, tmp_path / "tokens", validation_fraction=0, num_workers=1
+    )
     train = TokenStore.open(tmp_path / "tokens").split("train")
     assert tokenizer.decode(train.document(0)) == "one more"
     assert train.num_documents == 201
@@ -139,7 +154,11 @@ def test_several_corpora_follow_each_other(corpus, tokenizer, tmp_path):
 
 def test_tasks_keep_documents_and_order(monkeypatch):
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 10)
-    batches = [Documents(["aaaa", "b" * 30], ["x", "y"]), Documents([], []), Documents(["cccc", "cccc", "dddd"], ["x", "x", "z"])]
+    batches = [
+        Documents(["aaaa", "b" * 30], ["x", "y"]),
+        Documents([], []),
+        Documents(["cccc", "cccc", "dddd"], ["x", "x", "z"]),
+    ]
     tasks = list(make_tasks(batches))
     assert [task.documents for task in tasks] == [["aaaa", "b" * 30], ["cccc", "cccc", "dddd"]]
     assert [source for task in tasks for source in task.sources] == ["x", "y", "x", "x", "z"]
@@ -169,13 +188,17 @@ def test_arguments_out_of_range(corpus, tokenizer, tmp_path, arguments, message)
 
 def test_an_empty_split_says_what_helps(tokenizer, tmp_path):
     corpus = write_corpus(tmp_path / "corpus", TEXTS[:5], SOURCES[:5])
-    with pytest.raises(UserError, match=r"validation split at least one of the 5 documents, got 1e-06; run .*") as caught:
+    with pytest.raises(
+        UserError, match=r"validation split at least one of the 5 documents, got 1e-06; run .*"
+    ) as caught:
         tokenize([corpus], tokenizer, tmp_path / "tokens", validation_fraction=1e-6)
     assert not (tmp_path / "tokens").exists()
     fraction = float(str(caught.value).split("--validation-fraction ")[-1].split("`")[0])
     manifest = tokenize([corpus], tokenizer, tmp_path / "tokens", validation_fraction=fraction)
     assert manifest.splits["validation"].documents == 1
-    with pytest.raises(UserError, match=r"must leave documents to train on, got 0.999999 for 5 documents; lower it"):
+    with pytest.raises(
+        UserError, match=r"must leave documents to train on, got 0.999999 for 5 documents; lower it"
+    ):
         tokenize([corpus], tokenizer, tmp_path / "all", validation_fraction=0.999999)
     with pytest.raises(UserError, match="--corpus-dirs must name at least one corpus folder"):
         tokenize([], tokenizer, tmp_path / "none")
@@ -185,7 +208,10 @@ def test_an_equal_store_is_kept_another_refused(corpus, tokenizer, other_tokeniz
     before = file_bytes(folder)
     tokenize([corpus], tokenizer, folder, validation_fraction=FRACTION)
     assert "already holds these documents in tokens of this tokenizer; kept" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"other inputs \(validation_fraction 0\.25 there, 0\.5 asked for\); choose another --output-dir"):
+    with pytest.raises(
+        UserError,
+        match=r"other inputs \(validation_fraction 0\.25 there, 0\.5 asked for\); choose another --output-dir",
+    ):
         tokenize([corpus], tokenizer, folder, validation_fraction=0.5)
     pattern = f"tokenizer {tokenizer.fingerprint} there, {other_tokenizer.fingerprint} asked for"
     with pytest.raises(UserError, match=pattern):
@@ -206,7 +232,9 @@ def test_foreign_folders_are_left_alone(corpus, tokenizer, tmp_path):
             tokenize([corpus], tokenizer, place)
 
 
-def test_a_run_that_fails_leaves_nothing_and_sweeps_its_dead_forerunners(corpus, tokenizer, tmp_path, monkeypatch):
+def test_a_run_that_fails_leaves_nothing_and_sweeps_its_dead_forerunners(
+    corpus, tokenizer, tmp_path, monkeypatch
+):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     litter, foreign = tmp_path / f".tmp-tokens-{dead.pid}", tmp_path / f".tmp-others-{dead.pid}"
@@ -266,13 +294,22 @@ def chat_corpus(tmp_path_factory):
 
 
 def side(chat):
-    text = json.dumps([{"role": m.role, "content": m.content} for m in chat], ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(
+        [{"role": m.role, "content": m.content} for m in chat], ensure_ascii=False, separators=(",", ":")
+    )
     return expected_split(text)
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_conversations_are_there_once_in_order_with_their_masks(chat_corpus, tokenizer, tmp_path, name):
-    manifest = tokenize([chat_corpus], tokenizer, tmp_path / "s", validation_fraction=FRACTION, template=TEMPLATES[name], num_workers=1)
+    manifest = tokenize(
+        [chat_corpus],
+        tokenizer,
+        tmp_path / "s",
+        validation_fraction=FRACTION,
+        template=TEMPLATES[name],
+        num_workers=1,
+    )
     assert manifest.template == manifest.inputs["template"] == name
     store = TokenStore.open(tmp_path / "s")
     for split_name in ("train", "validation"):
@@ -280,10 +317,18 @@ def test_conversations_are_there_once_in_order_with_their_masks(chat_corpus, tok
         chats = [chat for chat in CHATS if side(chat) == split_name]
         rendered = [render(tokenizer, TEMPLATES[name], chat) for chat in chats if len(chat) > 1]
         assert split.num_documents == len(rendered) == counts.documents > 15
-        assert [split.document(i).tolist() for i in range(split.num_documents)] == [document.ids for document in rendered]
-        assert split.loss_mask(0, split.num_tokens).tolist() == [bit for document in rendered for bit in document.mask]
+        assert [split.document(i).tolist() for i in range(split.num_documents)] == [
+            document.ids for document in rendered
+        ]
+        assert split.loss_mask(0, split.num_tokens).tolist() == [
+            bit for document in rendered for bit in document.mask
+        ]
         assert counts.trained_tokens == sum(sum(document.mask) for document in rendered)
-        assert counts.bytes == split.num_bytes == sum(len(m.content.encode()) for chat in chats for m in chat if m.role == "assistant")
+        assert (
+            counts.bytes
+            == split.num_bytes
+            == sum(len(m.content.encode()) for chat in chats for m in chat if m.role == "assistant")
+        )
         assert counts.bytes == sum(source.bytes for source in counts.sources.values())
         assert counts.truncated == 0
     dropped = {split_name: counts.dropped for split_name, counts in manifest.splits.items()}
@@ -291,7 +336,10 @@ def test_conversations_are_there_once_in_order_with_their_masks(chat_corpus, tok
 
 
 def test_long_conversations_are_truncated_or_dropped_and_counted(chat_corpus, tokenizer, tmp_path):
-    short, long = (Message("user", "q"), Message("assistant", "a")), (Message("user", "q" * 99), Message("assistant", "a"))
+    short, long = (
+        (Message("user", "q"), Message("assistant", "a")),
+        (Message("user", "q" * 99), Message("assistant", "a")),
+    )
     limit = len(render(tokenizer, TEMPLATES["plain"], short).ids)
     corpus = write_chats(tmp_path / "chats", [short, (*short, *long), long, (*short, long[0])])
     arguments = {"template": TEMPLATES["plain"], "max_tokens": limit, "num_workers": 1}
@@ -300,14 +348,27 @@ def test_long_conversations_are_truncated_or_dropped_and_counted(chat_corpus, to
     assert (train.dropped, train.truncated) == ({"no_answer_within_max_tokens": 1}, 1)
     message = "--corpus-dirs must hold at least one document, got none; 4 dropped: no_answer_within_max_tokens; raise --max-tokens"
     with pytest.raises(UserError, match=message):
-        tokenize([corpus], tokenizer, tmp_path / "t", validation_fraction=0, **(arguments | {"max_tokens": limit - 1}))
+        tokenize(
+            [corpus],
+            tokenizer,
+            tmp_path / "t",
+            validation_fraction=0,
+            **(arguments | {"max_tokens": limit - 1}),
+        )
     assert not (tmp_path / "t").exists()
 
 
 def test_any_number_of_workers_gives_the_same_conversations(chat_corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 300)
     for workers in (1, 3):
-        tokenize([chat_corpus], tokenizer, tmp_path / str(workers), validation_fraction=FRACTION, max_tokens=50, num_workers=workers)
+        tokenize(
+            [chat_corpus],
+            tokenizer,
+            tmp_path / str(workers),
+            validation_fraction=FRACTION,
+            max_tokens=50,
+            num_workers=workers,
+        )
     assert file_bytes(tmp_path / "1") == file_bytes(tmp_path / "3")
 
 
@@ -315,36 +376,86 @@ def test_corpora_can_be_the_validation_split(chat_corpus, corpus, tokenizer, tmp
     held_out = write_chats(tmp_path / "held_out", CHATS[:5])
     rest = write_chats(tmp_path / "rest", CHATS[10:])
     manifest = tokenize([rest], tokenizer, tmp_path / "s", validation_corpus_dirs=[held_out], num_workers=1)
-    assert {name: split.documents for name, split in manifest.splits.items()} == {"train": 110, "validation": 5}
+    assert {name: split.documents for name, split in manifest.splits.items()} == {
+        "train": 110,
+        "validation": 5,
+    }
     assert manifest.template == "chatml"  # the tokenizer's own
     texts = tokenize([corpus], tokenizer, tmp_path / "t", validation_corpus_dirs=[corpus], num_workers=1)
-    assert {name: split.documents for name, split in texts.splits.items()} == {"train": 200, "validation": 200}
-    with pytest.raises(UserError, match=r"--validation-fraction must be 0 or left out beside --validation-corpus-dirs, got 0\.1"):
-        tokenize([rest], tokenizer, tmp_path / "u", validation_corpus_dirs=[held_out], validation_fraction=0.1)
+    assert {name: split.documents for name, split in texts.splits.items()} == {
+        "train": 200,
+        "validation": 200,
+    }
+    with pytest.raises(
+        UserError,
+        match=r"--validation-fraction must be 0 or left out beside --validation-corpus-dirs, got 0\.1",
+    ):
+        tokenize(
+            [rest], tokenizer, tmp_path / "u", validation_corpus_dirs=[held_out], validation_fraction=0.1
+        )
     with pytest.raises(UserError, match=r"validation corpus 0 [0-9a-f]{64} there, None asked for"):
         tokenize([rest], tokenizer, tmp_path / "s", validation_fraction=0)
     silent = write_chats(tmp_path / "silent", [CHATS[9]])
-    with pytest.raises(UserError, match="--validation-corpus-dirs must hold at least one document, got none; 1 dropped: no_answer"):
+    with pytest.raises(
+        UserError,
+        match="--validation-corpus-dirs must hold at least one document, got none; 1 dropped: no_answer",
+    ):
         tokenize([rest], tokenizer, tmp_path / "u", validation_corpus_dirs=[silent])
-    with pytest.raises(UserError, match="--corpus-dirs must hold at least one document, got none; 1 dropped: no_answer"):
+    with pytest.raises(
+        UserError, match="--corpus-dirs must hold at least one document, got none; 1 dropped: no_answer"
+    ):
         tokenize([silent], tokenizer, tmp_path / "u", validation_corpus_dirs=[rest])
 
 
 def test_another_template_or_limit_is_another_store(chat_corpus, tokenizer, tmp_path):
     tokenize([chat_corpus], tokenizer, tmp_path / "s", validation_fraction=FRACTION, num_workers=1)
-    with pytest.raises(UserError, match=r"other inputs \(template chatml there, plain asked for; max_tokens None there, 60 asked for\)"):
-        tokenize([chat_corpus], tokenizer, tmp_path / "s", validation_fraction=FRACTION, template=TEMPLATES["plain"], max_tokens=60)
+    with pytest.raises(
+        UserError,
+        match=r"other inputs \(template chatml there, plain asked for; max_tokens None there, 60 asked for\)",
+    ):
+        tokenize(
+            [chat_corpus],
+            tokenizer,
+            tmp_path / "s",
+            validation_fraction=FRACTION,
+            template=TEMPLATES["plain"],
+            max_tokens=60,
+        )
 
 
 def test_what_does_not_go_together(chat_corpus, corpus, tokenizer, tmp_path):
     foreign = tokenizer.with_chat_template("{{ messages }}")
     for folders, others, chosen, arguments, message in (
-        ([chat_corpus, corpus], [], tokenizer, {}, f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}"),
-        ([chat_corpus], [corpus], tokenizer, {}, f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}"),
-        ([corpus], [], tokenizer, {"template": TEMPLATES["plain"]}, f"--template must be left out for texts, and {corpus} holds texts"),
+        (
+            [chat_corpus, corpus],
+            [],
+            tokenizer,
+            {},
+            f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}",
+        ),
+        (
+            [chat_corpus],
+            [corpus],
+            tokenizer,
+            {},
+            f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}",
+        ),
+        (
+            [corpus],
+            [],
+            tokenizer,
+            {"template": TEMPLATES["plain"]},
+            f"--template must be left out for texts, and {corpus} holds texts",
+        ),
         ([corpus], [], tokenizer, {"max_tokens": 9}, "--max-tokens must be left out for texts"),
         ([chat_corpus], [], tokenizer, {"max_tokens": 0}, "--max-tokens must be at least 1, got 0"),
-        ([chat_corpus], [], foreign, {}, "--template must be given where the tokenizer's chat template is none of chatml, alpaca, plain"),
+        (
+            [chat_corpus],
+            [],
+            foreign,
+            {},
+            "--template must be given where the tokenizer's chat template is none of chatml, alpaca, plain",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             tokenize(folders, chosen, tmp_path / "s", validation_corpus_dirs=others, **arguments)
@@ -354,14 +465,26 @@ def test_what_does_not_go_together(chat_corpus, corpus, tokenizer, tmp_path):
 def test_a_corpus_of_conversations_is_tokenized_once_for_each_template(tokenizer, tmp_path):
     corpus = write_chats(tmp_path / "chats", CHATS)
     plain = tokenizer.with_chat_template(TEMPLATES["plain"].jinja)
-    stores = [open_or_tokenize(corpus, chosen, validation_fraction=FRACTION) for chosen in (tokenizer, plain, tokenizer)]
+    stores = [
+        open_or_tokenize(corpus, chosen, validation_fraction=FRACTION)
+        for chosen in (tokenizer, plain, tokenizer)
+    ]
     assert [store.manifest.template for store in stores] == ["chatml", "plain", "chatml"]
-    assert [store.folder.name for store in stores[:2]] == [f"{tokenizer.fingerprint[:16]}-{name}" for name in ("chatml", "plain")]
+    assert [store.folder.name for store in stores[:2]] == [
+        f"{tokenizer.fingerprint[:16]}-{name}" for name in ("chatml", "plain")
+    ]
 
 
 def test_what_the_command_says(corpus, tokenizer, tmp_path, capsys):
     def lumi_tokenize(output, *arguments):
-        command = ["tokenize", "--tokenizer-dir", tmp_path / "tok", "--output-dir", tmp_path / output, *arguments]
+        command = [
+            "tokenize",
+            "--tokenizer-dir",
+            tmp_path / "tok",
+            "--output-dir",
+            tmp_path / output,
+            *arguments,
+        ]
         assert cli.dispatch([str(argument) for argument in command]) == 0
         return capsys.readouterr().out
 
@@ -396,12 +519,17 @@ def test_a_missing_split_names_those_there_are(corpus, tokenizer, tmp_path):
     store = TokenStore.open(tmp_path / "tokens")
     assert store.has_split("train")
     assert not store.has_split("validation")
-    with pytest.raises(UserError, match=r"must hold the split 'validation', got train; .*--validation-fraction"):
+    with pytest.raises(
+        UserError, match=r"must hold the split 'validation', got train; .*--validation-fraction"
+    ):
         store.split("validation")
 
 
 def test_another_tokenizer_is_refused(finished, tokenizer, other_tokenizer):
-    with pytest.raises(UserError, match=f"{other_tokenizer.fingerprint}, got a token store of {tokenizer.fingerprint}; .*lumi tokenize "):
+    with pytest.raises(
+        UserError,
+        match=f"{other_tokenizer.fingerprint}, got a token store of {tokenizer.fingerprint}; .*lumi tokenize ",
+    ):
         TokenStore.open(finished, tokenizer_fingerprint=other_tokenizer.fingerprint)
 
 
@@ -411,11 +539,15 @@ def test_truncated_and_missing_files(folder, name, verify):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-1])
     with pytest.raises(
-        UserError, match=rf"{name}: must be {len(data)} bytes, got {len(data) - 1}.*copy the store again, or remove it and run"
+        UserError,
+        match=rf"{name}: must be {len(data)} bytes, got {len(data) - 1}.*copy the store again, or remove it and run",
     ):
         TokenStore.open(folder, verify=verify)
     (folder / name).write_bytes(data + b"\0")
-    with pytest.raises(UserError, match=rf"{name}: must be {len(data)} bytes, got {len(data) + 1}: the file is truncated or was changed"):
+    with pytest.raises(
+        UserError,
+        match=rf"{name}: must be {len(data)} bytes, got {len(data) + 1}: the file is truncated or was changed",
+    ):
         TokenStore.open(folder, verify=verify)
     (folder / name).unlink()
     with pytest.raises(UserError, match=rf"{name}: is missing; copy the store again"):
@@ -427,7 +559,9 @@ def test_one_flipped_bit(folder, name):
     data = bytearray((folder / name).read_bytes())
     data[17] ^= 1
     (folder / name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"{name}: SHA-256 must be [0-9a-f]{{64}}, got [0-9a-f]{{64}}: the file is corrupt"):
+    with pytest.raises(
+        UserError, match=rf"{name}: SHA-256 must be [0-9a-f]{{64}}, got [0-9a-f]{{64}}: the file is corrupt"
+    ):
         TokenStore.open(folder)
 
 
@@ -459,10 +593,15 @@ def test_ids_beyond_the_tokenizer_that_reads_them_are_refused(folder, tokenizer)
     """Of the fingerprint is the model alone: one that gives fewer ids than the one that wrote the store could have the same."""
     for verify in ("size", "hash"):
         highest = read_json(folder / "manifest.json")["splits"]["train"]["max_token_id"]
-        assert TokenStore.open(folder, vocab_size=highest + 1, verify=verify).split("validation").num_documents > 20
+        assert (
+            TokenStore.open(folder, vocab_size=highest + 1, verify=verify).split("validation").num_documents
+            > 20
+        )
         with pytest.raises(UserError, match=rf"train.tokens: ids must be below {highest}, got {highest}"):
             TokenStore.open(folder, vocab_size=highest, verify=verify)
-    manifest = read_json(folder / "manifest.json") | {"vocab_size": 5000}  # one that claims more than the tokenizer has
+    manifest = read_json(folder / "manifest.json") | {
+        "vocab_size": 5000
+    }  # one that claims more than the tokenizer has
 
     def change(values):
         values[3] = 4999
@@ -476,13 +615,16 @@ def test_ids_beyond_the_tokenizer_that_reads_them_are_refused(folder, tokenizer)
 def test_a_file_that_shrinks_in_the_middle_of_a_run(folder):
     """np.memmap would end the process here by SIGBUS, without a word."""
     splits = [TokenStore.open(folder).split("train")]
-    batches = Batches(splits, None, BatchConfig(sequence_length=64, batch_tokens=256, micro_batch_size=1), seed=0)
+    batches = Batches(
+        splits, None, BatchConfig(sequence_length=64, batch_tokens=256, micro_batch_size=1), seed=0
+    )
     steps = prefetch(batches.__getitem__, range(1, 1000))
     assert next(steps)[1].tokens.shape == (4, 64)
     size = (folder / "train.tokens").stat().st_size
     os.truncate(folder / "train.tokens", size // 2)
     with pytest.raises(
-        UserError, match=rf"train.tokens: must be {size} bytes, got {size // 2}: the file was truncated while .* copy the st"
+        UserError,
+        match=rf"train.tokens: must be {size} bytes, got {size // 2}: the file was truncated while .* copy the st",
     ):
         list(steps)
 
@@ -508,7 +650,9 @@ def test_damaged_manifests(folder, tmp_path, corpus):
         (tmp_path, "no manifest.json"),
         (corpus, "a manifest.json of something else"),
     ):
-        with pytest.raises(UserError, match=f"must be a finished token store, got {what}; make one with `lumi tokenize"):
+        with pytest.raises(
+            UserError, match=f"must be a finished token store, got {what}; make one with `lumi tokenize"
+        ):
             TokenStore.open(place)
     whole = (folder / "manifest.json").read_text()
     for changes, message in (
@@ -516,7 +660,10 @@ def test_damaged_manifests(folder, tmp_path, corpus):
         ({"dtype": "uint32"}, "dtype must be uint16 for 320 ids, got uint32"),
         ({"vocab_size": 70000}, "dtype must be uint32 for 70000 ids, got uint16"),
         ({"vocab_size": "320"}, "vocab_size must be an integer"),
-        ({"splits": {"../train": json.loads(whole)["splits"]["train"]}}, "splits must be train or validation with their files"),
+        (
+            {"splits": {"../train": json.loads(whole)["splits"]["train"]}},
+            "splits must be train or validation with their files",
+        ),
     ):
         change_manifest(folder, **changes)
         with pytest.raises(UserError, match=message):
@@ -540,7 +687,9 @@ def test_uint32_past_65536_ids(tmp_path):
     writer = StoreWriter(tmp_path, tokenizer_fingerprint="f", vocab_size=70000)
     writer.append("train", np.array([1, 69999, 2]), np.array([3]), {"a": (1, 3, 4)})
     assert writer.finish({}).dtype == "uint32"
-    assert (tmp_path / "train.tokens").read_bytes() == b"\1\0\0\0" + (69999).to_bytes(4, "little") + b"\2\0\0\0"
+    assert (tmp_path / "train.tokens").read_bytes() == b"\1\0\0\0" + (69999).to_bytes(
+        4, "little"
+    ) + b"\2\0\0\0"
     assert TokenStore.open(tmp_path).split("train").tokens[:].tolist() == [1, 69999, 2]
 
 
@@ -551,7 +700,9 @@ def test_loss_masks_are_bits_across_batches(tmp_path):
     for lengths in ([3], [7, 1], [8], [2, 2, 2], [13]):
         total = sum(lengths)
         masks.append(rng.random(total) < 0.5)
-        writer.append("train", np.zeros(total, np.int64), np.array(lengths), {"a": (len(lengths), total, 0)}, masks[-1])
+        writer.append(
+            "train", np.zeros(total, np.int64), np.array(lengths), {"a": (len(lengths), total, 0)}, masks[-1]
+        )
     manifest = writer.finish({"kind": "conversations"}, "plain")
     assert manifest.splits["train"].trained_tokens == int(np.concatenate(masks).sum())
     expected = np.concatenate(masks)
@@ -579,7 +730,12 @@ def test_the_writer_refuses_what_does_not_add_up(tmp_path):
     for wrong in (100, -1):
         with pytest.raises(UserError, match=f"token ids must be between 0 and 99, got .*{wrong}"):
             writer.append("train", np.array([wrong, 1, 2, 3, 4]), lengths, counts)
-    for bad_lengths, bad_counts in (([2, 2], counts), ([0, 5], counts), (lengths, {"a": (1, 5, 9)}), (lengths, {"a": (2, 4, 9)})):
+    for bad_lengths, bad_counts in (
+        ([2, 2], counts),
+        ([0, 5], counts),
+        (lengths, {"a": (1, 5, 9)}),
+        (lengths, {"a": (2, 4, 9)}),
+    ):
         with pytest.raises(ValueError, match="lengths must be at least 1 and add up"):
             writer.append("train", tokens, np.array(bad_lengths), bad_counts)
     with pytest.raises(ValueError, match="mask must have one value for each of 5 tokens, got 4"):
@@ -635,9 +791,14 @@ def test_data_dirs_of_neither_kind(tokenizer, other_tokenizer, finished, tmp_pat
         (tmp_path / "no", "nothing there"),
         (tmp_path / "file", "a file"),
     ):
-        with pytest.raises(UserError, match=rf"--data-dirs must name token stores .* or corpus folders .*, got {place}: {what}"):
+        with pytest.raises(
+            UserError,
+            match=rf"--data-dirs must name token stores .* or corpus folders .*, got {place}: {what}",
+        ):
             open_or_tokenize(place, tokenizer)
-    with pytest.raises(UserError, match=f"{other_tokenizer.fingerprint}, got a token store of {tokenizer.fingerprint}"):
+    with pytest.raises(
+        UserError, match=f"{other_tokenizer.fingerprint}, got a token store of {tokenizer.fingerprint}"
+    ):
         open_or_tokenize(finished, other_tokenizer)
 
 

@@ -80,8 +80,16 @@ def test_what_is_renamed_is_on_the_disk_before_the_old_one_goes(tmp_path, monkey
         real_rmtree(path, *arguments, **keywords)
 
     monkeypatch.setattr(os, "open", opened)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(("fsync", descriptors[descriptor])) or real["fsync"](descriptor))
-    monkeypatch.setattr(os, "rename", lambda source, target: done.append(("rename", str(target))) or real["rename"](source, target))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: done.append(("fsync", descriptors[descriptor])) or real["fsync"](descriptor),
+    )
+    monkeypatch.setattr(
+        os,
+        "rename",
+        lambda source, target: done.append(("rename", str(target))) or real["rename"](source, target),
+    )
     monkeypatch.setattr(shutil, "rmtree", removed)
     folder = tmp_path / "a" / "b" / "f"
     with atomic_folder(folder):
@@ -92,7 +100,12 @@ def test_what_is_renamed_is_on_the_disk_before_the_old_one_goes(tmp_path, monkey
     displaced = str(folder.parent / f".tmp-f-{os.getpid()}-displaced")
     (temporary, *rest) = done
     assert temporary == ("fsync", str(folder.parent / f".tmp-f-{os.getpid()}"))
-    assert rest == [("rename", displaced), ("rename", str(folder)), ("fsync", str(folder.parent)), ("remove", displaced)]
+    assert rest == [
+        ("rename", displaced),
+        ("rename", str(folder)),
+        ("fsync", str(folder.parent)),
+        ("remove", displaced),
+    ]
 
 
 def test_sweep_puts_back_what_was_moved_aside_for_a_folder_that_never_came(tmp_path, monkeypatch):
@@ -128,7 +141,9 @@ def test_check_file(tmp_path):
     with pytest.raises(UserError, match=r"x: SHA-256 must be 2cf24.*, got .*: the file is corrupt; mend it"):
         check_file(path, record, remedy="mend it")
     path.write_bytes(b"hell")
-    with pytest.raises(UserError, match=r"x: must be 5 bytes, got 4: the file is truncated or was changed; mend it"):
+    with pytest.raises(
+        UserError, match=r"x: must be 5 bytes, got 4: the file is truncated or was changed; mend it"
+    ):
         check_file(path, record, remedy="mend it", check_hash=False)
     path.unlink()
     with pytest.raises(UserError, match=r"x: is missing; mend it"):

@@ -30,21 +30,31 @@ def imported_modules(path):
 
 
 def modules():
-    return sorted(path for path in (ROOT / "lumi").iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py"))))
+    return sorted(
+        path
+        for path in (ROOT / "lumi").iterdir()
+        if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))
+    )
 
 
 def test_every_module_has_its_place():
     assert {path.stem for path in modules()} - {"__init__"} <= set(ORDER)
 
 
-@pytest.mark.parametrize("path", [path for path in modules() if path.stem != "__init__"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in modules() if path.stem != "__init__"], ids=lambda path: path.stem
+)
 def test_imports_point_upstream(path):
     upstream = ORDER[: ORDER.index(path.stem)]
     files = path.glob("*.py") if path.is_dir() else [path]
     for file in files:
         for name in imported_modules(file):
             parts = name.split(".")
-            if parts[0] != "lumi" or len(parts) == 1 or parts[1] in ("kernels", "configs", "_csrc", "__version__", path.stem):
+            if (
+                parts[0] != "lumi"
+                or len(parts) == 1
+                or parts[1] in ("kernels", "configs", "_csrc", "__version__", path.stem)
+            ):
                 continue
             assert parts[1] in upstream, f"{file.name} imports lumi.{parts[1]}, which is not upstream of it"
 
@@ -58,7 +68,9 @@ def test_kernels_know_nothing_of_the_rest():
 
 def test_no_name_shadows_another_module():
     """`torchrun lumi/train.py` puts lumi/ first on sys.path: a file lumi/queue.py would become `import queue` for everybody."""
-    taken = {name.lower() for name in sys.stdlib_module_names} | {name.lower() for name in importlib.metadata.packages_distributions()}
+    taken = {name.lower() for name in sys.stdlib_module_names} | {
+        name.lower() for name in importlib.metadata.packages_distributions()
+    }
     ours = {path.stem for path in modules()} - {"__init__"}
     assert not ours & taken - {"lumi"}
 

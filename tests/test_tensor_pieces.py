@@ -32,7 +32,12 @@ def test_eight_processes_hold_boxes_and_write_each_once(tmp_path):
                 for boxes in written:
                     if f"{group}/{name}" in boxes:
                         offset, shape = boxes[f"{group}/{name}"]
-                        count[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))] += 1
+                        count[
+                            tuple(
+                                slice(start, start + length)
+                                for start, length in zip(offset, shape, strict=True)
+                            )
+                        ] += 1
                 assert (count == 1).all(), (layout, name)
 
 
@@ -41,7 +46,9 @@ def test_copies_share_the_work():
     sizes = [1000, 900, 800, 30, 20, 10, 0] + [100] * 60
     tensors = {f"w{index}": torch.zeros(size) for index, size in enumerate(sizes)}
     own = [own_pieces(tensors, rank, 8) for rank in range(8)]
-    assert sorted(name for names in own for name in names) == sorted(name for name in tensors if tensors[name].numel())
+    assert sorted(name for names in own for name in names) == sorted(
+        name for name in tensors if tensors[name].numel()
+    )
     loads = [sum(part.local.numel() for part in names.values()) for names in own]
     assert sum(loads) == 8760
     assert max(loads) - min(loads) <= 100  # 1095 each would be even
@@ -75,7 +82,11 @@ def random_boxes(shape, choose):
         offset, first, second = list(box.offset), list(box.shape), list(box.shape)
         first[dim], second[dim] = at, box.shape[dim] - at
         offset[dim] += at
-        boxes += [half for half in (Box(box.offset, tuple(first)), Box(tuple(offset), tuple(second))) if 0 not in half.shape]
+        boxes += [
+            half
+            for half in (Box(box.offset, tuple(first)), Box(tuple(offset), tuple(second)))
+            if 0 not in half.shape
+        ]
     choose.shuffle(boxes)
     return boxes
 
@@ -87,7 +98,10 @@ def test_cover_is_what_counting_says():
         boxes = random_boxes(shape, choose)
         check_cover(tuple(shape), boxes)
         moved = choose.randrange(len(boxes))
-        other = [choose.randrange(length - size + 1) for length, size in zip(shape, boxes[moved].shape, strict=True)]
+        other = [
+            choose.randrange(length - size + 1)
+            for length, size in zip(shape, boxes[moved].shape, strict=True)
+        ]
         boxes[moved] = Box(tuple(other), boxes[moved].shape)
         if (count(shape, boxes) == 1).all():
             check_cover(tuple(shape), boxes)
@@ -117,7 +131,10 @@ def test_a_tensor_is_put_together_from_pieces_of_any_shape():
         shape = [choose.randint(1, 5) for _ in range(choose.randint(1, 3))]
         truth, target = torch.randn(shape), torch.full(shape, torch.nan)
         boxes = random_boxes(shape, choose)
-        saved = [truth[tuple(slice(start, end) for start, end in zip(box.offset, box.end, strict=True))].clone() for box in boxes]
+        saved = [
+            truth[tuple(slice(start, end) for start, end in zip(box.offset, box.end, strict=True))].clone()
+            for box in boxes
+        ]
         fill(target, boxes, lambda index, slices, saved=saved: saved[index][slices])
         assert torch.equal(target, truth)
     number = torch.tensor(0)

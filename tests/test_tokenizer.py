@@ -50,7 +50,9 @@ def write_corpus(folder, texts, sources=None):
     with CorpusWriter(folder, 1 << 20) as writer:
         for text, source in zip(texts, sources, strict=True):
             writer.add(text, source, len(text.encode()))
-        kept = [{"name": name, "origin": "made up", "kept": sources.count(name)} for name in sorted(set(sources))]
+        kept = [
+            {"name": name, "origin": "made up", "kept": sources.count(name)} for name in sorted(set(sources))
+        ]
         writer.commit({"documents": len(texts), "sources": kept}, "a card")
     return folder
 
@@ -77,10 +79,25 @@ def pieces(tokenizer, text):
 
 
 def test_ids_of_the_recipe(tokenizer, folder):
-    named = [tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id]
+    named = [
+        tokenizer.unk_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.im_start_id,
+        tokenizer.im_end_id,
+    ]
     assert named == [0, 1, 2, 3, 4, 5]
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    assert [model.id_to_piece(i) for i in range(7)] == ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<0x00>"]
+    assert [model.id_to_piece(i) for i in range(7)] == [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<0x00>",
+    ]
     assert tokenizer.vocab_size == len(model) == 400
     assert all(model.is_control(i) for i in range(1, 6))
 
@@ -92,7 +109,9 @@ def test_decode_gives_back_awkward_texts(tokenizer, text):
     assert min(ids, default=FIRST_BYTE_ID) >= FIRST_BYTE_ID  # no special id
 
 
-MARKS = st.sampled_from(["▁", "<s>", "</s>", "<|im_start|>", "<0x0A>", "\0", "    ", "\r\n", "e\u0301", "result"])
+MARKS = st.sampled_from(
+    ["▁", "<s>", "</s>", "<|im_start|>", "<0x0A>", "\0", "    ", "\r\n", "e\u0301", "result"]
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -165,7 +184,9 @@ def without_markers(texts):
 def foreign_texts():
     rng = np.random.default_rng(0)
     ranges = [(32, 127)] * 3 + [(0x80, 0x2500), (0x3000, 0x9000), (0x1F300, 0x1F700), (9, 14)]
-    random = ["".join(chr(rng.integers(*ranges[rng.integers(len(ranges))])) for _ in range(40)) for _ in range(200)]
+    random = [
+        "".join(chr(rng.integers(*ranges[rng.integers(len(ranges))])) for _ in range(40)) for _ in range(200)
+    ]
     cuts = [(PROSE + CODE)[i : i + 50] for i in range(0, 300, 7)]
     return without_markers(AWKWARD + random + cuts + [" " * n + "x" + "\n" * n for n in range(20)])
 
@@ -174,7 +195,9 @@ def foreign_texts():
 @pytest.mark.parametrize("source", ["tokenizer.json", "tokenizer.model"])
 def test_transformers_reads_the_same_ids(tokenizer, folder, tmp_path, reader, source):
     if source == "tokenizer.model":
-        pytest.importorskip("google.protobuf", reason="without protobuf transformers reads tokenizer.json alone")
+        pytest.importorskip(
+            "google.protobuf", reason="without protobuf transformers reads tokenizer.json alone"
+        )
     shutil.copytree(folder, tmp_path / "copy")
     if source == "tokenizer.model":
         (tmp_path / "copy" / "tokenizer.json").unlink()
@@ -188,7 +211,12 @@ def test_transformers_reads_the_same_ids(tokenizer, folder, tmp_path, reader, so
         assert theirs.decode(ids) == text
         assert theirs.decode([1, *ids, 2], skip_special_tokens=True) == text
     assert len(theirs) == 400
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id) == (1, 2, 3, 0)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id) == (
+        1,
+        2,
+        3,
+        0,
+    )
     assert set(theirs.all_special_ids) == {0, 1, 2, 3, 4, 5}
 
 
@@ -196,7 +224,10 @@ def test_the_chat_template_as_transformers_renders_it(tokenizer, folder):
     theirs = LlamaTokenizer.from_pretrained(folder)
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == "<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text
+        == "<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert theirs.apply_chat_template(turns[:1], tokenize=False) == "<s><|im_start|>user\nhi<|im_end|>\n"
     ids = theirs.apply_chat_template(turns[:1])["input_ids"]
     assert ids == [1, 4, *tokenizer.encode("user\nhi"), 5, *tokenizer.encode("\n")]
@@ -218,7 +249,9 @@ def test_training_is_deterministic_and_an_equal_folder_is_kept(corpus, folder, t
 
 def test_another_tokenizer_or_folder_is_not_overwritten(corpus, folder, tokenizer, tmp_path):
     before = (folder / "tokenizer.model").read_bytes()
-    with pytest.raises(UserError, match=f"holds another tokenizer .fingerprint {tokenizer.fingerprint}, this one is"):
+    with pytest.raises(
+        UserError, match=f"holds another tokenizer .fingerprint {tokenizer.fingerprint}, this one is"
+    ):
         train_tokenizer(TokenizerConfig(vocab_size=390), [corpus], folder)
     assert (folder / "tokenizer.model").read_bytes() == before
     (tmp_path / "thesis.txt").write_text("mine")
@@ -270,7 +303,9 @@ def test_the_card(folder, tokenizer):
 
 def test_files_that_are_no_tokenizer(folder, tmp_path):
     command = r"lumi tokenizer --config configs/tokenizer/32k\.json --corpus-dirs"
-    with pytest.raises(UserError, match=rf"nowhere: must be a tokenizer folder .* no such file or folder.*{command}"):
+    with pytest.raises(
+        UserError, match=rf"nowhere: must be a tokenizer folder .* no such file or folder.*{command}"
+    ):
         Tokenizer.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=rf"the folder holds no tokenizer.model; .*{command}"):
         Tokenizer.load(tmp_path)
@@ -293,9 +328,16 @@ def test_one_changed_byte_is_noticed(folder, tmp_path):
 
 def test_a_model_without_byte_pieces_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([PROSE, CODE] * 5), model_prefix=str(tmp_path / "other"), vocab_size=80, model_type="bpe", minloglevel=2
+        sentence_iterator=iter([PROSE, CODE] * 5),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=80,
+        model_type="bpe",
+        minloglevel=2,
     )
-    with pytest.raises(UserError, match=r"must be a SentencePiece BPE model with byte fallback .* it has 0 of the 256 byte pieces; make a"):
+    with pytest.raises(
+        UserError,
+        match=r"must be a SentencePiece BPE model with byte fallback .* it has 0 of the 256 byte pieces; make a",
+    ):
         Tokenizer.load(tmp_path / "other.model")
 
 
@@ -309,12 +351,22 @@ def test_merges_by_hand():
     special = ["<unk>", "<s>"]
     learned = ["s>", "ab", "bc", "abc", "a", "b", "c", "<", "s", ">"]
     merges = transformers_tokenizer([*special, *learned], special, 2)["model"]["merges"]
-    assert merges == [("s", ">"), ("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]  # "<" "s>" would be the control piece
+    assert merges == [
+        ("s", ">"),
+        ("a", "b"),
+        ("b", "c"),
+        ("ab", "c"),
+        ("a", "bc"),
+    ]  # "<" "s>" would be the control piece
 
 
 def test_transformers_config(folder, tokenizer):
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    assert (config["add_bos_token"], config["add_eos_token"], config["add_prefix_space"]) == (True, False, False)
+    assert (config["add_bos_token"], config["add_eos_token"], config["add_prefix_space"]) == (
+        True,
+        False,
+        False,
+    )
     assert config["lumi_fingerprint"] == tokenizer.fingerprint
 
 
@@ -327,16 +379,26 @@ def train(tmp_path, texts, **settings):
 
 
 def test_too_little_text_for_the_vocabulary(tmp_path):
-    with pytest.raises(UserError, match=r"vocab_size must be at most (\d+), the pieces that this text supports .* got 30000") as caught:
+    with pytest.raises(
+        UserError, match=r"vocab_size must be at most (\d+), the pieces that this text supports .* got 30000"
+    ) as caught:
         train(tmp_path, [PROSE], vocab_size=30000)
     supported = int(str(caught.value).split("at most ")[1].split(",")[0])
-    assert train_tokenizer(TokenizerConfig(vocab_size=supported), [tmp_path / "corpus"], tmp_path / "fits").vocab_size == supported
+    assert (
+        train_tokenizer(
+            TokenizerConfig(vocab_size=supported), [tmp_path / "corpus"], tmp_path / "fits"
+        ).vocab_size
+        == supported
+    )
     assert not (tmp_path / "tokenizer").exists()
 
 
 def test_too_small_a_vocabulary_for_the_characters(tmp_path):
     alphabet = "".join(map(chr, range(0x4E00, 0x4E00 + 60)))
-    with pytest.raises(UserError, match=r"vocab_size must be at least 322, .* got 270; raise vocab_size or lower character_coverage"):
+    with pytest.raises(
+        UserError,
+        match=r"vocab_size must be at least 322, .* got 270; raise vocab_size or lower character_coverage",
+    ):
         train(tmp_path, [alphabet], vocab_size=270, character_coverage=1.0)
 
 
@@ -379,7 +441,9 @@ def test_sample_is_bounded_spread_and_decided_by_the_seed():
 
 
 def test_sample_does_not_depend_on_the_order():
-    chunks = [f"{i}" * (300 if i % 10 == 0 else 1) for i in range(300)]  # where a long one did not fit, no short one slips in
+    chunks = [
+        f"{i}" * (300 if i % 10 == 0 else 1) for i in range(300)
+    ]  # where a long one did not fit, no short one slips in
     sample = sample_chunks(chunks, 5000, seed=0)
     assert 4000 < sum(map(len, sample)) <= 5000
     for seed in range(5):
@@ -390,9 +454,15 @@ def test_sample_does_not_depend_on_the_order():
 def test_the_sample_reaches_the_trainer(tmp_path):
     with pytest.raises(UserError, match="no piece of the corpus fits in max_training_bytes = 10"):
         train(tmp_path, [PROSE], vocab_size=300, max_training_bytes=10)
-    corpus = write_corpus(tmp_path / "many", [f"{word} word {i}" for i, word in enumerate(PROSE.split() * 50)])
+    corpus = write_corpus(
+        tmp_path / "many", [f"{word} word {i}" for i, word in enumerate(PROSE.split() * 50)]
+    )
     made = [
-        train_tokenizer(TokenizerConfig(vocab_size=320, max_training_bytes=size, seed=seed), [corpus], tmp_path / f"{size}-{seed}")
+        train_tokenizer(
+            TokenizerConfig(vocab_size=320, max_training_bytes=size, seed=seed),
+            [corpus],
+            tmp_path / f"{size}-{seed}",
+        )
         for size, seed in ((10**6, 0), (3000, 0), (3000, 1))
     ]
     assert len({tokenizer.fingerprint for tokenizer in made}) == 3
@@ -402,7 +472,10 @@ def test_the_sample_reaches_the_trainer(tmp_path):
     ("settings", "message"),
     [
         ({"vocab_size": 262}, "vocab_size must be more than the 262 special and byte pieces, got 262"),
-        ({"vocab_size": 400, "character_coverage": 0.5}, "character_coverage must be between 0.98 and 1, got 0.5"),
+        (
+            {"vocab_size": 400, "character_coverage": 0.5},
+            "character_coverage must be between 0.98 and 1, got 0.5",
+        ),
         ({"vocab_size": 400, "max_training_bytes": 0}, "max_training_bytes must be at least 1, got 0"),
         ({"vocab_size": 400, "seed": -1}, "seed must be between 0 and"),
     ],
@@ -417,4 +490,9 @@ def test_shipped_configs(pytestconfig):
     assert load_config(TokenizerConfig, configs / "tokenizer" / "32k.json").vocab_size == 32768
     assert load_config(TokenizerConfig, configs / "demo" / "tokenizer.json").vocab_size == 4096
     for path in ("tokenizer/32k.json", "demo/tokenizer.json"):
-        assert json.loads((configs / path).read_text()).keys() == {"vocab_size", "character_coverage", "max_training_bytes", "seed"}
+        assert json.loads((configs / path).read_text()).keys() == {
+            "vocab_size",
+            "character_coverage",
+            "max_training_bytes",
+            "seed",
+        }

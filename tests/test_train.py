@@ -31,19 +31,40 @@ SCRIPT = Path(lumi.train.__file__)
 def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):
     folder = start(num_steps=60, validate_every=20, save_every=20)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "status.json", "metrics.jsonl", "loss.png", "checkpoints", "final", ".lock"}
+    assert names == {
+        "config.json",
+        "status.json",
+        "metrics.jsonl",
+        "loss.png",
+        "checkpoints",
+        "final",
+        ".lock",
+    }
     curve = losses(folder)
     assert len(curve) == 60
-    assert curve[0] == pytest.approx(torch.tensor(384.0).log().item(), rel=0.02)  # untrained: uniform over the vocabulary
+    assert curve[0] == pytest.approx(
+        torch.tensor(384.0).log().item(), rel=0.02
+    )  # untrained: uniform over the vocabulary
     assert curve[-1] < 0.6 * curve[0]
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert from_dict(TrainConfig, json.loads((folder / "config.json").read_text())).num_steps == 60
-    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-00000040", "step-00000060"]
-    validation = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"]
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [
+        "step-00000040",
+        "step-00000060",
+    ]
+    validation = [
+        record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"
+    ]
     assert [record["step"] for record in validation] == [20, 40, 60]
     assert validation[-1]["bits_per_byte"] < validation[0]["bits_per_byte"]
     printed = capsys.readouterr().out
-    for line in ("45,216 parameters", "60 of 256 tokens: 1 process x 4 micro-steps x 2 rows x 32", "FLOPs", "MiB", "epochs"):
+    for line in (
+        "45,216 parameters",
+        "60 of 256 tokens: 1 process x 4 micro-steps x 2 rows x 32",
+        "FLOPs",
+        "MiB",
+        "epochs",
+    ):
         assert line in printed
     assert printed.index("parameters") < printed.index("validation loss")
 
@@ -56,7 +77,9 @@ def test_micro_batches_change_rounding_only(start):
 
 def kill_after(command, metrics, step, number):
     """Start a training, send it a signal once it has logged `step`; returns its exit code."""
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     wait_for_step(metrics, step, process)
     os.killpg(process.pid, number)
     return process.wait(timeout=60)
@@ -82,7 +105,9 @@ def test_a_second_signal_stops_at_once(monkeypatch):
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGTERM
-        signal.raise_signal(signal.SIGINT)  # a fifth of a second later: the same Ctrl-C, handed on by torchrun
+        signal.raise_signal(
+            signal.SIGINT
+        )  # a fifth of a second later: the same Ctrl-C, handed on by torchrun
         assert exits == []
         signal.raise_signal(signal.SIGINT)
         assert exits == [128 + signal.SIGINT]
@@ -107,7 +132,8 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
     for path in list_checkpoints(tmp_path / "damaged" / "checkpoints"):
         (path / "state.json").write_text("{}")
     with pytest.raises(
-        UserError, match=r"none of 2 checkpoints is whole; the newest: .*step-00000012/state\.json: must be \d+ bytes, got 2"
+        UserError,
+        match=r"none of 2 checkpoints is whole; the newest: .*step-00000012/state\.json: must be \d+ bytes, got 2",
     ):
         start("damaged", resume="auto", num_steps=16)
 
@@ -121,7 +147,11 @@ def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
 
     monkeypatch.setattr(lumi.train, "held_out_loss", scripted)
     folder = start(num_steps=10, validate_every=2, save_every=2, keep_last=2)
-    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step-00000004", "step-00000008", "step-00000010"]
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000010",
+    ]
     assert open_checkpoint(folder / "checkpoints" / "step-00000010").state["best"] == {"step": 4, "loss": 1.0}
 
 
@@ -140,7 +170,9 @@ def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch
     whole = start("whole", final="best")
     start("cut", final="best", expect=128 + signal.SIGTERM)
     cut = start("cut", final="best", resume="auto")
-    best = [open_checkpoint(folder / "checkpoints" / "step-00000012").state["best"] for folder in (whole, cut)]
+    best = [
+        open_checkpoint(folder / "checkpoints" / "step-00000012").state["best"] for folder in (whole, cut)
+    ]
     assert best == [{"step": 4, "loss": 1.0}] * 2
     assert final_weights(cut) == final_weights(whole)
 
@@ -172,7 +204,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(start, monkeypatch, caps
 
 def test_many_of_them_stop_the_run_with_a_checkpoint(start, monkeypatch, tmp_path):
     spoil(monkeypatch, range(6, 99), float("nan"))
-    with pytest.raises(UserError, match=r"not finite in 3 steps running, up to step 8; to inspect: .*step-00000008"):
+    with pytest.raises(
+        UserError, match=r"not finite in 3 steps running, up to step 8; to inspect: .*step-00000008"
+    ):
         start(max_skipped_steps=3)
     tensors = open_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000008").tensors("model")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -183,7 +217,11 @@ def test_switches_reach_the_run(start, monkeypatch):
     real = Trainer.run
 
     def spy(self):
-        seen.update(compute_dtype=self.model.compute_dtype, checkpointing=self.model.gradient_checkpointing, ops=self.ops.name)
+        seen.update(
+            compute_dtype=self.model.compute_dtype,
+            checkpointing=self.model.gradient_checkpointing,
+            ops=self.ops.name,
+        )
         return real(self)
 
     monkeypatch.setattr(Trainer, "run", spy)
@@ -196,7 +234,12 @@ def test_switches_reach_the_run(start, monkeypatch):
         assert seen["compute_dtype"] == getattr(torch, dtype)
         assert narrow != plain
         assert narrow == pytest.approx(plain, rel=0.02)
-    small = {"num_steps": 2, "validation_tokens": 32, "model": {"num_layers": 1}, "batches": {"batch_tokens": 64, "micro_batch_size": 1}}
+    small = {
+        "num_steps": 2,
+        "validation_tokens": 32,
+        "model": {"num_layers": 1},
+        "batches": {"batch_tokens": 64, "micro_batch_size": 1},
+    }
     reference = losses(start("reference", **small))
     assert losses(start("triton", kernels="triton", **small)) == pytest.approx(reference, rel=1e-5)
     assert seen["ops"] == "triton"
@@ -216,7 +259,10 @@ def test_several_stores_are_mixed_by_weight(start, store_dir, tmp_path):
     other.symlink_to(store_dir)
     folder = start(data_dirs=(store_dir, other), weights=[3.0, 1.0])
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
-    assert all(sum(record["mix"]) == pytest.approx(1) and abs(record["mix"][0] - 0.75) < 1 / record["step"] for record in records)
+    assert all(
+        sum(record["mix"]) == pytest.approx(1) and abs(record["mix"][0] - 0.75) < 1 / record["step"]
+        for record in records
+    )
     assert records[-1]["mix"] == [0.75, 0.25]
 
 
@@ -230,11 +276,17 @@ def test_a_corpus_folder_is_tokenized_once(start, corpus_dir, capfd):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"vocab_size": 300}}, "model.vocab_size must be at least the tokenizer's 384 pieces, got 300"),
+        (
+            {"model": {"vocab_size": 300}},
+            "model.vocab_size must be at least the tokenizer's 384 pieces, got 300",
+        ),
         ({"kernels": "tritn"}, 'kernels must be one of "auto", "reference", "triton", got "tritn"'),
         ({"seed": -1}, "seed must be between 0"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
-        ({"batches": {"sequence_length": 256, "batch_tokens": 512}}, "sequence_length must be at most model.max_positions = 128, got 256"),
+        (
+            {"batches": {"sequence_length": 256, "batch_tokens": 512}},
+            "sequence_length must be at most model.max_positions = 128, got 256",
+        ),
         ({"weights": [1.0, 2.0]}, "one weight per data folder, got 2 for 1"),
     ],
     ids=str,
@@ -248,7 +300,8 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(start, tmp_p
     folder = start()
     before = final_weights(folder)
     with pytest.raises(
-        UserError, match=r"--output-dir must be new, got .*run, which holds a run; go on with it by --resume-from-checkpoint auto"
+        UserError,
+        match=r"--output-dir must be new, got .*run, which holds a run; go on with it by --resume-from-checkpoint auto",
     ):
         start()
     with pytest.raises(UserError, match=r"cannot go on from here: seed was 0, is 5 now"):
@@ -297,7 +350,9 @@ def test_another_runs_checkpoint_starts_a_new_run(start):
     other = start("other", resume=str(folder / "checkpoints" / "step-00000008"))
     assert losses(other) == losses(folder)[8:]
     assert final_weights(other) == final_weights(folder)
-    at_its_end = start("at its end", resume=str(folder / "checkpoints" / "step-00000012"))  # nothing is left to do but final/
+    at_its_end = start(
+        "at its end", resume=str(folder / "checkpoints" / "step-00000012")
+    )  # nothing is left to do but final/
     assert final_weights(at_its_end) == final_weights(folder)
 
 
@@ -318,7 +373,9 @@ def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
 
 def test_a_validation_loss_that_is_not_finite_ends_nothing(start, monkeypatch):
     real = lumi.train.held_out_loss
-    monkeypatch.setattr(lumi.train, "held_out_loss", lambda *arguments: dataclasses.replace(real(*arguments), loss=math.nan))
+    monkeypatch.setattr(
+        lumi.train, "held_out_loss", lambda *arguments: dataclasses.replace(real(*arguments), loss=math.nan)
+    )
     folder = start()
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"]
     assert [record["loss"] for record in records] == [None] * 3
@@ -327,7 +384,11 @@ def test_a_validation_loss_that_is_not_finite_ends_nothing(start, monkeypatch):
 
 def test_what_a_step_draws_depends_on_seed_and_step_alone(start, monkeypatch):
     real = lumi.model.Transformer.forward
-    monkeypatch.setattr(lumi.model.Transformer, "forward", lambda self, *arguments: real(self, *arguments) * (1 + 0.1 * torch.rand(())))
+    monkeypatch.setattr(
+        lumi.model.Transformer,
+        "forward",
+        lambda self, *arguments: real(self, *arguments) * (1 + 0.1 * torch.rand(())),
+    )
     straight = losses(start())
     folder = start("resumed", keep_last=9)
     torch.rand(7)
@@ -356,7 +417,11 @@ def two_processes(command, tmp_path):
     group = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
-            command, env={**group, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env={**group, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in ("0", "1")
     ]
@@ -387,7 +452,10 @@ def test_litter_of_an_interrupted_save_is_swept(start, tmp_path, capsys):
 
 def test_user_errors_are_one_line_and_exit_code_2(command, tmp_path):
     done = launch(command("bad", "optimizer.peek_lr=1"), expect=2)
-    assert done.stderr.strip() == f"error: {tmp_path / 'bad.json'}: optimizer.peek_lr unknown key (value 1); did you mean 'peak_lr'?"
+    assert (
+        done.stderr.strip()
+        == f"error: {tmp_path / 'bad.json'}: optimizer.peek_lr unknown key (value 1); did you mean 'peak_lr'?"
+    )
     done = launch([*command("worse"), "--no-such-option"], expect=2)
     assert "--no-such-option" in done.stderr
     assert "Traceback" not in done.stderr

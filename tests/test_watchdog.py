@@ -146,7 +146,16 @@ def environment(**more):
 
 def launch(script, *arguments):
     """Under torchrun, 3 processes; returns its exit code and stderr. The processes it started are gone when it ends, or the test fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", script, *arguments, script.parent]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=3",
+        script,
+        *arguments,
+        script.parent,
+    ]
     log, deadline = script.parent / "stderr", time.monotonic() + 120
     with log.open("w") as file:
         torchrun = subprocess.Popen([str(part) for part in command], env=environment(), stderr=file)
@@ -198,9 +207,13 @@ def test_a_process_that_sleeps_is_named_and_all_end(script):
     code, errors = launch(script, "sleep", "3")
     line, host = error_line(errors), socket.gethostname()
     sleeping = SCRIPT.splitlines().index("        time.sleep(1000)") + 1
-    assert line.startswith(f"error: step 3: rank 1 (host {host}, pid {pids(script.parent)[1]}) has not gone on for ")
+    assert line.startswith(
+        f"error: step 3: rank 1 (host {host}, pid {pids(script.parent)[1]}) has not gone on for "
+    )
     assert f"it stands at step 3, waiting for data, in script.py:{sleeping} load" in line
-    assert re.search(r"the others wait for it, rank [02] at step 3, counting targets, in script.py:\d+ <module> > ", line)
+    assert re.search(
+        r"the others wait for it, rank [02] at step 3, counting targets, in script.py:\d+ <module> > ", line
+    )
     assert "--resume-from-checkpoint auto" in line
     assert code == 1
     assert f"exitcode  : {EXIT_HUNG}" in errors  # torchrun's own summary
@@ -213,7 +226,9 @@ def test_a_process_that_sleeps_is_named_and_all_end(script):
 def test_a_stopped_process_is_named_and_all_end(script):
     code, errors = launch(script, "stop rank 0", "3")
     line = error_line(errors)
-    assert line.startswith(f"error: step 3: rank 0 (host {socket.gethostname()}, pid {pids(script.parent)[0]}) gives no sign of life")
+    assert line.startswith(
+        f"error: step 3: rank 0 (host {socket.gethostname()}, pid {pids(script.parent)[0]}) gives no sign of life"
+    )
     assert re.search(r"last seen: it stands at step \d, .*, in script.py:\d+ ", line)
     assert code == 1
     assert len((script.parent / "stopped").read_text().splitlines()) == 1
@@ -254,7 +269,10 @@ class Pair:
 
     def pids(self):
         return [
-            int(pid) for name in ("pids", "server") if (self.folder / name).exists() for pid in (self.folder / name).read_text().split()
+            int(pid)
+            for name in ("pids", "server")
+            if (self.folder / name).exists()
+            for pid in (self.folder / name).read_text().split()
         ]
 
     def kill(self):
@@ -281,7 +299,9 @@ def test_a_store_that_does_not_answer(pairs):
     codes, errors = pair.end()
     line = error_line(errors)
     assert f"rank 1 (host {socket.gethostname()}, pid {pair.pids()[1]}) has not gone on for" in line
-    assert f"127.0.0.1:{pair.port} does not answer: rank 0, which serves it, is stopped, dead or cut off" in line
+    assert (
+        f"127.0.0.1:{pair.port} does not answer: rank 0, which serves it, is stopped, dead or cut off" in line
+    )
     assert codes == {1: EXIT_HUNG}
 
 
@@ -300,7 +320,9 @@ def test_a_process_that_stops_in_a_save_is_named(pairs):
     """Even as the save of another one moves."""
     pair = pairs["stop in save"]
     codes, errors = pair.end()
-    assert f"rank 1 (host {socket.gethostname()}, pid {pair.pids()[1]}) gives no sign of life" in error_line(errors)
+    assert f"rank 1 (host {socket.gethostname()}, pid {pair.pids()[1]}) gives no sign of life" in error_line(
+        errors
+    )
     assert codes == {0: EXIT_HUNG}
 
 
@@ -320,8 +342,14 @@ def test_progress_of_a_save(tmp_path, monkeypatch):
         saver.begin(1, tensors, {}, finish=lambda path: seen.append(saver.progress))
         saver.wait()
         after = saver.progress
-    assert (before, seen, after) == ((0, 0), [(3, 5)], (4, 5))  # the folder, the tensors of 3500 and 12 bytes, the seal; what follows
-    assert torch.equal(load_tensors(tmp_path / "step-00000001" / "model-00000.safetensors")["a"], tensors["model"]["a"])
+    assert (before, seen, after) == (
+        (0, 0),
+        [(3, 5)],
+        (4, 5),
+    )  # the folder, the tensors of 3500 and 12 bytes, the seal; what follows
+    assert torch.equal(
+        load_tensors(tmp_path / "step-00000001" / "model-00000.safetensors")["a"], tensors["model"]["a"]
+    )
 
 
 def test_one_process_is_not_watched():
@@ -347,13 +375,17 @@ def test_the_line_of_code_names_our_code_the_innermost_call_and_other_threads():
     reader, lines = threading.get_ident(), []
     thread = threading.Thread(target=loads)
     thread.start()
-    watcher = threading.Thread(target=lambda: (inside.wait(60), time.sleep(0.2), lines.append(line_of_code(reader)), free.set()))
+    watcher = threading.Thread(
+        target=lambda: (inside.wait(60), time.sleep(0.2), lines.append(line_of_code(reader)), free.set())
+    )
     watcher.start()
     free.wait(60)
     thread.join()
     watcher.join()
     name = "test_the_line_of_code_names_our_code_the_innermost_call_and_other_threads"
-    assert re.match(rf"test_watchdog\.py:\d+ {name} > threading\.py:\d+ Condition\.wait, thread in ", lines[0])
+    assert re.match(
+        rf"test_watchdog\.py:\d+ {name} > threading\.py:\d+ Condition\.wait, thread in ", lines[0]
+    )
     assert re.search(rf"test_watchdog\.py:\d+ {name}\.<locals>\.loads\b", lines[0])
 
 

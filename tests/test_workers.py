@@ -54,7 +54,10 @@ def test_a_process_that_dies_is_a_user_error():
         next(results)
         for process in multiprocessing.active_children():
             process.kill()
-        with pytest.raises(UserError, match="--num-workers must leave each process enough memory, got 2: a worker process died"):
+        with pytest.raises(
+            UserError,
+            match="--num-workers must leave each process enough memory, got 2: a worker process died",
+        ):
             list(results)
 
 

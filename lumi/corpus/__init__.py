@@ -9,7 +9,15 @@ from lumi.corpus.folder import ConversationBatch, CorpusBatch, CorpusReader, is_
 from lumi.corpus.prepare import prepare
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.python_docs import read_entries
-from lumi.corpus.sources import HubSource, JsonlSource, JsonSource, ParquetSource, PythonDocsSource, PythonQuestionsSource, TextSource
+from lumi.corpus.sources import (
+    HubSource,
+    JsonlSource,
+    JsonSource,
+    ParquetSource,
+    PythonDocsSource,
+    PythonQuestionsSource,
+    TextSource,
+)
 
 __all__ = [
     "CleaningConfig",

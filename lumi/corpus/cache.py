@@ -102,12 +102,20 @@ class SourceCache:
 
     def _list_parts(self) -> list[Path]:
         """The parts 0, 1, 2 ... up to the first gap."""
-        found = {int(match[1]): path for path in self.folder.glob("part-*.parquet") if (match := PART.fullmatch(path.name))}
+        found = {
+            int(match[1]): path
+            for path in self.folder.glob("part-*.parquet")
+            if (match := PART.fullmatch(path.name))
+        }
         return [found[number] for number in range(len(found)) if set(range(number + 1)) <= found.keys()]
 
     def _forget_rest(self) -> None:
         """Remove what lies behind the parts that were read, and half-written parts."""
-        rest = [path for path in self.folder.glob("part-*") if not (match := PART.fullmatch(path.name)) or int(match[1]) >= self._num_parts]
+        rest = [
+            path
+            for path in self.folder.glob("part-*")
+            if not (match := PART.fullmatch(path.name)) or int(match[1]) >= self._num_parts
+        ]
         if self.writable and rest:
             (self.folder / "complete.json").unlink(missing_ok=True)
             for path in rest:
@@ -141,4 +149,7 @@ def _read_part(path: Path) -> list[Outcome] | None:
     if hashlib.sha256(data).hexdigest() != match[2]:
         return None
     rows = zip(*(column.to_pylist() for column in pq.read_table(pa.BufferReader(data)).columns), strict=True)
-    return [Outcome(text, None if text is None else Fingerprint(digest, signature), *rest) for text, digest, signature, *rest in rows]
+    return [
+        Outcome(text, None if text is None else Fingerprint(digest, signature), *rest)
+        for text, digest, signature, *rest in rows
+    ]

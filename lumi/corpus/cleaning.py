@@ -38,7 +38,10 @@ def clean_text(text: str, config: CleaningConfig) -> str:
         settings = _ftfy_settings(config)
         # ftfy works line by line; lines of ASCII are left alone by everything that is switched on, but cost time.
         lines = text.split("\n")
-        text = "\n".join(line if line.isascii() and not config.unescape_html else ftfy.fix_text(line, settings) for line in lines)
+        text = "\n".join(
+            line if line.isascii() and not config.unescape_html else ftfy.fix_text(line, settings)
+            for line in lines
+        )
     text = _remove_controls(text)
     return text if config.normalization == "none" else unicodedata.normalize(config.normalization, text)
 

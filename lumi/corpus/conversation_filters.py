@@ -26,7 +26,9 @@ class ConversationFilterConfig:
         if self.max_chars < 2:
             raise ValueError(f"max_chars must be at least 2, got {self.max_chars}")
         if self.max_messages is not None and self.max_messages < 2:
-            raise ValueError(f"max_messages must be at least 2, or null for any number, got {self.max_messages}")
+            raise ValueError(
+                f"max_messages must be at least 2, or null for any number, got {self.max_messages}"
+            )
         if self.min_answer_chars < 1:
             raise ValueError(f"min_answer_chars must be at least 1, got {self.min_answer_chars}")
         check_phrases(self.blocked_phrases)
@@ -60,7 +62,10 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
     lowered = [answer.lower() for answer in answers]
     if any(phrase.lower() in answer for phrase in config.blocked_phrases for answer in lowered):
         return "blocked_phrase"
-    if config.languages is not None and classifier(config.languages)(contents(messages)) not in config.languages:
+    if (
+        config.languages is not None
+        and classifier(config.languages)(contents(messages)) not in config.languages
+    ):
         return "language"
     return ""
 

@@ -50,7 +50,9 @@ class AlpacaFormat(Format):
 
     def read(self, record: dict[str, Any]) -> Conversation:
         question = _join(read_string(record, "instruction"), read_string(record, "input", optional=True))
-        return _exchange(read_string(record, "system", optional=True), question, read_string(record, "output"))
+        return _exchange(
+            read_string(record, "system", optional=True), question, read_string(record, "output")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,9 @@ class PromptResponseFormat(Format):
     system_field: str | None = None
 
     def __post_init__(self) -> None:
-        check_names(prompt_field=self.prompt_field, response_field=self.response_field, system_field=self.system_field)
+        check_names(
+            prompt_field=self.prompt_field, response_field=self.response_field, system_field=self.system_field
+        )
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -130,7 +134,9 @@ class PromptResponseFormat(Format):
 
     def read(self, record: dict[str, Any]) -> Conversation:
         system = "" if self.system_field is None else read_string(record, self.system_field, optional=True)
-        return _exchange(system, read_string(record, self.prompt_field), read_string(record, self.response_field))
+        return _exchange(
+            system, read_string(record, self.prompt_field), read_string(record, self.response_field)
+        )
 
 
 def pack(messages: Sequence[Message]) -> str:

@@ -10,9 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import rensa
 
-LEAST_PART_WORDS = 20  # a part with fewer ("Yes.") is alike in texts that have nothing else to do with each other
+LEAST_PART_WORDS = (
+    20  # a part with fewer ("Yes.") is alike in texts that have nothing else to do with each other
+)
 RECALL = 0.99  # the share of pairs exactly at the threshold that the bands must find
-RECENT_BANDS = 1 << 18  # entries of the dictionary of recent documents (some 200 bytes each) before they are packed
+RECENT_BANDS = (
+    1 << 18
+)  # entries of the dictionary of recent documents (some 200 bytes each) before they are packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,9 @@ class Fingerprint(NamedTuple):
     signature: bytes
 
 
-def fingerprint(texts: Sequence[str], config: DeduplicationConfig, parts: Sequence[str] | None = None) -> list[Fingerprint]:
+def fingerprint(
+    texts: Sequence[str], config: DeduplicationConfig, parts: Sequence[str] | None = None
+) -> list[Fingerprint]:
     """What duplicates are recognized by, from the text in lower case, NFC, with runs of white space as one space.
 
     Args:
@@ -60,12 +66,17 @@ def fingerprint(texts: Sequence[str], config: DeduplicationConfig, parts: Sequen
             its own; where the part has fewer than LEAST_PART_WORDS words, the wholes must be the same.
     """
     words = [_split_words(text) for text in texts]
-    digests = [hashlib.sha256(" ".join(document).encode()).digest() if config.exact else b"" for document in words]
+    digests = [
+        hashlib.sha256(" ".join(document).encode()).digest() if config.exact else b"" for document in words
+    ]
     if not config.near or not texts:
         return [Fingerprint(digest, b"") for digest in digests]
     rows = _sign([shingle(document, config.shingle_words) for document in words], config)
     if parts is not None:
-        sets = [_shingle_part(_split_words(part), document, config) for part, document in zip(parts, words, strict=True)]
+        sets = [
+            _shingle_part(_split_words(part), document, config)
+            for part, document in zip(parts, words, strict=True)
+        ]
         rows = np.concatenate([rows, _sign(sets, config)], axis=1)
     return [Fingerprint(digest, row.tobytes()) for digest, row in zip(digests, rows, strict=True)]
 
@@ -87,7 +98,9 @@ def _shingle_part(part: list[str], document: list[str], config: DeduplicationCon
 
 def _sign(shingles: list[list[str]], config: DeduplicationConfig) -> "npt.NDArray[np.uint32]":
     """(documents, permutations) minima."""
-    return np.array(rensa.RMinHash.digests_from_token_sets(shingles, config.num_permutations, config.seed), dtype="<u4")
+    return np.array(
+        rensa.RMinHash.digests_from_token_sets(shingles, config.num_permutations, config.seed), dtype="<u4"
+    )
 
 
 def choose_bands(threshold: float, num_permutations: int) -> int:
@@ -110,7 +123,9 @@ class Deduplicator:
     def __init__(self, config: DeduplicationConfig, *, has_parts: bool = False) -> None:
         self.config, self._num_views = config, 1 + has_parts
         self._digests: set[bytes] = set()
-        self._bands = BandIndex(choose_bands(config.threshold, config.num_permutations), config.num_permutations)
+        self._bands = BandIndex(
+            choose_bands(config.threshold, config.num_permutations), config.num_permutations
+        )
         self._num_kept = 0
         self._signatures = np.empty((1024, self._num_views, config.num_permutations), dtype="<u4")
 
@@ -140,8 +155,12 @@ class Deduplicator:
         signature = self._stack([item])[0]
         candidates = sorted({*packed, *self._bands.find_recent(hashes)})
         if candidates:
-            agreements = (self._signatures[candidates] == signature).sum(axis=2).min(axis=1)  # of the view that is least alike
-            if agreements.max() >= self.config.threshold * self.config.num_permutations - 1e-6:  # float rounding
+            agreements = (
+                (self._signatures[candidates] == signature).sum(axis=2).min(axis=1)
+            )  # of the view that is least alike
+            if (
+                agreements.max() >= self.config.threshold * self.config.num_permutations - 1e-6
+            ):  # float rounding
                 return "near_duplicate"
         if self._num_kept == len(self._signatures):
             self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])
@@ -153,7 +172,9 @@ class Deduplicator:
     def _stack(self, fingerprints: Sequence[Fingerprint]) -> "npt.NDArray[np.uint32]":
         """(documents, views, permutations)"""
         data = b"".join(item.signature for item in fingerprints)
-        return np.frombuffer(data, dtype="<u4").reshape(len(fingerprints), self._num_views, self.config.num_permutations)
+        return np.frombuffer(data, dtype="<u4").reshape(
+            len(fingerprints), self._num_views, self.config.num_permutations
+        )
 
 
 class BandIndex:

@@ -19,7 +19,9 @@ from typing import Any, Literal
 
 # Importing these opens a browser, prints a poem, needs a display or runs a program; none of them documents much.
 SKIPPED_MODULES = frozenset({"antigravity", "this", "idlelib", "turtledemo", "tkinter", "turtle", "test"})
-SKIPPED_PARTS = frozenset({"test", "tests", "testing", "conftest", "setup", "distutils", "idlelib", "pyinstaller_smoke"})
+SKIPPED_PARTS = frozenset(
+    {"test", "tests", "testing", "conftest", "setup", "distutils", "idlelib", "pyinstaller_smoke"}
+)
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -68,7 +70,10 @@ class Walk:
     def _package(self, name: str) -> Iterator[Entry]:
         try:
             module = importlib.import_module(name)
-        except (Exception, SystemExit):  # whatever a module of someone else does on import, the walk goes on and counts it
+        except (
+            Exception,
+            SystemExit,
+        ):  # whatever a module of someone else does on import, the walk goes on and counts it
             self.skipped.append(name)
             return
         yield from self._module(module)
@@ -80,7 +85,11 @@ class Walk:
         entry = self._entry("module", module.__name__, None, module.__doc__, module.__name__)
         if entry:
             yield entry
-        members = sorted((name, value) for name, value in vars(module).items() if _is_public(name) and _lives_in(value, module))
+        members = sorted(
+            (name, value)
+            for name, value in vars(module).items()
+            if _is_public(name) and _lives_in(value, module)
+        )
         for name, value in [member for member in members if not inspect.isclass(member[1])]:
             entry = self._member("function", f"{module.__name__}.{name}", value, module.__name__)
             if entry:
@@ -96,11 +105,15 @@ class Walk:
             yield entry
         for name in sorted(vars(cls)):
             if _is_public(name) or (name.startswith("__") and name.endswith("__")):
-                entry = self._member("method", f"{qualified_name}.{name}", _unwrap(vars(cls)[name]), qualified_name)
+                entry = self._member(
+                    "method", f"{qualified_name}.{name}", _unwrap(vars(cls)[name]), qualified_name
+                )
                 if entry:
                     yield entry
 
-    def _member(self, kind: Literal["class", "function", "method"], name: str, value: Any, owner: str) -> Entry | None:
+    def _member(
+        self, kind: Literal["class", "function", "method"], name: str, value: Any, owner: str
+    ) -> Entry | None:
         if id(value) in self._objects:
             return None
         self._objects[id(value)] = value
@@ -113,7 +126,9 @@ class Walk:
         if not docstring or docstring in self._docstrings:
             return None
         self._docstrings.add(docstring)
-        return Entry(kind=kind, qualified_name=name, signature=_signature(value), docstring=docstring, owner=owner)
+        return Entry(
+            kind=kind, qualified_name=name, signature=_signature(value), docstring=docstring, owner=owner
+        )
 
 
 class _Elided:
@@ -129,7 +144,9 @@ def _signature(value: Any) -> str:
         signature = inspect.signature(value)
         parameters = [_portable(parameter) for parameter in signature.parameters.values()]
         text = str(signature.replace(parameters=parameters))
-    except Exception:  # inspect runs code of the object: __signature__, __text_signature__, the repr of a default
+    except (
+        Exception
+    ):  # inspect runs code of the object: __signature__, __text_signature__, the repr of a default
         return ""
     return text if _is_portable(text) else ""
 
@@ -148,7 +165,14 @@ def _is_portable(text: str) -> bool:
 
 @functools.cache
 def _machine_folders() -> set[str]:
-    folders = {sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.expanduser("~"), os.getcwd(), tempfile.gettempdir()}
+    folders = {
+        sys.prefix,
+        sys.base_prefix,
+        sys.exec_prefix,
+        os.path.expanduser("~"),
+        os.getcwd(),
+        tempfile.gettempdir(),
+    }
     folders.add(str(Path(os.__file__).parent))
     return {folder for folder in folders if len(folder) > 1}
 
@@ -169,9 +193,13 @@ def _lives_in(value: Any, module: types.ModuleType) -> bool:
         if inspect.ismodule(value) or not callable(value):
             return False
         home, name = value.__module__, getattr(value, "__qualname__", None) or value.__name__
-    except Exception:  # see _own_docstring; objects such as ufuncs have no __module__ of their own, and are at home anywhere
+    except (
+        Exception
+    ):  # see _own_docstring; objects such as ufuncs have no __module__ of their own, and are at home anywhere
         return callable(value)
-    home = home.removeprefix("_") if isinstance(home, str) else ""  # what _io and _functools define is known as io's and functools's
+    home = (
+        home.removeprefix("_") if isinstance(home, str) else ""
+    )  # what _io and _functools define is known as io's and functools's
     if not home or home == module.__name__ or any(part.startswith("_") for part in home.split(".")):
         return True
     return getattr(sys.modules.get(home), str(name), None) is not value

@@ -38,11 +38,15 @@ class FilterConfig:
             raise ValueError(f"max_chars must be at least min_chars ({self.min_chars}), got {self.max_chars}")
         check_phrases(self.blocked_phrases)
         if self.max_symbol_to_word_ratio is not None and self.max_symbol_to_word_ratio < 0:
-            raise ValueError(f"max_symbol_to_word_ratio must be at least 0, got {self.max_symbol_to_word_ratio}")
+            raise ValueError(
+                f"max_symbol_to_word_ratio must be at least 0, got {self.max_symbol_to_word_ratio}"
+            )
         for key in ("duplicate_line", "duplicate_line_char", "top_ngram_char", "duplicate_ngram_char"):
             value = getattr(self, f"max_{key}_fraction")
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"max_{key}_fraction must be within 0 and 1, or null to switch it off, got {value}")
+                raise ValueError(
+                    f"max_{key}_fraction must be within 0 and 1, or null to switch it off, got {value}"
+                )
         for key in ("top_ngram_words", "duplicate_ngram_words"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
@@ -57,7 +61,9 @@ def check_phrases(phrases: Sequence[str]) -> None:
 
 def check_languages(languages: Sequence[str] | None) -> None:
     """Raises ValueError if these are no codes of languages; `classifier` knows which there are."""
-    if languages is not None and (not languages or not all(code.isalpha() and code.islower() for code in languages)):
+    if languages is not None and (
+        not languages or not all(code.isalpha() and code.islower() for code in languages)
+    ):
         raise ValueError(f'languages must be codes such as "en", or null, got {list(languages)}')
 
 
@@ -80,7 +86,11 @@ def find_fault(text: str, config: FilterConfig) -> str:
     if ratio is not None and sum(map(text.count, SYMBOLS)) > ratio * len(words):
         return "symbol_to_word_ratio"
     fault = _find_repetition(text, words, config)
-    if not fault and config.languages is not None and classifier(config.languages)(text) not in config.languages:
+    if (
+        not fault
+        and config.languages is not None
+        and classifier(config.languages)(text) not in config.languages
+    ):
         return "language"
     return fault
 
@@ -89,7 +99,10 @@ def _find_repetition(text: str, words: list[str], config: FilterConfig) -> str:
     line_share, char_share = duplicate_line_fractions(text)
     if config.max_duplicate_line_fraction is not None and line_share > config.max_duplicate_line_fraction:
         return "duplicate_lines"
-    if config.max_duplicate_line_char_fraction is not None and char_share > config.max_duplicate_line_char_fraction:
+    if (
+        config.max_duplicate_line_char_fraction is not None
+        and char_share > config.max_duplicate_line_char_fraction
+    ):
         return "duplicate_line_chars"
     limit = config.max_top_ngram_char_fraction
     if limit is not None and top_ngram_char_fraction(words, config.top_ngram_words) > limit:
@@ -107,7 +120,9 @@ def duplicate_line_fractions(text: str) -> tuple[float, float]:
         return 0.0, 0.0
     repeats = [(line, count - 1) for line, count in Counter(lines).items() if count > 1]
     num_chars = sum(map(len, lines))
-    return sum(count for _, count in repeats) / len(lines), sum(len(line) * count for line, count in repeats) / num_chars
+    return sum(count for _, count in repeats) / len(lines), sum(
+        len(line) * count for line, count in repeats
+    ) / num_chars
 
 
 def top_ngram_char_fraction(words: list[str], size: int) -> float:

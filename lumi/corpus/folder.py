@@ -23,7 +23,12 @@ FORMAT = 1
 ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
 TEXTS = pa.schema([("text", pa.string()), ("source", pa.string())])
 # What the libraries of the hub read and write as a column of conversations.
-CONVERSATIONS = pa.schema([("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))), ("source", pa.string())])
+CONVERSATIONS = pa.schema(
+    [
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("source", pa.string()),
+    ]
+)
 MAKE_ONE = "lumi prepare --config CONFIG --output-dir"
 
 Manifest = dict[str, Any]
@@ -102,7 +107,9 @@ class CorpusReader:
             )
         for index in range(self.num_shards):
             for documents, sources in self._read_shard(index, batch_documents):
-                yield ConversationBatch([tuple(Message(**message) for message in messages) for messages in documents], sources)
+                yield ConversationBatch(
+                    [tuple(Message(**message) for message in messages) for messages in documents], sources
+                )
 
     def iter_texts(self, batch_documents: int = 1024) -> Iterator[str]:
         """The text of every document in order; of a conversation its contents, a line end between them.
@@ -141,7 +148,13 @@ def read_corpus(folder: str | Path) -> CorpusReader:
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        got = "a folder without the manifest.json of a corpus" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        got = (
+            "a folder without the manifest.json of a corpus"
+            if folder.is_dir()
+            else "a file"
+            if folder.exists()
+            else "nothing"
+        )
         raise UserError(f"{folder} must be a corpus folder, got {got}; make one: {MAKE_ONE} {folder}")
     for shard in manifest["shards"]:
         _check_shard(folder, shard, read=False)
@@ -166,18 +179,30 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         return None
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format must be {FORMAT}, got {manifest.get('format')}; make the corpus again with this version of lumi")
+        raise UserError(
+            f"{path}: format must be {FORMAT}, got {manifest.get('format')}; make the corpus again with this version of lumi"
+        )
     keys = {"file", "documents", "bytes", "sha256"}
     shards = manifest.get("shards")
     if not isinstance(manifest.get("documents"), int) or not isinstance(shards, list):
-        raise UserError(f"{path}: must hold documents and shards; the file is damaged, make the corpus again: {MAKE_ONE} {folder}")
+        raise UserError(
+            f"{path}: must hold documents and shards; the file is damaged, make the corpus again: {MAKE_ONE} {folder}"
+        )
     if manifest.get("columns") not in (TEXTS.names, CONVERSATIONS.names):
         expected = " or ".join(", ".join(schema.names) for schema in (TEXTS, CONVERSATIONS))
-        raise UserError(f"{path}: columns must be {expected}, got {manifest.get('columns')}; make the corpus again: {MAKE_ONE} {folder}")
+        raise UserError(
+            f"{path}: columns must be {expected}, got {manifest.get('columns')}; make the corpus again: {MAKE_ONE} {folder}"
+        )
     for shard in shards:
         # A name with a folder in it could point anywhere.
-        if not isinstance(shard, dict) or not keys <= shard.keys() or Path(str(shard["file"])).name != shard["file"]:
-            raise UserError(f"{path}: shards must hold {', '.join(sorted(keys))}; the file is damaged, make the corpus again")
+        if (
+            not isinstance(shard, dict)
+            or not keys <= shard.keys()
+            or Path(str(shard["file"])).name != shard["file"]
+        ):
+            raise UserError(
+                f"{path}: shards must hold {', '.join(sorted(keys))}; the file is damaged, make the corpus again"
+            )
     return manifest
 
 
@@ -221,7 +246,13 @@ class CorpusWriter:
         """Finish: shards and card into the folder, the manifest last. Shards of an earlier corpus go only after that."""
         self._flush()
         self._close()
-        manifest = {"kind": KIND, "format": FORMAT, **manifest, "columns": self.schema.names, "shards": self.shards}
+        manifest = {
+            "kind": KIND,
+            "format": FORMAT,
+            **manifest,
+            "columns": self.schema.names,
+            "shards": self.shards,
+        }
         for shard in self.shards:
             os.replace(self._building / shard["file"], self.folder / shard["file"])
         temporary = self._building / "DATA_CARD.md"
@@ -254,7 +285,9 @@ class CorpusWriter:
         digest = sha256_file(path)
         # The hash in the name keeps the shards of an earlier corpus whole until the new manifest is in place.
         name = f"shard-{len(self.shards):05d}-{digest[:8]}.parquet"
-        self.shards.append({"file": name, "documents": self._file_documents, "bytes": path.stat().st_size, "sha256": digest})
+        self.shards.append(
+            {"file": name, "documents": self._file_documents, "bytes": path.stat().st_size, "sha256": digest}
+        )
         os.replace(path, self._building / name)
         self._file_bytes = self._file_documents = 0
 

@@ -53,7 +53,9 @@ class OasstMessagesFormat(Format):
             read_string(row, "message_tree_id")
             identity = read_string(row, "message_id")
             if identity in nodes:
-                raise MalformedConversation("malformed_tree", f"message_id must stand once in a tree, got {identity!r} again")
+                raise MalformedConversation(
+                    "malformed_tree", f"message_id must stand once in a tree, got {identity!r} again"
+                )
             nodes[identity] = row | {"replies": []}
         prompts = []
         for identity, node in nodes.items():
@@ -64,10 +66,13 @@ class OasstMessagesFormat(Format):
                 nodes[parent_id]["replies"].append(node)
             else:
                 raise MalformedConversation(
-                    "malformed_tree", f"parent_id must be a message of the same tree, got {parent_id!r} in message {identity!r}"
+                    "malformed_tree",
+                    f"parent_id must be a message of the same tree, got {parent_id!r} in message {identity!r}",
                 )
         if len(prompts) != 1:
-            raise MalformedConversation("malformed_tree", f"a tree must have one message without a parent, got {len(prompts)}")
+            raise MalformedConversation(
+                "malformed_tree", f"a tree must have one message without a parent, got {len(prompts)}"
+            )
         return best_path(prompts[0], self.lang)
 
 
@@ -90,7 +95,9 @@ def best_path(prompt: Any, lang: str | None) -> Conversation:
     while node is not None:
         role = read_string(node, "role")
         if role not in ROLES:
-            raise MalformedConversation("unknown_role", f"role must be one of {', '.join(ROLES)}, got {role!r}")
+            raise MalformedConversation(
+                "unknown_role", f"role must be one of {', '.join(ROLES)}, got {role!r}"
+            )
         messages.append(Message(ROLES[role], read_string(node, "text")))
         node = _best_reply(node.get("replies") or [])
     return tuple(messages)
@@ -111,7 +118,9 @@ def _rank(message: dict[str, Any]) -> float:
 
 def _check_node(node: Any) -> None:
     if not isinstance(node, dict):
-        raise MalformedConversation("malformed_tree", f"a message must be an object, got {type(node).__name__}")
+        raise MalformedConversation(
+            "malformed_tree", f"a message must be an object, got {type(node).__name__}"
+        )
     rank = node.get("rank")
     if rank is not None and (not isinstance(rank, int | float) or isinstance(rank, bool)):
         raise MalformedConversation("malformed_tree", f"rank must be a number, got {type(rank).__name__}")

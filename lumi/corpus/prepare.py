@@ -54,12 +54,17 @@ def prepare(
         UserError: a source cannot be read, the folder holds something else, no document is kept, the disk is full.
     """
     recipe = config.recipe
-    all_workers = Workers(processing.process_batch, recipe, num_cores() if num_workers is None else num_workers)
+    all_workers = Workers(
+        processing.process_batch, recipe, num_cores() if num_workers is None else num_workers
+    )
     folder = Path(output_dir)
     if recipe.filters.languages is not None:
         classifier(recipe.filters.languages)
     keys = {source.name: _source_key(source, config) for source in config.sources}
-    caches = {name: SourceCache(folder / ".cache" / f"{name}-{key}", writable=not analyze_only) for name, key in keys.items()}
+    caches = {
+        name: SourceCache(folder / ".cache" / f"{name}-{key}", writable=not analyze_only)
+        for name, key in keys.items()
+    }
     with _interruptible(writes=not analyze_only), all_workers as workers:
         if analyze_only:
             return _analyze(config, caches if use_cache else {}, workers)
@@ -98,11 +103,18 @@ def _write(
             print(f"{folder} is up to date: {old['documents']:,} {noun(old)}")
             return old
         if not use_cache:
-            if not (folder / "manifest.json").exists() and any(cache.folder.exists() for cache in caches.values()):
-                print(f"lumi: {folder}: what an interrupted run left is discarded; --use-cache goes on from it", file=sys.stderr)
+            if not (folder / "manifest.json").exists() and any(
+                cache.folder.exists() for cache in caches.values()
+            ):
+                print(
+                    f"lumi: {folder}: what an interrupted run left is discarded; --use-cache goes on from it",
+                    file=sys.stderr,
+                )
             for cache in caches.values():
                 cache.clear()
-        with CorpusWriter(folder, config.shard_bytes, conversations=config.conversation_filters is not None) as writer:
+        with CorpusWriter(
+            folder, config.shard_bytes, conversations=config.conversation_filters is not None
+        ) as writer:
             manifest = _summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs_key}
             if not manifest["documents"]:
                 raise UserError(
@@ -111,22 +123,30 @@ def _write(
                     + "; see what each filter drops with --analyze-only, and loosen it"
                 )
             manifest = writer.commit(manifest, data_card(manifest))
-        for path in (folder / ".cache").iterdir():  # what other configs left: the cache holds what the last run used
+        for path in (
+            folder / ".cache"
+        ).iterdir():  # what other configs left: the cache holds what the last run used
             if path.is_dir() and path not in [cache.folder for cache in caches.values()]:
                 shutil.rmtree(path)
     print(summary_table(manifest))
     shards = f"{len(manifest['shards'])} shard{'s' * (len(manifest['shards']) > 1)}"
-    print(f"{manifest['documents']:,} {noun(manifest)} in {shards}: {folder} ({folder}/.cache may be deleted)")
+    print(
+        f"{manifest['documents']:,} {noun(manifest)} in {shards}: {folder} ({folder}/.cache may be deleted)"
+    )
     return manifest
 
 
-def _run(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers, writer: CorpusWriter | None) -> list[SourceCounts]:
+def _run(
+    config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers, writer: CorpusWriter | None
+) -> list[SourceCounts]:
     """Take every source in order until its budget is reached; decisions about duplicates are made here, one by one."""
     deduplicator = Deduplicator(config.deduplication, has_parts=config.conversation_filters is not None)
     all_counts = []
     for source in config.sources:
         counts = SourceCounts(source.name, describe(source))
-        batches = _process_source(source, config.recipe.filters.max_chars, caches.get(source.name), workers, counts)
+        batches = _process_source(
+            source, config.recipe.filters.max_chars, caches.get(source.name), workers, counts
+        )
         with closing(batches), progress_bar(source.name, " documents") as bar:
             for outcomes in batches:
                 before = counts.read
@@ -159,7 +179,9 @@ def _take(
         counts.num_bytes += outcome.num_bytes
         if writer is not None:
             writer.add(outcome.text, source.name, outcome.num_bytes)
-        enough_tokens = source.max_tokens is not None and counts.num_bytes >= source.max_tokens * config.bytes_per_token
+        enough_tokens = (
+            source.max_tokens is not None and counts.num_bytes >= source.max_tokens * config.bytes_per_token
+        )
         if enough_tokens or counts.kept == source.max_documents:
             counts.budget_reached = True
             return
@@ -215,7 +237,13 @@ def _source_key(source: Source, config: PrepareConfig) -> str:
     """Everything that decides the outcomes of a source: not its budget, nor the threshold of near duplicates."""
     fingerprints = {key: value for key, value in to_dict(config.deduplication).items() if key != "threshold"}
     batches = [processing.BATCH_DOCUMENTS, processing.BATCH_CHARS]
-    recipe = [to_dict(config.cleaning), to_dict(config.recipe.filters), fingerprints, batches, _versions(config)]
+    recipe = [
+        to_dict(config.cleaning),
+        to_dict(config.recipe.filters),
+        fingerprints,
+        batches,
+        _versions(config),
+    ]
     return cache_key([CACHE_FORMAT, identify(source), *recipe])
 
 
@@ -225,11 +253,19 @@ def _check_output(folder: Path, config: PrepareConfig, use_cache: bool) -> Manif
         raise UserError(f"--output-dir must be a folder, got a file: {folder}")
     manifest = read_manifest(folder)
     if manifest is None:
-        foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)) if folder.exists() else []
+        foreign = (
+            sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name))
+            if folder.exists()
+            else []
+        )
         if foreign:
-            raise UserError(f"--output-dir must be new, empty or a corpus folder, got {folder} with {', '.join(foreign[:3])} in it")
+            raise UserError(
+                f"--output-dir must be new, empty or a corpus folder, got {folder} with {', '.join(foreign[:3])} in it"
+            )
     elif manifest.get("config") != to_dict(config) and not use_cache:
-        changed = sorted(key for key, value in to_dict(config).items() if manifest.get("config", {}).get(key) != value)
+        changed = sorted(
+            key for key, value in to_dict(config).items() if manifest.get("config", {}).get(key) != value
+        )
         raise UserError(
             f"--output-dir must not hold a corpus of another config, got {folder} (made with other {', '.join(changed)});"
             " choose another folder, or add --use-cache to replace it, reusing the sources that did not change"
@@ -254,7 +290,9 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--output-dir must be used by one run at a time, got {folder}, where another one is at work") from error
+            raise UserError(
+                f"--output-dir must be used by one run at a time, got {folder}, where another one is at work"
+            ) from error
         yield
 
 
@@ -271,7 +309,11 @@ def _interruptible(writes: bool) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        kept = "finished batches are kept, run again with --use-cache to go on" if writes else "nothing was written"
+        kept = (
+            "finished batches are kept, run again with --use-cache to go on"
+            if writes
+            else "nothing was written"
+        )
         print(f"lumi: interrupted; {kept}", file=sys.stderr)
         raise
     finally:

@@ -33,7 +33,9 @@ class PrepareConfig:
         names = [source.name for source in self.sources]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"sources must have different names, got {', '.join(map(repr, twice))} more than once")
+            raise ValueError(
+                f"sources must have different names, got {', '.join(map(repr, twice))} more than once"
+            )
         self._set_filters()
         if not self.bytes_per_token > 0:
             raise ValueError(f"bytes_per_token must be above 0, got {self.bytes_per_token}")
@@ -48,9 +50,13 @@ class PrepareConfig:
                 "sources must all give texts, or all conversations (python_questions, and those with `conversation`),"
                 f" got texts from {', '.join(texts)} and conversations from {', '.join(conversations)}; prepare two corpora"
             )
-        fitting, other = ("conversation_filters", "filters") if conversations else ("filters", "conversation_filters")
+        fitting, other = (
+            ("conversation_filters", "filters") if conversations else ("filters", "conversation_filters")
+        )
         if getattr(self, other) is not None:
-            raise ValueError(f"{other} must be left out for sources of {'conversations' if conversations else 'texts'}; use {fitting}")
+            raise ValueError(
+                f"{other} must be left out for sources of {'conversations' if conversations else 'texts'}; use {fitting}"
+            )
         if getattr(self, fitting) is None:
             object.__setattr__(self, fitting, ConversationFilterConfig() if conversations else FilterConfig())
 

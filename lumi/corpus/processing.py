@@ -4,7 +4,11 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from lumi.corpus.cleaning import CleaningConfig, clean_text
-from lumi.corpus.conversation_filters import ConversationFilterConfig, clean_conversation, find_conversation_fault
+from lumi.corpus.conversation_filters import (
+    ConversationFilterConfig,
+    clean_conversation,
+    find_conversation_fault,
+)
 from lumi.corpus.conversations import contents, pack, unpack
 from lumi.corpus.deduplication import DeduplicationConfig, Fingerprint, fingerprint
 from lumi.corpus.filters import FilterConfig, find_fault
@@ -49,7 +53,10 @@ def process_batch(recipe: Recipe, records: list[Record]) -> list[Outcome]:
             answers.append(answered)
     holds_texts = isinstance(recipe.filters, FilterConfig)
     fingerprints = iter(fingerprint(texts, recipe.deduplication, None if holds_texts else answers))
-    return [outcome if outcome.text is None else outcome._replace(fingerprint=next(fingerprints)) for outcome in outcomes]
+    return [
+        outcome if outcome.text is None else outcome._replace(fingerprint=next(fingerprints))
+        for outcome in outcomes
+    ]
 
 
 def _process(record: Record, recipe: Recipe) -> tuple[Outcome, str, str]:
@@ -69,7 +76,9 @@ def _process_text(text: str, cleaning: CleaningConfig, filters: FilterConfig) ->
     return _drop(reason) if reason else (Outcome(text, None, len(text.encode())), text, "")
 
 
-def _process_conversation(text: str, cleaning: CleaningConfig, filters: ConversationFilterConfig) -> tuple[Outcome, str, str]:
+def _process_conversation(
+    text: str, cleaning: CleaningConfig, filters: ConversationFilterConfig
+) -> tuple[Outcome, str, str]:
     original = unpack(text)
     if sum(len(message.content) for message in original) > filters.max_chars:
         return _drop("too_long")
@@ -79,7 +88,11 @@ def _process_conversation(text: str, cleaning: CleaningConfig, filters: Conversa
         return _drop(reason)
     said = contents(messages)
     answers = contents([message for message in messages if message.role == "assistant"])
-    return Outcome(pack(messages), None, len(said.encode()), shortened=len(messages) < len(original)), said, answers
+    return (
+        Outcome(pack(messages), None, len(said.encode()), shortened=len(messages) < len(original)),
+        said,
+        answers,
+    )
 
 
 def _drop(reason: str) -> tuple[Outcome, str, str]:

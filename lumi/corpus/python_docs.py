@@ -55,7 +55,9 @@ def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
             try:
                 versions[package] = importlib.metadata.version(package)
             except importlib.metadata.PackageNotFoundError as error:
-                raise UserError(f"packages must name installed packages, got {package!r}: pip install it, or leave it out") from error
+                raise UserError(
+                    f"packages must name installed packages, got {package!r}: pip install it, or leave it out"
+                ) from error
     return versions
 
 
@@ -63,7 +65,12 @@ def group_documents(entries: Iterable[Entry]) -> Iterator[str]:
     """Documents of moderate size: a topic, a class with its methods, or the functions and small classes of a module."""
     document, module = "", ""
     for kind, owner, section in _sections(entries):
-        apart = kind == "topic" or owner != module or len(document) + len(section) > LONG_CHARS or len(document) >= SHORT_CHARS
+        apart = (
+            kind == "topic"
+            or owner != module
+            or len(document) + len(section) > LONG_CHARS
+            or len(document) >= SHORT_CHARS
+        )
         if apart and document:
             yield document
             document = ""
@@ -110,7 +117,16 @@ def _collect(packages: tuple[str, ...], what: str) -> tuple[dict[str, Any], Iter
     }
     environment.pop("DISPLAY", None)
     # -P: a file of the user called random.py must not be imported as the standard library's
-    command = [sys.executable, "-P", "-W", "ignore", "-m", __spec__.name if __spec__ else "lumi.corpus.python_docs", what, *packages]
+    command = [
+        sys.executable,
+        "-P",
+        "-W",
+        "ignore",
+        "-m",
+        __spec__.name if __spec__ else "lumi.corpus.python_docs",
+        what,
+        *packages,
+    ]
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -132,7 +148,9 @@ def _collect(packages: tuple[str, ...], what: str) -> tuple[dict[str, Any], Iter
         child.kill()
         child.wait()
         child.stdout.close()
-        raise UserError(f"packages must name importable packages, got {', '.join(unknown)}; pip install them, or leave them out")
+        raise UserError(
+            f"packages must name importable packages, got {', '.join(unknown)}; pip install them, or leave them out"
+        )
     return header, _lines_of(child, header["documents"])
 
 
@@ -148,7 +166,9 @@ def _lines_of(child: "subprocess.Popen[bytes]", expected: int) -> Iterator[bytes
         child.terminate()
         child.wait()
     if num_lines != expected:
-        raise UserError(f"the documentation must have {expected} documents, got {num_lines}: the process that collects it died; run again")
+        raise UserError(
+            f"the documentation must have {expected} documents, got {num_lines}: the process that collects it died; run again"
+        )
 
 
 def _main(what: str, packages: tuple[str, ...]) -> None:

@@ -11,7 +11,9 @@ from lumi.messages import Conversation, Message
 
 PHRASING_VERSION = 2  # part of the cache key: raise it when the same entries would give other conversations
 LONGEST_SIGNATURE = 100  # characters; longer ones are nothing that one asks for in a sentence
-LEAST_WORDS = 3  # of what is no sentence: "device", "self % other" answer nothing, "Bisection algorithms." does
+LEAST_WORDS = (
+    3  # of what is no sentence: "device", "self % other" answer nothing, "Bisection algorithms." does
+)
 KNOWN_AS = {"builtins.": "", "posix.": "os.", "posixpath.": "os.path."}  # names that nobody writes
 
 CALL = "How do I call `{}`?"
@@ -23,8 +25,12 @@ MODULE = ("What is the module `{}` for?", "What does the module `{}` do?")
 # The first line of many docstrings: `name(arguments)`, `name(arguments) -> type`, `name(arguments) -- what it does`.
 SIGNATURE = re.compile(r"[\w.]+(?:\(.*?\)|(?= ->|: ))(?:\s*\[.*\])?(?:\s*(?:->|--|:)\s*(?P<rest>.*))?")
 RESULT = re.compile(r"^\w+[.,]\s+")  # "-> x.  Generates an int with k random bits."
-LAYOUT = re.compile(r"\s|[-*+#|:@>=~.]|\d+[.)]\s")  # a line that begins so belongs to code, a list, a table, fields
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!a\.k\.a\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`'\"(])")
+LAYOUT = re.compile(
+    r"\s|[-*+#|:@>=~.]|\d+[.)]\s"
+)  # a line that begins so belongs to code, a list, a table, fields
+SENTENCE_END = re.compile(
+    r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!a\.k\.a\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`'\"(])"
+)
 MARKUP = (
     (re.compile(r":[\w:]+:`~?([^`<]+)(?:\s<[^`]*)?`"), r"`\1`"),  # :func:`name`
     (re.compile(r"``([^`]+)``"), r"`\1`"),
@@ -34,7 +40,10 @@ MARKUP = (
 
 
 def read_questions(
-    packages: tuple[str, ...], modules: Literal["all", "train", "held_out"], held_out_fraction: float, max_answer_chars: int
+    packages: tuple[str, ...],
+    modules: Literal["all", "train", "held_out"],
+    held_out_fraction: float,
+    max_answer_chars: int,
 ) -> tuple[dict[str, Any], Iterator[Conversation | str]]:
     """What was found (sha256, entries, skipped modules) and, for each entry of the modules on one side, a question and its answer.
 
@@ -45,7 +54,11 @@ def read_questions(
         UserError: a package cannot be imported.
     """
     header, entries = open_entries(packages)
-    facts = {"sha256": header["sha256"], "entries": header["documents"], "skipped_modules": header["skipped_modules"]}
+    facts = {
+        "sha256": header["sha256"],
+        "entries": header["documents"],
+        "skipped_modules": header["skipped_modules"],
+    }
     return facts, _ask_side(entries, modules, held_out_fraction, max_answer_chars)
 
 
@@ -98,7 +111,9 @@ def is_held_out(module: str, fraction: float) -> bool:
     return _hash(module) < fraction * 2**64
 
 
-def _ask_side(entries: Iterable[Entry], modules: str, held_out_fraction: float, max_answer_chars: int) -> Iterator[Conversation | str]:
+def _ask_side(
+    entries: Iterable[Entry], modules: str, held_out_fraction: float, max_answer_chars: int
+) -> Iterator[Conversation | str]:
     train_answers: set[str] = set()
     if modules == "held_out":  # the modules of both sides are mixed, so all must be known before the first
         entries = list(entries)
@@ -124,14 +139,19 @@ def _first_paragraph(docstring: str) -> list[str]:
     while lines and (match := SIGNATURE.fullmatch(lines[0].strip())):
         rest = RESULT.sub("", match["rest"] or "")
         is_prose = rest[:1].isalpha() and len(rest.split()) >= LEAST_WORDS
-        stands_alone = len(lines) > 1 and not lines[1].strip() and not rest.endswith(".")  # "-> floating point number": a type
+        stands_alone = (
+            len(lines) > 1 and not lines[1].strip() and not rest.endswith(".")
+        )  # "-> floating point number": a type
         if is_prose and not stands_alone:
             lines[0] = rest
             break
         lines.pop(0)
         while lines and not lines[0].strip():
             lines.pop(0)
-    end = next((index for index, line in enumerate(lines) if index and (not line.strip() or LAYOUT.match(line))), len(lines))
+    end = next(
+        (index for index, line in enumerate(lines) if index and (not line.strip() or LAYOUT.match(line))),
+        len(lines),
+    )
     return lines[:end]
 
 

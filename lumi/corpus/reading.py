@@ -64,8 +64,12 @@ def open_source(source: Source, max_chars: int, skip: int = 0) -> OpenSource:
         facts, documents = read_python_docs(source.packages)
         return OpenSource(facts, map(Record, islice(documents, skip, None)))
     if isinstance(source, PythonQuestionsSource):
-        facts, answers = read_questions(source.packages, source.modules, source.held_out_fraction, source.max_answer_chars)
-        records = (Record(None, found) if isinstance(found, str) else Record(pack(found)) for found in answers)
+        facts, answers = read_questions(
+            source.packages, source.modules, source.held_out_fraction, source.max_answer_chars
+        )
+        records = (
+            Record(None, found) if isinstance(found, str) else Record(pack(found)) for found in answers
+        )
         return OpenSource(facts, islice(records, skip, None))
     if isinstance(source, HubSource) and not isinstance(source.conversation, OasstMessagesFormat):
         return OpenSource({}, _to_records(_read_hub(source, skip), source))  # the server skips
@@ -80,7 +84,9 @@ def _to_records(rows: Iterable[Row | Record], source: Source) -> Iterator[Record
         if isinstance(row, Record):
             yield row
         elif not isinstance(row.data, dict):
-            yield Record(None, "malformed_json", f"{row.place}: must be an object, got {type(row.data).__name__}")
+            yield Record(
+                None, "malformed_json", f"{row.place}: must be an object, got {type(row.data).__name__}"
+            )
         else:
             assert isinstance(source, RecordSource)
             yield _pick(row.data, source, row.place)
@@ -106,7 +112,9 @@ def _join_trees(rows: Iterable[Row | Record], conversation: OasstMessagesFormat)
         if not isinstance(identity, str):
             yield Row({"rows": [row.data]}, row.place)
             continue
-        fields = {key: row.data[key] for key in conversation.required + conversation.optional if key in row.data}
+        fields = {
+            key: row.data[key] for key in conversation.required + conversation.optional if key in row.data
+        }
         trees.setdefault(identity, Row({"rows": []}, row.place)).data["rows"].append(fields)
     while trees:  # given up as they go: all of them are held
         yield trees.pop(next(iter(trees)))
@@ -125,7 +133,9 @@ def _read_files(source: FileSource, max_chars: int) -> Iterator[Row | Record]:
                 yield from _read_text(path, source.separator, max_chars)
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"source {source.name!r}: {path} must be a readable {source.kind} file, got: {message}") from error
+            raise UserError(
+                f"source {source.name!r}: {path} must be a readable {source.kind} file, got: {message}"
+            ) from error
 
 
 def _open(path: str) -> BinaryIO:
@@ -144,7 +154,9 @@ def _read_jsonl(path: str, max_chars: int) -> Iterator[Row | Record]:
             if len(line) >= limit and not line.endswith(b"\n"):
                 while (rest := file.readline(CHUNK_BYTES)) and not rest.endswith(b"\n"):
                     pass
-                row: Row | Record = Record(None, "too_long", f"{path}:{number}: a line of more than {limit} bytes")
+                row: Row | Record = Record(
+                    None, "too_long", f"{path}:{number}: a line of more than {limit} bytes"
+                )
             elif line.strip():
                 row = _parse_line(line, f"{path}:{number}")
             else:
@@ -196,7 +208,9 @@ def _read_parquet(path: str, source: ParquetSource) -> Iterator[Row | Record]:
         else:
             required, optional = source.conversation.required, source.conversation.optional
             if not set(required) <= set(names):
-                raise UserError(f"source {source.name!r}: {path} must have the columns {', '.join(required)}, got {', '.join(names)}")
+                raise UserError(
+                    f"source {source.name!r}: {path} must have the columns {', '.join(required)}, got {', '.join(names)}"
+                )
             yield from _read_columns(file, path, [name for name in names if name in required + optional])
 
 
@@ -204,13 +218,19 @@ def _read_column(file: pq.ParquetFile, path: str, source: ParquetSource) -> Iter
     kind = file.schema_arrow.field(source.text_field).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"source {source.name!r}: column {source.text_field!r} of {path} must hold strings, got {kind}")
+        raise UserError(
+            f"source {source.name!r}: column {source.text_field!r} of {path} must hold strings, got {kind}"
+        )
     row = 0
     for batch in file.iter_batches(batch_size=256, columns=[source.text_field]):
         # As bytes: Arrow does not check that a string column is UTF-8.
         for value in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
             row += 1
-            yield _decode(value, f"{path}:row {row}") if value is not None else Record(None, "missing_text", f"{path}:row {row}: null")
+            yield (
+                _decode(value, f"{path}:row {row}")
+                if value is not None
+                else Record(None, "missing_text", f"{path}:row {row}: null")
+            )
 
 
 def _read_columns(file: pq.ParquetFile, path: str, names: list[str]) -> Iterator[Row | Record]:
@@ -238,7 +258,9 @@ def _read_text(path: str, separator: str | None, max_chars: int) -> Iterator[Rec
             yield Record(None, "too_long", f"{path}:{number}: more than {limit} bytes in one document")
         elif separator is None:
             yield _decode(piece.removeprefix(b"\xef\xbb\xbf"), path)
-        elif stripped := piece.removeprefix(b"\xef\xbb\xbf").strip(b"\n"):  # separators in a row hold nothing between them
+        elif stripped := piece.removeprefix(b"\xef\xbb\xbf").strip(
+            b"\n"
+        ):  # separators in a row hold nothing between them
             yield _decode(stripped, f"{path}:{number + len(piece) - len(piece.lstrip(bytes([10])))}")
 
 
@@ -270,10 +292,14 @@ def _read_hub(source: HubSource, skip: int) -> Iterator[Row]:
 
     address = f"{source.dataset}{f' ({source.subset})' if source.subset else ''}, split {source.split!r}"
     try:
-        stream = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True)
+        stream = datasets.load_dataset(
+            source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
         for number, example in enumerate(stream.skip(skip) if skip else stream, start=skip + 1):
             yield Row(example, f"{source.dataset}:row {number}")
-    except Exception as error:  # network, server, file formats: datasets raises the errors of a dozen libraries
+    except (
+        Exception
+    ) as error:  # network, server, file formats: datasets raises the errors of a dozen libraries
         message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
             f"source {source.name!r}: cannot read the hub dataset {address}: {message}; check its name and your network"

@@ -93,7 +93,10 @@ def summary_table(manifest: dict[str, Any]) -> str:
         total["dropped"].update(source["dropped"])
     columns = [*sources, total] if len(sources) > 1 else list(sources)
     rows = [["", *(column["name"] for column in columns)]]
-    rows += [[label, *(f"{column[key]:,}" for column in columns)] for label, key in ((f"{noun(manifest)} read", "read"), ("kept", "kept"))]
+    rows += [
+        [label, *(f"{column[key]:,}" for column in columns)]
+        for label, key in ((f"{noun(manifest)} read", "read"), ("kept", "kept"))
+    ]
     if total["shortened"]:
         rows.append(["kept, but shortened", *(f"{column['shortened']:,}" for column in columns)])
     for reason in (reason for reason in REASONS if total["dropped"][reason]):
@@ -101,7 +104,9 @@ def summary_table(manifest: dict[str, Any]) -> str:
     rows.append(["megabytes kept", *(f"{column['bytes'] / 1e6:,.2f}" for column in columns)])
     rows.append(["estimated tokens", *(f"{column['estimated_tokens']:,}" for column in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
 
 
 def find_warnings(sources: Sequence[dict[str, Any]], budgets: Sequence[bool]) -> list[str]:
@@ -109,11 +114,19 @@ def find_warnings(sources: Sequence[dict[str, Any]], budgets: Sequence[bool]) ->
     warnings = []
     for source, has_budget in zip(sources, budgets, strict=True):
         if not source["kept"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in source["dropped"].items()) or "it is empty"
-            example = "".join(f"; the first malformed one: {text}" for text in source["malformed_examples"][:1])
-            warnings.append(f"source {source['name']!r}: no document is kept of {source['read']} read ({reasons}){example}")
+            reasons = (
+                ", ".join(f"{count} {reason}" for reason, count in source["dropped"].items()) or "it is empty"
+            )
+            example = "".join(
+                f"; the first malformed one: {text}" for text in source["malformed_examples"][:1]
+            )
+            warnings.append(
+                f"source {source['name']!r}: no document is kept of {source['read']} read ({reasons}){example}"
+            )
         elif has_budget and not source["budget_reached"]:
-            warnings.append(f"source {source['name']!r} ended before its budget: {source['estimated_tokens']:,} estimated tokens")
+            warnings.append(
+                f"source {source['name']!r} ended before its budget: {source['estimated_tokens']:,} estimated tokens"
+            )
     return warnings
 
 
@@ -133,15 +146,21 @@ def data_card(manifest: dict[str, Any]) -> str:
     ]
     for source in manifest["sources"]:
         megabytes = f"{source['bytes'] / 1e6:,.2f}"
-        lines.append(f"| {source['name']} | {source['origin']} | {source['kept']:,} | {megabytes} | {source['estimated_tokens']:,} |")
+        lines.append(
+            f"| {source['name']} | {source['origin']} | {source['kept']:,} | {megabytes} | {source['estimated_tokens']:,} |"
+        )
     lines += ["", "## Kept and dropped", "", "```", summary_table(manifest), "```", ""]
     lines += _card_notes(manifest)
     lines += ["## How it was made", ""]
     for part in ("cleaning", "filters", "conversation_filters", "deduplication"):
         if manifest["config"][part] is None:
             continue
-        lines.append(f"- {part}: " + ", ".join(f"`{key}` {value}" for key, value in manifest["config"][part].items()))
-    lines.append("- made with " + ", ".join(f"{name} {version}" for name, version in manifest["environment"].items()))
+        lines.append(
+            f"- {part}: " + ", ".join(f"`{key}` {value}" for key, value in manifest["config"][part].items())
+        )
+    lines.append(
+        "- made with " + ", ".join(f"{name} {version}" for name, version in manifest["environment"].items())
+    )
     lines += ["", "The texts stay under the licences of their sources.", ""]
     return "\n".join(lines)
 
@@ -150,8 +169,12 @@ def _card_notes(manifest: dict[str, Any]) -> list[str]:
     lines = [f"- {warning}" for warning in manifest["warnings"]]
     for source in manifest["sources"]:
         if source["shortened"]:
-            left_out = "without what the user said last, which has no answer, or without a blank system message"
-            lines.append(f"- {source['name']}: {source['shortened']:,} of {source['kept']:,} conversations are kept {left_out}")
+            left_out = (
+                "without what the user said last, which has no answer, or without a blank system message"
+            )
+            lines.append(
+                f"- {source['name']}: {source['shortened']:,} of {source['kept']:,} conversations are kept {left_out}"
+            )
         lines += [f"- malformed in {source['name']}: {example}" for example in source["malformed_examples"]]
         if "sha256" in source:
             lines.append(f"- {source['name']}: SHA-256 of its documents {source['sha256']}")

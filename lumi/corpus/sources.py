@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lumi.config import UserError, to_dict
-from lumi.corpus.conversations import AlpacaFormat, DollyFormat, MessagesFormat, PromptResponseFormat, ShareGptFormat
+from lumi.corpus.conversations import (
+    AlpacaFormat,
+    DollyFormat,
+    MessagesFormat,
+    PromptResponseFormat,
+    ShareGptFormat,
+)
 from lumi.corpus.oasst import OasstFormat, OasstMessagesFormat
 from lumi.corpus.python_docs import LAYOUT_VERSION, installed_versions
 from lumi.corpus.python_questions import PHRASING_VERSION
@@ -15,7 +21,15 @@ from lumi.storage import check_patterns, matching_files
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-ConversationFormat = AlpacaFormat | DollyFormat | MessagesFormat | ShareGptFormat | PromptResponseFormat | OasstFormat | OasstMessagesFormat
+ConversationFormat = (
+    AlpacaFormat
+    | DollyFormat
+    | MessagesFormat
+    | ShareGptFormat
+    | PromptResponseFormat
+    | OasstFormat
+    | OasstMessagesFormat
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +66,9 @@ class RecordSource(AnySource):
         if self.text_field == "":
             raise ValueError('text_field must be a name, got ""')
         if self.conversation is not None and self.text_field != "text":
-            raise ValueError(f"text_field must be left out where conversation is given, got {self.text_field!r}")
+            raise ValueError(
+                f"text_field must be left out where conversation is given, got {self.text_field!r}"
+            )
 
     @property
     def holds_conversations(self) -> bool:
@@ -124,7 +140,9 @@ class TextSource(AnySource):
         super().__post_init__()
         check_patterns(self.paths)
         if self.separator == "":
-            raise ValueError('separator must be null (one document per file) or at least one character, got ""')
+            raise ValueError(
+                'separator must be null (one document per file) or at least one character, got ""'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +175,9 @@ class PythonQuestionsSource(AnySource):
         super().__post_init__()
         _check_packages(self.packages)
         if "topics" in self.packages:
-            raise ValueError("packages must be stdlib or names of packages, got topics, of which nothing can be asked")
+            raise ValueError(
+                "packages must be stdlib or names of packages, got topics, of which nothing can be asked"
+            )
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction must be within 0 and 1, got {self.held_out_fraction}")
         if self.max_answer_chars < 20:
@@ -169,7 +189,15 @@ class PythonQuestionsSource(AnySource):
 
 
 FileSource = JsonlSource | JsonSource | ParquetSource | TextSource
-Source = HubSource | JsonlSource | JsonSource | ParquetSource | TextSource | PythonDocsSource | PythonQuestionsSource
+Source = (
+    HubSource
+    | JsonlSource
+    | JsonSource
+    | ParquetSource
+    | TextSource
+    | PythonDocsSource
+    | PythonQuestionsSource
+)
 
 
 def find_files(source: FileSource) -> list[str]:
@@ -190,7 +218,11 @@ def identify(source: Source) -> dict[str, Any]:
     Raises:
         UserError: a path matches no file, a package of `python_docs` or `python_questions` is not installed.
     """
-    config = {key: value for key, value in to_dict(source).items() if key not in ("name", "max_tokens", "max_documents")}
+    config = {
+        key: value
+        for key, value in to_dict(source).items()
+        if key not in ("name", "max_tokens", "max_documents")
+    }
     if isinstance(source, PythonDocsSource):
         return config | {"versions": installed_versions(source.packages), "layout": LAYOUT_VERSION}
     if isinstance(source, PythonQuestionsSource):

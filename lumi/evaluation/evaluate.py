@@ -18,7 +18,14 @@ import lumi
 import lumi.configs
 from lumi.config import UserError, to_dict, write_json
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions
-from lumi.evaluation.perplexity import Document, TextConfig, WindowConfig, perplexity, store_documents, text_documents
+from lumi.evaluation.perplexity import (
+    Document,
+    TextConfig,
+    WindowConfig,
+    perplexity,
+    store_documents,
+    text_documents,
+)
 from lumi.evaluation.records import describe, tightest
 from lumi.evaluation.report import format_table, report
 from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
@@ -96,14 +103,24 @@ def evaluate(
     config.windows.resolve(model.config.max_positions)
     questions = [read_questions(task, limit) for task in config.tasks]
     texts = [
-        _Text(text.name, text.format, describe(text.source), tightest(text.limit, limit), text_documents(text, tokenizer, limit))
+        _Text(
+            text.name,
+            text.format,
+            describe(text.source),
+            tightest(text.limit, limit),
+            text_documents(text, tokenizer, limit),
+        )
         for text in config.texts
     ]
     for folder in folders:
         split = open_or_tokenize(folder, tokenizer).split("validation")
         texts.append(_Text(str(folder), "store", f"store: {folder} / validation", limit, split))
     smoke = config.smoke_tests
-    tests = encode_smoke_tests(smoke, read_smoke_tests(smoke), tokenizer, model.config.max_positions) if smoke else None
+    tests = (
+        encode_smoke_tests(smoke, read_smoke_tests(smoke), tokenizer, model.config.max_positions)
+        if smoke
+        else None
+    )
     output_dir.mkdir(parents=True, exist_ok=True)
 
     results = _facts(pretrained) | {"limit": limit, "config": to_dict(config)}
@@ -117,7 +134,10 @@ def evaluate(
             _save(results, output_dir, started)
         if smoke is not None and tests is not None:
             source = f"prompts of {smoke.path or 'the shipped ' + SHIPPED.name}"
-            results["smoke_tests"] = {"source": source, **dataclasses.asdict(run_smoke_tests(smoke, tests, model, tokenizer))}
+            results["smoke_tests"] = {
+                "source": source,
+                **dataclasses.asdict(run_smoke_tests(smoke, tests, model, tokenizer)),
+            }
     except (KeyboardInterrupt, UserError):
         print(_kept(results, output_dir), file=sys.stderr)
         raise
@@ -133,16 +153,24 @@ def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path]
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, got {limit}")
     if not (config.tasks or config.texts or config.smoke_tests or data_dirs):
-        raise UserError("the config must name at least one of tasks, texts and smoke_tests, got none; or pass --data-dirs")
+        raise UserError(
+            "the config must name at least one of tasks, texts and smoke_tests, got none; or pass --data-dirs"
+        )
     if len({folder.resolve() for folder in data_dirs}) < len(data_dirs):
-        raise UserError(f"--data-dirs must be different folders, got {' '.join(map(str, data_dirs))}; leave one out")
+        raise UserError(
+            f"--data-dirs must be different folders, got {' '.join(map(str, data_dirs))}; leave one out"
+        )
     names = Counter([*(text.name for text in config.texts), *map(str, data_dirs)])
     if twice := [name for name, count in names.items() if count > 1]:
-        raise UserError(f"texts and --data-dirs must have different names, got {twice[0]!r} twice; leave one out or rename the text")
+        raise UserError(
+            f"texts and --data-dirs must have different names, got {twice[0]!r} twice; leave one out or rename the text"
+        )
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "a folder that cannot be written to" if there.is_dir() else "a file"
-        raise UserError(f"--output-dir must be a folder that can be written to, got {output_dir}: {there} is {what}")
+        raise UserError(
+            f"--output-dir must be a folder that can be written to, got {output_dir}: {there} is {what}"
+        )
 
 
 def _save(results: dict[str, Any], output_dir: Path, started: float) -> None:
@@ -160,7 +188,11 @@ def _kept(results: dict[str, Any], output_dir: Path) -> str:
 
 
 def _run_task(
-    task: TaskConfig, questions: Sequence[Question], pretrained: Pretrained, batch_tokens: int, limit: int | None
+    task: TaskConfig,
+    questions: Sequence[Question],
+    pretrained: Pretrained,
+    batch_tokens: int,
+    limit: int | None,
 ) -> dict[str, Any]:
     begun = time.monotonic()
     scores = score_questions(questions, pretrained.model, pretrained.tokenizer, batch_tokens, task.name)
@@ -169,9 +201,15 @@ def _run_task(
     return {"kind": task.kind, **data, **dataclasses.asdict(result), "seconds": _seconds(begun)}
 
 
-def _run_text(text: _Text, windows: WindowConfig, pretrained: Pretrained, batch_tokens: int) -> dict[str, Any]:
+def _run_text(
+    text: _Text, windows: WindowConfig, pretrained: Pretrained, batch_tokens: int
+) -> dict[str, Any]:
     begun = time.monotonic()
-    documents = store_documents(text.documents, pretrained.tokenizer, text.limit) if isinstance(text.documents, Split) else text.documents
+    documents = (
+        store_documents(text.documents, pretrained.tokenizer, text.limit)
+        if isinstance(text.documents, Split)
+        else text.documents
+    )
     result = perplexity(pretrained.model, documents, windows, batch_tokens=batch_tokens, name=text.name)
     answers_only = isinstance(text.documents, Split) and text.documents.mask is not None
     data = {"format": text.format, "source": text.source, "limit": text.limit, "answers_only": answers_only}
@@ -188,7 +226,11 @@ def _facts(pretrained: Pretrained) -> dict[str, Any]:
         "dtype": str(model.compute_dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if model.output_weight.is_cuda else "cpu",
         "operators": model.ops.name,
-        "versions": {"lumi": lumi.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "lumi": lumi.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

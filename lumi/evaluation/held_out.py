@@ -75,7 +75,9 @@ def held_out_loss(
                 targets = batch.targets[batch.targets != IGNORE]
                 tokens += targets.numel()
                 num_bytes += int(bytes_V[targets].sum())
-    total_nats, total_tokens, total_bytes = world.sum(nats, tokens / world.layout.tensor, num_bytes / world.layout.tensor)
+    total_nats, total_tokens, total_bytes = world.sum(
+        nats, tokens / world.layout.tensor, num_bytes / world.layout.tensor
+    )
     return HeldOut(
         loss=total_nats / max(total_tokens, 1),
         bits_per_byte=total_nats / math.log(2) / max(total_bytes, 1),

@@ -43,14 +43,20 @@ def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[s
         joins = whole[: len(context_ids)] == context_ids
         ids = whole[len(context_ids) :] if joins else tokenizer.encode(space + continuation, continues=True)
         if not ids:
-            raise UserError(f"a continuation must hold at least one token, got {continuation!r} behind {kept[-40:]!r}")
+            raise UserError(
+                f"a continuation must hold at least one token, got {continuation!r} behind {kept[-40:]!r}"
+            )
         encoded.append(ids)
     return Request([tokenizer.bos_id, *context_ids], encoded)
 
 
 @torch.inference_mode()
 def score(
-    model: Transformer, requests: Sequence[Request], *, batch_tokens: int, on_done: Callable[[int], object] | None = None
+    model: Transformer,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int,
+    on_done: Callable[[int], object] | None = None,
 ) -> list[list[float]]:
     """The log-likelihood, in nats, of every continuation of every request, in order.
 
@@ -64,7 +70,9 @@ def score(
         UserError: a continuation is longer than the model's positions, or the model's output is not finite.
     """
     jobs = list(_jobs(requests, model.config.max_positions))
-    jobs.sort(key=lambda job: (len(job.context), max(map(len, job.continuations))), reverse=True)  # the largest first: memory shows early
+    jobs.sort(
+        key=lambda job: (len(job.context), max(map(len, job.continuations))), reverse=True
+    )  # the largest first: memory shows early
     results = [[0.0] * len(request.continuations) for request in requests]
     for batch in _batches(jobs, batch_tokens):
         done = 0
@@ -90,12 +98,16 @@ def _jobs(requests: Sequence[Request], max_positions: int) -> Iterator[_Job]:
     for index, (context, continuations) in enumerate(requests):
         longest = max(map(len, continuations))
         if longest > max_positions:
-            raise UserError(f"a continuation must be at most as long as the model's {max_positions} positions, got {longest} tokens")
+            raise UserError(
+                f"a continuation must be at most as long as the model's {max_positions} positions, got {longest} tokens"
+            )
         if len(context) + longest - 1 <= max_positions:
             yield _Job(context, continuations, index, list(range(len(continuations))))
         else:  # how much of the context stays depends on the continuation
             for place, continuation in enumerate(continuations):
-                yield _Job(context[-(max_positions + 1 - len(continuation)) :], [continuation], index, [place])
+                yield _Job(
+                    context[-(max_positions + 1 - len(continuation)) :], [continuation], index, [place]
+                )
 
 
 def _batches(jobs: Sequence[_Job], batch_tokens: int) -> Iterator[list[_Job]]:
@@ -111,28 +123,43 @@ def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) ->
     context_BT = _pad([job.context for job in jobs]).to(device)
     last_B = torch.tensor([len(job.context) - 1 for job in jobs], device=device)
     second_pass = any(len(ids) > 1 for job in jobs for ids in job.continuations)
-    cache = [LayerCache(len(jobs), context_BT.shape[1], model, device) for _ in model.layers] if second_pass else None
+    cache = (
+        [LayerCache(len(jobs), context_BT.shape[1], model, device) for _ in model.layers]
+        if second_pass
+        else None
+    )
     hidden_BD = model.hidden(context_BT, cache=cache)[torch.arange(len(jobs), device=device), last_B]
 
     rows = [(row, ids) for row, job in enumerate(jobs) for ids in job.continuations]
     first_row_C = torch.tensor([row for row, _ in rows], device=device)
     logits_BV = model.logits(hidden_BD)
-    sums = token_log_probabilities(logits_BV, torch.tensor([ids[0] for _, ids in rows]).to(device), first_row_C).tolist()
+    sums = token_log_probabilities(
+        logits_BV, torch.tensor([ids[0] for _, ids in rows]).to(device), first_row_C
+    ).tolist()
     if cache is not None:
-        longer = sorted((index for index, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda index: len(rows[index][1]))
+        longer = sorted(
+            (index for index, (_, ids) in enumerate(rows) if len(ids) > 1),
+            key=lambda index: len(rows[index][1]),
+        )
         while longer:
             # The last is the longest: as many rows as fit with its length.
             count = max(1, batch_tokens // (context_BT.shape[1] + len(rows[longer[-1]][1])))
             chosen, longer = longer[-count:], longer[:-count]
             row_C, ids = first_row_C[chosen], [rows[index][1] for index in chosen]
-            for index, more in zip(chosen, _score_rest(model, cache, row_C, last_B[row_C] + 1, ids), strict=True):
+            for index, more in zip(
+                chosen, _score_rest(model, cache, row_C, last_B[row_C] + 1, ids), strict=True
+            ):
                 sums[index] += more
     scores = iter(sums)
     return [[next(scores) for _ in job.continuations] for job in jobs]
 
 
 def _score_rest(
-    model: Transformer, cache: Sequence[LayerCache], row_C: Tensor, start_C: Tensor, continuations: Sequence[list[int]]
+    model: Transformer,
+    cache: Sequence[LayerCache],
+    row_C: Tensor,
+    start_C: Tensor,
+    continuations: Sequence[list[int]],
 ) -> list[float]:
     """Sums of continuations without their first tokens; number c begins at `start_C[c]` of row `row_C[c]` of the cache."""
     device = row_C.device
@@ -141,7 +168,9 @@ def _score_rest(
     length = inputs_CT.shape[1]
     positions_CT = start_C[:, None] + torch.arange(length, device=device)
     capacity = cache[0].k_BSGK.shape[1] + length
-    hidden_CTD = model.hidden(inputs_CT, positions_CT, cache=[_copy(layer, row_C, capacity, model) for layer in cache])
+    hidden_CTD = model.hidden(
+        inputs_CT, positions_CT, cache=[_copy(layer, row_C, capacity, model) for layer in cache]
+    )
     lengths = [len(ids) - 1 for ids in continuations]
     is_real_CT = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
     found_N = log_probabilities_of(model, hidden_CTD[is_real_CT], targets_CT[is_real_CT])
@@ -163,7 +192,9 @@ def log_probabilities_of(model: Transformer, hidden_ND: Tensor, targets_N: Tenso
         UserError: the model's output is not finite.
     """
     rows = torch.arange(len(targets_N), device=targets_N.device).split(_LOGIT_ROWS)
-    return torch.cat([token_log_probabilities(model.logits(hidden_ND[part]), targets_N[part]) for part in rows])
+    return torch.cat(
+        [token_log_probabilities(model.logits(hidden_ND[part]), targets_N[part]) for part in rows]
+    )
 
 
 def token_log_probabilities(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> Tensor:

@@ -44,11 +44,18 @@ def read_questions(config: TaskConfig, limit: int | None = None) -> list[Questio
     """
     records = read_records(config.source, tightest(config.limit, limit))
     place = f"task {config.name!r}: {describe(config.source)}"
-    return [TASKS[config.kind].ask(record, f"{place}, record {number}") for number, record in enumerate(records, start=1)]
+    return [
+        TASKS[config.kind].ask(record, f"{place}, record {number}")
+        for number, record in enumerate(records, start=1)
+    ]
 
 
 def score_questions(
-    questions: Sequence[Question], model: Transformer, tokenizer: Tokenizer, batch_tokens: int, name: str = "task"
+    questions: Sequence[Question],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    batch_tokens: int,
+    name: str = "task",
 ) -> list[list[float]]:
     """The log-likelihood, in nats, of each choice of each question.
 
@@ -60,27 +67,37 @@ def score_questions(
     requests, owners = [], []
     for number, question in enumerate(questions):
         if len(set(question.contexts)) == 1:
-            requests.append(encode_request(tokenizer, question.contexts[0], [DELIMITER + choice for choice in question.choices]))
+            requests.append(
+                encode_request(
+                    tokenizer, question.contexts[0], [DELIMITER + choice for choice in question.choices]
+                )
+            )
             owners.append(number)
         else:
             for context, choice in zip(question.contexts, question.choices, strict=True):
                 requests.append(encode_request(tokenizer, context, [DELIMITER + choice]))
                 owners.append(number)
     scores: list[list[float]] = [[] for _ in questions]
-    with progress_bar(name, " choices", total=sum(len(question.choices) for question in questions)) as progress:
+    with progress_bar(
+        name, " choices", total=sum(len(question.choices) for question in questions)
+    ) as progress:
         found = score(model, requests, batch_tokens=batch_tokens, on_done=progress.update)
     for owner, some in zip(owners, found, strict=True):
         scores[owner] += some
     return scores
 
 
-def accuracy(questions: Sequence[Question], scores: Sequence[Sequence[float]], normalised: bool) -> TaskResult:
+def accuracy(
+    questions: Sequence[Question], scores: Sequence[Sequence[float]], normalised: bool
+) -> TaskResult:
     """Count the right answers; of equal scores the first choice counts."""
     if not questions:
         raise UserError("a task must have at least one question, got none")
     right, right_norm = 0, 0
     for question, plain in zip(questions, scores, strict=True):
-        per_character = [value / max(len(text), 1) for value, text in zip(plain, question.choices, strict=True)]
+        per_character = [
+            value / max(len(text), 1) for value, text in zip(plain, question.choices, strict=True)
+        ]
         right += _largest(plain) == question.answer
         right_norm += _largest(per_character) == question.answer
     number = len(questions)

@@ -20,7 +20,15 @@ from torch.nn.utils.rnn import pad_sequence
 from lumi.config import UserError
 from lumi.evaluation import wikitext
 from lumi.evaluation.likelihood import log_probabilities_of
-from lumi.evaluation.records import HubSource, JsonlSource, TextSource, describe, read_records, text_field, tightest
+from lumi.evaluation.records import (
+    HubSource,
+    JsonlSource,
+    TextSource,
+    describe,
+    read_records,
+    text_field,
+    tightest,
+)
 from lumi.model import Transformer
 from lumi.progress import progress_bar
 from lumi.token_store import Split
@@ -58,17 +66,27 @@ class WindowConfig:
         for name in ("window_tokens", "stride_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.window_tokens is not None and self.stride_tokens is not None and self.stride_tokens > self.window_tokens:
-            raise ValueError(f"stride_tokens must be at most window_tokens = {self.window_tokens}, got {self.stride_tokens}")
+        if (
+            self.window_tokens is not None
+            and self.stride_tokens is not None
+            and self.stride_tokens > self.window_tokens
+        ):
+            raise ValueError(
+                f"stride_tokens must be at most window_tokens = {self.window_tokens}, got {self.stride_tokens}"
+            )
 
     def resolve(self, max_positions: int) -> tuple[int, int]:
         """Window and stride for a model. Raises UserError where they do not fit its positions."""
         window = self.window_tokens or max_positions
         if window > max_positions:
-            raise UserError(f"windows.window_tokens must be at most the model's {max_positions} positions, got {window}")
+            raise UserError(
+                f"windows.window_tokens must be at most the model's {max_positions} positions, got {window}"
+            )
         stride = self.stride_tokens or window
         if stride > window:
-            raise UserError(f"windows.stride_tokens must be at most the window, here the model's {window} positions, got {stride}")
+            raise UserError(
+                f"windows.stride_tokens must be at most the window, here the model's {window} positions, got {stride}"
+            )
         return window, stride
 
 
@@ -110,7 +128,10 @@ def text_documents(config: TextConfig, tokenizer: Tokenizer, limit: int | None =
     most = tightest(config.limit, limit)
     place = f"text {config.name!r}: {describe(config.source)}"
     records = read_records(config.source, most if config.format == "plain" else None)
-    originals = [text_field(record, config.text_field, f"{place}, record {number}") for number, record in enumerate(records, start=1)]
+    originals = [
+        text_field(record, config.text_field, f"{place}, record {number}")
+        for number, record in enumerate(records, start=1)
+    ]
     texts = originals
     if config.format == "wikitext":
         originals = wikitext.pages(originals)[:most]
@@ -119,7 +140,9 @@ def text_documents(config: TextConfig, tokenizer: Tokenizer, limit: int | None =
     for original, text in zip(originals, texts, strict=True):
         tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
         if len(tokens) > 1:
-            documents.append(Document(tokens, np.arange(len(tokens)) > 0, count_words(original), len(original.encode())))
+            documents.append(
+                Document(tokens, np.arange(len(tokens)) > 0, count_words(original), len(original.encode()))
+            )
     if not documents:
         raise UserError(f"{place}: must hold text, got none")
     return documents
@@ -137,7 +160,9 @@ def store_documents(split: Split, tokenizer: Tokenizer, limit: int | None = None
             continue
         runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
         texts = [tokenizer.decode(tokens[run].tolist(), continues=bool(run[0] > 1)) for run in runs]
-        yield Document(tokens, scored, sum(map(count_words, texts)), sum(len(text.encode()) for text in texts))
+        yield Document(
+            tokens, scored, sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
+        )
 
 
 def count_words(text: str) -> int:
@@ -147,7 +172,12 @@ def count_words(text: str) -> int:
 
 @torch.inference_mode()
 def perplexity(
-    model: Transformer, documents: Iterable[Document], config: WindowConfig, *, batch_tokens: int, name: str = "perplexity"
+    model: Transformer,
+    documents: Iterable[Document],
+    config: WindowConfig,
+    *,
+    batch_tokens: int,
+    name: str = "perplexity",
 ) -> PerplexityResult:
     """Measure a model on documents.
 
@@ -168,7 +198,10 @@ def perplexity(
             for batch in _batches([part for _, parts in group for part in parts], batch_tokens):
                 nats -= _log_probability(model, batch)
                 progress.update(sum(int(part.scored.sum()) for part in batch))
-            counts += np.sum([(1, int(document.scored.sum()), document.words, document.bytes) for document, _ in group], axis=0)
+            counts += np.sum(
+                [(1, int(document.scored.sum()), document.words, document.bytes) for document, _ in group],
+                axis=0,
+            )
     number, tokens, words, num_bytes = counts.tolist()
     if tokens == 0:
         raise UserError(f"{name}: must hold at least one token to count, got none")
@@ -209,7 +242,9 @@ def rolling_windows(document: Document, window: int, stride: int) -> Iterator[Wi
         done = end
 
 
-def _groups(documents: Iterable[Document], window: int, stride: int, group_tokens: int) -> Iterator[list[tuple[Document, list[Window]]]]:
+def _groups(
+    documents: Iterable[Document], window: int, stride: int, group_tokens: int
+) -> Iterator[list[tuple[Document, list[Window]]]]:
     """Documents with their windows, together about `group_tokens` tokens."""
     group: list[tuple[Document, list[Window]]] = []
     size = 0
@@ -236,7 +271,9 @@ def _batches(windows: list[Window], batch_tokens: int) -> Iterator[Sequence[Wind
 def _log_probability(model: Transformer, windows: Sequence[Window]) -> float:
     device = model.output_weight.device
     inputs_BT, targets_BT, scored_BT = (
-        pad_sequence([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], batch_first=True).to(device)
+        pad_sequence([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], batch_first=True).to(
+            device
+        )
         for rows in zip(*windows, strict=True)
     )
     hidden_BTD = model.hidden(inputs_BT)

@@ -75,7 +75,9 @@ def read_records(source: HubSource | JsonlSource | TextSource, limit: int | None
 def describe(source: HubSource | JsonlSource | TextSource) -> str:
     """One phrase for messages and reports: kind and address."""
     if isinstance(source, HubSource):
-        return "hub: " + " / ".join(part for part in (source.dataset, source.subset, source.split, source.revision) if part)
+        return "hub: " + " / ".join(
+            part for part in (source.dataset, source.subset, source.split, source.revision) if part
+        )
     return f"{source.kind}: " + ", ".join(source.paths)
 
 
@@ -83,7 +85,11 @@ def text_field(record: Record, name: str, place: str) -> str:
     """A field that must be a string of valid Unicode. Raises UserError naming the place, the field, and those that there are."""
     value = record.get(name)
     if not isinstance(value, str):
-        got = f"no such field (it has {', '.join(record) or 'none'})" if name not in record else type(value).__name__
+        got = (
+            f"no such field (it has {', '.join(record) or 'none'})"
+            if name not in record
+            else type(value).__name__
+        )
         raise UserError(f"{place}: {name!r} must be a string, got {got}")
     check_unicode(value, name, place)
     return value
@@ -121,7 +127,9 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: must be a JSON object, got a line that is not valid JSON: {error}") from error
+            raise UserError(
+                f"{path}:{number}: must be a JSON object, got a line that is not valid JSON: {error}"
+            ) from error
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: must be a JSON object, got {type(record).__name__}")
         yield record
@@ -131,9 +139,13 @@ def _read_hub(source: HubSource, limit: int | None) -> list[Record]:
     import datasets  # takes seconds to import, and only this kind of source needs it
 
     try:
-        stream = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True)
+        stream = datasets.load_dataset(
+            source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
         return [dict(record) for record in itertools.islice(stream, limit)]
-    except Exception as error:  # network, server, file formats: datasets raises the errors of a dozen libraries
+    except (
+        Exception
+    ) as error:  # network, server, file formats: datasets raises the errors of a dozen libraries
         message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
             f"{describe(source)}: cannot be read: {message}; check its name and your network (behind a gate: `hf auth login`), or use "

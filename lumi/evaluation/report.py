@@ -19,19 +19,29 @@ class Figure(NamedTuple):
 
 def figures(results: Mapping[str, Any]) -> list[Figure]:
     """Every figure of the results."""
-    return [*_task_figures(results["tasks"]), *_perplexity_figures(results["perplexity"]), *_smoke_figures(results)]
+    return [
+        *_task_figures(results["tasks"]),
+        *_perplexity_figures(results["perplexity"]),
+        *_smoke_figures(results),
+    ]
 
 
 def format_table(results: Mapping[str, Any]) -> str:
     """Columns for a terminal, without the protocols."""
     rows = [("", "metric", "value", "baseline", "of"), *(figure[:5] for figure in figures(results))]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def report(results: Mapping[str, Any]) -> str:
     """A Markdown page."""
-    limit = "" if results["limit"] is None else f" The first {results['limit']:,} of each task and text at most (--limit)."
+    limit = (
+        ""
+        if results["limit"] is None
+        else f" The first {results['limit']:,} of each task and text at most (--limit)."
+    )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     adapter = f" with the adapter `{results['adapter']}`" if results["adapter"] else ""
     lines = [
@@ -40,14 +50,25 @@ def report(results: Mapping[str, Any]) -> str:
         f"{results['parameters']:,} parameters{adapter}, {results['dtype']} on {results['device']}, tokenizer "
         f"`{results['tokenizer_fingerprint'][:16]}`; {versions}; {results['date']}, {results['seconds']:.0f} s.{limit}",
         "",
-        *([] if results["finished"] else ["**Not finished**: the evaluation was stopped before it had measured everything.", ""]),
+        *(
+            []
+            if results["finished"]
+            else ["**Not finished**: the evaluation was stopped before it had measured everything.", ""]
+        ),
         *_markdown(("", "metric", "value", "baseline", "of", "protocol"), figures(results)),
     ]
     if results["smoke_tests"]:
         lines += ["", "## Smoke tests that failed", ""]
-        failed = [answer for answer in results["smoke_tests"]["answers"] if not all(answer["checks"].values())]
+        failed = [
+            answer for answer in results["smoke_tests"]["answers"] if not all(answer["checks"].values())
+        ]
         rows = [
-            (answer["category"], answer["prompt"], answer["answer"], ", ".join(name for name, met in answer["checks"].items() if not met))
+            (
+                answer["category"],
+                answer["prompt"],
+                answer["answer"],
+                ", ".join(name for name, met in answer["checks"].items() if not met),
+            )
             for answer in failed
         ]
         lines += _markdown(("category", "prompt", "answer", "failed"), rows) if rows else ["None."]
@@ -69,14 +90,24 @@ def _perplexity_figures(texts: Mapping[str, Any]) -> Iterator[Figure]:
     for name, text in texts.items():
         sizes = f"windows of {_count(text['window_tokens'], 'token')}, stride {text['stride_tokens']:,}"
         what = "answers alone, with what ends them" if text["answers_only"] else "EOS not counted"
-        original = "; words and bytes of the file before detokenisation" if text["format"] == "wikitext" else ""
+        original = (
+            "; words and bytes of the file before detokenisation" if text["format"] == "wikitext" else ""
+        )
         documents = "the document" if text["documents"] == 1 else f"each of {text['documents']:,} documents"
         protocol = f"{_data(text, 'document')}; {sizes}, {documents} behind BOS; {what}{original}"
         words = f"{protocol}; words: the pieces between white space"
-        units = (("token", text["tokens"], protocol), ("word", text["words"], words), ("byte", text["bytes"], protocol))
+        units = (
+            ("token", text["tokens"], protocol),
+            ("word", text["words"], words),
+            ("byte", text["bytes"], protocol),
+        )
         for unit, number, how in units:
-            yield Figure(name, f"{unit} perplexity", _number(text[f"{unit}_perplexity"]), "", _count(number, unit), how)
-        yield Figure(name, "bits per byte", _number(text["bits_per_byte"]), "", _count(text["bytes"], "byte"), protocol)
+            yield Figure(
+                name, f"{unit} perplexity", _number(text[f"{unit}_perplexity"]), "", _count(number, unit), how
+            )
+        yield Figure(
+            name, "bits per byte", _number(text["bits_per_byte"]), "", _count(text["bytes"], "byte"), protocol
+        )
 
 
 def _smoke_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
@@ -100,7 +131,11 @@ def _cell(text: str) -> str:
 
 
 def _data(part: Mapping[str, Any], unit: str) -> str:
-    return part["source"] if part["limit"] is None else f"the first {_count(part['limit'], unit)} of {part['source']}"
+    return (
+        part["source"]
+        if part["limit"] is None
+        else f"the first {_count(part['limit'], unit)} of {part['source']}"
+    )
 
 
 def _count(number: int, unit: str) -> str:
@@ -114,4 +149,6 @@ def _share(value: float, error: float | None) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "n/a"
-    return f"{value:.4g}" if value < 9999.5 else f"{value:,.1f}" if value < 1e6 else f"{value:.3e}"  # %g is exponential from 10,000 on
+    return (
+        f"{value:.4g}" if value < 9999.5 else f"{value:,.1f}" if value < 1e6 else f"{value:.3e}"
+    )  # %g is exponential from 10,000 on

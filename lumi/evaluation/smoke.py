@@ -77,7 +77,9 @@ class SmokePrompt:
     @property
     def conversation(self) -> tuple[Message, ...]:
         """The messages, of which a single prompt is the user's."""
-        return tuple(Message(turn.role, turn.content) for turn in self.messages) or (Message("user", self.prompt or ""),)
+        return tuple(Message(turn.role, turn.content) for turn in self.messages) or (
+            Message("user", self.prompt or ""),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,9 @@ class EncodedTests(NamedTuple):
     stop_ids: frozenset[int]
 
 
-def encode_smoke_tests(config: SmokeConfig, tests: SmokeTests, tokenizer: Tokenizer, max_positions: int) -> EncodedTests:
+def encode_smoke_tests(
+    config: SmokeConfig, tests: SmokeTests, tokenizer: Tokenizer, max_positions: int
+) -> EncodedTests:
     """Encode every prompt, before any work.
 
     Args:
@@ -148,15 +152,23 @@ def encode_smoke_tests(config: SmokeConfig, tests: SmokeTests, tokenizer: Tokeni
     for category, prompts in tests.categories.items():
         for number, prompt in enumerate(prompts, start=1):
             try:
-                ids = chat.prompt_ids(tokenizer, prompt.conversation) if is_chat else text_ids(tokenizer, _text(prompt))
+                ids = (
+                    chat.prompt_ids(tokenizer, prompt.conversation)
+                    if is_chat
+                    else text_ids(tokenizer, _text(prompt))
+                )
                 check_prompts([ids], max_positions)
             except UserError as error:
                 raise UserError(f"smoke tests: {category}, prompt {number}: {error}") from error
             encoded.append(ids)
-    return EncodedTests(tests, is_chat, encoded, chat.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id}))
+    return EncodedTests(
+        tests, is_chat, encoded, chat.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id})
+    )
 
 
-def run_smoke_tests(config: SmokeConfig, encoded: EncodedTests, model: Transformer, tokenizer: Tokenizer) -> SmokeResult:
+def run_smoke_tests(
+    config: SmokeConfig, encoded: EncodedTests, model: Transformer, tokenizer: Tokenizer
+) -> SmokeResult:
     """Ask every prompt and check the answers.
 
     Args:
@@ -179,14 +191,18 @@ def run_smoke_tests(config: SmokeConfig, encoded: EncodedTests, model: Transform
                 pad_id=filler_id(tokenizer),
                 vocab_size=tokenizer.vocab_size,
             )
-            for (category, prompt), completion in zip(entries[start : start + _BATCH], completions, strict=True):
+            for (category, prompt), completion in zip(
+                entries[start : start + _BATCH], completions, strict=True
+            ):
                 text = tokenizer.decode(completion.ids, continues=True)
                 share = repetition(completion.ids, config.repetition_tokens)
                 stopped = completion.stopped if is_chat else None
                 answers.append(
                     SmokeAnswer(
                         category=category,
-                        prompt="\n".join(message.content for message in prompt.conversation) if is_chat else _text(prompt),
+                        prompt="\n".join(message.content for message in prompt.conversation)
+                        if is_chat
+                        else _text(prompt),
                         answer=text,
                         tokens=len(completion.ids),
                         repetition=share,

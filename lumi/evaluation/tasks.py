@@ -52,7 +52,9 @@ def boolq(record: Record, place: str) -> Question:
     answer = record.get("answer", record.get("label"))  # super_glue has the same data with an integer `label`
     if answer not in (0, 1):
         raise UserError(f"{place}: 'answer' must be true or false, got {answer!r}")
-    context = f"{text_field(record, 'passage', place)}\nQuestion: {text_field(record, 'question', place)}?\nAnswer:"
+    context = (
+        f"{text_field(record, 'passage', place)}\nQuestion: {text_field(record, 'question', place)}?\nAnswer:"
+    )
     return _question(context, ["no", "yes"], int(answer), place)
 
 
@@ -68,10 +70,14 @@ def arc(record: Record, place: str) -> Question:
     """ARC, easy and challenge (Clark et al. 2018, arXiv:1803.05457): questions of school exams."""
     choices = record.get("choices")
     if not isinstance(choices, dict):
-        raise UserError(f"{place}: 'choices' must be an object with 'text' and 'label', got {type(choices).__name__}")
+        raise UserError(
+            f"{place}: 'choices' must be an object with 'text' and 'label', got {type(choices).__name__}"
+        )
     labels, texts = (_texts(choices.get(name), f"choices.{name}", place) for name in ("label", "text"))
     if len(labels) != len(texts):
-        raise UserError(f"{place}: 'choices' must have as many texts as labels, got {len(texts)} and {len(labels)}")
+        raise UserError(
+            f"{place}: 'choices' must have as many texts as labels, got {len(texts)} and {len(labels)}"
+        )
     key = text_field(record, "answerKey", place)
     if key not in labels:
         raise UserError(f"{place}: 'answerKey' must be one of {', '.join(labels)}, got {key!r}")
@@ -106,25 +112,37 @@ def clean_wikihow(text: str) -> str:
 
 
 TASKS: dict[str, Task] = {
-    "boolq": Task(boolq, "'{passage}\\nQuestion: {question}?\\nAnswer:' with ' no' / ' yes'", normalised=False),
+    "boolq": Task(
+        boolq, "'{passage}\\nQuestion: {question}?\\nAnswer:' with ' no' / ' yes'", normalised=False
+    ),
     "hellaswag": Task(hellaswag, "'{activity_label}: {ctx_a} {Ctx_b}' without [...] marks, with ' {ending}'"),
     "arc": Task(arc, "'Question: {question}\\nAnswer:' with ' {choice}'"),
     "piqa": Task(piqa, "'Question: {goal}\\nAnswer:' with ' {sol1}' / ' {sol2}'"),
-    "winogrande": Task(winogrande, "partial: the sentence up to and with each option, scored by ' {the rest}'", normalised=False),
+    "winogrande": Task(
+        winogrande,
+        "partial: the sentence up to and with each option, scored by ' {the rest}'",
+        normalised=False,
+    ),
 }
 
 
 def _question(context: str, choices: list[str], answer: int, place: str) -> Question:
     if not 0 <= answer < len(choices):
-        raise UserError(f"{place}: the answer must be the place of one of {len(choices)} choices, counted from 0, got {answer}")
+        raise UserError(
+            f"{place}: the answer must be the place of one of {len(choices)} choices, counted from 0, got {answer}"
+        )
     return Question((context,) * len(choices), tuple(choices), answer)
 
 
 def _integer(record: Record, name: str, place: str) -> int:
     value = record.get(name)
-    if isinstance(value, int) or (isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)):  # "²" is a digit, too
+    if isinstance(value, int) or (
+        isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)
+    ):  # "²" is a digit, too
         return int(value)
-    raise UserError(f"{place}: {name!r} must be an integer, got {repr(value)[:60]}: is this a split without answers?")
+    raise UserError(
+        f"{place}: {name!r} must be an integer, got {repr(value)[:60]}: is this a split without answers?"
+    )
 
 
 def _texts(value: object, name: str, place: str) -> list[str]:

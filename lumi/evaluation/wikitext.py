@@ -7,7 +7,13 @@ given the text as it was once written; words and bytes are counted on what stand
 import re
 from collections.abc import Iterable
 
-_JOINED = (("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"))
+_JOINED = (
+    ("s '", "s'"),
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (" @.@ ", "."),
+    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
+)
 _PAIRS = (
     (re.compile(r"\(\s*([^\)]*?)\s*\)"), r"(\1)"),
     (re.compile(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
@@ -15,7 +21,16 @@ _PAIRS = (
     (re.compile(r"\"\s*([^\"]*?)\s*\""), r'"\1"'),
     (re.compile(r"'\s*([^']*?)\s*'"), r"'\1'"),
 )
-_REST = (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
+_REST = (
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
 
 
 def pages(rows: Iterable[str]) -> list[str]:
@@ -46,4 +61,9 @@ def detokenize(page: str) -> str:
 
 def _is_title(line: str) -> bool:
     """Whether it is a heading of the first level, and not " = = Section = = "."""
-    return line.startswith("= ") and line.endswith(" =") and not line.startswith("= =") and not line.endswith("= =")
+    return (
+        line.startswith("= ")
+        and line.endswith(" =")
+        and not line.startswith("= =")
+        and not line.endswith("= =")
+    )

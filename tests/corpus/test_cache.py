@@ -115,7 +115,10 @@ def test_a_file_that_changed_is_read_again(tmp_path, processed):
     prepare(PrepareConfig(sources=(source,)), tmp_path / "c", num_workers=1)
     processed.clear()
     jsonl(tmp_path / "a.jsonl", range(6))
-    assert prepare(PrepareConfig(sources=(source,)), tmp_path / "c", use_cache=True, num_workers=1)["documents"] == 6
+    assert (
+        prepare(PrepareConfig(sources=(source,)), tmp_path / "c", use_cache=True, num_workers=1)["documents"]
+        == 6
+    )
     assert len(processed) == 6
     path = tmp_path / "a.jsonl"
     modified = path.stat().st_mtime_ns
@@ -193,14 +196,22 @@ if __name__ == "__main__":
 
 
 @pytest.mark.usefixtures("small_batches")
-@pytest.mark.parametrize(("stop", "num_workers"), [(signal.SIGKILL, 2), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(
+    ("stop", "num_workers"), [(signal.SIGKILL, 2), (signal.SIGTERM, 2), (signal.SIGINT, 1)]
+)
 def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path, processed, stop, num_workers):
     sources = (jsonl(tmp_path / "a.jsonl", range(12)), jsonl(tmp_path / "b.jsonl", range(6, 200)))
     config = PrepareConfig(sources=sources)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "pids").mkdir()
-    arguments = [tmp_path / "child.py", tmp_path / "config.json", tmp_path / "c", tmp_path / "pids", num_workers]
+    arguments = [
+        tmp_path / "child.py",
+        tmp_path / "config.json",
+        tmp_path / "c",
+        tmp_path / "pids",
+        num_workers,
+    ]
     child = subprocess.Popen([sys.executable, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
     cache = tmp_path / "c" / ".cache"
     deadline = time.monotonic() + 60

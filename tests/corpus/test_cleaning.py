@@ -15,16 +15,17 @@ def f(x):\t# tab, trailing spaces\x20\x20
 class C:
     pass
 '''
-MARKDOWN = (
-    "# Title\n\n\n* item\twith tab\n  * nested — “quoted” ’apostrophe’  \n\n```c\nint\tx = a<b>>c;\n```\n| a | b |\n|---|---|\n\n…end\n"
-)
+MARKDOWN = "# Title\n\n\n* item\twith tab\n  * nested — “quoted” ’apostrophe’  \n\n```c\nint\tx = a<b>>c;\n```\n| a | b |\n|---|---|\n\n…end\n"
 
 
 def clean(text, **options):
     return clean_text(text, CleaningConfig(**options))
 
 
-@pytest.mark.parametrize("text", [PYTHON_FILE, MARKDOWN, "👩‍👩‍👧 ❤️ 🇩🇪", "日本語　全角ＡＢＣ", "  indented\n\n\n", "naïve café Straße"])
+@pytest.mark.parametrize(
+    "text",
+    [PYTHON_FILE, MARKDOWN, "👩‍👩‍👧 ❤️ 🇩🇪", "日本語　全角ＡＢＣ", "  indented\n\n\n", "naïve café Straße"],
+)
 def test_text_that_is_not_broken_stays_byte_for_byte(text):
     assert clean(text) == text
 

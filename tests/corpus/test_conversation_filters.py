@@ -52,7 +52,9 @@ def test_structure(messages, reason):
 
 
 def test_limits():
-    messages = talk(("s", "x"), ("u", "As an AI language model"), ("a", "four"), ("u", "b"), ("a", "Sorry, no: five"))
+    messages = talk(
+        ("s", "x"), ("u", "As an AI language model"), ("a", "four"), ("u", "b"), ("a", "Sorry, no: five")
+    )
     assert fault(messages) == ""
     assert fault(messages, max_messages=5) == ""
     assert fault(messages, max_messages=4) == "too_many_messages"

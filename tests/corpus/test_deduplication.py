@@ -47,7 +47,11 @@ def decide_parts(pairs, **options):
 def test_near_duplicates_are_alike_as_a_whole_and_in_their_part():
     passage = " ".join(f"p{i}" for i in range(300))
     answers = [" ".join(f"{side}{i}" for i in range(40)) for side in ("left", "right")]
-    assert decide_parts([(passage, answers[0]), (passage, answers[1]), (passage, answers[0] + " more")]) == ["", "", "near_duplicate"]
+    assert decide_parts([(passage, answers[0]), (passage, answers[1]), (passage, answers[0] + " more")]) == [
+        "",
+        "",
+        "near_duplicate",
+    ]
     assert decide_parts([(passage, answers[0]), ("another question", answers[0])]) == ["", ""]
 
 
@@ -55,7 +59,10 @@ def test_a_short_part_makes_no_near_duplicate():
     passage = " ".join(f"p{i}" for i in range(300))
     nineteen = " ".join(f"a{i}" for i in range(19))
     for answer, expected in (("Yes.", ""), (nineteen, ""), (nineteen + " a19", "near_duplicate")):
-        assert decide_parts([(f"{passage} is it so?", answer), (f"{passage} is it not?", answer)]) == ["", expected]
+        assert decide_parts([(f"{passage} is it so?", answer), (f"{passage} is it not?", answer)]) == [
+            "",
+            expected,
+        ]
         assert decide_parts([(passage, answer), (passage, answer)], exact=False) == ["", "near_duplicate"]
 
 
@@ -67,7 +74,9 @@ def test_threshold_is_honoured_in_the_part_too(threshold):
         passage = " ".join(f"p{i}" for i in range(100_000))  # the whole is the same but for a hundredth
         options = {"threshold": threshold, "num_permutations": 1024, "shingle_words": 1}
         assert decide_parts([(passage, part) for part in parts], **options) == ["", expected]
-        questions = [" ".join(f"q{word}" for word in part.split()) for part in parts]  # different in other words than the answers
+        questions = [
+            " ".join(f"q{word}" for word in part.split()) for part in parts
+        ]  # different in other words than the answers
         assert decide_parts(zip(questions, parts, strict=True), **options) == ["", expected]
 
 
@@ -81,7 +90,10 @@ def test_threshold_is_honoured_just_above_and_just_below(threshold):
 
 def test_threshold_one_takes_only_equal_sets_of_shingles():
     assert decide([*pair(999, 1), pair(999, 1)[0] + "!"], threshold=1.0, shingle_words=1) == ["", "", ""]
-    assert decide(["a b a b a b", "a b a b a b a b"], threshold=1.0, shingle_words=2) == ["", "near_duplicate"]
+    assert decide(["a b a b a b", "a b a b a b a b"], threshold=1.0, shingle_words=2) == [
+        "",
+        "near_duplicate",
+    ]
 
 
 def test_shingle_words_counts():
@@ -108,7 +120,14 @@ def test_a_chain_of_near_duplicates_is_compared_with_what_is_kept():
     texts = [" ".join(words[shift : shift + 60]) for shift in range(0, 40, 5)]
     config = {"shingle_words": 1, "threshold": 0.7, "num_permutations": 1024}
     # shift 5: 55 / 65 = 0.85, 10: 50 / 70 = 0.71, 15: 45 / 75 = 0.6: every third stays
-    assert decide(texts, **config) == ["", *["near_duplicate"] * 2, "", *["near_duplicate"] * 2, "", "near_duplicate"]
+    assert decide(texts, **config) == [
+        "",
+        *["near_duplicate"] * 2,
+        "",
+        *["near_duplicate"] * 2,
+        "",
+        "near_duplicate",
+    ]
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8, 0.95, 1.0])
@@ -127,7 +146,11 @@ def test_packing_old_bands_changes_nothing(monkeypatch):
     expected = list(Deduplicator(config).decide(prints))
     monkeypatch.setattr(module, "RECENT_BANDS", 200)
     deduplicator = Deduplicator(config)
-    got = [reason for start in range(0, len(prints), 10) for reason in deduplicator.decide(prints[start : start + 10])]
+    got = [
+        reason
+        for start in range(0, len(prints), 10)
+        for reason in deduplicator.decide(prints[start : start + 10])
+    ]
     assert len(deduplicator._bands._packed) > 1
     assert got == expected
     assert got == [""] * 150 + ["near_duplicate"] * 100

@@ -5,7 +5,12 @@ import pytest
 from lumi.config import UserError, from_dict
 from lumi.corpus import FilterConfig
 from lumi.corpus import filters as module
-from lumi.corpus.filters import duplicate_line_fractions, duplicate_ngram_char_fraction, find_fault, top_ngram_char_fraction
+from lumi.corpus.filters import (
+    duplicate_line_fractions,
+    duplicate_ngram_char_fraction,
+    find_fault,
+    top_ngram_char_fraction,
+)
 
 OPEN = {
     "min_chars": 1,
@@ -39,9 +44,21 @@ def test_prose_passes_the_defaults():
         ("max_symbol_to_word_ratio", 0.5, "# a", "# # a", "symbol_to_word_ratio"),
         ("max_symbol_to_word_ratio", 0.0, "a b", "a b…", "symbol_to_word_ratio"),
         ("max_duplicate_line_fraction", 0.25, "a\nb\n\n\nc\na", "a\na\nb", "duplicate_lines"),
-        ("max_duplicate_line_char_fraction", 0.2, "a\na\nbbbbbbbbbbb", "aaa\naaa\nbb", "duplicate_line_chars"),
+        (
+            "max_duplicate_line_char_fraction",
+            0.2,
+            "a\na\nbbbbbbbbbbb",
+            "aaa\naaa\nbb",
+            "duplicate_line_chars",
+        ),
         ("max_top_ngram_char_fraction", 0.5, "a b c d a b c d", "a b a b c", "top_ngram"),
-        ("max_duplicate_ngram_char_fraction", 0.5, "a b c d e f a b c d e", "a b c d e a b c d e a b c d e", "duplicate_ngrams"),
+        (
+            "max_duplicate_ngram_char_fraction",
+            0.5,
+            "a b c d e f a b c d e",
+            "a b c d e a b c d e a b c d e",
+            "duplicate_ngrams",
+        ),
     ],
 )
 def test_each_limit(key, value, good, bad, reason):
@@ -96,7 +113,10 @@ def test_languages_without_py3langid(monkeypatch):
         ({"max_chars": 10}, r"max_chars must be at least min_chars \(200\), got 10"),
         ({"blocked_phrases": [" "]}, "blocked_phrases must not be empty"),
         ({"max_symbol_to_word_ratio": -0.1}, "max_symbol_to_word_ratio must be at least 0, got -0.1"),
-        ({"max_duplicate_line_fraction": 1.5}, "max_duplicate_line_fraction must be within 0 and 1, or null .* got 1.5"),
+        (
+            {"max_duplicate_line_fraction": 1.5},
+            "max_duplicate_line_fraction must be within 0 and 1, or null .* got 1.5",
+        ),
         ({"max_duplicate_line_char_fraction": 2.0}, "max_duplicate_line_char_fraction must be within"),
         ({"max_top_ngram_char_fraction": -1.0}, "max_top_ngram_char_fraction must be within"),
         ({"max_duplicate_ngram_char_fraction": 2.0}, "max_duplicate_ngram_char_fraction must be within"),

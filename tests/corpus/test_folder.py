@@ -27,9 +27,15 @@ def test_documents_come_back_in_order_with_their_sources(tmp_path):
     assert reader.num_shards == len(reader.manifest["shards"]) > 2
     assert list(reader) == [(text, f"s{index % 2}") for index, text in enumerate(TEXTS)]
     batches = list(reader.iter_batches(batch_documents=4))
-    assert all(isinstance(batch, CorpusBatch) and 1 <= len(batch.texts) == len(batch.sources) <= 4 for batch in batches)
+    assert all(
+        isinstance(batch, CorpusBatch) and 1 <= len(batch.texts) == len(batch.sources) <= 4
+        for batch in batches
+    )
     assert [text for batch in batches for text in batch.texts] == TEXTS
-    shards = [[text for batch in reader.iter_shard(index) for text in batch.texts] for index in range(reader.num_shards)]
+    shards = [
+        [text for batch in reader.iter_shard(index) for text in batch.texts]
+        for index in range(reader.num_shards)
+    ]
     assert [text for shard in shards for text in shard] == TEXTS
     assert [len(shard) for shard in shards] == [shard["documents"] for shard in reader.manifest["shards"]]
     reader.verify()
@@ -38,7 +44,11 @@ def test_documents_come_back_in_order_with_their_sources(tmp_path):
 
 
 CONVERSATIONS = [
-    (Message("system", "be\n\tkind"), Message("user", f"question {index} 😀"), Message("assistant", f"Ümlaut {index}\u2028"))[index % 2 :]
+    (
+        Message("system", "be\n\tkind"),
+        Message("user", f"question {index} 😀"),
+        Message("assistant", f"Ümlaut {index}\u2028"),
+    )[index % 2 :]
     for index in range(25)
 ]
 
@@ -53,11 +63,16 @@ def test_conversations_come_back_in_order_with_their_sources(tmp_path):
     assert reader.manifest["columns"] == ["messages", "source"]
     assert reader.num_shards > 2
     batches = list(reader.iter_conversations(batch_documents=4))
-    assert all(isinstance(batch, ConversationBatch) and 1 <= len(batch.conversations) <= 4 for batch in batches)
+    assert all(
+        isinstance(batch, ConversationBatch) and 1 <= len(batch.conversations) <= 4 for batch in batches
+    )
     pairs = [pair for batch in batches for pair in zip(batch.conversations, batch.sources, strict=True)]
     assert pairs == [(messages, f"s{index % 2}") for index, messages in enumerate(CONVERSATIONS)]
     assert all(isinstance(message, Message) for messages, _ in pairs for message in messages)
-    assert list(reader.iter_texts())[:2] == ["be\n\tkind\nquestion 0 😀\nÜmlaut 0\u2028", "question 1 😀\nÜmlaut 1\u2028"]
+    assert list(reader.iter_texts())[:2] == [
+        "be\n\tkind\nquestion 0 😀\nÜmlaut 0\u2028",
+        "question 1 😀\nÜmlaut 1\u2028",
+    ]
 
 
 def test_the_hub_reads_the_shards_of_conversations(tmp_path):
@@ -66,7 +81,9 @@ def test_the_hub_reads_the_shards_of_conversations(tmp_path):
     write(tmp_path / "c", PACKED, conversations=True)
     (shard,) = (tmp_path / "c").glob("shard-*.parquet")
     rows = load_dataset("parquet", data_files=str(shard), split="train", streaming=True)
-    assert [row["messages"] for row in rows] == [[message._asdict() for message in messages] for messages in CONVERSATIONS]
+    assert [row["messages"] for row in rows] == [
+        [message._asdict() for message in messages] for messages in CONVERSATIONS
+    ]
 
 
 def test_texts_and_conversations_are_not_taken_for_each_other(tmp_path):
@@ -75,10 +92,18 @@ def test_texts_and_conversations_are_not_taken_for_each_other(tmp_path):
     texts, chat = read_corpus(tmp_path / "texts"), read_corpus(tmp_path / "chat")
     assert not texts.holds_conversations
     assert list(texts.iter_texts()) == TEXTS
-    with pytest.raises(UserError, match=r"texts must be a corpus of conversations here, got one of texts; .*chat.json"):
+    with pytest.raises(
+        UserError, match=r"texts must be a corpus of conversations here, got one of texts; .*chat.json"
+    ):
         next(texts.iter_conversations())
-    for read in (lambda: next(chat.iter_batches()), lambda: next(chat.iter_shard(0)), lambda: next(iter(chat))):
-        with pytest.raises(UserError, match=r"chat must be a corpus of texts here, got one of conversations; `lumi tokenize`"):
+    for read in (
+        lambda: next(chat.iter_batches()),
+        lambda: next(chat.iter_shard(0)),
+        lambda: next(iter(chat)),
+    ):
+        with pytest.raises(
+            UserError, match=r"chat must be a corpus of texts here, got one of conversations; `lumi tokenize`"
+        ):
             read()
 
 
@@ -87,7 +112,10 @@ def test_a_truncated_shard_is_refused_when_opened(tmp_path):
     (shard,) = tmp_path.glob("shard-*.parquet")
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(UserError, match=rf"{shard.name} must have {size} bytes, got {size - 7} bytes.*lumi prepare .*--use-cache"):
+    with pytest.raises(
+        UserError,
+        match=rf"{shard.name} must have {size} bytes, got {size - 7} bytes.*lumi prepare .*--use-cache",
+    ):
         read_corpus(tmp_path)
     shard.unlink()
     with pytest.raises(UserError, match=rf"must have {size} bytes, got no file"):
@@ -113,8 +141,15 @@ def test_what_is_not_a_corpus_is_refused_with_the_command_that_makes_one(tmp_pat
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"kind": "something"}')
-    for name, got in [("none", "nothing"), ("file", "a file"), ("other", "a folder without the manifest.json of a corpus")]:
-        with pytest.raises(UserError, match=rf"{name} must be a corpus folder, got {got}; make one: lumi prepare --config .* --output-dir"):
+    for name, got in [
+        ("none", "nothing"),
+        ("file", "a file"),
+        ("other", "a folder without the manifest.json of a corpus"),
+    ]:
+        with pytest.raises(
+            UserError,
+            match=rf"{name} must be a corpus folder, got {got}; make one: lumi prepare --config .* --output-dir",
+        ):
             read_corpus(tmp_path / name)
         assert not is_corpus(tmp_path / name)
     write(tmp_path / "good", TEXTS)
@@ -145,6 +180,10 @@ def test_an_earlier_corpus_stays_whole_until_the_new_one_is(tmp_path):
             writer.add("new text", "s", 8)
         assert len(writer.shards) > 2
     assert [text for text, _ in read_corpus(tmp_path)] == TEXTS
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["DATA_CARD.md", "manifest.json", old["shards"][0]["file"]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["DATA_CARD.md", "manifest.json", old["shards"][0]["file"]]
+    )
     new = write(tmp_path, ["other"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["DATA_CARD.md", "manifest.json", new["shards"][0]["file"]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["DATA_CARD.md", "manifest.json", new["shards"][0]["file"]]
+    )

@@ -33,7 +33,14 @@ BEST = ["q", "a0", "q1", "a1"]
 def rows_of(tree, tree_id, parent=None):
     """A tree as the hub has it: a row per message, depth first."""
     identity = f"{tree_id}/{tree['text']}"
-    row = {"message_id": identity, "parent_id": parent, "message_tree_id": tree_id, "rank": None, "deleted": False, "lang": "en"}
+    row = {
+        "message_id": identity,
+        "parent_id": parent,
+        "message_tree_id": tree_id,
+        "rank": None,
+        "deleted": False,
+        "lang": "en",
+    }
     rows = [row | {key: value for key, value in tree.items() if key != "replies"}]
     for reply in tree["replies"]:
         rows += rows_of(reply, tree_id, identity)
@@ -42,7 +49,9 @@ def rows_of(tree, tree_id, parent=None):
 
 def read(tmp_path, conversation, records, skip=0):
     path = tmp_path / "trees.jsonl"
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
+    path.write_text(
+        "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records)
+    )
     source = from_dict(JsonlSource, {"name": "x", "paths": [str(path)], "conversation": conversation})
     return list(open_source(source, 10_000, skip).records)
 
@@ -70,7 +79,9 @@ def test_the_flat_form_gives_the_same(tmp_path):
 
 def test_the_rows_of_a_tree_may_stand_anywhere(tmp_path):
     rows = rows_of(TREE, "one")
-    records = read(tmp_path, {"kind": "oasst_messages"}, [*rows[:3], *rows_of(node("only"), "two"), *rows[3:]])
+    records = read(
+        tmp_path, {"kind": "oasst_messages"}, [*rows[:3], *rows_of(node("only"), "two"), *rows[3:]]
+    )
     assert list(map(said, records)) == [BEST, ["only"]]  # the best reply comes behind the other tree
     records = read(tmp_path, {"kind": "oasst_messages"}, [*rows_of(node("only"), "two"), *rows[::-1]])
     assert said(records[0]) == ["only"]
@@ -80,10 +91,19 @@ def test_the_rows_of_a_tree_may_stand_anywhere(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda rows: [*rows[:4], *rows[5:]], "parent_id must be a message of the same tree, got 'one/a0' in message 'one/q0'"),
-        (lambda rows: rows[1:], "parent_id must be a message of the same tree, got 'one/q' in message 'one/a2'"),
+        (
+            lambda rows: [*rows[:4], *rows[5:]],
+            "parent_id must be a message of the same tree, got 'one/a0' in message 'one/q0'",
+        ),
+        (
+            lambda rows: rows[1:],
+            "parent_id must be a message of the same tree, got 'one/q' in message 'one/a2'",
+        ),
         (lambda rows: [*rows, rows[4]], "message_id must stand once in a tree, got 'one/a0' again"),
-        (lambda rows: [*rows, rows[0] | {"message_id": "x"}], "a tree must have one message without a parent, got 2"),
+        (
+            lambda rows: [*rows, rows[0] | {"message_id": "x"}],
+            "a tree must have one message without a parent, got 2",
+        ),
     ],
 )
 def test_a_tree_that_is_not_whole_is_counted_and_named(tmp_path, spoil, message):
@@ -92,24 +112,41 @@ def test_a_tree_that_is_not_whole_is_counted_and_named(tmp_path, spoil, message)
 
 
 def test_a_parent_that_is_no_name(tmp_path):
-    (record,) = read(tmp_path, {"kind": "oasst_messages"}, [rows_of(node("q"), "one")[0] | {"parent_id": ["x"]}])
-    assert (record.reason, record.detail) == ("wrong_type", f"{tmp_path}/trees.jsonl:1: 'parent_id' must be a string, got list")
+    (record,) = read(
+        tmp_path, {"kind": "oasst_messages"}, [rows_of(node("q"), "one")[0] | {"parent_id": ["x"]}]
+    )
+    assert (record.reason, record.detail) == (
+        "wrong_type",
+        f"{tmp_path}/trees.jsonl:1: 'parent_id' must be a string, got list",
+    )
 
 
 def test_rows_without_a_tree_are_records_of_their_own(tmp_path):
     records = read(tmp_path, {"kind": "oasst_messages"}, [{"text": "a"}, {"text": "b"}])
     assert [record.reason for record in records] == ["missing_text", "missing_text"]
     row = rows_of(node("q"), "one")[0]
-    records = read(tmp_path, {"kind": "oasst_messages"}, [row | {"message_tree_id": None}, row | {"message_tree_id": ["one"]}])
+    records = read(
+        tmp_path,
+        {"kind": "oasst_messages"},
+        [row | {"message_tree_id": None}, row | {"message_tree_id": ["one"]}],
+    )
     assert [record.reason for record in records] == ["missing_text", "wrong_type"]
 
 
 @pytest.mark.parametrize("kind", ["oasst", "oasst_messages"])
 def test_the_language_that_is_wanted(tmp_path, kind):
     trees = [node("q", lang="de"), node("q", lang="en"), node("q", lang=None)]
-    records = [{"prompt": tree} for tree in trees] if kind == "oasst" else [rows_of(tree, str(i))[0] for i, tree in enumerate(trees)]
+    records = (
+        [{"prompt": tree} for tree in trees]
+        if kind == "oasst"
+        else [rows_of(tree, str(i))[0] for i, tree in enumerate(trees)]
+    )
     found = read(tmp_path, {"kind": kind, "lang": "de"}, records)
-    assert [(record.reason, record.detail) for record in found] == [("", ""), ("other_language", ""), ("other_language", "")]
+    assert [(record.reason, record.detail) for record in found] == [
+        ("", ""),
+        ("other_language", ""),
+        ("other_language", ""),
+    ]
     assert [record.reason for record in read(tmp_path, {"kind": kind}, records)] == ["", "", ""]
 
 
@@ -122,8 +159,16 @@ def test_the_language_that_is_wanted(tmp_path, kind):
         (node(3), "wrong_type", "'text' must be a string, got int"),
         ("q", "malformed_tree", "a message must be an object, got str"),
         (node("q", "prompter", "a"), "malformed_tree", "a message must be an object, got str"),
-        (node("q", "prompter", node("a", "assistant", rank="0")), "malformed_tree", "rank must be a number, got str"),
-        ({"text": "q", "role": "prompter", "replies": "x"}, "malformed_tree", "replies must be a list, got str"),
+        (
+            node("q", "prompter", node("a", "assistant", rank="0")),
+            "malformed_tree",
+            "rank must be a number, got str",
+        ),
+        (
+            {"text": "q", "role": "prompter", "replies": "x"},
+            "malformed_tree",
+            "replies must be a list, got str",
+        ),
     ],
 )
 def test_malformed_trees_have_a_reason(tmp_path, tree, reason, message):
@@ -133,5 +178,7 @@ def test_malformed_trees_have_a_reason(tmp_path, tree, reason, message):
 
 
 def test_a_rank_that_is_not_a_number_comes_last(tmp_path):
-    tree = node("q", "prompter", node("a", "assistant", rank=float("nan")), node("b", "assistant", rank=10**400))
+    tree = node(
+        "q", "prompter", node("a", "assistant", rank=float("nan")), node("b", "assistant", rank=10**400)
+    )
     assert said(*read(tmp_path, {"kind": "oasst"}, [{"prompt": tree}])) == ["q", "b"]

@@ -41,10 +41,15 @@ def tree(folder):
 def mixed(tmp_path):
     """Two sources with everything that can go wrong in them."""
     texts = [prose(seed) for seed in range(40)]
-    first = jsonl(tmp_path / "first.jsonl", [*texts, texts[3], texts[4].upper(), texts[5] + "extra", "short", "", "x" * 5000, "a b " * 80])
+    first = jsonl(
+        tmp_path / "first.jsonl",
+        [*texts, texts[3], texts[4].upper(), texts[5] + "extra", "short", "", "x" * 5000, "a b " * 80],
+    )
     with open(first.paths[0], "ab") as file:
         file.write(b'{"text": \n{"text": "\xff"}\n{"id": 3}\n{"text": 4}\n')
-    (tmp_path / "second.txt").write_text("\n\n".join([texts[7], *(prose(seed) for seed in range(100, 110)), "lorem ipsum " + prose(200)]))
+    (tmp_path / "second.txt").write_text(
+        "\n\n".join([texts[7], *(prose(seed) for seed in range(100, 110)), "lorem ipsum " + prose(200)])
+    )
     second = TextSource(name="second", paths=(str(tmp_path / "second.txt"),), separator="\n\n")
     return PrepareConfig(sources=(first, second), filters=FilterConfig(max_chars=4000))
 
@@ -68,7 +73,10 @@ def test_counts_add_up_and_malformed_lines_are_named(mixed, tmp_path, capsys):
     assert (first["read"], first["kept"], second["read"], second["kept"]) == (51, 40, 12, 10)
     for source in manifest["sources"]:
         assert source["read"] == source["kept"] + sum(source["dropped"].values())
-    assert any(":48: " in example and example.startswith("malformed_json: ") for example in first["malformed_examples"])
+    assert any(
+        ":48: " in example and example.startswith("malformed_json: ")
+        for example in first["malformed_examples"]
+    )
     reader = read_corpus(tmp_path / "c")
     assert reader.manifest == manifest
     documents = list(reader)
@@ -96,8 +104,15 @@ def test_the_same_bytes_for_one_and_two_workers(mixed, tmp_path, monkeypatch):
 def chats(tmp_path):
     """Two sources of conversations with everything that can go wrong in them."""
     records = [{"instruction": f"What is {seed}?", "output": prose(seed)} for seed in range(20)]
-    records += [{"instruction": "What is  3?", "output": prose(3)}, {"instruction": "What is 4?", "output": prose(4) + "extra"}]
-    records += [{"instruction": "x"}, {"instruction": " ", "output": "x"}, {"instruction": "x", "output": "x" * 5000}]
+    records += [
+        {"instruction": "What is  3?", "output": prose(3)},
+        {"instruction": "What is 4?", "output": prose(4) + "extra"},
+    ]
+    records += [
+        {"instruction": "x"},
+        {"instruction": " ", "output": "x"},
+        {"instruction": "x", "output": "x" * 5000},
+    ]
     (tmp_path / "alpaca.json").write_text(json.dumps([*records, "x", {"instruction": "x", "output": "no"}]))
     turns = [
         {"role": "user", "content": "Hé\x00llo\ud83d"},
@@ -105,13 +120,27 @@ def chats(tmp_path):
         {"role": "user", "content": "And?"},
     ]
     system = {"role": "system", "content": "Be kind."}
-    chats = [[system, *turns], turns[:1], [turns[1], turns[0], turns[1]], [turns[0], system, turns[1]], [{"role": "x", "content": ""}], 3]
-    chats += [[turns[0], {"role": "assistant", "content": "I cannot help: " + prose(101)}], [*turns, *turns[1:], *turns[1:]]]
+    chats = [
+        [system, *turns],
+        turns[:1],
+        [turns[1], turns[0], turns[1]],
+        [turns[0], system, turns[1]],
+        [{"role": "x", "content": ""}],
+        3,
+    ]
+    chats += [
+        [turns[0], {"role": "assistant", "content": "I cannot help: " + prose(101)}],
+        [*turns, *turns[1:], *turns[1:]],
+    ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in chats))
     return PrepareConfig(
         sources=(
             JsonSource(name="alpaca", paths=(str(tmp_path / "alpaca.json"),), conversation=AlpacaFormat()),
-            JsonlSource(name="chats", paths=(str(tmp_path / "chats.jsonl"),), conversation=MessagesFormat(field="chat")),
+            JsonlSource(
+                name="chats",
+                paths=(str(tmp_path / "chats.jsonl"),),
+                conversation=MessagesFormat(field="chat"),
+            ),
         ),
         conversation_filters=ConversationFilterConfig(
             max_chars=4000, max_messages=5, min_answer_chars=3, blocked_phrases=("i cannot help",)
@@ -147,7 +176,9 @@ def test_conversations_are_counted_like_texts(chats, tmp_path, capsys):
     assert (reader.manifest, reader.manifest["columns"]) == (manifest, ["messages", "source"])
     (batch,) = reader.iter_conversations()
     assert batch.sources == ["alpaca"] * 20 + ["chats"]
-    assert [messages[1].content for messages in batch.conversations[:20]] == [prose(seed) for seed in range(20)]
+    assert [messages[1].content for messages in batch.conversations[:20]] == [
+        prose(seed) for seed in range(20)
+    ]
     assert [tuple(message) for message in batch.conversations[20]] == [
         ("system", "Be kind."),
         ("user", "Héllo\ufffd"),
@@ -180,7 +211,12 @@ def json_source(path, records):
 
 @pytest.mark.parametrize("system", [False, True])
 def test_questions_about_one_passage_are_no_near_duplicates(tmp_path, system):
-    pairs = [("Who wrote it?", prose(1, 30)), ("When?", prose(2, 30)), ("Is it long?", "Yes."), ("Is it good?", "Yes.")]
+    pairs = [
+        ("Who wrote it?", prose(1, 30)),
+        ("When?", prose(2, 30)),
+        ("Is it long?", "Yes."),
+        ("Is it good?", "Yes."),
+    ]
     again = [("Who wrote it, then?", prose(1, 30) + "Indeed."), ("is it LONG?", "Yes.")]
     source = json_source(tmp_path / "a.json", ask_about(prose(0, 300), pairs + again, system))
     (counts,) = prepare(PrepareConfig(sources=(source,)), tmp_path / "c", num_workers=1)["sources"]
@@ -188,20 +224,39 @@ def test_questions_about_one_passage_are_no_near_duplicates(tmp_path, system):
 
 
 def test_conversations_that_were_shortened_are_counted(tmp_path, capsys):
-    turns = [{"role": role, "content": prose(seed)} for seed, role in enumerate(("user", "assistant", "user"))]
+    turns = [
+        {"role": role, "content": prose(seed)} for seed, role in enumerate(("user", "assistant", "user"))
+    ]
     blank = {"role": "system", "content": " "}
-    records = [turns, [blank, turns[2], turns[1]], [turns[0]], [blank, *turns[:2]]]  # the last two: no answer, a duplicate
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in records))
+    records = [
+        turns,
+        [blank, turns[2], turns[1]],
+        [turns[0]],
+        [blank, *turns[:2]],
+    ]  # the last two: no answer, a duplicate
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in records)
+    )
     second = JsonlSource(name="b", paths=(str(tmp_path / "b.jsonl"),), conversation=MessagesFormat())
     first = json_source(tmp_path / "a.json", ask_about("", [("What?", prose(9))]))
     manifest = prepare(PrepareConfig(sources=(first, second)), tmp_path / "c", num_workers=1)
     assert [(source["kept"], source["shortened"]) for source in manifest["sources"]] == [(1, 0), (2, 2)]
-    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("kept, but shortened"))
+    (row,) = (
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("kept, but shortened")
+    )
     assert row[-3:] == ["0", "2", "2"]
     card = (tmp_path / "c" / "DATA_CARD.md").read_text()
     assert "- b: 2 of 2 conversations are kept without what the user said last" in card
     assert "- a: " not in card
-    again = prepare(PrepareConfig(sources=(first, second)), tmp_path / "c", num_workers=1, use_cache=True, analyze_only=True)
+    again = prepare(
+        PrepareConfig(sources=(first, second)),
+        tmp_path / "c",
+        num_workers=1,
+        use_cache=True,
+        analyze_only=True,
+    )
     assert again["sources"] == manifest["sources"]
 
 
@@ -224,9 +279,16 @@ def test_conversations_with_workers_and_from_the_cache_are_the_same(chats, tmp_p
 def test_budgets_of_conversations_count_what_is_said(tmp_path):
     records = [{"instruction": f"What is {seed}?", "output": prose(seed)} for seed in range(20)]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    source = {"kind": "json", "name": "a", "paths": [str(tmp_path / "a.json")], "conversation": {"kind": "alpaca"}}
+    source = {
+        "kind": "json",
+        "name": "a",
+        "paths": [str(tmp_path / "a.json")],
+        "conversation": {"kind": "alpaca"},
+    }
     said = [len((record["instruction"] + "\n" + record["output"]).encode()) for record in records]
-    config = from_dict(PrepareConfig, {"sources": [source | {"max_tokens": sum(said[:7])}], "bytes_per_token": 1.0})
+    config = from_dict(
+        PrepareConfig, {"sources": [source | {"max_tokens": sum(said[:7])}], "bytes_per_token": 1.0}
+    )
     assert prepare(config, tmp_path / "c", num_workers=1)["documents"] == 7
 
 
@@ -241,7 +303,10 @@ def test_analyze_only_says_the_same_and_writes_nothing(mixed, tmp_path, capsys):
     assert plan["sources"] == manifest["sources"]
     assert "shards" not in plan
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")}
-    assert prepare(mixed, tmp_path / "c", analyze_only=True, use_cache=True, num_workers=1)["sources"] == manifest["sources"]
+    assert (
+        prepare(mixed, tmp_path / "c", analyze_only=True, use_cache=True, num_workers=1)["sources"]
+        == manifest["sources"]
+    )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
 
 
@@ -251,12 +316,20 @@ def test_budgets_end_a_source(tmp_path):
     size = len(prose(0).encode())
 
     def run(name, **budget):
-        config = {"sources": [to_dict(source) | budget], "bytes_per_token": budget.pop("bytes_per_token", 4.0)}
+        config = {
+            "sources": [to_dict(source) | budget],
+            "bytes_per_token": budget.pop("bytes_per_token", 4.0),
+        }
         config["sources"][0].pop("bytes_per_token", None)
         return prepare(from_dict(PrepareConfig, config), tmp_path / name, num_workers=1)["sources"][0]
 
     counts = run("documents", max_documents=5)
-    assert (counts["read"], counts["kept"], counts["dropped"], counts["budget_reached"]) == (9, 5, {"exact_duplicate": 4}, True)
+    assert (counts["read"], counts["kept"], counts["dropped"], counts["budget_reached"]) == (
+        9,
+        5,
+        {"exact_duplicate": 4},
+        True,
+    )
     counts = run("tokens", max_tokens=size)  # four bytes per token: four documents, more or less
     assert counts["budget_reached"]
     assert size <= counts["estimated_tokens"] < size + size // 2
@@ -285,7 +358,10 @@ def test_a_budget_that_is_not_reached_and_a_source_that_gives_nothing_are_warnin
 
 def test_no_document_at_all_is_an_error_and_leaves_no_corpus(tmp_path):
     config = PrepareConfig(sources=(jsonl(tmp_path / "a.jsonl", ["x", "y"]),))
-    with pytest.raises(UserError, match=r"sources must give at least one document that is kept, got none: .*2 too_short.*--analyze-only"):
+    with pytest.raises(
+        UserError,
+        match=r"sources must give at least one document that is kept, got none: .*2 too_short.*--analyze-only",
+    ):
         prepare(config, tmp_path / "c", num_workers=1)
     assert not (tmp_path / "c" / "manifest.json").exists()
 
@@ -337,7 +413,10 @@ def test_nothing_of_the_user_is_overwritten(mixed, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=r"--output-dir must be new, empty or a corpus folder, got .*mine with manifest.json in it"):
+    with pytest.raises(
+        UserError,
+        match=r"--output-dir must be new, empty or a corpus folder, got .*mine with manifest.json in it",
+    ):
         prepare(mixed, folder, num_workers=1)
     assert (folder / "manifest.json").read_text() == "{}"
     with pytest.raises(UserError, match="--output-dir must be a folder, got a file"):
@@ -350,7 +429,8 @@ def test_a_corpus_of_another_config_is_replaced_only_when_asked(mixed, tmp_path)
     other = load_config_of(tmp_path, mixed, ["filters.min_chars=300", "shard_bytes=5000"])
     before = tree(tmp_path / "c")
     with pytest.raises(
-        UserError, match=r"must not hold a corpus of another config, got .* \(made with other filters, shard_bytes\).*--use-cache"
+        UserError,
+        match=r"must not hold a corpus of another config, got .* \(made with other filters, shard_bytes\).*--use-cache",
     ):
         prepare(other, tmp_path / "c", num_workers=1)
     assert tree(tmp_path / "c") == before
@@ -368,7 +448,9 @@ def test_a_full_disk_is_a_user_error_and_keeps_the_earlier_corpus(mixed, tmp_pat
         raise OSError(errno.ENOSPC, "No space left on device", "shard.parquet")
 
     monkeypatch.setattr(CorpusWriter, "add", add)
-    with pytest.raises(UserError, match=r"shard.parquet cannot be written: No space left on device.*--use-cache"):
+    with pytest.raises(
+        UserError, match=r"shard.parquet cannot be written: No space left on device.*--use-cache"
+    ):
         prepare(mixed, tmp_path / "c", num_workers=1)
     assert tree(tmp_path / "c") == before
 
@@ -384,16 +466,25 @@ def test_a_glob_without_files_is_refused_before_anything_is_written(tmp_path):
     ("values", "message"),
     [
         ({"sources": []}, "sources must hold at least one source, got none"),
-        ({"sources": [{"kind": "python_docs", "name": "a"}] * 2}, "sources must have different names, got 'a' more than once"),
+        (
+            {"sources": [{"kind": "python_docs", "name": "a"}] * 2},
+            "sources must have different names, got 'a' more than once",
+        ),
         ({"bytes_per_token": 0.0}, "bytes_per_token must be above 0, got 0.0"),
         ({"shard_bytes": 10}, "shard_bytes must be at least 1024, got 10"),
-        ({"filters": {"min_chars": 5, "max_chars": 4}}, r"filters max_chars must be at least min_chars \(5\), got 4"),
+        (
+            {"filters": {"min_chars": 5, "max_chars": 4}},
+            r"filters max_chars must be at least min_chars \(5\), got 4",
+        ),
         ({"filter": {}}, "did you mean 'filters'"),
         (
             {"sources": [{"kind": "python_docs", "name": "a"}, {"kind": "python_questions", "name": "b"}]},
             "sources must all give texts, or all conversations .* got texts from a and conversations from b; prepare two corpora",
         ),
-        ({"conversation_filters": {}}, "conversation_filters must be left out for sources of texts; use filters"),
+        (
+            {"conversation_filters": {}},
+            "conversation_filters must be left out for sources of texts; use filters",
+        ),
         (
             {"sources": [{"kind": "python_questions", "name": "b"}], "filters": {}},
             "filters must be left out for sources of conversations; use conversation_filters",
@@ -415,7 +506,13 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.mark.parametrize(
     ("name", "num_parameters"),
-    [("micro", 9_438_336), ("tiny", 23_072_000), ("small", 41_686_656), ("medium", 83_898_880), ("base", 276_861_696)],
+    [
+        ("micro", 9_438_336),
+        ("tiny", 23_072_000),
+        ("small", 41_686_656),
+        ("medium", 83_898_880),
+        ("base", 276_861_696),
+    ],
 )
 def test_corpus_configs_hold_twenty_tokens_per_parameter(name, num_parameters):
     config = load_config(PrepareConfig, CONFIGS / "corpus" / f"{name}.json")

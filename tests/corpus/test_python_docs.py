@@ -70,7 +70,13 @@ def test_documents_hold_every_entry_and_are_of_moderate_size(entries, collected)
 
 
 def entry(kind, name, docstring, owner):
-    return Entry(kind=kind, qualified_name=name, signature="(x)" if kind != "module" else "", docstring=docstring, owner=owner)
+    return Entry(
+        kind=kind,
+        qualified_name=name,
+        signature="(x)" if kind != "module" else "",
+        docstring=docstring,
+        owner=owner,
+    )
 
 
 def test_grouping():

@@ -8,7 +8,9 @@ from lumi.corpus.reading import open_source
 from lumi.corpus.sources import identify
 
 
-def entry(kind="function", name="pkg.thing", signature="(a, b=1)", docstring="Do a thing to the other.", owner="pkg"):
+def entry(
+    kind="function", name="pkg.thing", signature="(a, b=1)", docstring="Do a thing to the other.", owner="pkg"
+):
     return Entry(kind=kind, qualified_name=name, signature=signature, docstring=docstring, owner=owner)
 
 
@@ -29,7 +31,10 @@ def test_phrasings_and_their_answers():
     assert phrasings(kind="method", signature="(self, /, a)")["How do I call `X`?"] == f"`X(a)`. {answer}"
     assert phrasings(kind="method", signature="(self)")["How do I call `X`?"] == f"`X()`. {answer}"
     assert phrasings(kind="class") == {"What is `X`?": answer, "What is the class `X` for?": answer}
-    assert phrasings(kind="module", signature="") == {"What is the module `X` for?": answer, "What does the module `X` do?": answer}
+    assert phrasings(kind="module", signature="") == {
+        "What is the module `X` for?": answer,
+        "What does the module `X` do?": answer,
+    }
     for signature in ("", "(*args, **kwargs)", "(a=<object>)", f"({'long' * 30})"):
         assert "How do I call `X`?" not in phrasings(signature=signature)
     assert set(phrasings(signature="")) == {"What is `X`?", "Explain `X`."}
@@ -44,7 +49,11 @@ def test_an_answer_with_its_signature_keeps_to_the_limit():
 
 
 def test_names_as_they_are_written():
-    for name, written in {"builtins.str.join": "`str.join`", "posix.stat": "`os.stat`", "posixpath.join": "`os.path.join`"}.items():
+    for name, written in {
+        "builtins.str.join": "`str.join`",
+        "posix.stat": "`os.stat`",
+        "posixpath.join": "`os.path.join`",
+    }.items():
         assert written in ask(entry(name=name), 300)[0].content
 
 
@@ -56,8 +65,14 @@ def test_names_as_they_are_written():
         ("D.items() -> a set-like view of D", "A set-like view of D."),
         ("sum(x) -- Return the sum (of x).", "Return the sum (of x)."),
         ("getrandbits(k) -> x.  Generates an int with bits.", "Generates an int with bits."),
-        ("mktime(tuple) -> floating point number\n\nConvert a tuple to seconds.", "Convert a tuple to seconds."),
-        ("Call ``f`` or :func:`~os.stat` or `x' with *y*, 2*3*4.", "Call `f` or `os.stat` or `x` with `y`, 2*3*4."),
+        (
+            "mktime(tuple) -> floating point number\n\nConvert a tuple to seconds.",
+            "Convert a tuple to seconds.",
+        ),
+        (
+            "Call ``f`` or :func:`~os.stat` or `x' with *y*, 2*3*4.",
+            "Call `f` or `os.stat` or `x` with `y`, 2*3*4.",
+        ),
         ("Compute it, e.g. For a list. Then stop here.", "Compute it, e.g. For a list. Then stop here."),
         ("Return a list of things\n- one\n- two", "Return a list of things."),
         ("Return a thing.  For example:\n\n    >>> f()", "Return a thing."),
@@ -93,7 +108,10 @@ def test_the_share_of_modules_that_is_held_out():
 @pytest.fixture(scope="module")
 def sides():
     """Of each side the records and the facts."""
-    sources = {side: PythonQuestionsSource(name="x", modules=side, held_out_fraction=0.3) for side in ("all", "train", "held_out")}
+    sources = {
+        side: PythonQuestionsSource(name="x", modules=side, held_out_fraction=0.3)
+        for side in ("all", "train", "held_out")
+    }
     opened = {side: open_source(source, 1000) for side, source in sources.items()}
     return {side: (list(found.records), found.facts) for side, found in opened.items()}
 
@@ -105,20 +123,34 @@ def test_train_and_held_out_share_no_module_and_are_all(sides):
     assert texts["train"] | texts["held_out"] < texts["all"]
     assert len(missing) == sum(record.reason == "answer_in_train" for record in sides["held_out"][0])
     assert len(texts["all"]) > 4000
-    assert len(sides["all"][0]) == len(sides["train"][0]) + len(sides["held_out"][0]) == sides["all"][1]["entries"]
+    assert (
+        len(sides["all"][0])
+        == len(sides["train"][0]) + len(sides["held_out"][0])
+        == sides["all"][1]["entries"]
+    )
     # The functions, classes and methods of a module are where it is.
     for side in ("train", "held_out"):
         expected = is_held_out("textwrap", 0.3) == (side == "held_out")
-        names = ("`textwrap.dedent`", "`textwrap.TextWrapper`", "`textwrap.TextWrapper.fill`", "module `textwrap`")
+        names = (
+            "`textwrap.dedent`",
+            "`textwrap.TextWrapper`",
+            "`textwrap.TextWrapper.fill`",
+            "module `textwrap`",
+        )
         assert all(any(name in text for text in texts[side]) == expected for name in names)
 
 
 def test_no_answer_that_is_held_out_stands_in_a_module_of_the_other_side(sides):
-    train, held_out = ([unpack(record.text)[1].content for record in sides[side][0] if record.text] for side in ("train", "held_out"))
+    train, held_out = (
+        [unpack(record.text)[1].content for record in sides[side][0] if record.text]
+        for side in ("train", "held_out")
+    )
     assert len(held_out) > 1000
     assert not set(held_out) & set(train)
     # Nor as what follows a signature.
-    assert not {answer.rpartition("`. ")[2] for answer in held_out} & {answer.rpartition("`. ")[2] for answer in train}
+    assert not {answer.rpartition("`. ")[2] for answer in held_out} & {
+        answer.rpartition("`. ")[2] for answer in train
+    }
     assert {record.reason for record in sides["train"][0]} == {"", "no_summary"}
     assert {record.reason for record in sides["held_out"][0]} == {"", "no_summary", "answer_in_train"}
 
@@ -137,7 +169,9 @@ def test_what_gives_no_answer_is_counted(sides):
 
 def test_the_identity_of_a_source():
     source = PythonQuestionsSource(name="x")
-    assert {"versions", "phrasing", "modules", "held_out_fraction", "max_answer_chars"} <= identify(source).keys()
+    assert {"versions", "phrasing", "modules", "held_out_fraction", "max_answer_chars"} <= identify(
+        source
+    ).keys()
 
 
 @pytest.mark.parametrize(

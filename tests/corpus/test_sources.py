@@ -6,7 +6,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from lumi.config import UserError, from_dict
-from lumi.corpus import HubSource, JsonlSource, JsonSource, ParquetSource, PrepareConfig, PythonDocsSource, TextSource
+from lumi.corpus import (
+    HubSource,
+    JsonlSource,
+    JsonSource,
+    ParquetSource,
+    PrepareConfig,
+    PythonDocsSource,
+    TextSource,
+)
 from lumi.corpus.conversations import AlpacaFormat, MessagesFormat, unpack
 from lumi.corpus.oasst import OasstMessagesFormat
 from lumi.corpus.reading import CHUNK_BYTES, open_source
@@ -28,7 +36,17 @@ def jsonl(tmp_path, *lines, **fields):
 
 
 def test_jsonl_reasons_name_file_and_line(tmp_path):
-    lines = ['{"text": "ok"}', '{"text": ', "", b'{"text": "\xff"}', '["list"]', '{"id": 1}', '{"text": 5}', '{"text": null}', "[" * 99999]
+    lines = [
+        '{"text": "ok"}',
+        '{"text": ',
+        "",
+        b'{"text": "\xff"}',
+        '["list"]',
+        '{"id": 1}',
+        '{"text": 5}',
+        '{"text": null}',
+        "[" * 99999,
+    ]
     source = jsonl(tmp_path, *lines, '{"text": "\\ud83d"}\n\n')
     path = source.paths[0]
     records = read(source)
@@ -51,7 +69,11 @@ def test_jsonl_reasons_name_file_and_line(tmp_path):
 
 def test_jsonl_that_is_an_array_hints_at_the_other_kind(tmp_path):
     hint = '; for a file that is one JSON array use kind "json"'
-    for lines in (['[{"text": "a"}]'], ["[", '{"text": "a"}', "]"], ['[{"text": "' + "a" * CHUNK_BYTES * 2 + '"}]']):
+    for lines in (
+        ['[{"text": "a"}]'],
+        ["[", '{"text": "a"}', "]"],
+        ['[{"text": "' + "a" * CHUNK_BYTES * 2 + '"}]'],
+    ):
         first, *others = read(jsonl(tmp_path, *lines))
         assert first.text is None
         assert first.detail.endswith(hint)
@@ -82,7 +104,11 @@ def test_parquet(tmp_path):
     values = pa.array([b"one", None, b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"body": values, "n": [1, 2, 3]}), path)
     records = read(ParquetSource(name="x", paths=(str(path),), text_field="body"))
-    assert [(record.text, record.reason) for record in records] == [("one", ""), (None, "missing_text"), (None, "invalid_utf8")]
+    assert [(record.text, record.reason) for record in records] == [
+        ("one", ""),
+        (None, "missing_text"),
+        (None, "invalid_utf8"),
+    ]
     assert records[2].detail == f"{path}:row 3: invalid UTF-8 at byte 0"
     with pytest.raises(UserError, match=r"text_field must be a column of .*\(body, n\), got 'text'"):
         read(ParquetSource(name="x", paths=(str(path),)))
@@ -94,7 +120,9 @@ def test_parquet(tmp_path):
 
 
 def test_parquet_of_dictionary_and_large_strings(tmp_path):
-    for index, column in enumerate([pa.array(["a", "b", "a"]).dictionary_encode(), pa.array(["a", "b", "a"], pa.large_string())]):
+    for index, column in enumerate(
+        [pa.array(["a", "b", "a"]).dictionary_encode(), pa.array(["a", "b", "a"], pa.large_string())]
+    ):
         path = tmp_path / f"{index}.parquet"
         pq.write_table(pa.table({"text": column}), path)
         assert texts(ParquetSource(name="x", paths=(str(path),))) == ["a", "b", "a"]
@@ -109,7 +137,12 @@ def test_json_is_one_array(tmp_path):
     data = [{"text": "a"}, {"text": None}, 7, {"text": "ü"}]
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(data, ensure_ascii=False).encode()))
     records = read(JsonSource(name="x", paths=(str(path),)))
-    assert [(record.text, record.reason) for record in records] == [("a", ""), (None, "missing_text"), (None, "malformed_json"), ("ü", "")]
+    assert [(record.text, record.reason) for record in records] == [
+        ("a", ""),
+        (None, "missing_text"),
+        (None, "malformed_json"),
+        ("ü", ""),
+    ]
     assert records[2].detail == f"{path}:item 3: must be an object, got int"
     assert texts(JsonSource(name="x", paths=(str(path),)), skip=3) == ["ü"]
 
@@ -127,12 +160,20 @@ def test_json_is_one_array(tmp_path):
 def test_json_that_is_no_array_is_refused(tmp_path, content, got):
     path = tmp_path / "data.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf'source \'x\': .*data.json must hold one JSON array of objects, got: .*{got}.* use kind "jsonl"'):
+    with pytest.raises(
+        UserError,
+        match=rf'source \'x\': .*data.json must hold one JSON array of objects, got: .*{got}.* use kind "jsonl"',
+    ):
         read(JsonSource(name="x", paths=(str(path),)))
 
 
 def test_jsonl_with_conversations(tmp_path):
-    lines = ['{"instruction": "q", "output": "a"}', '{"instruction": "q"}', "{", '{"instruction": "r", "output": "b"}']
+    lines = [
+        '{"instruction": "q", "output": "a"}',
+        '{"instruction": "q"}',
+        "{",
+        '{"instruction": "r", "output": "b"}',
+    ]
     source = jsonl(tmp_path, *lines, conversation=AlpacaFormat())
     records = read(source)
     assert [record.reason for record in records] == ["", "missing_text", "malformed_json", ""]
@@ -149,7 +190,10 @@ def test_parquet_with_conversations(tmp_path):
     assert [record.reason for record in records] == ["", "missing_text", "malformed_messages"]
     assert said(records[0]) == ["q", "a"]
     assert records[2].detail.startswith(f"{path}:row 3: messages must be a list of at least one message")
-    with pytest.raises(UserError, match=r"source 'x': .*data.parquet must have the columns instruction, output, got messages, other"):
+    with pytest.raises(
+        UserError,
+        match=r"source 'x': .*data.parquet must have the columns instruction, output, got messages, other",
+    ):
         read(ParquetSource(name="x", paths=(str(path),), conversation=AlpacaFormat()))
 
 
@@ -159,7 +203,10 @@ def test_parquet_with_conversations_that_are_not_utf8(tmp_path):
     pq.write_table(pa.table({"instruction": ["q", "r"], "input": ["i", None], "output": outputs}), path)
     records = read(ParquetSource(name="x", paths=(str(path),), conversation=AlpacaFormat()))
     assert said(records[0]) == ["q\n\ni", "a"]
-    assert (records[1].reason, records[1].detail) == ("invalid_utf8", f"{path}:row 2: invalid UTF-8 at byte 0")
+    assert (records[1].reason, records[1].detail) == (
+        "invalid_utf8",
+        f"{path}:row 2: invalid UTF-8 at byte 0",
+    )
 
 
 def test_text_is_a_document_per_file_or_per_separator(tmp_path):
@@ -179,7 +226,12 @@ def test_text_reports_bytes_that_are_not_utf8_and_pieces_that_are_huge(tmp_path)
     # 3 MB without a separator, which then lies across the border of two chunks
     path.write_bytes(b"ok\n==\n\xff\n==\n" + b"x\n" * (3 * CHUNK_BYTES // 2) + b"\n==\nlast")
     records = read(TextSource(name="x", paths=(str(path),), separator="\n==\n"), max_chars=100)
-    assert [(record.text, record.reason) for record in records] == [("ok", ""), (None, "invalid_utf8"), (None, "too_long"), ("last", "")]
+    assert [(record.text, record.reason) for record in records] == [
+        ("ok", ""),
+        (None, "invalid_utf8"),
+        (None, "too_long"),
+        ("last", ""),
+    ]
     assert records[1].detail.startswith(f"{path}:3: invalid UTF-8")
     assert records[2].detail.startswith(f"{path}:5: more than 400 bytes")
     records = read(TextSource(name="x", paths=(str(path),)), max_chars=100)
@@ -252,7 +304,9 @@ def hub(monkeypatch):
 def test_hub_passes_every_key_and_streams(hub):
     calls, examples = hub
     examples += [{"body": "a"}, {"other": 1}, {"body": 7}, {"body": "b"}]
-    source = HubSource(name="x", dataset="org/data", subset="en", split="validation", revision="abc", text_field="body")
+    source = HubSource(
+        name="x", dataset="org/data", subset="en", split="validation", revision="abc", text_field="body"
+    )
     assert texts(source) == ["a", None, None, "b"]
     assert calls == [(("org/data", "en"), {"split": "validation", "revision": "abc", "streaming": True})]
     records = read(source, skip=1)
@@ -262,21 +316,34 @@ def test_hub_passes_every_key_and_streams(hub):
 
 def test_hub_with_conversations_skips_records(hub):
     _, examples = hub
-    row = {"message_id": "1", "parent_id": None, "message_tree_id": "1", "text": "q", "role": "prompter", "rank": None}
+    row = {
+        "message_id": "1",
+        "parent_id": None,
+        "message_tree_id": "1",
+        "text": "q",
+        "role": "prompter",
+        "rank": None,
+    }
     examples += [row, row | {"message_id": "2", "parent_id": "1", "text": "a", "role": "assistant"}]
-    examples += [row | {"message_id": number, "message_tree_id": number, "text": text} for number, text in (("3", "r"), ("4", "s"))]
+    examples += [
+        row | {"message_id": number, "message_tree_id": number, "text": text}
+        for number, text in (("3", "r"), ("4", "s"))
+    ]
     source = HubSource(name="x", dataset="org/data", conversation=OasstMessagesFormat())
     assert list(map(said, read(source))) == [["q", "a"], ["r"], ["s"]]
     assert list(map(said, read(source, skip=2))) == [["s"]]  # records, which are trees, not rows
     examples[:] = [{"instruction": "q", "output": "a"}, {"instruction": "r", "output": "b"}]
-    assert list(map(said, read(HubSource(name="x", dataset="org/data", conversation=AlpacaFormat()), skip=1))) == [["r", "b"]]
+    assert list(
+        map(said, read(HubSource(name="x", dataset="org/data", conversation=AlpacaFormat()), skip=1))
+    ) == [["r", "b"]]
 
 
 def test_hub_out_of_reach_is_one_line(hub):
     _, examples = hub
     source = HubSource(name="x", dataset="org/data")
     with pytest.raises(
-        UserError, match=r"source 'x': cannot read the hub dataset org/data, split 'train': Couldn't reach the Hub; .*--use-cache"
+        UserError,
+        match=r"source 'x': cannot read the hub dataset org/data, split 'train': Couldn't reach the Hub; .*--use-cache",
     ):
         read(source)
     examples += [{"text": "a"}, OSError("connection reset")]
@@ -299,17 +366,32 @@ def test_hub_with_a_real_dataset_in_a_folder(tmp_path):
         ({"kind": "text", "name": "a/b", "paths": ["x"]}, r"sources.0 name must be letters, .* got 'a/b'"),
         ({"kind": "text", "name": "x", "paths": []}, "paths must hold at least one path"),
         ({"kind": "text", "name": "x", "paths": ["x"], "separator": ""}, "separator must be null"),
-        ({"kind": "text", "name": "x", "paths": ["x"], "max_tokens": 0}, "max_tokens must be at least 1, or null for all, got 0"),
-        ({"kind": "jsonl", "name": "x", "paths": ["x"], "max_documents": -1}, "max_documents must be at least 1"),
+        (
+            {"kind": "text", "name": "x", "paths": ["x"], "max_tokens": 0},
+            "max_tokens must be at least 1, or null for all, got 0",
+        ),
+        (
+            {"kind": "jsonl", "name": "x", "paths": ["x"], "max_documents": -1},
+            "max_documents must be at least 1",
+        ),
         ({"kind": "jsonl", "name": "x", "paths": ["x"], "text_field": ""}, "text_field must be a name"),
         ({"kind": "hub", "name": "x", "dataset": ""}, "dataset must be a name"),
         ({"kind": "hub", "name": "x", "dataset": "a/b", "split": ""}, "split must be a name"),
         ({"kind": "json", "name": "x", "paths": []}, "paths must hold at least one path"),
         (
-            {"kind": "json", "name": "x", "paths": ["x"], "text_field": "a", "conversation": {"kind": "alpaca"}},
+            {
+                "kind": "json",
+                "name": "x",
+                "paths": ["x"],
+                "text_field": "a",
+                "conversation": {"kind": "alpaca"},
+            },
             "text_field must be left out where conversation is given, got 'a'",
         ),
-        ({"kind": "text", "name": "x", "paths": ["x"], "conversation": {"kind": "alpaca"}}, "sources.0.conversation unknown key"),
+        (
+            {"kind": "text", "name": "x", "paths": ["x"], "conversation": {"kind": "alpaca"}},
+            "sources.0.conversation unknown key",
+        ),
         ({"kind": "python_docs", "name": "x", "packages": []}, "packages must be a list of different names"),
         ({"kind": "python_docs", "name": "x", "packages": ["../x"]}, "packages must be names such as"),
         ({"kind": "csv", "name": "x"}, 'sources.0.kind must be one of "hub", "jsonl", "json", .*, got "csv"'),

@@ -17,7 +17,10 @@ from lumi.hf_format import save_model
 from lumi.lora import LoraConfig, adapters, add_lora, merge_lora
 from lumi.pretrained import Pretrained
 
-BOOLQ = [{"question": f"is it stone {i}", "passage": "The river opens. " * (i + 1), "answer": i % 3 > 0} for i in range(9)]
+BOOLQ = [
+    {"question": f"is it stone {i}", "passage": "The river opens. " * (i + 1), "answer": i % 3 > 0}
+    for i in range(9)
+]
 CONFIG = {
     "tasks": [
         {"kind": "boolq", "name": "boolq", "source": {"kind": "jsonl", "paths": ["boolq.jsonl"]}},
@@ -35,9 +38,13 @@ def place(tmp_path_factory, opinionated_model, tokenizer):
     folder = tmp_path_factory.mktemp("evaluate")
     save_model(folder / "model", opinionated_model, tokenizer)
     (folder / "boolq.jsonl").write_text("\n".join(map(json.dumps, BOOLQ)))
-    (folder / "piqa.jsonl").write_text(json.dumps({"goal": "open", "sol1": "turn", "sol2": "eat | drink", "label": 1}))
+    (folder / "piqa.jsonl").write_text(
+        json.dumps({"goal": "open", "sol1": "turn", "sol2": "eat | drink", "label": 1})
+    )
     (folder / "river.txt").write_text("The river opens a stone at noon. " * 20)
-    (folder / "smoke.json").write_text(json.dumps({"categories": {"words": [{"prompt": "a|b", "any_of": ["unlikely"]}]}}))
+    (folder / "smoke.json").write_text(
+        json.dumps({"categories": {"words": [{"prompt": "a|b", "any_of": ["unlikely"]}]}})
+    )
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
 
@@ -48,15 +55,32 @@ def call(place, monkeypatch, *arguments):
 
 
 def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, tokenizer, store_dir):
-    arguments = ("--model-path", "model", "--config", "config.json", "--data_dirs", store_dir, "--output-dir", "out")
+    arguments = (
+        "--model-path",
+        "model",
+        "--config",
+        "config.json",
+        "--data_dirs",
+        store_dir,
+        "--output-dir",
+        "out",
+    )
     assert call(place, monkeypatch, *arguments, "batch_tokens=500") == 0
     table = capsys.readouterr().out
     results = json.loads((place / "out" / "evaluation_results.json").read_text())
     assert results["tokenizer_fingerprint"] == tokenizer.fingerprint
     assert results["parameters"] == sum(parameter.numel() for parameter in opinionated_model.parameters())
-    assert (results["model"], results["adapter"], results["dtype"], results["device"]) == ("model", None, "float32", "cpu")
+    assert (results["model"], results["adapter"], results["dtype"], results["device"]) == (
+        "model",
+        None,
+        "float32",
+        "cpu",
+    )
     assert (results["limit"], results["finished"]) == (None, True)
-    sources = [part["source"] for part in (*results["tasks"].values(), *results["perplexity"].values(), results["smoke_tests"])]
+    sources = [
+        part["source"]
+        for part in (*results["tasks"].values(), *results["perplexity"].values(), results["smoke_tests"])
+    ]
     assert sources == [
         "jsonl: boolq.jsonl",
         "jsonl: piqa.jsonl",
@@ -70,7 +94,9 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     right = 0
     for record in BOOLQ:
         prompt = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
-        [[no, yes]] = score(opinionated_model, [encode_request(tokenizer, prompt, [" no", " yes"])], batch_tokens=1)
+        [[no, yes]] = score(
+            opinionated_model, [encode_request(tokenizer, prompt, [" no", " yes"])], batch_tokens=1
+        )
         right += (yes > no) == record["answer"]
     boolq = results["tasks"]["boolq"]
     assert (boolq["acc"], boolq["acc_norm"], boolq["examples"]) == (right / 9, None, 9)
@@ -83,14 +109,24 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     assert answer["checks"]["any_of"] is False
 
     report = (place / "out" / "evaluation_report.md").read_text()
-    for figure in (f"{right / 9:.2%}", "majority 66.67%, chance 50.00%", f"{river['bits_per_byte']:,.4g}", "stride 32", "EOS not counted"):
+    for figure in (
+        f"{right / 9:.2%}",
+        "majority 66.67%, chance 50.00%",
+        f"{river['bits_per_byte']:,.4g}",
+        "stride 32",
+        "EOS not counted",
+    ):
         assert figure in report
     assert "Question: {question}" in report
     assert "Not finished" not in report
     for source in sources:  # a figure's protocol names its data
         assert any(f"| {source}; " in line for line in report.splitlines()), source
     assert "a\\|b" in report
-    assert all(line.count(" | ") == report.splitlines()[4].count(" | ") for line in report.splitlines()[4:] if "perplexity" in line)
+    assert all(
+        line.count(" | ") == report.splitlines()[4].count(" | ")
+        for line in report.splitlines()[4:]
+        if "perplexity" in line
+    )
     for name in ("boolq", "piqa", "river", "smoke: words", f"{right / 9:.2%}"):
         assert name in table
 
@@ -110,9 +146,27 @@ def test_limits_and_overrides(place, monkeypatch, capsys):
 
 
 def test_data_dirs_alone(place, monkeypatch, capsys, store_dir):
-    assert call(place, monkeypatch, "--model-path", "model", "--output-dir", "out3", "--data-dirs", store_dir, "--dtype", "bfloat16") == 0
+    assert (
+        call(
+            place,
+            monkeypatch,
+            "--model-path",
+            "model",
+            "--output-dir",
+            "out3",
+            "--data-dirs",
+            store_dir,
+            "--dtype",
+            "bfloat16",
+        )
+        == 0
+    )
     results = json.loads((place / "out3" / "evaluation_results.json").read_text())
-    assert (results["tasks"], list(results["perplexity"]), results["dtype"]) == ({}, [str(store_dir)], "bfloat16")
+    assert (results["tasks"], list(results["perplexity"]), results["dtype"]) == (
+        {},
+        [str(store_dir)],
+        "bfloat16",
+    )
     assert results["smoke_tests"]["prompts"] == 20
 
 
@@ -123,7 +177,9 @@ def test_an_adapter_on_its_base(place, monkeypatch, capsys, opinionated_model, t
     with torch.no_grad():
         for _, module in adapters(model):
             module.lora_B.normal_(std=0.3)
-    save_adapter(place / "adapter", model, lora, tokenizer, place / "model", weights_fingerprint(place / "model"))
+    save_adapter(
+        place / "adapter", model, lora, tokenizer, place / "model", weights_fingerprint(place / "model")
+    )
     merge_lora(model)
     save_model(place / "merged", model, tokenizer)
     nats = {}
@@ -132,7 +188,10 @@ def test_an_adapter_on_its_base(place, monkeypatch, capsys, opinionated_model, t
         "both": ["--model-path", "model", "--adapter-path", "adapter"],
         "merged": ["--model-path", "merged"],
     }.items():
-        assert call(place, monkeypatch, *arguments, "--config", "config.json", "--output-dir", name, "tasks=[]") == 0
+        assert (
+            call(place, monkeypatch, *arguments, "--config", "config.json", "--output-dir", name, "tasks=[]")
+            == 0
+        )
         results = json.loads((place / name / "evaluation_results.json").read_text())
         nats[name] = results["perplexity"]["river"]["nats"]
         assert results["adapter"] == ("adapter" if name == "both" else None)
@@ -142,8 +201,12 @@ def test_an_adapter_on_its_base(place, monkeypatch, capsys, opinionated_model, t
 
 
 def test_quick_is_the_standard_with_limits():
-    standard, quick = (load_config(EvaluationConfig, CONFIGS / f"{name}.json") for name in ("standard", "quick"))
-    assert [(task.kind, task.name, task.source) for task in standard.tasks] == [(task.kind, task.name, task.source) for task in quick.tasks]
+    standard, quick = (
+        load_config(EvaluationConfig, CONFIGS / f"{name}.json") for name in ("standard", "quick")
+    )
+    assert [(task.kind, task.name, task.source) for task in standard.tasks] == [
+        (task.kind, task.name, task.source) for task in quick.tasks
+    ]
     assert {task.limit for task in standard.tasks} | {text.limit for text in standard.texts} == {None}
     assert all(part.limit for part in (*quick.tasks, *quick.texts))
     assert {task.kind for task in standard.tasks} == {"boolq", "hellaswag", "arc", "piqa", "winogrande"}
@@ -153,10 +216,15 @@ def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokeni
     monkeypatch.chdir(place)
     pretrained = Pretrained(opinionated_model, tokenizer, place / "model")
     small, large = (
-        evaluate(load_config(EvaluationConfig, "config.json", [f"batch_tokens={size}"]), pretrained, place / "out4") for size in (1, 9999)
+        evaluate(
+            load_config(EvaluationConfig, "config.json", [f"batch_tokens={size}"]), pretrained, place / "out4"
+        )
+        for size in (1, 9999)
     )
     assert small["tasks"]["boolq"]["acc"] == large["tasks"]["boolq"]["acc"]
-    assert small["perplexity"]["river"]["nats"] == pytest.approx(large["perplexity"]["river"]["nats"], rel=1e-6)
+    assert small["perplexity"]["river"]["nats"] == pytest.approx(
+        large["perplexity"]["river"]["nats"], rel=1e-6
+    )
     assert small["smoke_tests"]["answers"] == large["smoke_tests"]["answers"]
 
 
@@ -168,15 +236,30 @@ def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokeni
         (["batches=1"], "config.json: batches unknown key (value 1); did you mean 'batch_tokens'?"),
         (["tasks.1.name=boolq"], "config.json: tasks must have different names, got 'boolq' twice"),
         (['tasks.0.source.paths=["none.jsonl"]'], "paths must match at least one file, got 'none.jsonl'"),
-        (['tasks.0.source.paths=["empty.jsonl"]'], "jsonl: empty.jsonl: must hold at least one record, got none"),
-        (["tasks.0.kind=piqa"], "task 'boolq': jsonl: boolq.jsonl, record 1: 'goal' must be a string, got no such field (it has question"),
-        (["windows.window_tokens=1000"], "windows.window_tokens must be at most the model's 96 positions, got 1000"),
+        (
+            ['tasks.0.source.paths=["empty.jsonl"]'],
+            "jsonl: empty.jsonl: must hold at least one record, got none",
+        ),
+        (
+            ["tasks.0.kind=piqa"],
+            "task 'boolq': jsonl: boolq.jsonl, record 1: 'goal' must be a string, got no such field (it has question",
+        ),
+        (
+            ["windows.window_tokens=1000"],
+            "windows.window_tokens must be at most the model's 96 positions, got 1000",
+        ),
         (["smoke_tests.path=none.json"], "none.json: cannot be read"),
         (["--data-dirs", "model"], "--data-dirs must name token stores"),
         (["--data-dirs", "river"], "texts and --data-dirs must have different names, got 'river' twice"),
         (["--data-dirs", "a", "a/"], "--data-dirs must be different folders, got a a; leave one out"),
-        (["--output-dir", "river.txt"], "--output-dir must be a folder that can be written to, got river.txt: river.txt is a file"),
-        (["--output-dir", "river.txt/x"], "--output-dir must be a folder that can be written to, got river.txt/x: "),
+        (
+            ["--output-dir", "river.txt"],
+            "--output-dir must be a folder that can be written to, got river.txt: river.txt is a file",
+        ),
+        (
+            ["--output-dir", "river.txt/x"],
+            "--output-dir must be a folder that can be written to, got river.txt/x: ",
+        ),
         (
             ["smoke_tests.style=chat", "smoke_tests.path=long.json"],
             "smoke tests: long, prompt 1: a prompt must be shorter than the model's 96",
@@ -192,7 +275,10 @@ def test_bad_input_is_one_line(arguments, message, place, monkeypatch, capsys):
     (place / "deep.json").write_text("[" * 100_000)
     given = ["--model-path", "model", "--config", "config.json", "--output-dir", "refused"]
     for name in ("score_questions", "perplexity", "run_smoke_tests"):
-        monkeypatch.setattr(f"lumi.evaluation.evaluate.{name}", lambda *_arguments, **_options: pytest.fail("the model was run"))
+        monkeypatch.setattr(
+            f"lumi.evaluation.evaluate.{name}",
+            lambda *_arguments, **_options: pytest.fail("the model was run"),
+        )
     assert call(place, monkeypatch, *given, *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {message}")
@@ -200,7 +286,9 @@ def test_bad_input_is_one_line(arguments, message, place, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("stop", "code", "last"), [(KeyboardInterrupt(), 130, None), (UserError("broken"), 2, "error: broken")], ids=["Ctrl-C", "an error"]
+    ("stop", "code", "last"),
+    [(KeyboardInterrupt(), 130, None), (UserError("broken"), 2, "error: broken")],
+    ids=["Ctrl-C", "an error"],
 )
 def test_what_was_measured_is_kept(stop, code, last, place, monkeypatch, capsys):
     seen = []
@@ -210,10 +298,19 @@ def test_what_was_measured_is_kept(stop, code, last, place, monkeypatch, capsys)
         raise stop
 
     monkeypatch.setattr(lumi.evaluation.evaluate, "perplexity", stops)
-    assert call(place, monkeypatch, "--model-path", "model", "--config", "config.json", "--output-dir", "stopped") == code
+    assert (
+        call(
+            place, monkeypatch, "--model-path", "model", "--config", "config.json", "--output-dir", "stopped"
+        )
+        == code
+    )
     results = json.loads((place / "stopped" / "evaluation_results.json").read_text())
     assert [results] == seen
-    assert (results["finished"], list(results["tasks"]), results["perplexity"]) == (False, ["boolq", "piqa"], {})
+    assert (results["finished"], list(results["tasks"]), results["perplexity"]) == (
+        False,
+        ["boolq", "piqa"],
+        {},
+    )
     assert "**Not finished**" in (place / "stopped" / "evaluation_report.md").read_text()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("stopped", "error"))]
     kept = "stopped; boolq, piqa measured, kept in stopped/evaluation_results.json and evaluation_report.md"
@@ -225,8 +322,14 @@ def test_control_c_before_anything_was_measured(place, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lumi.evaluation.evaluate, "score_questions", stops)
-    assert call(place, monkeypatch, "--model-path", "model", "--config", "config.json", "--output-dir", "early") == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped before anything was measured; nothing was written"
+    assert (
+        call(place, monkeypatch, "--model-path", "model", "--config", "config.json", "--output-dir", "early")
+        == 130
+    )
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "stopped before anything was measured; nothing was written"
+    )
     assert not list((place / "early").iterdir())
 
 
@@ -241,6 +344,8 @@ def test_a_broken_model_passes_no_smoke_tests(place, opinionated_model, tokenize
 
 
 def test_nothing_to_do(opinionated_model, tokenizer, tmp_path):
-    with pytest.raises(UserError, match="the config must name at least one of tasks, texts and smoke_tests, got none"):
+    with pytest.raises(
+        UserError, match="the config must name at least one of tasks, texts and smoke_tests, got none"
+    ):
         evaluate(EvaluationConfig(), Pretrained(opinionated_model, tokenizer, tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -11,16 +11,24 @@ from lumi.kernels.bundle import REFERENCE
 from lumi.model import ModelConfig, Transformer
 from lumi.parallel import Layout
 
-WORLD = SimpleNamespace(data_rank=0, layout=Layout(1, 1, 1), device=torch.device("cpu"), sum=lambda *values: list(values))
+WORLD = SimpleNamespace(
+    data_rank=0, layout=Layout(1, 1, 1), device=torch.device("cpu"), sum=lambda *values: list(values)
+)
 
 
 def test_bits_per_byte_by_hand():
     """Two documents in windows of 4; each window's log-likelihoods are summed with torch's own log_softmax."""
-    model = Transformer(ModelConfig(vocab_size=11, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24), REFERENCE).init_weights(0)
+    model = Transformer(
+        ModelConfig(vocab_size=11, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24), REFERENCE
+    ).init_weights(0)
     model.double().compute_dtype = torch.float64
     documents = [[1, 5, 6, 7, 8, 2], [1, 9, 2]]
     token_bytes = np.array([0, 0, 0, 0, 0, 1, 2, 3, 1, 4, 1])
-    split = SimpleNamespace(tokens=np.concatenate(documents).astype(np.uint16), offsets=np.array([0, 6, 9], dtype=np.uint64), mask=None)
+    split = SimpleNamespace(
+        tokens=np.concatenate(documents).astype(np.uint16),
+        offsets=np.array([0, 6, 9], dtype=np.uint64),
+        mask=None,
+    )
     config = BatchConfig(sequence_length=4, batch_tokens=8, micro_batch_size=1)
     got = held_out_loss(model.train(), [split], token_bytes, config, WORLD)
     assert model.training
@@ -46,7 +54,9 @@ def test_every_byte_of_the_text_is_counted(store_dir, tokenizer):
     from lumi.shards import TokenStore
 
     split = TokenStore.open(store_dir).split("validation")
-    model = Transformer(ModelConfig(vocab_size=384, num_layers=1, model_dim=16, num_heads=2, mlp_dim=24), REFERENCE).init_weights(0)
+    model = Transformer(
+        ModelConfig(vocab_size=384, num_layers=1, model_dim=16, num_heads=2, mlp_dim=24), REFERENCE
+    ).init_weights(0)
     config = BatchConfig(sequence_length=64, batch_tokens=512, micro_batch_size=8)
     result = held_out_loss(model, [split], tokenizer.token_bytes, config, WORLD)
     text = b"".join(tokenizer.decode(split.document(i).tolist()).encode() for i in range(split.num_documents))

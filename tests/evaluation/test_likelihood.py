@@ -27,7 +27,10 @@ def some_requests(vocab_size, seed=0, longest=60):
     """Contexts of all lengths; some continuations are one token, some are shared in their beginnings."""
     rng = random.Random(seed)
     ids = lambda count: [rng.randrange(vocab_size) for _ in range(count)]
-    requests = [Request(ids(rng.randint(1, longest)), [ids(rng.randint(1, 30)) for _ in range(rng.randint(1, 4))]) for _ in range(12)]
+    requests = [
+        Request(ids(rng.randint(1, longest)), [ids(rng.randint(1, 30)) for _ in range(rng.randint(1, 4))])
+        for _ in range(12)
+    ]
     requests += [Request(ids(9), [[5], [6]]), Request([1], [ids(3), ids(1)])]
     return requests
 
@@ -42,7 +45,9 @@ def assert_same(got, expected):
 def test_it_is_the_definition_whatever_the_batch(opinionated_model, batch_tokens):
     model = opinionated_model
     requests = some_requests(model.config.vocab_size)
-    expected = [[by_definition(model, context, ids) for ids in continuations] for context, continuations in requests]
+    expected = [
+        [by_definition(model, context, ids) for ids in continuations] for context, continuations in requests
+    ]
     done = []
     assert_same(score(model, requests, batch_tokens=batch_tokens, on_done=done.append), expected)
     assert sum(done) == sum(len(continuations) for _, continuations in requests)
@@ -51,11 +56,16 @@ def test_it_is_the_definition_whatever_the_batch(opinionated_model, batch_tokens
 def test_one_token_choices_take_one_pass(opinionated_model, monkeypatch):
     passes = []
     real = opinionated_model.hidden
-    monkeypatch.setattr(opinionated_model, "hidden", lambda *a, **k: passes.append(a[0].shape) or real(*a, **k))
+    monkeypatch.setattr(
+        opinionated_model, "hidden", lambda *a, **k: passes.append(a[0].shape) or real(*a, **k)
+    )
     score(opinionated_model, [Request([1, 9, 8], [[5], [6]]), Request([1, 7], [[5], [6]])], batch_tokens=100)
     assert passes == [(2, 3)]
     score(opinionated_model, [Request([1, 9, 8], [[5, 4, 3], [6, 2]])], batch_tokens=100)
-    assert passes[1:] == [(1, 3), (2, 2)]  # the context once, then the rest of both continuations without their last tokens
+    assert passes[1:] == [
+        (1, 3),
+        (2, 2),
+    ]  # the context once, then the rest of both continuations without their last tokens
 
 
 def test_long_contexts_are_cut_from_the_left(opinionated_model):
@@ -71,7 +81,8 @@ def test_long_contexts_are_cut_from_the_left(opinionated_model):
     lost = score(opinionated_model, [Request([5, 6, *context[2:]], continuations)], batch_tokens=200)
     assert_same(lost, expected[:1])  # what was cut off makes no difference
     with pytest.raises(
-        UserError, match=f"a continuation must be at most as long as the model's {positions} positions, got {positions + 1}"
+        UserError,
+        match=f"a continuation must be at most as long as the model's {positions} positions, got {positions + 1}",
     ):
         score(opinionated_model, [Request([1], [[3] * (positions + 1)])], batch_tokens=200)
 
@@ -81,14 +92,19 @@ def test_it_is_what_transformers_says(opinionated_model, tokenizer, tmp_path):
 
     save_model(tmp_path / "model", opinionated_model, tokenizer)
     judge = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    requests = [encode_request(tokenizer, document(i)[:60], [" " + document(i + j)[:25] for j in (1, 2, 3)]) for i in range(8)]
+    requests = [
+        encode_request(tokenizer, document(i)[:60], [" " + document(i + j)[:25] for j in (1, 2, 3)])
+        for i in range(8)
+    ]
     got = score(opinionated_model, requests, batch_tokens=300)
     for (context, continuations), scores in zip(requests, got, strict=True):
         expected = []
         for ids in continuations:
             with torch.no_grad():
                 logits = judge(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1]
-            expected.append(float(logits.double().log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum()))
+            expected.append(
+                float(logits.double().log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum())
+            )
         assert scores == pytest.approx(expected, abs=ROUNDING)
         assert max(range(3), key=expected.__getitem__) == max(range(3), key=scores.__getitem__)
 
@@ -111,7 +127,9 @@ def test_nothing_is_lost_where_a_token_reaches_over_the_boundary(tokenizer):
 
 
 def test_an_empty_context_is_bos_alone(tokenizer):
-    assert encode_request(tokenizer, "", ["The river"]) == Request([tokenizer.bos_id], [tokenizer.encode("The river")])
+    assert encode_request(tokenizer, "", ["The river"]) == Request(
+        [tokenizer.bos_id], [tokenizer.encode("The river")]
+    )
     assert encode_request(tokenizer, " \n", ["x"]).context == [tokenizer.bos_id]
     with pytest.raises(UserError, match="a continuation must hold at least one token, got ''"):
         encode_request(tokenizer, "The river", [""])

@@ -40,7 +40,9 @@ def test_characters_and_not_bytes_normalise():
 
 def test_standard_error():
     assert standard_error(0.25, 4) == pytest.approx(statistics.stdev([0, 1, 0, 0]) / math.sqrt(4))
-    assert f"{standard_error(0.6217, 3270):.4f}" == "0.0085"  # of BoolQ's majority, with the harness's four digits
+    assert (
+        f"{standard_error(0.6217, 3270):.4f}" == "0.0085"
+    )  # of BoolQ's majority, with the harness's four digits
     assert standard_error(1.0, 1) is None
 
 
@@ -49,7 +51,11 @@ def test_contexts_of_their_own_and_shared_ones(opinionated_model, tokenizer):
     shared = Question(("The river",) * 2, ("opens", "finds a stone"), 0)
     own = Question(("Ann saw that Ann", "Ann saw that the teacher"), ("was late.",) * 2, 1)
     got = score_questions([shared, own, shared], opinionated_model, tokenizer, batch_tokens=100)
-    pairs = [("The river", " opens"), ("The river", " finds a stone"), *((context, " was late.") for context in own.contexts)]
+    pairs = [
+        ("The river", " opens"),
+        ("The river", " finds a stone"),
+        *((context, " was late.") for context in own.contexts),
+    ]
     requests = [Request([tokenizer.bos_id, *encode(a)], [encode(a + b)[len(encode(a)) :]]) for a, b in pairs]
     expected = [only for [only] in score(opinionated_model, requests, batch_tokens=1)]
     expected = [expected[:2], expected[2:], expected[:2]]
@@ -65,5 +71,8 @@ def test_limits_and_the_place_of_a_bad_record(tmp_path):
     assert [question.answer for question in read_questions(config)] == [0, 1, 0, 1]
     assert len(read_questions(config, 3)) == 3
     assert len(read_questions(config, 5)) == 4
-    with pytest.raises(UserError, match=r"task 'p': jsonl: .*piqa.jsonl, record 6: 'sol1' must be a string, got no such field"):
+    with pytest.raises(
+        UserError,
+        match=r"task 'p': jsonl: .*piqa.jsonl, record 6: 'sol1' must be a string, got no such field",
+    ):
         read_questions(TaskConfig(kind="piqa", name="p", source=source))

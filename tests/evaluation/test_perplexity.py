@@ -55,7 +55,10 @@ def test_windows_by_hand():
     assert windows_of(document, 4, 1) == [(0, 4, [1, 2, 3, 4]), (1, 4, [5]), (2, 4, [6]), (3, 4, [7])]
     assert windows_of(document, 7, 7) == windows_of(document, 100, 30) == [(0, 7, [1, 2, 3, 4, 5, 6, 7])]
     answers = document._replace(scored=np.isin(np.arange(8), [2, 7]))
-    assert windows_of(answers, 2, 2) == [(0, 2, [2]), (5, 2, [7])]  # windows without a counted token are not run
+    assert windows_of(answers, 2, 2) == [
+        (0, 2, [2]),
+        (5, 2, [7]),
+    ]  # windows without a counted token are not run
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
@@ -68,10 +71,17 @@ def test_it_is_the_slow_loop(opinionated_model, window, stride, batch_tokens):
     for document in documents:
         last = len(document.tokens) - 1
         for place in range(1, last + 1):
-            end = min(size if place <= size else size + -(-(place - size) // step) * step, last)  # of the window that predicts it
-            nats -= log_probability(opinionated_model, document.tokens[max(0, end - size) : place], document.tokens[place])
+            end = min(
+                size if place <= size else size + -(-(place - size) // step) * step, last
+            )  # of the window that predicts it
+            nats -= log_probability(
+                opinionated_model, document.tokens[max(0, end - size) : place], document.tokens[place]
+            )
     result = perplexity(
-        opinionated_model, iter(documents), WindowConfig(window_tokens=window, stride_tokens=stride), batch_tokens=batch_tokens
+        opinionated_model,
+        iter(documents),
+        WindowConfig(window_tokens=window, stride_tokens=stride),
+        batch_tokens=batch_tokens,
     )
     count = sum(len(document.tokens) - 1 for document in documents)
     assert (result.tokens, result.words, result.bytes, result.documents) == (count, 6 * 7, 6 * 40, 6)
@@ -85,15 +95,24 @@ def test_it_is_the_slow_loop(opinionated_model, window, stride, batch_tokens):
 
 def test_trained_tokens_alone_count(opinionated_model):
     document = make_document(9, scored=[False, False, True, False, False, True, True, False, False, True])
-    expected = -sum(log_probability(opinionated_model, document.tokens[:place], document.tokens[place]) for place in (2, 5, 6, 9))
+    expected = -sum(
+        log_probability(opinionated_model, document.tokens[:place], document.tokens[place])
+        for place in (2, 5, 6, 9)
+    )
     result = perplexity(opinionated_model, [document], WindowConfig(), batch_tokens=100)
     assert (result.tokens, result.nats) == (4, pytest.approx(expected, rel=1e-6))
 
 
 def test_a_window_past_the_model_is_refused(opinionated_model):
     for config, message in (
-        (WindowConfig(window_tokens=97), "windows.window_tokens must be at most the model's 96 positions, got 97"),
-        (WindowConfig(stride_tokens=97), "windows.stride_tokens must be at most the window, here the model's 96 positions, got 97"),
+        (
+            WindowConfig(window_tokens=97),
+            "windows.window_tokens must be at most the model's 96 positions, got 97",
+        ),
+        (
+            WindowConfig(stride_tokens=97),
+            "windows.stride_tokens must be at most the window, here the model's 96 positions, got 97",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             perplexity(opinionated_model, [make_document(3)], config, batch_tokens=10)
@@ -107,7 +126,9 @@ def test_figures_past_a_float_are_none(opinionated_model):
     assert result.nats / result.words < 700
     assert result.word_perplexity is not None
     assert (result.byte_perplexity, result.bits_per_byte) == (None, None)
-    far = perplexity(opinionated_model, [document, *[document._replace(words=0)] * 9], WindowConfig(), batch_tokens=1000)
+    far = perplexity(
+        opinionated_model, [document, *[document._replace(words=0)] * 9], WindowConfig(), batch_tokens=1000
+    )
     assert far.nats > 700
     assert far.word_perplexity is None
 
@@ -119,23 +140,34 @@ def test_words_are_counted_as_the_harness_does():
 
 
 def test_the_documents_of_a_text(tokenizer, tmp_path):
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in ("The river.", "", "Löwe im  Tor")))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"body": text}) for text in ("The river.", "", "Löwe im  Tor"))
+    )
     source = JsonlSource(paths=(str(tmp_path / "a.jsonl"),))
     first, second = text_documents(TextConfig(name="t", source=source, text_field="body"), tokenizer)
     assert first.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode("The river.")]
     assert first.scored.tolist() == [False] + [True] * (len(first.tokens) - 1)
     assert (first.words, first.bytes, second.words, second.bytes) == (2, 10, 3, 13)
-    assert len(text_documents(TextConfig(name="t", source=source, text_field="body", limit=1), tokenizer)) == 1
+    assert (
+        len(text_documents(TextConfig(name="t", source=source, text_field="body", limit=1), tokenizer)) == 1
+    )
     assert len(text_documents(TextConfig(name="t", source=source, text_field="body"), tokenizer, 1)) == 1
-    with pytest.raises(UserError, match=r"text 't': jsonl: .*, record 1: 'text' must be a string, got no such field \(it has body\)"):
+    with pytest.raises(
+        UserError,
+        match=r"text 't': jsonl: .*, record 1: 'text' must be a string, got no such field \(it has body\)",
+    ):
         text_documents(TextConfig(name="t", source=source), tokenizer)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match=r"text 'e': text: .*empty.txt: must hold text, got none"):
-        text_documents(TextConfig(name="e", source=TextSource(paths=(str(tmp_path / "empty.txt"),))), tokenizer)
+        text_documents(
+            TextConfig(name="e", source=TextSource(paths=(str(tmp_path / "empty.txt"),))), tokenizer
+        )
 
 
 def test_wikitext_is_measured_on_the_file_and_read_as_text(tokenizer, tmp_path):
-    (tmp_path / "wiki").write_text(" \n = Rivers = \n \n A river @-@ bed , dry . \n \n = Stones = \n \n A stone . \n")
+    (tmp_path / "wiki").write_text(
+        " \n = Rivers = \n \n A river @-@ bed , dry . \n \n = Stones = \n \n A stone . \n"
+    )
     config = TextConfig(name="w", source=TextSource(paths=(str(tmp_path / "wiki"),)), format="wikitext")
     first, second = text_documents(config, tokenizer)
     page = " = Rivers = \n \n A river @-@ bed , dry . \n "
@@ -153,12 +185,19 @@ def test_the_documents_of_a_store(store_dir, tokenizer):
     texts = [tokenizer.decode(split.document(i).tolist()) for i in range(split.num_documents)]
     assert sum(document.bytes for document in documents) == split.num_bytes
     assert [document.words for document in documents] == [count_words(text) for text in texts]
-    assert sum(int(document.scored.sum()) for document in documents) == split.num_tokens - 2 * split.num_documents  # without BOS and EOS
+    assert (
+        sum(int(document.scored.sum()) for document in documents)
+        == split.num_tokens - 2 * split.num_documents
+    )  # without BOS and EOS
     assert len(list(store_documents(split, tokenizer, 3))) == 3
 
 
 def test_the_answers_of_a_store_of_conversations(tokenizer):
-    ask, answer, more = tokenizer.encode("What is it?"), tokenizer.encode("A stone."), tokenizer.encode("Or a river bed.")
+    ask, answer, more = (
+        tokenizer.encode("What is it?"),
+        tokenizer.encode("A stone."),
+        tokenizer.encode("Or a river bed."),
+    )
     parts = [
         ([tokenizer.bos_id], False),
         (ask, False),
@@ -169,7 +208,11 @@ def test_the_answers_of_a_store_of_conversations(tokenizer):
     tokens = np.array([token for ids, _ in parts for token in ids], dtype=np.uint16)
     mask = np.array([trained for ids, trained in parts for _ in ids])
     split = SimpleNamespace(
-        tokens=tokens, offsets=np.array([0, len(tokens)]), mask=np.packbits(mask), num_documents=1, loss_mask=lambda a, b: mask[a:b].copy()
+        tokens=tokens,
+        offsets=np.array([0, len(tokens)]),
+        mask=np.packbits(mask),
+        num_documents=1,
+        loss_mask=lambda a, b: mask[a:b].copy(),
     )
     [document] = store_documents(split, tokenizer)
     assert document.scored.tolist() == mask.tolist()
@@ -180,8 +223,16 @@ def test_the_answers_of_a_store_of_conversations(tokenizer):
     ("cls", "data", "message"),
     [
         (WindowConfig, {"window_tokens": 0}, "window_tokens must be at least 1, got 0"),
-        (WindowConfig, {"window_tokens": 4, "stride_tokens": 5}, "stride_tokens must be at most window_tokens = 4, got 5"),
-        (TextConfig, {"name": "", "source": {"kind": "text", "paths": ["x"]}}, 'name and text_field must be names, got ""'),
+        (
+            WindowConfig,
+            {"window_tokens": 4, "stride_tokens": 5},
+            "stride_tokens must be at most window_tokens = 4, got 5",
+        ),
+        (
+            TextConfig,
+            {"name": "", "source": {"kind": "text", "paths": ["x"]}},
+            'name and text_field must be names, got ""',
+        ),
         (
             TextConfig,
             {"name": "n", "source": {"kind": "text", "paths": ["x"]}, "limit": 0},

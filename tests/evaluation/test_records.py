@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from lumi.config import UserError, from_dict
-from lumi.evaluation.records import HubSource, JsonlSource, TextSource, describe, read_records, text_field, tightest
+from lumi.evaluation.records import (
+    HubSource,
+    JsonlSource,
+    TextSource,
+    describe,
+    read_records,
+    text_field,
+    tightest,
+)
 
 
 def test_local_files_in_order(tmp_path):
@@ -27,7 +35,10 @@ def test_local_files_in_order(tmp_path):
         (b"[1]\n", "x.jsonl:1: must be a JSON object, got list"),
         (b'{"a": "\xff"}\n', "x.jsonl: must be UTF-8, got another byte at 7"),
         (b'\xef\xbb\xbf{"a": "\xff"}\n', "x.jsonl: must be UTF-8, got another byte at 10"),
-        (b"{}\n" + b"[" * 100_000, "x.jsonl:2: must be a JSON object, got a line that is not valid JSON: maximum recursion depth"),
+        (
+            b"{}\n" + b"[" * 100_000,
+            "x.jsonl:2: must be a JSON object, got a line that is not valid JSON: maximum recursion depth",
+        ),
         (b"\n\n", "jsonl: x.jsonl: must hold at least one record, got none"),
         (None, "paths must match at least one file, got 'x.jsonl'"),
     ],
@@ -43,7 +54,10 @@ def test_bad_files(content, message, tmp_path, monkeypatch):
 
 
 def test_the_place_of_a_lone_surrogate_is_counted_in_the_field():
-    with pytest.raises(UserError, match=r"^here: 'a': text must be valid Unicode, got the lone surrogate U\+D800 at character 2$"):
+    with pytest.raises(
+        UserError,
+        match=r"^here: 'a': text must be valid Unicode, got the lone surrogate U\+D800 at character 2$",
+    ):
         text_field({"b": "x", "a": "xx\ud800"}, "a", "here")
 
 
@@ -61,7 +75,9 @@ def test_the_hub_is_streamed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     source = HubSource(dataset="allenai/ai2_arc", subset="ARC-Easy", split="test", revision="abc")
     assert read_records(source, 3) == [{"n": 0}, {"n": 1}, {"n": 2}]
-    assert asked == [(("allenai/ai2_arc", "ARC-Easy"), {"split": "test", "revision": "abc", "streaming": True})]
+    assert asked == [
+        (("allenai/ai2_arc", "ARC-Easy"), {"split": "test", "revision": "abc", "streaming": True})
+    ]
     assert describe(source) == "hub: allenai/ai2_arc / ARC-Easy / test / abc"
 
 
@@ -70,7 +86,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(UserError, match=r"^hub: a/b / validation: cannot be read: no route; check its name and your network"):
+    with pytest.raises(
+        UserError, match=r"^hub: a/b / validation: cannot be read: no route; check its name and your network"
+    ):
         read_records(HubSource(dataset="a/b"))
 
 

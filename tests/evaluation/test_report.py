@@ -24,4 +24,8 @@ def test_numbers(value, text):
 
 
 def test_one_is_singular():
-    assert (_count(1, "example"), _count(0, "token"), _count(3270, "example")) == ("1 example", "0 tokens", "3,270 examples")
+    assert (_count(1, "example"), _count(0, "token"), _count(3270, "example")) == (
+        "1 example",
+        "0 tokens",
+        "3,270 examples",
+    )

@@ -52,7 +52,9 @@ def test_repetition_by_hand():
 
 
 def run(config, tests, model, tokenizer):
-    return run_smoke_tests(config, encode_smoke_tests(config, tests, tokenizer, model.config.max_positions), model, tokenizer)
+    return run_smoke_tests(
+        config, encode_smoke_tests(config, tests, tokenizer, model.config.max_positions), model, tokenizer
+    )
 
 
 def scripted(monkeypatch, tokenizer, answers):
@@ -68,12 +70,22 @@ def scripted(monkeypatch, tokenizer, answers):
 
 
 def test_a_chat_model_is_asked_through_its_template(opinionated_model, tokenizer, monkeypatch):
-    turns = (Turn(role="user", content="A"), Turn(role="assistant", content="B"), Turn(role="user", content="C"))
-    tests = SmokeTests(categories={"one": (PROMPT,), "two": (SmokePrompt(messages=turns), SmokePrompt(prompt="D"))})
+    turns = (
+        Turn(role="user", content="A"),
+        Turn(role="assistant", content="B"),
+        Turn(role="user", content="C"),
+    )
+    tests = SmokeTests(
+        categories={"one": (PROMPT,), "two": (SmokePrompt(messages=turns), SmokePrompt(prompt="D"))}
+    )
     asked = scripted(monkeypatch, tokenizer, [("a stone", True), ("x " * 40, True), ("fine", False)])
     result = run(SmokeConfig(max_new_tokens=9), tests, opinionated_model, tokenizer)
     [(prompts, sampling, options)] = asked
-    assert prompts == [chat.prompt_ids(tokenizer, prompt.conversation) for category in tests.categories.values() for prompt in category]
+    assert prompts == [
+        chat.prompt_ids(tokenizer, prompt.conversation)
+        for category in tests.categories.values()
+        for prompt in category
+    ]
     assert options["stop_ids"] == chat.stop_ids(tokenizer)
     assert (sampling.temperature, sampling.max_new_tokens) == (0, 9)
     assert (result.style, result.passed, result.prompts) == ("chat", 1, 3)
@@ -105,10 +117,22 @@ def test_a_base_model_goes_on_with_a_text(opinionated_model, tokenizer, monkeypa
 @pytest.mark.parametrize(
     ("prompt", "template", "message"),
     [
-        (SmokePrompt(prompt="x" * 300), None, "a prompt must be shorter than the model's 96 positions, got 3"),
-        (SmokePrompt(prompt="b\ud800"), None, "message 1: text must be valid Unicode, got the lone surrogate U+D800 at character 1"),
+        (
+            SmokePrompt(prompt="x" * 300),
+            None,
+            "a prompt must be shorter than the model's 96 positions, got 3",
+        ),
+        (
+            SmokePrompt(prompt="b\ud800"),
+            None,
+            "message 1: text must be valid Unicode, got the lone surrogate U+D800 at character 1",
+        ),
         (SmokePrompt(prompt="x"), "", "the tokenizer must have a chat template, got none"),
-        (SmokePrompt(prompt="x"), "{{ raise_exception('no') }}", "the model's chat template must accept the conversation, but says: no"),
+        (
+            SmokePrompt(prompt="x"),
+            "{{ raise_exception('no') }}",
+            "the model's chat template must accept the conversation, but says: no",
+        ),
     ],
     ids=["too long", "no Unicode", "no template", "refused"],
 )
@@ -134,7 +158,9 @@ def test_the_shipped_ones_run(opinionated_model, tokenizer):
 
 def test_a_file_of_ones_own(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"categories": {"c": [{"prompt": "Why?"}]}}))
-    assert read_smoke_tests(SmokeConfig(path=str(tmp_path / "mine.json"))).categories == {"c": (SmokePrompt(prompt="Why?"),)}
+    assert read_smoke_tests(SmokeConfig(path=str(tmp_path / "mine.json"))).categories == {
+        "c": (SmokePrompt(prompt="Why?"),)
+    }
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         read_smoke_tests(SmokeConfig(path=str(tmp_path / "none.json")))
 
@@ -147,9 +173,21 @@ def test_a_file_of_ones_own(tmp_path):
         (SmokeConfig, {"max_repetition": 2}, "max_repetition must be between 0 and 1, got 2.0"),
         (SmokeConfig, {"style": "poem"}, 'style must be one of "auto", "chat", "text", got "poem"'),
         (SmokePrompt, {}, "one of prompt and messages must be given, got both or neither"),
-        (SmokePrompt, {"messages": [{"role": "assistant", "content": "x"}]}, "messages must end with the user's, got assistant"),
-        (SmokePrompt, {"prompt": "x", "any_of": [""]}, 'text and the words of any_of and all_of must not be empty, got ""'),
-        (SmokeTests, {"categories": {"a": []}}, "categories must hold at least one, each with at least one prompt"),
+        (
+            SmokePrompt,
+            {"messages": [{"role": "assistant", "content": "x"}]},
+            "messages must end with the user's, got assistant",
+        ),
+        (
+            SmokePrompt,
+            {"prompt": "x", "any_of": [""]},
+            'text and the words of any_of and all_of must not be empty, got ""',
+        ),
+        (
+            SmokeTests,
+            {"categories": {"a": []}},
+            "categories must hold at least one, each with at least one prompt",
+        ),
     ],
 )
 def test_bad_configs(cls, data, message):

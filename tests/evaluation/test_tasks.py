@@ -13,16 +13,33 @@ HELLASWAG = {
     "endings": ["rises. [substeps] Well.", "falls."],
     "label": "1",
 }
-ARC = {"question": "What melts?", "choices": {"text": ["ice", "sand", "air"], "label": ["A", "B", "C"]}, "answerKey": "B"}
+ARC = {
+    "question": "What melts?",
+    "choices": {"text": ["ice", "sand", "air"], "label": ["A", "B", "C"]},
+    "answerKey": "B",
+}
 PIQA = {"goal": "open a jar", "sol1": "turn the lid", "sol2": "eat it", "label": 0}
-WINOGRANDE = {"sentence": "Ann met Bea because _ was in town.", "option1": "Ann", "option2": "Bea", "answer": "2"}
+WINOGRANDE = {
+    "sentence": "Ann met Bea because _ was in town.",
+    "option1": "Ann",
+    "option2": "Bea",
+    "answer": "2",
+}
 
 
 @pytest.mark.parametrize(
     ("kind", "record", "question"),
     [
-        ("boolq", BOOLQ, Question(("The sky is blue.\nQuestion: is the sky blue?\nAnswer:",) * 2, ("no", "yes"), 1)),
-        ("boolq", {**BOOLQ, "answer": False}, Question(("The sky is blue.\nQuestion: is the sky blue?\nAnswer:",) * 2, ("no", "yes"), 0)),
+        (
+            "boolq",
+            BOOLQ,
+            Question(("The sky is blue.\nQuestion: is the sky blue?\nAnswer:",) * 2, ("no", "yes"), 1),
+        ),
+        (
+            "boolq",
+            {**BOOLQ, "answer": False},
+            Question(("The sky is blue.\nQuestion: is the sky blue?\nAnswer:",) * 2, ("no", "yes"), 0),
+        ),
         (
             "hellaswag",
             HELLASWAG,
@@ -30,7 +47,11 @@ WINOGRANDE = {"sentence": "Ann met Bea because _ was in town.", "option1": "Ann"
         ),
         ("arc", ARC, Question(("Question: What melts?\nAnswer:",) * 3, ("ice", "sand", "air"), 1)),
         ("piqa", PIQA, Question(("Question: open a jar\nAnswer:",) * 2, ("turn the lid", "eat it"), 0)),
-        ("winogrande", WINOGRANDE, Question(("Ann met Bea because Ann", "Ann met Bea because Bea"), ("was in town.",) * 2, 1)),
+        (
+            "winogrande",
+            WINOGRANDE,
+            Question(("Ann met Bea because Ann", "Ann met Bea because Bea"), ("was in town.",) * 2, 1),
+        ),
     ],
 )
 def test_prompts(kind, record, question):
@@ -45,26 +66,58 @@ def test_hellaswag_is_cleaned():
     ("kind", "record", "message"),
     [
         ("boolq", {**BOOLQ, "answer": "yes"}, "here: 'answer' must be true or false, got 'yes'"),
-        ("boolq", {"question": "x", "answer": True}, "here: 'passage' must be a string, got no such field (it has question, answer)"),
-        ("hellaswag", {**HELLASWAG, "label": ""}, "here: 'label' must be an integer, got '': is this a split without answers?"),
-        ("hellaswag", {**HELLASWAG, "label": "2"}, "here: the answer must be the place of one of 2 choices, counted from 0, got 2"),
-        ("hellaswag", {**HELLASWAG, "endings": "x"}, "here: 'endings' must be a list of at least two strings, got x"),
-        ("arc", {**ARC, "choices": ["a"]}, "here: 'choices' must be an object with 'text' and 'label', got list"),
+        (
+            "boolq",
+            {"question": "x", "answer": True},
+            "here: 'passage' must be a string, got no such field (it has question, answer)",
+        ),
+        (
+            "hellaswag",
+            {**HELLASWAG, "label": ""},
+            "here: 'label' must be an integer, got '': is this a split without answers?",
+        ),
+        (
+            "hellaswag",
+            {**HELLASWAG, "label": "2"},
+            "here: the answer must be the place of one of 2 choices, counted from 0, got 2",
+        ),
+        (
+            "hellaswag",
+            {**HELLASWAG, "endings": "x"},
+            "here: 'endings' must be a list of at least two strings, got x",
+        ),
+        (
+            "arc",
+            {**ARC, "choices": ["a"]},
+            "here: 'choices' must be an object with 'text' and 'label', got list",
+        ),
         ("arc", {**ARC, "answerKey": "D"}, "here: 'answerKey' must be one of A, B, C, got 'D'"),
         (
             "arc",
             {**ARC, "choices": {"text": ["ice", "sand"], "label": ["A", "B", "C"]}},
             "here: 'choices' must have as many texts as labels, got 2 and 3",
         ),
-        ("piqa", {**PIQA, "label": "²"}, "here: 'label' must be an integer, got '²': is this a split without answers?"),
-        ("piqa", {**PIQA, "label": "9" * 5000}, f"here: 'label' must be an integer, got '{'9' * 59}: is this a split without answers?"),
+        (
+            "piqa",
+            {**PIQA, "label": "²"},
+            "here: 'label' must be an integer, got '²': is this a split without answers?",
+        ),
+        (
+            "piqa",
+            {**PIQA, "label": "9" * 5000},
+            f"here: 'label' must be an integer, got '{'9' * 59}: is this a split without answers?",
+        ),
         (
             "hellaswag",
             {**HELLASWAG, "endings": ["a", "b\udfff"]},
             "here: 'endings 2': text must be valid Unicode, got the lone surrogate U+DFFF at character 1",
         ),
         ("piqa", {**PIQA, "goal": 3}, "here: 'goal' must be a string, got int"),
-        ("winogrande", {**WINOGRANDE, "sentence": "No blank."}, "here: 'sentence' must hold the blank '_', got none"),
+        (
+            "winogrande",
+            {**WINOGRANDE, "sentence": "No blank."},
+            "here: 'sentence' must hold the blank '_', got none",
+        ),
         ("winogrande", {**WINOGRANDE, "answer": "3"}, "here: 'answer' must be 1 or 2, got 3"),
     ],
 )
@@ -77,11 +130,17 @@ def test_bad_records(kind, record, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "mmlu"}, 'kind must be one of "boolq", "hellaswag", "arc", "piqa", "winogrande", got "mmlu"'),
+        (
+            {"kind": "mmlu"},
+            'kind must be one of "boolq", "hellaswag", "arc", "piqa", "winogrande", got "mmlu"',
+        ),
         ({"limit": 0}, "limit must be at least 1, or null for all, got 0"),
         ({"name": ""}, 'name must be a name for the results, got ""'),
         ({"sauce": 1}, "sauce unknown key (value 1); did you mean 'source'?"),
-        ({"source": {"kind": "text", "paths": ["x"]}}, 'source.kind must be one of "hub", "jsonl", got "text"'),
+        (
+            {"source": {"kind": "text", "paths": ["x"]}},
+            'source.kind must be one of "hub", "jsonl", got "text"',
+        ),
     ],
 )
 def test_bad_configs(change, message):

@@ -10,7 +10,11 @@ def poison_empty(monkeypatch):
     real_empty, real_empty_like = torch.empty, torch.empty_like
 
     def poisoned(tensor):
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.requires_grad else tensor
+        return (
+            tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.requires_grad else tensor
+        )
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poisoned(real_empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(real_empty_like(*args, **kwargs)))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda *args, **kwargs: poisoned(real_empty_like(*args, **kwargs))
+    )

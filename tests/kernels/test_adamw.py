@@ -18,7 +18,9 @@ NUMBERS = {"step": 7, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 def tensors(shapes, device, dtype=torch.float32, seed=0):
     """Parameters, gradients, and states as some steps leave them: float32 values, in any dtype."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda scale: [(torch.randn(shape, generator=generator) * scale).to(device, dtype) for shape in shapes]
+    draw = lambda scale: [
+        (torch.randn(shape, generator=generator) * scale).to(device, dtype) for shape in shapes
+    ]
     return draw(1.0), draw(0.1), draw(0.05), [t.square() for t in draw(0.1)]
 
 
@@ -34,7 +36,9 @@ def truth(lists, weight_decays, factor=1.0):
     """AdamW by the paper's Algorithm 2, in float64, element by element (its schedule multiplier times alpha is our lr)."""
     lr, beta1, beta2, eps, step = (NUMBERS[name] for name in ("lr", "beta1", "beta2", "eps", "step"))
     results = []
-    for param, grad, m, v, decay in zip(*([t.double().cpu() for t in items] for items in lists), weight_decays, strict=True):
+    for param, grad, m, v, decay in zip(
+        *([t.double().cpu() for t in items] for items in lists), weight_decays, strict=True
+    ):
         g = grad * factor
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
@@ -88,14 +92,18 @@ def test_reference_is_the_papers_algorithm():
 def test_parity(native, calls, with_copies):
     lists = tensors(SHAPES, native)
     actual = clone(lists)
-    copies = [torch.empty(shape, dtype=torch.bfloat16, device=native) for shape in SHAPES] if with_copies else None
+    copies = (
+        [torch.empty(shape, dtype=torch.bfloat16, device=native) for shape in SHAPES] if with_copies else None
+    )
     adamw(*actual, weight_decays=decays(SHAPES), copies=copies, **NUMBERS)
     assert len(calls) == 1
     assert_is_a_step(lists, actual, copies=copies)
     assert all(map(torch.equal, actual[1], lists[1]))
 
 
-@pytest.mark.parametrize(("max_norm", "loss_scale"), [(0.5, 1.0), (0.5, 1024.0), (1e9, 1024.0), (math.inf, 1.0)])
+@pytest.mark.parametrize(
+    ("max_norm", "loss_scale"), [(0.5, 1.0), (0.5, 1024.0), (1e9, 1024.0), (math.inf, 1.0)]
+)
 def test_clipping(native, max_norm, loss_scale):
     lists = tensors(SHAPES, native)
     lists = (lists[0], [g * loss_scale for g in lists[1]], *lists[2:])
@@ -134,11 +142,23 @@ def test_nothing_is_written_where_the_norm_is_not_finite(native, bad, implementa
 def test_copies_round_to_nearest_even_and_keep_nan(native):
     """Every upper half of a float32 with lower halves below, at and above the middle; lr 0 leaves finite parameters as they are."""
     upper = torch.arange(1 << 16, dtype=torch.int32) << 16
-    param = torch.cat([upper | lower for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(torch.float32).to(native)
+    param = (
+        torch.cat([upper | lower for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+        .view(torch.float32)
+        .to(native)
+    )
     before = param.clone()
     zeros = [torch.zeros_like(param) for _ in range(3)]
     copy = torch.empty(param.shape, dtype=torch.bfloat16, device=native)
-    adamw([param], [zeros[0]], [zeros[1]], [zeros[2]], weight_decays=[0.0], copies=[copy], **{**NUMBERS, "lr": 0.0})
+    adamw(
+        [param],
+        [zeros[0]],
+        [zeros[1]],
+        [zeros[2]],
+        weight_decays=[0.0],
+        copies=[copy],
+        **{**NUMBERS, "lr": 0.0},
+    )
     finite = before.isfinite()
     bits = lambda t: t[finite].view({torch.float32: torch.int32, torch.bfloat16: torch.int16}[t.dtype])
     assert torch.equal(bits(param), bits(before))
@@ -221,7 +241,9 @@ def test_autograd_notices(native, implementation):
     x = torch.ones(3, device=native, requires_grad=True)
     loss = (weight * x).sum()
     zeros = [torch.zeros(3, device=native) for _ in range(2)]
-    implementation([weight], [torch.ones(3, device=native)], [zeros[0]], [zeros[1]], weight_decays=[0.0], **NUMBERS)
+    implementation(
+        [weight], [torch.ones(3, device=native)], [zeros[0]], [zeros[1]], weight_decays=[0.0], **NUMBERS
+    )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -263,7 +285,10 @@ def test_nothing(device):
         ({"weight_decays": [-0.5]}, r"weight_decays\[0\] must be at least 0, got -0.5"),
         ({"weight_decays": []}, "weight_decays must be one for each of 1 parameters, got 0"),
         ({"grads": []}, "grads must be one for each of 1 parameters, got 0"),
-        ({"params": [torch.ones(3, dtype=torch.int64)]}, r"params\[0\] must be floating-point and on cpu, got torch.int64 on cpu"),
+        (
+            {"params": [torch.ones(3, dtype=torch.int64)]},
+            r"params\[0\] must be floating-point and on cpu, got torch.int64 on cpu",
+        ),
         (
             {"grads": [torch.ones(2)]},
             r"grads\[0\] must be torch.float32 of shape \(3,\) on cpu, got torch.float32 of shape \(2,\) on cpu",
@@ -281,8 +306,14 @@ def test_nothing(device):
             r"copies\[0\] must be torch.bfloat16 of shape \(3,\) on cpu, got torch.float32 of shape \(3,\) on cpu",
         ),
         ({"copies": []}, "copies must be one for each of 1 parameters, got 0"),
-        ({"norm": torch.ones(())}, r"norm must be a float64 scalar on cpu, got torch.float32 of shape \(\) on cpu"),
-        ({"norm": torch.ones(1).double()}, r"norm must be a float64 scalar on cpu, got torch.float64 of shape \(1,\) on cpu"),
+        (
+            {"norm": torch.ones(())},
+            r"norm must be a float64 scalar on cpu, got torch.float32 of shape \(\) on cpu",
+        ),
+        (
+            {"norm": torch.ones(1).double()},
+            r"norm must be a float64 scalar on cpu, got torch.float64 of shape \(1,\) on cpu",
+        ),
     ],
     ids=str,
 )
@@ -318,7 +349,13 @@ def test_a_gpu_older_than_the_compiled_code_gets_the_reference(native, calls, mo
 
 @pytest.mark.parametrize(
     ("has_cuda", "capability", "expected"),
-    [(True, (7, 5), False), (True, (8, 0), True), (True, (8, 9), True), (True, (12, 0), True), (False, (9, 0), False)],
+    [
+        (True, (7, 5), False),
+        (True, (8, 0), True),
+        (True, (8, 9), True),
+        (True, (12, 0), True),
+        (False, (9, 0), False),
+    ],
     ids=str,
 )
 def test_which_gpus_there_is_compiled_code_for(monkeypatch, has_cuda, capability, expected):
@@ -339,7 +376,14 @@ def test_which_tensors_compiled_code_takes(native):
     assert native_device([x, torch.nn.Parameter(x), x[:0], x[1]]) == x.device
     assert native_device([x.bfloat16()], torch.bfloat16) == x.device
     assert native_device([]) is None
-    others = [x.double(), x.T[:2], x.bfloat16(), x.as_subclass(type("Subclass", (torch.Tensor,), {})), x.to("meta"), 1.0]
+    others = [
+        x.double(),
+        x.T[:2],
+        x.bfloat16(),
+        x.as_subclass(type("Subclass", (torch.Tensor,), {})),
+        x.to("meta"),
+        1.0,
+    ]
     for index, other in enumerate(others):
         assert native_device([x, other]) is None, index
         assert native_device([other, x]) is None, index
@@ -356,7 +400,9 @@ def test_queued_on_the_current_stream(native):
         torch.cuda._sleep(100_000_000)
         late.copy_(lists[1][0])
         norm = global_norm([late])
-        adamw(actual[0], [late], actual[2], actual[3], weight_decays=[0.0], norm=norm, max_norm=1.0, **NUMBERS)
+        adamw(
+            actual[0], [late], actual[2], actual[3], weight_decays=[0.0], norm=norm, max_norm=1.0, **NUMBERS
+        )
         norm = norm.item()
     assert_is_a_step(lists, actual, min(1.0, 1.0 / norm), norm=global_norm(lists[1]), max_norm=1.0)
 
@@ -365,7 +411,11 @@ def test_queued_on_the_current_stream(native):
 def test_captured_into_a_graph(native):
     """The addresses travel as arguments, which a graph keeps: a replay works on the same memory with its contents of then."""
     lists, others = tensors(SHAPES, native), tensors(SHAPES, native, seed=1)
-    expected, actual, settings = clone(others), clone(lists), {"weight_decays": decays(SHAPES), "max_norm": 0.5, **NUMBERS}
+    expected, actual, settings = (
+        clone(others),
+        clone(lists),
+        {"weight_decays": decays(SHAPES), "max_norm": 0.5, **NUMBERS},
+    )
     adamw(*expected, norm=global_norm(expected[1]), **settings)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

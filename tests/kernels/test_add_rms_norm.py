@@ -4,7 +4,12 @@ import pytest
 import torch
 from parity import assert_parity
 
-from lumi.kernels.add_rms_norm import _add_rms_norm_backward_op, _add_rms_norm_op, add_rms_norm, add_rms_norm_reference
+from lumi.kernels.add_rms_norm import (
+    _add_rms_norm_backward_op,
+    _add_rms_norm_op,
+    add_rms_norm,
+    add_rms_norm_reference,
+)
 from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
 
 EPS = 1e-5
@@ -36,7 +41,10 @@ def assert_all_parity(*cases):
     exact = [run(truth, *(t.double() for t in case)) for case in cases]
     same_dtype, actual = ([run(function, *case) for case in cases] for function in (reference, ours))
     for index, name in enumerate(("y", "total", "dx", "dresidual", "dweight")):
-        assert_parity(name, *(torch.stack([result[index] for result in results]) for results in (actual, same_dtype, exact)))
+        assert_parity(
+            name,
+            *(torch.stack([result[index] for result in results]) for results in (actual, same_dtype, exact)),
+        )
 
 
 def draw(shape, device, dtype=torch.float32):
@@ -53,7 +61,9 @@ def test_parity(rows, D, dtype, device):
     cases = []
     for _ in range(draws):
         x, residual, weight, dy, dtotal = draw((rows, D), device, dtype)
-        if D == 1:  # the norm's dx is a difference of equals divided by |total|: near zero a single total would decide the test
+        if (
+            D == 1
+        ):  # the norm's dx is a difference of equals divided by |total|: near zero a single total would decide the test
             x, residual = x + 4 * x.sign(), residual.abs() * x.sign()
         cases.append((x, residual, weight, dy, dtotal))
     assert_all_parity(*cases)
@@ -90,7 +100,9 @@ def test_the_sum_is_torchs_and_the_norm_is_that_of_the_sum_as_stored(dtype, devi
         lambda t: t[::3, :96],  # every third row
         lambda t: t[:, :40].T,  # columns
         lambda t: t[:1].expand(6, -1),  # one row, six times
-        lambda t: t.view(24, 4, 32)[:, 1:3].transpose(0, 1),  # leading dimensions that no single stride can walk
+        lambda t: t.view(24, 4, 32)[:, 1:3].transpose(
+            0, 1
+        ),  # leading dimensions that no single stride can walk
     ],
     ids=["slice", "rows", "transposed", "stride-0-rows", "permuted"],
 )
@@ -119,7 +131,9 @@ def test_one_output_alone(used, device):
         output, gradient = (y, dy) if used == "y" else (total, dtotal)
         results.append(torch.autograd.grad(output, inputs, gradient.to(dtype), allow_unused=True))
     exact, same_dtype, actual = results
-    for name, one, other, expected in zip(("dx", "dresidual", "dweight"), actual, same_dtype, exact, strict=True):
+    for name, one, other, expected in zip(
+        ("dx", "dresidual", "dweight"), actual, same_dtype, exact, strict=True
+    ):
         if expected is None:
             assert one is None
         else:
@@ -140,7 +154,11 @@ def test_the_shared_gradient_is_added_to_by_nobody(device):
         (2 * leaves[1]).sum().backward()  # accumulates into residual's
         return [leaf.grad for leaf in leaves]
 
-    exact, same_dtype, actual = losses(truth, torch.float64), losses(reference, torch.float32), losses(ours, torch.float32)
+    exact, same_dtype, actual = (
+        losses(truth, torch.float64),
+        losses(reference, torch.float32),
+        losses(ours, torch.float32),
+    )
     for name, *tensors in zip(("dx", "dresidual", "dweight"), actual, same_dtype, exact, strict=True):
         assert_parity(name, *tensors)
 
@@ -151,7 +169,9 @@ def test_a_tensor_added_to_itself(device):
     gradients = []
     for function, dtype in ((truth, torch.float64), (reference, torch.float32), (ours, torch.float32)):
         leaf = x.to(dtype).requires_grad_()
-        gradients += torch.autograd.grad(function(leaf, leaf, weight.to(dtype)), leaf, (dy.to(dtype), dtotal.to(dtype)))
+        gradients += torch.autograd.grad(
+            function(leaf, leaf, weight.to(dtype)), leaf, (dy.to(dtype), dtotal.to(dtype))
+        )
     exact, same_dtype, actual = gradients
     assert_parity("dx", actual, same_dtype, exact)
 
@@ -207,7 +227,9 @@ def test_operator_is_registered_whole(shape, dtype, device):
     torch.library.opcheck(_add_rms_norm_op, (x, residual, weight, EPS))
     rstd = torch.rand(math.prod(shape[:-1]), device=device)
     dy, dtotal = (torch.randn_like(x) for _ in range(2))
-    torch.library.opcheck(_add_rms_norm_backward_op, (dy.detach(), dtotal.detach(), x.detach(), weight.detach(), rstd))
+    torch.library.opcheck(
+        _add_rms_norm_backward_op, (dy.detach(), dtotal.detach(), x.detach(), weight.detach(), rstd)
+    )
 
 
 def test_fake_tensors_have_the_real_shapes(device):
@@ -223,7 +245,9 @@ def test_fake_tensors_have_the_real_shapes(device):
 def test_activation_checkpointing_gives_the_same_gradient(device):
     torch.manual_seed(0)
     case = draw((7, 32), device)
-    checkpointed = lambda *inputs: torch.utils.checkpoint.checkpoint(add_rms_norm, *inputs, use_reentrant=False)
+    checkpointed = lambda *inputs: torch.utils.checkpoint.checkpoint(
+        add_rms_norm, *inputs, use_reentrant=False
+    )
     for a, b in zip(run(checkpointed, *case), run(add_rms_norm, *case), strict=True):
         assert torch.equal(a, b)
 
@@ -245,7 +269,10 @@ def test_rejects_other_dtypes(dtype, device):
 
 def test_rejects_what_does_not_fit_x(device):
     x, weight = torch.zeros(4, 64, device=device), torch.ones(64, device=device)
-    with pytest.raises(ValueError, match=r"residual must have shape, dtype and device of x, \(4, 64\), torch.float32, .*, got \(1, 64\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"residual must have shape, dtype and device of x, \(4, 64\), torch.float32, .*, got \(1, 64\)",
+    ):
         add_rms_norm(x, x[:1], weight)
     with pytest.raises(ValueError, match=r"residual must have .*, got \(4, 64\), torch.float16"):
         add_rms_norm(x, x.half(), weight)
@@ -265,7 +292,9 @@ def test_rejects_impossible_widths(D, device):
 
 
 def test_reference_keeps_float64():
-    x, residual, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 8), (3, 8), (8,)))
+    x, residual, weight = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 8), (3, 8), (8,))
+    )
     for a, b in zip(reference(x, residual, weight), truth(x, residual, weight), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
     assert torch.autograd.gradcheck(reference, (x, residual, weight))

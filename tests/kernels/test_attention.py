@@ -56,7 +56,9 @@ def test_matches_a_loop_over_documents(documents, heads):
     actual = run(lambda q, k, v: attention_reference(q, k, v, plan), q, k, v, dy)
     expected = run(lambda q, k, v: naive(q, k, v, documents), q, k, v, dy)
     for name, a, e in zip(("y", "dq", "dk", "dv"), actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-14, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, e, rtol=1e-12, atol=1e-14, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(1, None), (3, None), (100, None), (None, 0.7), (3, 0.7)])
@@ -68,7 +70,9 @@ def test_windows_and_caps_match_the_loop(documents, window, softcap):
     actual = run(lambda q, k, v: attention_reference(q, k, v, plan, softcap), q, k, v, dy)
     expected = run(lambda q, k, v: naive(q, k, v, documents or [0, 9, 18], window, softcap), q, k, v, dy)
     for name, a, e in zip(("y", "dq", "dk", "dv"), actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, e, rtol=1e-11, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)], ids=["gqa1", "gqa4"])
@@ -144,7 +148,9 @@ def test_rejects_shapes_that_do_not_fit():
 
 # --- the Triton kernels ---
 
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter's bfloat16 is broken
+DTYPES = [torch.float32, torch.float16] + [
+    torch.bfloat16
+] * torch.cuda.is_available()  # the interpreter's bfloat16 is broken
 NAMES = ("y", "dq", "dk", "dv")
 
 
@@ -162,7 +168,11 @@ def written_out(q, k, v, dy, seen, softcap):
     y = product("hts,shk->thk", p, v)
     delta = (dy.to(wide) * y.to(q.dtype)).sum(-1).T[..., None]
     dz = p * (product("thk,shk->hts", dy, v) - delta) * root * (1 - (capped / softcap) ** 2 if softcap else 1)
-    dq, dk, dv = product("hts,shk->thk", dz, k), product("hts,thk->shk", dz, q), product("hts,thk->shk", p, dy)
+    dq, dk, dv = (
+        product("hts,shk->thk", dz, k),
+        product("hts,thk->shk", dz, q),
+        product("hts,thk->shk", p, dy),
+    )
     dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
     return [t.to(q.dtype) for t in (y, dq, dk, dv)]
 
@@ -175,7 +185,9 @@ def visible(offsets, window):
     return (document[:, None] == document) & (distance >= 0) & (distance < (window or offsets[-1]))
 
 
-def assert_all_parity(dtype, device, B, T, H, G, K, offsets=None, window=None, softcap=None, view=lambda t: t, names=NAMES):
+def assert_all_parity(
+    dtype, device, B, T, H, G, K, offsets=None, window=None, softcap=None, view=lambda t: t, names=NAMES
+):
     torch.manual_seed(0)
     tensors = [view(torch.randn(B, T, heads, K, device=device).to(dtype)) for heads in (H, G, G, H)]
     cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32, device=device)
@@ -184,7 +196,10 @@ def assert_all_parity(dtype, device, B, T, H, G, K, offsets=None, window=None, s
     actual = run(lambda q, k, v: attention(q, k, v, plan, softcap), *tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     seen = visible(offsets or list(range(0, B * T + 1, T)), window).to(device)
-    same_dtype, exact = (written_out(*(t.flatten(0, 1).to(wide) for t in tensors), seen, softcap) for wide in (dtype, torch.float64))
+    same_dtype, exact = (
+        written_out(*(t.flatten(0, 1).to(wide) for t in tensors), seen, softcap)
+        for wide in (dtype, torch.float64)
+    )
     for name, a, s, e in zip(NAMES, actual, same_dtype, exact, strict=True):
         if name in names:
             assert_parity(name, a.detach().flatten(0, 1), s, e)
@@ -204,7 +219,9 @@ def test_one_token_attends_to_itself(K, dtype, device):
     torch.manual_seed(0)
     q, k, v, dy = torch.randn(4, 1, 1, 1, K, device=device).to(dtype)
     y, dq, dk, dv = run(lambda q, k, v: attention(q, k, v, attention_plan(None, 1, 1, device)), q, k, v, dy)
-    ulps = 4 * torch.finfo(torch.float32).eps * (dtype == torch.float32)  # in 16 bits the weight, 1 but for its last bits, is 1
+    ulps = (
+        4 * torch.finfo(torch.float32).eps * (dtype == torch.float32)
+    )  # in 16 bits the weight, 1 but for its last bits, is 1
     assert ((y - v).abs() <= ulps * v.abs()).all()
     assert ((dv - dy).abs() <= ulps * dy.abs()).all()
     dz = 2 * K * torch.finfo(torch.float32).eps * (dy * v).double().abs().sum() / math.sqrt(K)
@@ -226,7 +243,9 @@ def small_tiles(request, monkeypatch):
     """Tiles so small that a short text has full ones, diagonal ones, and ones that a document or a window begins or ends in."""
     chosen = {"BLOCK_K": 16, **SMALL_TILES[request.param]}
     delta = {"BLOCK_M": 32, "BLOCK_K": 16, "num_warps": 4}
-    monkeypatch.setattr("lumi.kernels.attention.tile", lambda kernel, *_: dict(delta if kernel == "delta" else chosen))
+    monkeypatch.setattr(
+        "lumi.kernels.attention.tile", lambda kernel, *_: dict(delta if kernel == "delta" else chosen)
+    )
 
 
 MANY = {
@@ -246,7 +265,9 @@ def test_parity_over_many_tiles(case, small_tiles, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offsets", [[0, 0, 140, 140], [0, 63, 64, 65, 129, 140]], ids=["one and empty", "many"])
+@pytest.mark.parametrize(
+    "offsets", [[0, 0, 140, 140], [0, 63, 64, 65, 129, 140]], ids=["one and empty", "many"]
+)
 def test_parity_of_documents(offsets, dtype, device):
     assert_all_parity(dtype, device, 1, 140, 2, 1, 64, offsets)
 
@@ -262,7 +283,9 @@ def test_other_head_dims(K, device):
     assert_all_parity(torch.float32, device, 1, 33, 2, 2, K)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # the interpreter's numpy, where a mask then chooses zero
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered in exp2"
+)  # the interpreter's numpy, where a mask then chooses zero
 def test_large_scores_do_not_overflow(device):
     """Scores of some hundreds, whose powers no float holds: only differences within a row are raised. (Backward takes them from the saved
     sum of the row, whose own rounding grows with the scores.)"""
@@ -324,10 +347,14 @@ def test_checkpointed_and_compiled_it_is_the_same(how, device):
     plan = attention_plan(torch.tensor([0, 13, 40], dtype=torch.int32), 1, 40, device)
     plain = lambda q, k, v: attention(q, k, v, plan)
     wrapped = {
-        "checkpointed": lambda q, k, v: torch.utils.checkpoint.checkpoint(plain, q, k, v, use_reentrant=False),
+        "checkpointed": lambda q, k, v: torch.utils.checkpoint.checkpoint(
+            plain, q, k, v, use_reentrant=False
+        ),
         "compiled": torch.compile(plain, fullgraph=True, backend="aot_eager"),
     }[how]
-    assert all(torch.equal(a, b) for a, b in zip(run(wrapped, q, k, v, dy), run(plain, q, k, v, dy), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(wrapped, q, k, v, dy), run(plain, q, k, v, dy), strict=True)
+    )
 
 
 def test_no_tokens(device):
@@ -340,10 +367,16 @@ def test_refuses(device):
     q, k, v = (torch.zeros(1, 8, 2, 16, device=device) for _ in range(3))
     plan = attention_plan(None, 1, 8, device)
     for bad, message in (
-        ((q.double(), k.double(), v.double()), "q, k and v must all be float32, bfloat16 or float16, got torch.float64, torch.float64"),
+        (
+            (q.double(), k.double(), v.double()),
+            "q, k and v must all be float32, bfloat16 or float16, got torch.float64, torch.float64",
+        ),
         ((q, k.half(), v), "q, k and v must all be .* got torch.float32, torch.float16 and torch.float32"),
         ((q, k, v.to("meta")), "v must be on the device of q, .*, got meta"),
-        ((torch.zeros(1, 8, 2, 136, device=device),) * 3, 'head_dim must be at most 128 for this kernel, got 136; "kernels": "reference"'),
+        (
+            (torch.zeros(1, 8, 2, 136, device=device),) * 3,
+            'head_dim must be at most 128 for this kernel, got 136; "kernels": "reference"',
+        ),
         ((q[:, :7], k[:, :7], v[:, :7]), r"plan's batch and length \(1, 8\), got \(1, 7\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -351,13 +384,20 @@ def test_refuses(device):
     with pytest.raises(ValueError, match="softcap must be positive, got 0"):
         attention(q, k, v, plan, 0.0)
     for bad in ((q[0], k, v), (q, k[0], v)):
-        with pytest.raises(ValueError, match=r"q and k must have shapes \(B, T, H, K\) and \(B, T, G, K\), got"):
+        with pytest.raises(
+            ValueError, match=r"q and k must have shapes \(B, T, H, K\) and \(B, T, G, K\), got"
+        ):
             attention(*bad, plan)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "arch", [arch for arch in table() if torch.cuda.is_available() and int(arch) <= architecture(torch.device("cuda"))]
+    "arch",
+    [
+        arch
+        for arch in table()
+        if torch.cuda.is_available() and int(arch) <= architecture(torch.device("cuda"))
+    ],
 )
 @pytest.mark.parametrize("K", [32, 64, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -368,7 +408,10 @@ def test_every_shipped_tile(arch, K, dtype, device, monkeypatch):
         assert_all_parity(dtype, device, 1, 1500, 4, 2, K, offsets, window, softcap)
         q, k, v, dy = (torch.randn(1, 1500, heads, K, device=device).to(dtype) for heads in (4, 2, 2, 4))
         plan = attention_plan(None, 1, 1500, device, window)
-        first, second = (run(lambda q, k, v, plan=plan: attention(q, k, v, plan, softcap), q, k, v, dy) for _ in range(2))  # noqa: B023
+        first, second = (
+            run(lambda q, k, v, plan=plan, softcap=softcap: attention(q, k, v, plan, softcap), q, k, v, dy)
+            for _ in range(2)
+        )
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -379,9 +422,13 @@ def test_tokens_past_two_to_the_31_elements():
     q, k, v, dy = (torch.zeros(count, T, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     v[-1, -1], dy[-1, -1] = 1024, 1024
     assert v.numel() > 2**31
-    y, dq, dk, dv = run(lambda q, k, v: attention(q, k, v, attention_plan(None, count, T, "cuda")), q, k, v, dy)
+    y, dq, dk, dv = run(
+        lambda q, k, v: attention(q, k, v, attention_plan(None, count, T, "cuda")), q, k, v, dy
+    )
     assert torch.equal(y[-1, -1], torch.ones_like(y[-1, -1]))
-    assert torch.equal(dv[-1], torch.ones_like(dv[-1]))  # all keys of the last row share the last query's gradient
+    assert torch.equal(
+        dv[-1], torch.ones_like(dv[-1])
+    )  # all keys of the last row share the last query's gradient
     assert not any(t[:-1].any() for t in (y, dv))
     assert not dq.any()
     assert not dk.any()

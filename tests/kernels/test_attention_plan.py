@@ -88,7 +88,9 @@ def test_rejects_wrong_boundaries(cu_seqlens, message, make):
 
 @BOTH
 def test_rejects_wrong_boundary_dtype(make):
-    with pytest.raises(ValueError, match=r"cu_seqlens must be int32 of shape \(num_documents \+ 1,\), got torch.int64"):
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens must be int32 of shape \(num_documents \+ 1,\), got torch.int64"
+    ):
         make(torch.tensor([0, 9]), 1, 9, "cpu")
 
 
@@ -99,7 +101,18 @@ def test_rejects_a_window_of_nothing(make):
 
 
 @pytest.mark.parametrize(
-    ("arch", "row"), [(75, "80"), (80, "80"), (86, "80"), (89, "80"), (90, "90"), (100, "90"), (103, "90"), (120, "80"), (121, "80")]
+    ("arch", "row"),
+    [
+        (75, "80"),
+        (80, "80"),
+        (86, "80"),
+        (89, "80"),
+        (90, "90"),
+        (100, "90"),
+        (103, "90"),
+        (120, "80"),
+        (121, "80"),
+    ],
 )
 def test_an_architecture_without_rows_uses_older_ones(arch, row):
     """And sm_120, which has the shared memory of sm_89, not those of sm_90."""

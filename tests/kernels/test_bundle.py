@@ -12,7 +12,9 @@ def test_auto_follows_the_device(monkeypatch):
     assert select("auto", "cpu", 64) is REFERENCE
     assert select("auto", "mps", 64) is REFERENCE
     for capability, expected in (((7, 5), REFERENCE), ((8, 0), TRITON), ((12, 0), TRITON)):
-        monkeypatch.setattr("lumi.kernels.bundle.capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(
+            "lumi.kernels.bundle.capability", lambda device, capability=capability: capability
+        )
         assert select("auto", torch.device("cuda", 0), 64) is expected
         assert select("auto", "cuda", 128) is expected
         assert select("auto", "cuda", 256) is REFERENCE
@@ -26,7 +28,10 @@ def test_by_name(monkeypatch):
     assert select("triton", "cuda", 64) is TRITON
     for head_dim in (36, 256):
         assert select("reference", "cuda", head_dim) is REFERENCE
-        with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 up to 128 for kernels 'triton', got {head_dim}"):
+        with pytest.raises(
+            ValueError,
+            match=f"head_dim must be a multiple of 8 up to 128 for kernels 'triton', got {head_dim}",
+        ):
             select("triton", "cuda", head_dim)
 
 
@@ -79,4 +84,7 @@ def test_without_triton_the_references_work_and_kernels_say_so():
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
     assert first == "kernels must be 'reference' where Triton is not installed, got 'triton' on cpu"
-    assert second == "kernels must be 'reference' on a machine without Triton, got a launch of _rms_norm_fwd_kernel"
+    assert (
+        second
+        == "kernels must be 'reference' on a machine without Triton, got a launch of _rms_norm_fwd_kernel"
+    )

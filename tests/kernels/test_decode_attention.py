@@ -41,7 +41,9 @@ def test_rows_may_stand_at_different_positions():
     expected = attention_reference(q, k, v, attention_plan_reference(None, 2, 9, "cpu"))
     positions = torch.tensor([[3], [8]])
     actual = decode_attention_reference(torch.stack((q[0, 3:4], q[1, 8:9])), k, v, positions)
-    torch.testing.assert_close(actual[:, 0], torch.stack((expected[0, 3], expected[1, 8])), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        actual[:, 0], torch.stack((expected[0, 3], expected[1, 8])), rtol=1e-12, atol=1e-14
+    )
 
 
 def test_later_slots_cannot_be_felt():
@@ -76,7 +78,10 @@ def truth(q, k_cache, v_cache, positions):
     y = torch.empty_like(q)
     for b, row in enumerate(positions.tolist()):
         for t, position in enumerate(row):
-            k, v = (c[b, : position + 1].repeat_interleave(q.shape[2] // c.shape[2], dim=1) for c in (k_cache, v_cache))
+            k, v = (
+                c[b, : position + 1].repeat_interleave(q.shape[2] // c.shape[2], dim=1)
+                for c in (k_cache, v_cache)
+            )
             weights = torch.softmax(torch.einsum("hk,shk->hs", q[b, t], k) / q.shape[-1] ** 0.5, dim=-1)
             y[b, t] = torch.einsum("hs,shk->hk", weights, v)
     return y
@@ -84,7 +89,10 @@ def truth(q, k_cache, v_cache, positions):
 
 def case(B, T, H, G, K, S, device, dtype=torch.float32):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(B, length, heads, K, device=device).to(dtype) for length, heads in ((T, H), (S, G), (S, G)))
+    q, k, v = (
+        torch.randn(B, length, heads, K, device=device).to(dtype)
+        for length, heads in ((T, H), (S, G), (S, G))
+    )
     return q, k, v, torch.randint(0, S, (B, T), device=device)
 
 
@@ -255,7 +263,13 @@ def test_strides_are_respected(view, device):
     positions = torch.randint(0, k_view.shape[1], (6, 2), device=device).T[:, : q_view.shape[1]]
     assert_all_parity(q_view, k_view, v_view, positions)
     k_pages, v_pages, page_table = in_pages(k_view, v_view, positions)
-    paged = decode_attention(q_view, k_pages.transpose(1, 2).contiguous().transpose(1, 2), v_pages, positions, page_table.T.contiguous().T)
+    paged = decode_attention(
+        q_view,
+        k_pages.transpose(1, 2).contiguous().transpose(1, 2),
+        v_pages,
+        positions,
+        page_table.T.contiguous().T,
+    )
     assert_all_parity(q_view, k_view, v_view, positions, paged)
 
 
@@ -303,22 +317,52 @@ def test_a_gradient_is_refused(device):
     ("change", "message"),
     [
         ({"q": lambda q: q[0]}, r"q must have shape \(B, T, H, K\), got \(3, 4, 64\)"),
-        ({"k_cache": lambda k: k[:1]}, r"the caches must have shape \(2, 'S', 'G', 64\), got \(1, 40, 2, 64\) and \(2, 40, 2, 64\)"),
+        (
+            {"k_cache": lambda k: k[:1]},
+            r"the caches must have shape \(2, 'S', 'G', 64\), got \(1, 40, 2, 64\) and \(2, 40, 2, 64\)",
+        ),
         ({"v_cache": lambda v: v[..., :32]}, "the caches must have shape .*, got .* and"),
         ({"positions": lambda p: p[:, :2]}, r"positions must have shape \(2, 3\), got \(2, 2\)"),
         ({"positions": lambda p: p.float()}, r"positions must be int64 or int32, got torch\.float32"),
         ({"q": lambda q: q[:, :, :3]}, "query heads must be a multiple of kv heads, got 3 and 2"),
-        ({"q": lambda q: q.half()}, r"of one dtype, .*, got torch\.float16, torch\.float32 and torch\.float32"),
-        ({n: lambda t: t.double() for n in ("q", "k_cache", "v_cache")}, r"float32, bfloat16 or float16, got torch\.float64"),
-        ({n: lambda t: t[..., :4] for n in ("q", "k_cache", "v_cache")}, "K must be a multiple of 8 between 8 and 256, got 4"),
-        ({n: lambda t: t[..., :36] for n in ("q", "k_cache", "v_cache")}, "K must be a multiple of 8 between 8 and 256, got 36"),
+        (
+            {"q": lambda q: q.half()},
+            r"of one dtype, .*, got torch\.float16, torch\.float32 and torch\.float32",
+        ),
+        (
+            {n: lambda t: t.double() for n in ("q", "k_cache", "v_cache")},
+            r"float32, bfloat16 or float16, got torch\.float64",
+        ),
+        (
+            {n: lambda t: t[..., :4] for n in ("q", "k_cache", "v_cache")},
+            "K must be a multiple of 8 between 8 and 256, got 4",
+        ),
+        (
+            {n: lambda t: t[..., :36] for n in ("q", "k_cache", "v_cache")},
+            "K must be a multiple of 8 between 8 and 256, got 36",
+        ),
         ({n: lambda t: t.repeat(1, 1, 1, 5) for n in ("q", "k_cache", "v_cache")}, "K must be .*, got 320"),
         ({"v_cache": lambda v: v.to("meta")}, "page_table must be on one device, got .*, .*, meta, "),
     ],
-    ids=["three dimensions", "batch", "head dims", "tokens", "float", "heads", "dtypes", "float64", "4", "36", "320", "device"],
+    ids=[
+        "three dimensions",
+        "batch",
+        "head dims",
+        "tokens",
+        "float",
+        "heads",
+        "dtypes",
+        "float64",
+        "4",
+        "36",
+        "320",
+        "device",
+    ],
 )
 def test_refuses(change, message, device):
-    arguments = dict(zip(("q", "k_cache", "v_cache", "positions"), case(2, 3, 4, 2, 64, 40, device), strict=True))
+    arguments = dict(
+        zip(("q", "k_cache", "v_cache", "positions"), case(2, 3, 4, 2, 64, 40, device), strict=True)
+    )
     with pytest.raises(ValueError, match=message):
         decode_attention(**arguments | {name: function(arguments[name]) for name, function in change.items()})
 
@@ -327,10 +371,26 @@ def test_refuses(change, message, device):
 @pytest.mark.parametrize(
     ("page_size", "page_table", "message"),
     [
-        (16, torch.zeros(2, 3), r"page_table must be int32 of shape \(2, max_pages\), got torch\.float32 of shape \(2, 3\)"),
-        (16, torch.zeros(3, 3, dtype=torch.int32), r"page_table must be .*, got torch\.int32 of shape \(3, 3\)"),
-        (8, torch.zeros(2, 3, dtype=torch.int32), "pages of a power of two, at least 16 slots, got 5 pages of 8"),
-        (48, torch.zeros(2, 3, dtype=torch.int32), "pages of a power of two, at least 16 slots, got 5 pages of 48"),
+        (
+            16,
+            torch.zeros(2, 3),
+            r"page_table must be int32 of shape \(2, max_pages\), got torch\.float32 of shape \(2, 3\)",
+        ),
+        (
+            16,
+            torch.zeros(3, 3, dtype=torch.int32),
+            r"page_table must be .*, got torch\.int32 of shape \(3, 3\)",
+        ),
+        (
+            8,
+            torch.zeros(2, 3, dtype=torch.int32),
+            "pages of a power of two, at least 16 slots, got 5 pages of 8",
+        ),
+        (
+            48,
+            torch.zeros(2, 3, dtype=torch.int32),
+            "pages of a power of two, at least 16 slots, got 5 pages of 48",
+        ),
     ],
     ids=["float", "batch", "8", "48"],
 )
@@ -344,20 +404,28 @@ def test_refuses_pages(page_size, page_table, message, function, device):
 def test_caches_past_two_to_the_31_elements():
     """Addresses of the last row do not fit 32 bits; in pages, those of the last page."""
     q = torch.randn(3, 1, 8, 128, device="cuda", dtype=torch.bfloat16)
-    cache = torch.zeros(3, 2**20, 1, 1024, device="cuda", dtype=torch.bfloat16)[..., :128].expand(-1, -1, 2, -1)
+    cache = torch.zeros(3, 2**20, 1, 1024, device="cuda", dtype=torch.bfloat16)[..., :128].expand(
+        -1, -1, 2, -1
+    )
     cache[2, :64, 0] = torch.randn(64, 128, device="cuda").bfloat16()
     positions = torch.full((3, 1), 63, device="cuda")
-    expected = decode_attention(q[2:], cache[2:, :64].contiguous(), cache[2:, :64].contiguous(), positions[2:])
+    expected = decode_attention(
+        q[2:], cache[2:, :64].contiguous(), cache[2:, :64].contiguous(), positions[2:]
+    )
     y = decode_attention(q, cache, cache, positions)
     assert_parity("y", y[2:], expected, expected.double())
     pages = cache.unflatten(1, (-1, 64)).flatten(0, 1)
     page_table = torch.tensor([[0], [1], [2 * 2**20 // 64]], device="cuda", dtype=torch.int32)
-    assert_parity("paged", decode_attention(q, pages, pages, positions, page_table)[2:], expected, expected.double())
+    assert_parity(
+        "paged", decode_attention(q, pages, pages, positions, page_table)[2:], expected, expected.double()
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 32, 8, 128, 8192), (16, 1, 8, 8, 64, 1000), (2, 300, 12, 4, 96, 700)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 32, 8, 128, 8192), (16, 1, 8, 8, 64, 1000), (2, 300, 12, 4, 96, 700)], ids=str
+)
 def test_parity_at_sizes_that_models_have(shape, dtype):
     q, k, v, positions = case(*shape, "cuda", dtype)
     k_pages, v_pages, page_table = in_pages(k, v, positions, 64)

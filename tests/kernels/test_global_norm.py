@@ -23,7 +23,11 @@ def assert_close(actual, expected, count):
     assert abs(actual.item() - expected) <= expected * max(count, 8) * 2**-53
 
 
-@pytest.mark.parametrize("shapes", [[(1,)], [()], [(17, 5), (3,)], [(255,), (256,), (257,)], [(65_536,)], [(65_537,), (2, 3, 4)]], ids=str)
+@pytest.mark.parametrize(
+    "shapes",
+    [[(1,)], [()], [(17, 5), (3,)], [(255,), (256,), (257,)], [(65_536,)], [(65_537,), (2, 3, 4)]],
+    ids=str,
+)
 def test_matches_an_exact_sum(shapes, norm, device):
     torch.manual_seed(0)
     tensors = [torch.randn(shape).to(device) for shape in shapes]
@@ -105,7 +109,9 @@ def test_does_not_depend_on_the_number_of_threads():
     pointers, sizes = [t.data_ptr() for t in tensors], [t.numel() for t in tensors]
     norms = {_csrc.global_norm(pointers, sizes, threads) for threads in (1, 2, 3, 4, 7, 16) for _ in range(5)}
     assert len(norms) == 1
-    assert_close(torch.tensor(norms.pop(), dtype=torch.float64), global_norm_reference(tensors).item(), 5_000_008)
+    assert_close(
+        torch.tensor(norms.pop(), dtype=torch.float64), global_norm_reference(tensors).item(), 5_000_008
+    )
 
 
 def test_inputs_are_left_alone_and_gradients_not_tracked(norm, device):
@@ -117,7 +123,11 @@ def test_inputs_are_left_alone_and_gradients_not_tracked(norm, device):
 
 @pytest.mark.parametrize(
     ("bad", "got"),
-    [(torch.ones(3, dtype=torch.int64), "torch.int64"), (1.0, "float"), (torch.ones(2, dtype=torch.complex64), "torch.complex64")],
+    [
+        (torch.ones(3, dtype=torch.int64), "torch.int64"),
+        (1.0, "float"),
+        (torch.ones(2, dtype=torch.complex64), "torch.complex64"),
+    ],
 )
 def test_rejects(bad, got):
     with pytest.raises(ValueError, match=rf"tensors\[1\] must be a floating-point tensor, got {got}"):

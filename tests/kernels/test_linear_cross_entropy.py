@@ -34,7 +34,9 @@ def judge(hidden, weight, targets, z_loss=0.0, softcap=None):
 
 
 def judge_same_dtype(hidden, weight, targets):
-    return F.cross_entropy((hidden @ weight.to(hidden.dtype).T).float(), targets, ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        (hidden @ weight.to(hidden.dtype).T).float(), targets, ignore_index=-100, reduction="sum"
+    )
 
 
 def run(function, hidden, weight, targets, factor=1.0, **options):
@@ -73,7 +75,9 @@ def test_float64_loss_and_gradients(ignored, options, expected_dloss):
     expected = run(judge, *case, 0.25, **options)
     assert actual[0].dtype == torch.float64
     for name, a, e in zip(NAMES, actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a, e, rtol=1e-12, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -168,7 +172,10 @@ def test_targets_out_of_range_are_not_silently_taken(target):
 
 def test_rejects_shapes_that_do_not_fit():
     hidden, weight, targets = inputs(3, 5, 4)
-    with pytest.raises(ValueError, match=r"hidden and weight must have shapes \(N, D\) and \(V, D\), got \(3, 4\) and \(5, 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"hidden and weight must have shapes \(N, D\) and \(V, D\), got \(3, 4\) and \(5, 3\)",
+    ):
         linear_cross_entropy_reference(hidden, weight[:, :3], targets)
     with pytest.raises(ValueError, match=r"targets must be int64 of shape \(3,\), got torch.int32"):
         linear_cross_entropy_reference(hidden, weight, targets.int())
@@ -199,7 +206,10 @@ def assert_all_parity(*cases, factor=0.7, **options):
         actual.append(run(linear_cross_entropy, hidden, weight, targets, factor, **options))
     assert [t.dtype for t in actual[0]] == [torch.float32, cases[0][0].dtype, cases[0][1].dtype]
     for index, name in enumerate(NAMES):
-        assert_parity(name, *(torch.stack([result[index] for result in results]) for results in (actual, same_dtype, exact)))
+        assert_parity(
+            name,
+            *(torch.stack([result[index] for result in results]) for results in (actual, same_dtype, exact)),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -229,7 +239,9 @@ def test_triton_parity_of_soft_capped_logits(scale, device):
     assert_all_parity((hidden * scale, weight, targets), softcap=2.0)
 
 
-@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"), [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str
+)
 @pytest.mark.usefixtures("small_chunks")
 def test_triton_parity_with_a_weight_of_another_dtype(dtype, weight_dtype, device):
     assert_all_parity(device_inputs(19, 65, 32, dtype, device, weight_dtype))
@@ -246,7 +258,9 @@ def test_dtype_of_the_sum_of_the_weight_gradient():
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     assert module.dweight_dtype(most, 128_256, brain, brain) == brain
     assert module.dweight_dtype(most + 1, 128_256, brain, brain) == single
-    assert [module.dweight_dtype(1, 10, *pair) for pair in ((half, half), (brain, single), (single, brain))] == [single] * 3
+    assert [
+        module.dweight_dtype(1, 10, *pair) for pair in ((half, half), (brain, single), (single, brain))
+    ] == [single] * 3
 
 
 @pytest.mark.parametrize(
@@ -279,7 +293,9 @@ def test_triton_leaves_inputs_alone_and_is_deterministic(device):
 def test_triton_without_counted_rows_or_rows(device):
     hidden, weight, targets = device_inputs(7, 5, 4, torch.float32, device)
     for rows in (7, 0):
-        loss, dhidden, dweight = run(linear_cross_entropy, hidden[:rows], weight, torch.full_like(targets, -100)[:rows], z_loss=1.0)
+        loss, dhidden, dweight = run(
+            linear_cross_entropy, hidden[:rows], weight, torch.full_like(targets, -100)[:rows], z_loss=1.0
+        )
         assert loss == 0
         assert dhidden.shape == (rows, 4)
         assert not dhidden.any()
@@ -329,7 +345,9 @@ def test_triton_only_the_needed_gradient(device, monkeypatch):
     assert not alone.requires_grad
     assert torch.equal(alone, loss)
     assert asked == [(True, False), (False, True), (False, False)]
-    outputs = _linear_cross_entropy_op(hidden.detach(), weight.detach(), targets, 0.0, None, 1.0, False, False)
+    outputs = _linear_cross_entropy_op(
+        hidden.detach(), weight.detach(), targets, 0.0, None, 1.0, False, False
+    )
     assert [t.numel() for t in outputs] == [1, 0, 0]
 
 
@@ -362,7 +380,10 @@ def test_an_expected_gradient_arrives_as_expected(factor, device, monkeypatch):
     monkeypatch.setattr(module, "rescale", record)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     (linear_cross_entropy(hidden, weight, targets, expected_dloss=factor) * factor).backward()
-    assert [hidden.grad.data_ptr(), weight.grad.data_ptr()] == seen  # the forward's tensors become .grad without a copy
+    assert [
+        hidden.grad.data_ptr(),
+        weight.grad.data_ptr(),
+    ] == seen  # the forward's tensors become .grad without a copy
     assert torch.equal(hidden.grad, stored[0])
     assert torch.equal(weight.grad, stored[1])
 
@@ -384,7 +405,9 @@ def test_loss_scaling_keeps_small_float16_gradients(function, device):
 def test_rescale(num_elements, dtype, device):
     gradient = torch.randn(num_elements, device=device).to(dtype)
     before = gradient.clone()
-    rescale(gradient, torch.tensor(float("inf"), device=device), float("inf"))  # inf / inf would be NaN: nothing is multiplied
+    rescale(
+        gradient, torch.tensor(float("inf"), device=device), float("inf")
+    )  # inf / inf would be NaN: nothing is multiplied
     assert torch.equal(gradient, before)
     dloss = torch.tensor(0.3, device=device)
     rescale(gradient, dloss, 2.0)
@@ -451,7 +474,11 @@ def test_backward_allocates_only_a_16_bit_gradient(device):
         loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
         with Allocations() as allocations:
             grads = torch.autograd.grad(loss * 0.3, (hidden, weight))
-        large = [size for size in allocations.sizes(grads[0], *grads[1:] * (weight_dtype == torch.float32)) if size > 4]
+        large = [
+            size
+            for size in allocations.sizes(grads[0], *grads[1:] * (weight_dtype == torch.float32))
+            if size > 4
+        ]
         assert large == [2 * weight.numel()] * (weight_dtype == torch.float16)
 
 
@@ -462,7 +489,9 @@ def test_chunks_are_few_even_and_within_the_bound(V, element_size):
         rows = triton_chunk_rows(N, V, element_size)
         num_chunks = -(-N // rows) if N else 0
         padded = -(-V // 64) * 64
-        assert rows * padded * element_size <= max(module.LOGITS_BYTES, module.MIN_CHUNK_ROWS * padded * element_size)
+        assert rows * padded * element_size <= max(
+            module.LOGITS_BYTES, module.MIN_CHUNK_ROWS * padded * element_size
+        )
         assert rows >= min(N, module.MIN_CHUNK_ROWS // 2)
         most = max(module.MIN_CHUNK_ROWS, module.LOGITS_BYTES // (padded * element_size) // 128 * 128)
         assert num_chunks == -(-N // most)
@@ -483,7 +512,9 @@ def test_operators_are_registered_whole(device):
     case = (hidden.requires_grad_(), weight.requires_grad_(), targets, 0.1, 5.0, 0.5, True, True)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(_linear_cross_entropy_op, case, test_utils=utilities)
-    torch.library.opcheck(_rescale_op, (torch.randn(9, 8, device=device), torch.tensor(2.0, device=device), 1.0))
+    torch.library.opcheck(
+        _rescale_op, (torch.randn(9, 8, device=device), torch.tensor(2.0, device=device), 1.0)
+    )
 
 
 @pytest.mark.parametrize("needs", [(True, True), (False, False)], ids=str)
@@ -494,7 +525,9 @@ def test_fake_tensors_have_the_real_shapes(needs, device):
     real = _linear_cross_entropy_op(hidden, weight, targets, *options)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = _linear_cross_entropy_op(*(mode.from_tensor(t) for t in (hidden, weight, targets)), *options)
-    assert [(t.shape, t.stride(), t.dtype, t.device) for t in fake] == [(t.shape, t.stride(), t.dtype, t.device) for t in real]
+    assert [(t.shape, t.stride(), t.dtype, t.device) for t in fake] == [
+        (t.shape, t.stride(), t.dtype, t.device) for t in real
+    ]
 
 
 @pytest.mark.parametrize("wrapped", ["checkpointed", "compiled"])
@@ -529,18 +562,42 @@ HIDDEN, WEIGHT, TARGETS = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, d
 @pytest.mark.parametrize(
     ("case", "options", "message"),
     [
-        ((HIDDEN, WEIGHT[:, :3], TARGETS), {}, r"hidden and weight must have shapes .*, got \(3, 4\) and \(5, 3\)"),
-        ((HIDDEN, WEIGHT, TARGETS[:2]), {}, r"targets must be int64 of shape \(3,\), got torch.int64 of shape \(2,\)"),
+        (
+            (HIDDEN, WEIGHT[:, :3], TARGETS),
+            {},
+            r"hidden and weight must have shapes .*, got \(3, 4\) and \(5, 3\)",
+        ),
+        (
+            (HIDDEN, WEIGHT, TARGETS[:2]),
+            {},
+            r"targets must be int64 of shape \(3,\), got torch.int64 of shape \(2,\)",
+        ),
         ((HIDDEN, WEIGHT, TARGETS.int()), {}, "targets must be int64 .*, got torch.int32"),
         ((HIDDEN, WEIGHT[:0], TARGETS), {}, r"weight must have at least one row, got shape \(0, 4\)"),
-        ((HIDDEN.double(), WEIGHT, TARGETS), {}, r"hidden must be float32, bfloat16 or float16, got torch\.float64"),
-        ((HIDDEN, WEIGHT.double(), TARGETS), {}, r"weight must be float32, bfloat16 or float16, got torch\.float64"),
+        (
+            (HIDDEN.double(), WEIGHT, TARGETS),
+            {},
+            r"hidden must be float32, bfloat16 or float16, got torch\.float64",
+        ),
+        (
+            (HIDDEN, WEIGHT.double(), TARGETS),
+            {},
+            r"weight must be float32, bfloat16 or float16, got torch\.float64",
+        ),
         ((HIDDEN, WEIGHT.to("meta"), TARGETS), {}, "weight must be on the device of hidden, cpu, got meta"),
         ((HIDDEN, WEIGHT, TARGETS.to("meta")), {}, "targets must be on the device of hidden, cpu, got meta"),
         ((HIDDEN, WEIGHT, TARGETS), {"z_loss": -1.0}, "z_loss must be finite and at least 0, got -1.0"),
-        ((HIDDEN, WEIGHT, TARGETS), {"z_loss": float("nan")}, "z_loss must be finite and at least 0, got nan"),
+        (
+            (HIDDEN, WEIGHT, TARGETS),
+            {"z_loss": float("nan")},
+            "z_loss must be finite and at least 0, got nan",
+        ),
         ((HIDDEN, WEIGHT, TARGETS), {"softcap": 0.0}, "softcap must be None or finite and above 0, got 0.0"),
-        ((HIDDEN, WEIGHT, TARGETS), {"expected_dloss": 0.0}, r"expected_dloss must be between 2\^-100 and 2\^100 in size, got 0.0"),
+        (
+            (HIDDEN, WEIGHT, TARGETS),
+            {"expected_dloss": 0.0},
+            r"expected_dloss must be between 2\^-100 and 2\^100 in size, got 0.0",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -559,7 +616,9 @@ def test_peak_memory_is_within_the_bound(weight_dtype):
     hidden = torch.randn(N, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(V, D, device="cuda", dtype=weight_dtype).mul_(0.02).requires_grad_()
     targets = torch.randint(V, (N,), device="cuda")
-    linear_cross_entropy(hidden[:256], weight, targets[:256]).backward()  # cuBLAS allocates its workspace once
+    linear_cross_entropy(
+        hidden[:256], weight, targets[:256]
+    ).backward()  # cuBLAS allocates its workspace once
     hidden.grad = weight.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -568,7 +627,10 @@ def test_peak_memory_is_within_the_bound(weight_dtype):
     torch.cuda.synchronize()
     backward = 0 if weight_dtype == torch.float32 else 2 * V * D
     rounding = 2**22  # a few blocks of up to 2 MiB
-    assert torch.cuda.max_memory_allocated() - before <= workspace_bytes(N, D, V, torch.bfloat16, weight_dtype) + backward + rounding
+    assert (
+        torch.cuda.max_memory_allocated() - before
+        <= workspace_bytes(N, D, V, torch.bfloat16, weight_dtype) + backward + rounding
+    )
 
 
 @pytest.mark.gpu

@@ -2,14 +2,25 @@ import pytest
 import torch
 from parity import assert_parity
 
-from lumi.kernels.lora_linear import _lora_linear_backward_op, _lora_linear_op, lora_linear, lora_linear_reference
+from lumi.kernels.lora_linear import (
+    _lora_linear_backward_op,
+    _lora_linear_op,
+    lora_linear,
+    lora_linear_reference,
+)
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # all of it is torch's, so bfloat16 is right on the CPU as well
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+]  # all of it is torch's, so bfloat16 is right on the CPU as well
 THREE = (40, 24, 24)  # output features, as of q, k and v
 
 
 def truth(x, weights, As, Bs, scales):
-    return [x @ (weight + scale * B @ A).T for weight, A, B, scale in zip(weights, As, Bs, scales, strict=True)]  # the merged matrices
+    return [
+        x @ (weight + scale * B @ A).T for weight, A, B, scale in zip(weights, As, Bs, scales, strict=True)
+    ]  # the merged matrices
 
 
 def draw(rows, width, outputs, device, dtype=torch.float32, ranks=None, adapters=None):
@@ -19,7 +30,10 @@ def draw(rows, width, outputs, device, dtype=torch.float32, ranks=None, adapters
     x = torch.randn(*lead, width, device=device).to(dtype)
     weights = [(torch.randn(size, width, device=device) / width**0.5).to(dtype) for size in outputs]
     As = [(torch.randn(rank, width, device=device) / width**0.5).to(adapters or dtype) for rank in ranks]
-    Bs = [(0.3 * torch.randn(size, rank, device=device)).to(adapters or dtype) for size, rank in zip(outputs, ranks, strict=True)]
+    Bs = [
+        (0.3 * torch.randn(size, rank, device=device)).to(adapters or dtype)
+        for size, rank in zip(outputs, ranks, strict=True)
+    ]
     dys = [torch.randn(*lead, size, device=device).to(dtype) for size in outputs]
     return x, weights, As, Bs, [1.7, 2.0, 0.3][: len(outputs)], dys
 
@@ -40,19 +54,28 @@ def run(function, x, weights, As, Bs, scales, dys, dtype=None):
 def assert_all_parity(*cases):
     """Parity of everything over all cases together: the rounding error of a handful of numbers is luck, not a budget."""
     exact = [run(truth, *case, dtype=torch.float64) for case in cases]
-    same_dtype, actual = ([run(function, *case) for case in cases] for function in (lora_linear_reference, lora_linear))
+    same_dtype, actual = (
+        [run(function, *case) for case in cases] for function in (lora_linear_reference, lora_linear)
+    )
     for name in exact[0]:
-        assert_parity(name, *(torch.stack([result[name] for result in results]) for results in (actual, same_dtype, exact)))
+        assert_parity(
+            name,
+            *(torch.stack([result[name] for result in results]) for results in (actual, same_dtype, exact)),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 17, 63, 64, 65, 129])
 @pytest.mark.parametrize(
-    ("width", "outputs", "ranks"), [(32, THREE, None), (17, (5,), [3]), (65, (33, 33), [16, 1])], ids=["qkv", "one", "two"]
+    ("width", "outputs", "ranks"),
+    [(32, THREE, None), (17, (5,), [3]), (65, (33, 33), [16, 1])],
+    ids=["qkv", "one", "two"],
 )
 def test_parity(rows, width, outputs, ranks, dtype, device):
     torch.manual_seed(0)
-    assert_all_parity(*(draw(rows, width, outputs, device, dtype, ranks) for _ in range(8 if rows == 1 else 3)))
+    assert_all_parity(
+        *(draw(rows, width, outputs, device, dtype, ranks) for _ in range(8 if rows == 1 else 3))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -61,18 +84,25 @@ def test_float32_adapters_get_float32_gradients(dtype, device):
     case = draw((3, 21), 32, THREE, device, dtype, adapters=torch.float32)
     assert_all_parity(case)
     result = run(lora_linear, *case)
-    assert {name: t.dtype for name, t in result.items() if name[0] == "y" or name == "dx"} == dict.fromkeys(("y0", "y1", "y2", "dx"), dtype)
+    assert {name: t.dtype for name, t in result.items() if name[0] == "y" or name == "dx"} == dict.fromkeys(
+        ("y0", "y1", "y2", "dx"), dtype
+    )
     assert all(t.dtype == torch.float32 for name, t in result.items() if name.startswith(("dA", "dB")))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "base"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str
+    ("dtype", "base"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)],
+    ids=str,
 )
 def test_weights_of_another_dtype_are_cast(dtype, base, device):
     torch.manual_seed(0)
     x, weights, *rest = draw(33, 32, THREE, device, dtype)
     rounded = [weight.to(base).to(dtype) for weight in weights]
-    ours, expected = run(lora_linear, x, [w.to(base) for w in weights], *rest), run(lora_linear, x, rounded, *rest)
+    ours, expected = (
+        run(lora_linear, x, [w.to(base) for w in weights], *rest),
+        run(lora_linear, x, rounded, *rest),
+    )
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
@@ -83,7 +113,9 @@ def test_weights_of_another_dtype_are_cast(dtype, base, device):
         lambda t: t[::3, :16],  # every third row
         lambda t: t[:, :16].T,  # columns
         lambda t: t[:1, :16].expand(6, -1),  # one row, six times
-        lambda t: t.view(24, 2, 16)[:, 1:].transpose(0, 1),  # leading dimensions that no single stride can walk
+        lambda t: t.view(24, 2, 16)[:, 1:].transpose(
+            0, 1
+        ),  # leading dimensions that no single stride can walk
     ],
     ids=["slice", "rows", "transposed", "stride-0-rows", "permuted"],
 )
@@ -95,7 +127,14 @@ def test_strides_are_respected(view, device):
     dys = [view(torch.randn(24, 32, device=device)) for _ in range(2)]
     assert_all_parity(
         (x, weights, As, Bs, scales, dys),
-        (x, [weight.T for weight in weights], [A.T.contiguous().T for A in As], [B.T.contiguous().T for B in Bs], scales, dys),
+        (
+            x,
+            [weight.T for weight in weights],
+            [A.T.contiguous().T for A in As],
+            [B.T.contiguous().T for B in Bs],
+            scales,
+            dys,
+        ),
     )
 
 
@@ -117,7 +156,10 @@ def test_only_the_input_and_the_low_rank_product_are_kept(device):
     activations = [tuple(t.shape) for t in saved if t.shape[0] in (2, 18)]
     assert activations == [(2, 9, 32), (18, 12)]
     own = {t.data_ptr() for t in (x, *weights, *Bs)}
-    assert sorted(tuple(t.shape) for t in saved if t.data_ptr() not in own) == [(12, 32), (18, 12)]  # the joined A's, and x A^T
+    assert sorted(tuple(t.shape) for t in saved if t.data_ptr() not in own) == [
+        (12, 32),
+        (18, 12),
+    ]  # the joined A's, and x A^T
 
 
 def test_an_input_without_a_gradient_gets_none(device, monkeypatch):
@@ -127,7 +169,10 @@ def test_an_input_without_a_gradient_gets_none(device, monkeypatch):
     expected = run(lora_linear, x, weights, As, Bs, scales, dys)
     results = []
     real = torch.ops.lumi.lora_linear_backward
-    monkeypatch.setattr("lumi.kernels.lora_linear._lora_linear_backward_op", lambda *args: results.append(real(*args)) or results[-1])
+    monkeypatch.setattr(
+        "lumi.kernels.lora_linear._lora_linear_backward_op",
+        lambda *args: results.append(real(*args)) or results[-1],
+    )
     leaves = [t.requires_grad_() for t in (*As, *Bs)]
     gradients = torch.autograd.grad(lora_linear(x, weights, leaves[:3], leaves[3:], scales), leaves, dys)
     ((dx, _, _),) = results
@@ -152,7 +197,9 @@ def test_backward_of_expanded_gradients(device):
     """`sum().backward()` passes gradients of strides 0."""
     torch.manual_seed(0)
     x, weights, As, Bs, scales, _ = draw(9, 32, THREE, device)
-    assert_all_parity((x, weights, As, Bs, scales, [torch.ones((), device=device).expand(9, size) for size in THREE]))
+    assert_all_parity(
+        (x, weights, As, Bs, scales, [torch.ones((), device=device).expand(9, size) for size in THREE])
+    )
 
 
 def test_it_is_deterministic(device):
@@ -178,7 +225,10 @@ def test_operators_are_registered_whole(dtype, needs_dx, device):
     Bs = [B.requires_grad_() for B in Bs]
     torch.library.opcheck(_lora_linear_op, (x.detach().requires_grad_(needs_dx), weights, A, Bs, scales))
     xa = torch.randn(10, 8, device=device).to(dtype)
-    torch.library.opcheck(_lora_linear_backward_op, (dys, x, xa, weights, A.detach(), [B.detach() for B in Bs], scales, needs_dx))
+    torch.library.opcheck(
+        _lora_linear_backward_op,
+        (dys, x, xa, weights, A.detach(), [B.detach() for B in Bs], scales, needs_dx),
+    )
 
 
 def test_fake_tensors_have_the_real_shapes(device):
@@ -196,7 +246,9 @@ def test_fake_tensors_have_the_real_shapes(device):
 def test_activation_checkpointing_gives_the_same_gradient(adapters, device):
     torch.manual_seed(0)
     case = draw(17, 32, THREE, device, torch.bfloat16, adapters=adapters)
-    checkpointed = lambda *inputs: torch.utils.checkpoint.checkpoint(lora_linear, *inputs, use_reentrant=False)
+    checkpointed = lambda *inputs: torch.utils.checkpoint.checkpoint(
+        lora_linear, *inputs, use_reentrant=False
+    )
     ours, expected = run(checkpointed, *case), run(lora_linear, *case)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
@@ -225,15 +277,25 @@ def test_rejects_what_does_not_fit(device):
         lora_linear(x, weights, As, Bs, scales[:1])
     with pytest.raises(ValueError, match=r"must be equally many, and at least one, got 0, 0, 0 and 0"):
         lora_linear(x, [], [], [], [])
-    with pytest.raises(ValueError, match=r"weights\[1\] must have shape \(O, 8\), O at least 1, to match x \(3, 8\), got \(8, 5\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"weights\[1\] must have shape \(O, 8\), O at least 1, to match x \(3, 8\), got \(8, 5\)",
+    ):
         lora_linear(x, [weights[0], weights[1].T], As, Bs, scales)
-    with pytest.raises(ValueError, match=r"As\[0\] must have shape \(R, 8\), R at least 1, to match x \(3, 8\), got \(0, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"As\[0\] must have shape \(R, 8\), R at least 1, to match x \(3, 8\), got \(0, 8\)"
+    ):
         lora_linear(x, weights, [As[0][:0], As[1]], [Bs[0][:, :0], Bs[1]], scales)
-    with pytest.raises(ValueError, match=r"Bs\[1\] must have shape \(5, 4\) to match its weight and A, got \(4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"Bs\[1\] must have shape \(5, 4\) to match its weight and A, got \(4, 4\)"
+    ):
         lora_linear(x, weights, As, [Bs[0], Bs[0]], scales)
     with pytest.raises(ValueError, match=r"As\[1\] must be on the device of x, .*, got meta"):
         lora_linear(x, weights, [As[0], As[1].to("meta")], Bs, scales)
-    with pytest.raises(ValueError, match=r"As\[1\] and Bs\[1\] must have the dtype of As\[0\], torch.float32, got torch.float32 and .*16"):
+    with pytest.raises(
+        ValueError,
+        match=r"As\[1\] and Bs\[1\] must have the dtype of As\[0\], torch.float32, got torch.float32 and .*16",
+    ):
         lora_linear(x, weights, As, [Bs[0], Bs[1].half()], scales)
     with pytest.raises(ValueError, match=r"weights\[1\] must be frozen .*, got one that requires a gradient"):
         lora_linear(x, [weights[0], weights[1].requires_grad_()], As, Bs, scales)
@@ -245,4 +307,6 @@ def test_reference_keeps_float64():
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
     leaves = [t.requires_grad_() for t in (x, *As, *Bs)]
-    assert torch.autograd.gradcheck(lambda x, *ab: lora_linear_reference(x, weights, ab[:2], ab[2:], scales), leaves)
+    assert torch.autograd.gradcheck(
+        lambda x, *ab: lora_linear_reference(x, weights, ab[:2], ab[2:], scales), leaves
+    )

@@ -16,7 +16,14 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inspect_kernels.py"
 @pytest.fixture(scope="module")
 def reports():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, SCRIPT, "--json", "--dtype", "fp32", "bf16"]  # float16 differs from bfloat16 by names of instructions
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--json",
+        "--dtype",
+        "fp32",
+        "bf16",
+    ]  # float16 differs from bfloat16 by names of instructions
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -33,7 +40,12 @@ def test_every_dtype_and_architecture_is_there(reports):
     expected = {"rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_wide", "rope", "swiglu_fwd", "swiglu_bwd"}
     expected |= {"add_rms_norm_fwd", "add_rms_norm_bwd", "add_rms_norm_bwd_wide"}
     expected |= {"linear_cross_entropy", "linear_cross_entropy_rescale"}
-    expected |= {"decode_attention", "decode_attention_paged", "decode_attention_prompt", "decode_attention_combine"}
+    expected |= {
+        "decode_attention",
+        "decode_attention_paged",
+        "decode_attention_prompt",
+        "decode_attention_combine",
+    }
     expected |= {"attention_fwd", "attention_delta", "attention_dkdv", "attention_dq"}
     assert {name.split()[0] for name in kernels} == expected
     assert len(reports) == len(set(names(reports))) == 8 * len(kernels)

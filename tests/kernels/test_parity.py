@@ -13,7 +13,9 @@ def test_accepts_twice_the_reference_error_and_an_ulp():
 
 
 @pytest.mark.parametrize(
-    "actual", [EXACT.float() + 3e-4, EXACT.float() * float("nan"), EXACT.float()[:2], EXACT], ids=["error", "nan", "shape", "dtype"]
+    "actual",
+    [EXACT.float() + 3e-4, EXACT.float() * float("nan"), EXACT.float()[:2], EXACT],
+    ids=["error", "nan", "shape", "dtype"],
 )
 def test_refuses(actual):
     with pytest.raises(AssertionError, match="y: "):

@@ -4,7 +4,13 @@ import pytest
 import torch
 from parity import assert_parity
 
-from lumi.kernels.rms_norm import _rms_norm_backward_op, _rms_norm_op, rms_norm, rms_norm_bwd, rms_norm_reference
+from lumi.kernels.rms_norm import (
+    _rms_norm_backward_op,
+    _rms_norm_op,
+    rms_norm,
+    rms_norm_bwd,
+    rms_norm_reference,
+)
 
 EPS = 1e-5
 # The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
@@ -29,7 +35,10 @@ def assert_all_parity(*cases):
         same_dtype.append(run(lambda x, w: rms_norm_reference(x, w, EPS), x, weight, dy))
         actual.append(run(lambda x, w: rms_norm(x, w, EPS), x, weight, dy))
     for index, name in enumerate(("y", "dx", "dweight")):
-        assert_parity(name, *(torch.stack([result[index] for result in results]) for results in (actual, same_dtype, exact)))
+        assert_parity(
+            name,
+            *(torch.stack([result[index] for result in results]) for results in (actual, same_dtype, exact)),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,7 +51,9 @@ def test_parity(rows, D, dtype, device):
     for _ in range(draws):
         x, weight, dy = (torch.randn(shape, device=device) for shape in ((rows, D), (D,), (rows, D)))
         if D == 1:
-            x += x.sign()  # dx is a difference of equals divided by |x|: near zero a single x would decide the test
+            x += (
+                x.sign()
+            )  # dx is a difference of equals divided by |x|: near zero a single x would decide the test
         cases.append(tuple(t.to(dtype) for t in (x, weight, dy)))
     assert_all_parity(*cases)
 
@@ -77,7 +88,9 @@ def test_parity_with_a_float32_weight(device):
         lambda t: t[:, ::2],  # a stride inside the row
         lambda t: t[:1].expand(6, -1),  # one row, six times
         lambda t: t[:, :1].expand(-1, 24),  # one number across the row
-        lambda t: t.view(24, 4, 32)[:, 1:3].transpose(0, 1),  # leading dimensions that no single stride can walk
+        lambda t: t.view(24, 4, 32)[:, 1:3].transpose(
+            0, 1
+        ),  # leading dimensions that no single stride can walk
     ],
     ids=["slice", "rows", "transposed", "columns", "stride-0-rows", "stride-0-columns", "permuted"],
 )
@@ -103,10 +116,17 @@ def test_inputs_and_incoming_gradient_are_left_alone(device):
 def test_backward_of_an_expanded_gradient(device):
     """`y.sum().backward()` passes a gradient of strides 0."""
     x = torch.randn(5, 8, device=device)
-    exact = run(truth, x.double(), torch.ones(8, device=device).double(), torch.ones(5, 8, device=device).double())
+    exact = run(
+        truth, x.double(), torch.ones(8, device=device).double(), torch.ones(5, 8, device=device).double()
+    )
     leaf = x.requires_grad_()
     rms_norm(leaf, torch.ones(8, device=device), EPS).sum().backward()
-    same = run(lambda x, w: rms_norm_reference(x, w, EPS), x, torch.ones(8, device=device), torch.ones(5, 8, device=device))
+    same = run(
+        lambda x, w: rms_norm_reference(x, w, EPS),
+        x,
+        torch.ones(8, device=device),
+        torch.ones(5, 8, device=device),
+    )
     assert_parity("dx", leaf.grad, same[1], exact[1])
 
 
@@ -148,7 +168,12 @@ def test_fake_tensors_have_the_real_shapes(device):
     real = rms_norm(x, torch.ones(96, device=device))
     with torch._subclasses.FakeTensorMode() as mode:
         fake = rms_norm(mode.from_tensor(x), torch.ones(96, device=device))
-    assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (real.shape, real.stride(), real.dtype, real.device)
+    assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (
+        real.shape,
+        real.stride(),
+        real.dtype,
+        real.device,
+    )
 
 
 def test_activation_checkpointing_gives_the_same_gradient(device):
@@ -181,7 +206,9 @@ def test_more_programs_than_rows_and_more_rows_than_programs_agree(device, monke
     exact = (dy.double() * x.double() * rstd.double()[:, None]).sum(0)
     same_dtype = (dy * x * rstd[:, None]).sum(0)
     assert_parity("dweight of many", dweight_many, same_dtype, exact)
-    worst = 200 * torch.finfo(torch.float32).eps * (dy * x * rstd[:, None]).abs().sum(0).double()  # of any order of summation
+    worst = (
+        200 * torch.finfo(torch.float32).eps * (dy * x * rstd[:, None]).abs().sum(0).double()
+    )  # of any order of summation
     assert ((dweight_one - exact).abs() <= worst).all()
 
 

@@ -67,7 +67,10 @@ def test_scaling_by_hand():
     ("changes", "message"),
     [
         ({"factor": 0.5}, "factor must be at least 1, got 0.5"),
-        ({"low_freq_factor": 4.0}, "low_freq_factor must be positive and below high_freq_factor = 4.0, got 4.0"),
+        (
+            {"low_freq_factor": 4.0},
+            "low_freq_factor must be positive and below high_freq_factor = 4.0, got 4.0",
+        ),
         ({"low_freq_factor": 0.0}, "low_freq_factor must be positive"),
         ({"original_max_positions": 0}, "original_max_positions must be at least 1, got 0"),
     ],
@@ -145,7 +148,10 @@ def turned(q, k, cos, sin):
 
     def turn(x):
         first, second = x.chunk(2, dim=-1)
-        product = torch.complex(first, second) * torch.complex(cos, sin).to(torch.complex128)[:, :, None, : x.shape[-1] // 2]
+        product = (
+            torch.complex(first, second)
+            * torch.complex(cos, sin).to(torch.complex128)[:, :, None, : x.shape[-1] // 2]
+        )
         return torch.cat((product.real, product.imag), dim=-1)
 
     return turn(q), turn(k)
@@ -174,7 +180,9 @@ def case(batch, tokens, heads, kv_heads, head_dim, device, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 17, 63, 64, 65, 129])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (4, 2, 96), (3, 1, 128), (5, 5, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 4, 64), (4, 2, 96), (3, 1, 128), (5, 5, 2)], ids=str
+)
 def test_parity(tokens, heads, kv_heads, head_dim, dtype, device):
     assert_all_parity(*case(2, tokens, heads, kv_heads, head_dim, device, dtype))
 
@@ -187,7 +195,14 @@ def test_heads_and_rows_of_a_joint_projection(device):
     q, k = joint[..., : 4 * 64].unflatten(-1, (4, 64)), joint[..., 4 * 64 : 6 * 64].unflatten(-1, (2, 64))
     dq = torch.randn(2, 4, 9, 64, device=device).transpose(1, 2)
     assert_all_parity(q, k, dq, torch.ones(1, device=device).expand(2, 9, 2, 64), cos, sin)
-    assert_all_parity(q.transpose(1, 2).contiguous().transpose(1, 2), k[..., ::2].repeat(1, 1, 1, 2), dq, torch.randn_like(k), cos, sin)
+    assert_all_parity(
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        k[..., ::2].repeat(1, 1, 1, 2),
+        dq,
+        torch.randn_like(k),
+        cos,
+        sin,
+    )
 
 
 def test_inputs_are_left_alone_and_no_tokens_are_none(device):
@@ -195,7 +210,10 @@ def test_inputs_are_left_alone_and_no_tokens_are_none(device):
     before = [t.clone() for t in tensors]
     run(rope, *tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-    q, k = rope(*(torch.zeros(1, 0, heads, 32, device=device) for heads in (2, 1)), *torch.zeros(2, 1, 0, 32, device=device))
+    q, k = rope(
+        *(torch.zeros(1, 0, heads, 32, device=device) for heads in (2, 1)),
+        *torch.zeros(2, 1, 0, 32, device=device),
+    )
     assert (q.shape, k.shape) == ((1, 0, 2, 32), (1, 0, 1, 32))
 
 
@@ -220,13 +238,25 @@ def test_checkpointed_and_compiled_it_is_the_same(wrap, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, cos, sin: (q[0], k, cos, sin), r"q and k must have shapes \(B, T, H, K\) and \(B, T, G, K\)"),
+        (
+            lambda q, k, cos, sin: (q[0], k, cos, sin),
+            r"q and k must have shapes \(B, T, H, K\) and \(B, T, G, K\)",
+        ),
         (lambda q, k, cos, sin: (q, k[:, :3], cos, sin), "q and k must have shapes"),
         (lambda q, k, cos, sin: (q[..., :5], k[..., :5], cos[..., :5], sin[..., :5]), "K even, got"),
-        (lambda q, k, cos, sin: (q, k.half(), cos, sin), r"of one dtype, .*, got torch\.float32 and torch\.float16"),
+        (
+            lambda q, k, cos, sin: (q, k.half(), cos, sin),
+            r"of one dtype, .*, got torch\.float32 and torch\.float16",
+        ),
         (lambda q, k, cos, sin: (q.double(), k.double(), cos, sin), r"of one dtype, .*, got torch\.float64"),
-        (lambda q, k, cos, sin: (q, k, cos.half(), sin), r"cos must be float32 of shape \(2, 4, 8\), got torch\.float16"),
-        (lambda q, k, cos, sin: (q, k, cos, sin[:1]), r"sin must be float32 of shape \(2, 4, 8\), got .* \(1, 4, 8\)"),
+        (
+            lambda q, k, cos, sin: (q, k, cos.half(), sin),
+            r"cos must be float32 of shape \(2, 4, 8\), got torch\.float16",
+        ),
+        (
+            lambda q, k, cos, sin: (q, k, cos, sin[:1]),
+            r"sin must be float32 of shape \(2, 4, 8\), got .* \(1, 4, 8\)",
+        ),
         (lambda q, k, cos, sin: (q, k, cos, sin.to("meta")), "must be on one device, got .* and meta"),
     ],
     ids=["three dimensions", "tokens", "odd", "dtypes", "float64", "cos", "sin", "device"],

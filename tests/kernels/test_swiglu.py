@@ -32,7 +32,9 @@ def test_low_precision_is_rounded_once(dtype):
     exact = written_out(gate.double(), up.double())
     half_ulp = torch.finfo(dtype).eps / 2
     float32 = 4 * torch.finfo(torch.float32).eps  # the four float32 roundings before the last one
-    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # subnormal results are rounded to this
+    tiny = (
+        torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    )  # subnormal results are rounded to this
     assert ((actual.double() - exact).abs() <= exact.abs() * (half_ulp + float32) + tiny / 2).all()
 
 
@@ -55,7 +57,10 @@ def assert_all_parity(*cases):
     exact = [run(written_out, *(t.double() for t in case)) for case in cases]
     same_dtype, actual = ([run(function, *case) for case in cases] for function in (swiglu_reference, swiglu))
     for index, name in enumerate(("y", "dgate", "dup")):
-        assert_parity(name, *(torch.stack([result[index] for result in results]) for results in (actual, same_dtype, exact)))
+        assert_parity(
+            name,
+            *(torch.stack([result[index] for result in results]) for results in (actual, same_dtype, exact)),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,10 +69,14 @@ def assert_all_parity(*cases):
 def test_parity(rows, width, dtype, device):
     torch.manual_seed(0)
     draws = max(64 // (rows * width), 1)
-    assert_all_parity(*((3 * torch.randn(3, rows, width, device=device)).to(dtype).unbind() for _ in range(draws)))
+    assert_all_parity(
+        *((3 * torch.randn(3, rows, width, device=device)).to(dtype).unbind() for _ in range(draws))
+    )
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's numpy; infinity is what the kernel counts on
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered in exp"
+)  # the interpreter's numpy; infinity is what the kernel counts on
 @pytest.mark.parametrize("scale", [1e-4, 100.0])
 def test_parity_far_from_unit_scale(scale, device):
     """Gates so large that exp overflows to infinity, and so small that the sigmoid is a half."""
@@ -114,7 +123,9 @@ def test_operator_is_registered_whole(device):
     """Schema, fake tensors, autograd and AOT dispatch agree with what the kernel does."""
     gate, up = (torch.randn(2, 3, 40, device=device, requires_grad=True) for _ in range(2))
     torch.library.opcheck(_swiglu_op, (gate, up))
-    torch.library.opcheck(_swiglu_backward_op, (torch.randn(2, 3, 40, device=device), gate.detach(), up.detach()))
+    torch.library.opcheck(
+        _swiglu_backward_op, (torch.randn(2, 3, 40, device=device), gate.detach(), up.detach())
+    )
 
 
 def test_fake_tensors_have_the_real_shapes(device):
@@ -122,7 +133,12 @@ def test_fake_tensors_have_the_real_shapes(device):
     real = swiglu(gate, up)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = swiglu(mode.from_tensor(gate), mode.from_tensor(up))
-    assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (real.shape, real.stride(), real.dtype, real.device)
+    assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (
+        real.shape,
+        real.stride(),
+        real.dtype,
+        real.device,
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,11 +158,23 @@ def test_checkpointed_and_compiled_it_is_the_same(wrap, device):
 @pytest.mark.parametrize(
     ("gate", "up", "message"),
     [
-        (torch.zeros(4, 8), torch.zeros(4, 9), r"up must have shape, dtype and device of gate, \(4, 8\), .*, got \(4, 9\)"),
+        (
+            torch.zeros(4, 8),
+            torch.zeros(4, 9),
+            r"up must have shape, dtype and device of gate, \(4, 8\), .*, got \(4, 9\)",
+        ),
         (torch.zeros(4, 8), torch.zeros(4, 8).half(), r"up must have .* torch\.float32, .* torch\.float16"),
         (torch.zeros(4, 8), torch.zeros(4, 8, device="meta"), "up must have .* cpu, got .* meta"),
-        (torch.zeros(4, 8).double(), torch.zeros(4, 8).double(), r"gate must be float32, bfloat16 or float16, got torch\.float64"),
-        (torch.zeros(4, 0), torch.zeros(4, 0), r"gate must have a last dimension of at least 1, got shape \(4, 0\)"),
+        (
+            torch.zeros(4, 8).double(),
+            torch.zeros(4, 8).double(),
+            r"gate must be float32, bfloat16 or float16, got torch\.float64",
+        ),
+        (
+            torch.zeros(4, 0),
+            torch.zeros(4, 0),
+            r"gate must have a last dimension of at least 1, got shape \(4, 0\)",
+        ),
         (torch.zeros(()), torch.zeros(()), "a last dimension of at least 1"),
     ],
     ids=["shape", "dtype", "device", "float64", "no columns", "scalar"],
@@ -161,4 +189,6 @@ def test_rows_past_two_to_the_31_elements():
     """Addresses of the last rows do not fit 32 bits."""
     gate = torch.zeros(2**21 + 3, 1024, device="cuda", dtype=torch.bfloat16)
     gate[-1] = 100
-    assert torch.equal(swiglu(gate, gate)[-1], torch.full((1024,), 10_000.0, device="cuda", dtype=torch.bfloat16))
+    assert torch.equal(
+        swiglu(gate, gate)[-1], torch.full((1024,), 10_000.0, device="cuda", dtype=torch.bfloat16)
+    )
