@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # No -march=native: a wheel must run on other machines than the one that built it. Without -fno-math-errno no loop with a square root
 # becomes vectors. Threads are OpenMP's where the usual compiler has it, else std::thread.
@@ -107,7 +107,7 @@ def _find_cuda() -> tuple[str, str]:
 
 ParallelCompile().install()
 setup(
-    packages=["lumi", "lumi.corpus", "lumi.evaluation", "lumi.kernels", "lumi.configs"],
+    packages=[*find_packages(include=["lumi", "lumi.*"]), "lumi.kernels", "lumi.configs"],
     package_dir={"lumi.kernels": "kernels", "lumi.configs": "configs"},
     package_data={"lumi.configs": ["**/*.json"], "lumi.kernels": ["*.json"]},
     ext_modules=[

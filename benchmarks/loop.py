@@ -29,12 +29,12 @@ from results import RESULTS, Results
 
 from lumi.config import from_dict
 from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
-from lumi.interruption import StopSignal
-from lumi.parallel import choose_device, process_group
-from lumi.run_config import Paths, TrainConfig
-from lumi.token_store import StoreWriter
-from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
+from lumi.data.token_store import StoreWriter
+from lumi.host.interruption import StopSignal
+from lumi.parallel.parallel import choose_device, process_group
+from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 from lumi.train import Trainer
+from lumi.training.run_config import Paths, TrainConfig
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "tiny.json"
 QUICK = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from lumi.kernels.adamw import adamw, adamw_reference
 from lumi.kernels.bundle import REFERENCE
 from lumi.kernels.global_norm import global_norm, global_norm_reference
-from lumi.model import ModelConfig, Transformer
+from lumi.model.transformer import ModelConfig, Transformer
 
 TINY = ModelConfig(vocab_size=32_768, num_layers=6, model_dim=256, num_heads=4, mlp_dim=1024)
 SMALL_GPT2 = ModelConfig(

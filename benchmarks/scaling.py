@@ -28,7 +28,7 @@ from loop import Data, random_data, run_config
 from results import RESULTS, Results
 
 import lumi.train
-from lumi.metrics import read_metrics
+from lumi.training.metrics import read_metrics
 
 WARM_UP = 2  # steps
 ROWS = 4  # of one process in a step

@@ -39,7 +39,7 @@ def write_corpus(files: list[str], folder: Path) -> None:
 
 def main() -> None:
     """Parse the command line, measure, print."""
-    from lumi.workers import num_cores
+    from lumi.host.workers import num_cores
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,8 +58,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     import sentencepiece
 
     from lumi.corpus import read_corpus
-    from lumi.shards import tokenize
-    from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
+    from lumi.data.tokenization import tokenize
+    from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 
     corpus = folder / "corpus"
     write_corpus(options.files, corpus)

@@ -26,11 +26,11 @@ from results import Results, main
 from torch import Tensor, nn
 
 import lumi.configs
-from lumi.devices import peak_flops
+from lumi.host.devices import peak_flops
 from lumi.kernels.adamw import adamw
 from lumi.kernels.bundle import REFERENCE, TRITON, Ops
 from lumi.kernels.global_norm import global_norm
-from lumi.model import ModelConfig, Transformer
+from lumi.model.transformer import ModelConfig, Transformer
 
 OVER_GPT, MFU = 1.6, 0.45  # what is aimed at: of the 23M model, of the 124M model
 LR, STEPS_PER_READING = 1e-3, 10

@@ -14,8 +14,8 @@ from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, load_config
 
 if TYPE_CHECKING:
-    from lumi.generate import SamplingConfig
-    from lumi.pretrained import Pretrained
+    from lumi.formats.pretrained import Pretrained
+    from lumi.inference.generation import SamplingConfig
 
 
 def prepare(argv: list[str]) -> int:
@@ -44,7 +44,7 @@ def prepare(argv: list[str]) -> int:
 
 def tokenizer(argv: list[str]) -> int:
     """corpus folders -> a SentencePiece tokenizer"""
-    from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
+    from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 
     arguments = parser("lumi tokenizer", _summary(tokenizer))
     add_config(arguments)
@@ -62,9 +62,9 @@ def tokenizer(argv: list[str]) -> int:
 
 def tokenize(argv: list[str]) -> int:
     """corpus folders -> a token store, split into train and validation by document"""
-    from lumi import shards
-    from lumi.chat import TEMPLATES
-    from lumi.tokenizer import Tokenizer
+    from lumi.chat.rendering import TEMPLATES
+    from lumi.data import tokenization as shards
+    from lumi.tokenizer.tokenizer import Tokenizer
 
     arguments = parser("lumi tokenize", _summary(tokenize))
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
@@ -106,7 +106,7 @@ def tokenize(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """continue texts, streamed; or answer JSON lines"""
-    from lumi import generate as generation
+    from lumi.inference import generation
 
     arguments = parser("lumi generate", _summary(generate))
     _add_model(arguments)
@@ -173,8 +173,8 @@ def _prompt_from_stdin() -> str:
 
 def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
     """JSON lines in, JSON lines out. A finished batch is written at once."""
-    from lumi.completions import complete, read_requests
-    from lumi.progress import progress_bar
+    from lumi.host.progress import progress_bar
+    from lumi.inference.completions import complete, read_requests
 
     batch_size = 8 if options.batch_size is None else options.batch_size
     if batch_size < 1:
@@ -215,8 +215,8 @@ def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
 
 def chat(argv: list[str]) -> int:
     """talk to a model that was fine-tuned on conversations"""
-    from lumi.dialogue import Dialogue, converse
-    from lumi.generate import SamplingConfig
+    from lumi.inference.dialogue import Dialogue, converse
+    from lumi.inference.generation import SamplingConfig
 
     arguments = parser("lumi chat", _summary(chat))
     _add_model(arguments)
@@ -255,7 +255,7 @@ def _add_model(arguments: argparse.ArgumentParser) -> None:
 def _load(options: argparse.Namespace) -> "Pretrained":
     import torch
 
-    from lumi.pretrained import load_pretrained
+    from lumi.formats.pretrained import load_pretrained
 
     return load_pretrained(
         options.model_path,
@@ -283,7 +283,7 @@ def _add_sampling(arguments: argparse.ArgumentParser, defaults: "SamplingConfig"
 
 
 def _sampling(options: argparse.Namespace) -> "SamplingConfig":
-    from lumi.generate import SamplingConfig
+    from lumi.inference.generation import SamplingConfig
 
     try:
         return SamplingConfig(
@@ -324,7 +324,7 @@ def evaluate(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """a model in another precision, or in several files"""
-    from lumi import export as exporting
+    from lumi.formats import export as exporting
 
     arguments = parser("lumi export", _summary(export))
     arguments.add_argument(
@@ -349,7 +349,7 @@ def export(argv: list[str]) -> int:
 
 def merge(argv: list[str]) -> int:
     """an adapter and its base -> one model"""
-    from lumi import export as exporting
+    from lumi.formats import export as exporting
 
     arguments = parser("lumi merge", _summary(merge))
     arguments.add_argument(
@@ -385,10 +385,10 @@ def _add_export(arguments: argparse.ArgumentParser) -> None:
 
 def plan(argv: list[str]) -> int:
     """memory, communication, time and checkpoints of a config on many GPUs, on paper"""
-    from lumi.devices import GPUS
-    from lumi.run_config import TrainConfig
-    from lumi.scale import Cluster
-    from lumi.scale_report import describe_scale
+    from lumi.host.devices import GPUS
+    from lumi.planning.scale import Cluster
+    from lumi.planning.scale_report import describe_scale
+    from lumi.training.run_config import TrainConfig
 
     default = {field.name: field.default for field in dataclasses.fields(Cluster)}
     arguments = parser("lumi plan", _summary(plan))

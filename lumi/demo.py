@@ -11,22 +11,22 @@ from typing import Literal, NamedTuple
 import torch
 
 import lumi.configs
-from lumi.chat import prompt_ids, stop_ids
+from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.config import load_config, read_json
 from lumi.corpus import PrepareConfig, prepare, read_corpus
+from lumi.data.tokenization import TokenStore, tokenize
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
-from lumi.export import merge
-from lumi.generate import SamplingConfig, filler_id, generate_ids
+from lumi.formats.export import merge
+from lumi.formats.pretrained import Pretrained, load_pretrained
+from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
 from lumi.kernels.bundle import REFERENCE
-from lumi.metrics import human, read_metrics
-from lumi.model import Transformer
-from lumi.parallel import choose_device
-from lumi.pretrained import Pretrained, load_pretrained
-from lumi.run_config import Paths, TrainConfig
-from lumi.shards import TokenStore, tokenize
-from lumi.tokenizer import Tokenizer
-from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
+from lumi.model.transformer import Transformer
+from lumi.parallel.parallel import choose_device
+from lumi.tokenizer.tokenizer import Tokenizer
+from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 from lumi.train import train
+from lumi.training.metrics import human, read_metrics
+from lumi.training.run_config import Paths, TrainConfig
 
 CONFIGS = Path(lumi.configs.__file__).parent / "demo"
 VALIDATION_FRACTION = 0.03

@@ -19,30 +19,30 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lumi.batches import Batch, prefetch
-from lumi.checkpoint import Checkpoint
+from lumi.checkpoint.checkpoint import Checkpoint
+from lumi.checkpoint.saver import Saver
 from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, load_config, to_dict, write_json
-from lumi.devices import peak_flops
+from lumi.data.batches import Batch, prefetch
 from lumi.evaluation import held_out_loss
-from lumi.interruption import Interrupted, StopSignal
+from lumi.host.devices import peak_flops
+from lumi.host.interruption import Interrupted, StopSignal
 from lumi.kernels.bundle import Ops, select
-from lumi.lora import trained_tensors
-from lumi.loss_spikes import LossSpikes
-from lumi.optimizer import LossScale, Optimizer, lr_at
-from lumi.parallel import World, attempt, gradient_sync, parallelize, process_group, reshard
-from lumi.plan import describe_plan
-from lumi.preflight import choose_micro_batch, free_memory, rehearse, with_micro_batch
-from lumi.resume import micro_batch_before, resumed_state, run_identity
-from lumi.run_config import Paths, TrainConfig
-from lumi.run_data import RunData
-from lumi.run_folder import RunFolder
-from lumi.run_log import RunLog
-from lumi.run_model import build, resolve, save_final
-from lumi.run_status import Status, write_status
-from lumi.saver import Saver
-from lumi.tensor_parallel import check_tensor_parallel
-from lumi.watchdog import Watchdog
+from lumi.model.lora import trained_tensors
+from lumi.parallel.parallel import World, attempt, gradient_sync, parallelize, process_group, reshard
+from lumi.parallel.tensor_parallel import check_tensor_parallel
+from lumi.parallel.watchdog import Watchdog
+from lumi.training.loss_spikes import LossSpikes
+from lumi.training.optimizer import LossScale, Optimizer, lr_at
+from lumi.training.plan import describe_plan
+from lumi.training.preflight import choose_micro_batch, free_memory, rehearse, with_micro_batch
+from lumi.training.resume import micro_batch_before, resumed_state, run_identity
+from lumi.training.run_config import Paths, TrainConfig
+from lumi.training.run_data import RunData
+from lumi.training.run_folder import RunFolder
+from lumi.training.run_log import RunLog
+from lumi.training.run_model import build, resolve, save_final
+from lumi.training.run_status import Status, write_status
 
 
 class Trainer:
@@ -359,7 +359,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Before anything counts: a micro-step, which compiles and allocates, and lets DDP settle in which order it sums; then, in a new
-        run, all parts of it once (`lumi.preflight`)."""
+        run, all parts of it once (`lumi.training.preflight`)."""
         config, world = self.config, self.world
         batch = world.agreed(lambda: self.data.batches.rows(self.state["step"] + 1, *self._rows(0)))
         splits, token_bytes = self.data.validation[:1], self.data.tokenizer.token_bytes

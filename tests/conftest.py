@@ -25,7 +25,9 @@ def device() -> str:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--soak", metavar="all|K/N", help="run the tests marked soak: all, or part K (from 0) of N")
+    parser.addoption(
+        "--soak", metavar="all|K/N", help="run the tests marked soak: all, or part K (from 0) of N"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -67,7 +69,7 @@ def corpus_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(corpus_dir, tmp_path_factory):
     """A tokenizer of 384 pieces, trained on `corpus_dir`; its folder is `tokenizer_dir`."""
-    from lumi.tokenizer_training import TokenizerConfig, train_tokenizer
+    from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 
     return train_tokenizer(
         TokenizerConfig(vocab_size=384), [corpus_dir], tmp_path_factory.mktemp("tokenizer") / "tokenizer"
@@ -85,7 +87,7 @@ def tokenizer_dir(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def store_dir(corpus_dir, tokenizer, tmp_path_factory):
     """A token store of `corpus_dir`, a tenth of its documents held out."""
-    from lumi.shards import tokenize
+    from lumi.data.tokenization import tokenize
 
     folder = tmp_path_factory.mktemp("store") / "tokens"
     tokenize([corpus_dir], tokenizer, folder, validation_fraction=0.1, num_workers=1)
@@ -98,8 +100,8 @@ def start(store_dir, tokenizer_dir, tmp_path):
     from runs import merged
 
     from lumi.config import from_dict
-    from lumi.run_config import Paths, TrainConfig
     from lumi.train import train
+    from lumi.training.run_config import Paths, TrainConfig
 
     def start(name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, **changes):
         paths = Paths([str(d) for d in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume)

@@ -3,7 +3,7 @@
 import torch
 
 from lumi.kernels.bundle import REFERENCE
-from lumi.model import ModelConfig, Transformer
+from lumi.model.transformer import ModelConfig, Transformer
 
 SHAPE = {"num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48}
 

@@ -130,7 +130,7 @@ def before(place, count, action, *arguments):
 
 def at_step(step, phase, action, *arguments):
     """Do something where the loop has come to a phase of a step: "micro-step 2", "optimizer", ..."""
-    from lumi.watchdog import Watchdog
+    from lumi.parallel.watchdog import Watchdog
 
     real, left = Watchdog.mark, [action]
 
@@ -165,8 +165,8 @@ def kill_at_file_operation(count, place=None):
 
 def spoil(steps, value, where):
     """Multiply what this process computes in some steps: its "loss", or its "gradient" alone."""
-    from lumi.model import Transformer
-    from lumi.watchdog import Watchdog
+    from lumi.model.transformer import Transformer
+    from lumi.parallel.watchdog import Watchdog
 
     real_mark, real_forward, now, value = Watchdog.mark, Transformer.forward, [0], float(value)
 
@@ -189,7 +189,7 @@ def spoil(steps, value, where):
 
 def leave_out_updates(steps):
     """The optimizer never hears of some steps: the truth for steps that are skipped."""
-    from lumi.optimizer import Optimizer
+    from lumi.training.optimizer import Optimizer
 
     real, calls = Optimizer.step, []
 
@@ -275,7 +275,7 @@ def serve():
     import torch._dynamo  # a run imports it when it makes the model, and what draws when it draws: here once, before the forks
 
     import lumi.train  # noqa: F401
-    from lumi.metrics import MetricsLog, draw_loss
+    from lumi.training.metrics import MetricsLog, draw_loss
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lumi.kernels.bundle import REFERENCE
-from lumi.lora import LoraConfig, add_lora, trained_tensors
-from lumi.model import ModelConfig, Transformer
-from lumi.muon import ShardedMuon, gathered
-from lumi.rendezvous import fresh_store
-from lumi.tensor_parallel import tensor_parallel
-from lumi.tensor_pieces import piece
+from lumi.model.lora import LoraConfig, add_lora, trained_tensors
+from lumi.model.transformer import ModelConfig, Transformer
+from lumi.parallel.rendezvous import fresh_store
+from lumi.parallel.tensor_parallel import tensor_parallel
+from lumi.parallel.tensor_pieces import piece
+from lumi.training.muon import ShardedMuon, gathered
 
 SHAPE = {
     "vocab_size": 45,

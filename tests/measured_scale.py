@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lumi.batches import BatchConfig
+from lumi.data.batches import BatchConfig
 from lumi.kernels.bundle import REFERENCE, TRITON
-from lumi.model import ModelConfig, Transformer
-from lumi.optimizer import Optimizer, OptimizerConfig
-from lumi.parallel import Layout, ParallelConfig, gradient_sync, parallelize
-from lumi.run_config import TrainConfig
+from lumi.model.transformer import ModelConfig, Transformer
+from lumi.parallel.parallel import Layout, ParallelConfig, gradient_sync, parallelize
+from lumi.training.optimizer import Optimizer, OptimizerConfig
+from lumi.training.run_config import TrainConfig
 
 MODEL = {
     "vocab_size": 51,

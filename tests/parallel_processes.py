@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumi.train
 from lumi.command_line import run
-from lumi.optimizer import Optimizer
 from lumi.train import Trainer
+from lumi.training.optimizer import Optimizer
 
 DEADLINE_SECONDS = 100
 RANK = int(os.environ.get("RANK", 0))

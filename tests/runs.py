@@ -4,7 +4,7 @@ import os
 import subprocess
 import time
 
-from lumi.metrics import read_metrics
+from lumi.training.metrics import read_metrics
 
 CONFIG = {
     "model": {

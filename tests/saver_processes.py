@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lumi.checkpoint import list_checkpoints, open_checkpoint
+from lumi.checkpoint.checkpoint import list_checkpoints, open_checkpoint
+from lumi.checkpoint.saver import Saver
 from lumi.config import UserError, write_json
-from lumi.saver import Saver
-from lumi.storage import sweep_temporaries
-from lumi.tensor_pieces import own_pieces, piece
+from lumi.host.storage import sweep_temporaries
+from lumi.parallel.tensor_pieces import own_pieces, piece
 
 DEADLINE_SECONDS = 120
 SHAPES = {"even": (12, 8), "uneven": (7, 3), "few": (2, 5), "vector": (5,), "narrow": (10, 4)}

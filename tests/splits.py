@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lumi.token_store import Split
+from lumi.data.token_store import Split
 
 
 def make_split(lengths, first=0):

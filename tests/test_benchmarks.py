@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lumi.kernels.bundle import REFERENCE, TRITON
-from lumi.model import ModelConfig
+from lumi.model.transformer import ModelConfig
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -439,13 +439,13 @@ def test_the_parts_of_a_step_are_what_takes_the_time(data, tmp_path, monkeypatch
 
     slow(loop.Trainer, "_agree", 0.02)
     slow(loop.Trainer, "_forward_backward", 0.03)
-    slow(importlib.import_module("lumi.optimizer").Optimizer, "step", 0.04)
-    slow(importlib.import_module("lumi.saver").Saver, "_write", 0.05)
+    slow(importlib.import_module("lumi.training.optimizer").Optimizer, "step", 0.04)
+    slow(importlib.import_module("lumi.checkpoint.saver").Saver, "_write", 0.05)
     config = loop.run_config(True, 8, batches={"micro_batch_size": 2}) | {"save_every": 2}
     run = loop.timed_run(config, data, tmp_path / "run", "cpu", waiting=True)
     records = [
         record
-        for record in importlib.import_module("lumi.metrics").read_metrics(run.folder.metrics)
+        for record in importlib.import_module("lumi.training.metrics").read_metrics(run.folder.metrics)
         if record["kind"] == "train"
     ]
     assert len(run.steps) == len(records) == 8
@@ -483,7 +483,7 @@ def test_loop(tmp_path, capsys):
 
 
 def test_random_data_is_what_the_benchmarks_ask_for(on_the_path, tmp_path):
-    loop, token_store = importlib.import_module("loop"), importlib.import_module("lumi.token_store")
+    loop, token_store = importlib.import_module("loop"), importlib.import_module("lumi.data.token_store")
     split = token_store.TokenStore.open(loop.random_data(tmp_path, 50_000).store).split("train")
     assert 40_000 < split.num_tokens <= 50_000
 
@@ -492,7 +492,7 @@ def test_scaling(results, data, tmp_path):
     """One process and two train the same, and the figures are those of their logs."""
     scaling, read_metrics = (
         importlib.import_module("scaling"),
-        importlib.import_module("lumi.metrics").read_metrics,
+        importlib.import_module("lumi.training.metrics").read_metrics,
     )
     config = scaling.run_config(True, 4, batches={"micro_batch_size": 2}) | {"dtype": "float32"}
     scaling.measure(results, ["DDP, strong"], config, data, tmp_path, rounds=1)

@@ -11,11 +11,11 @@ from lumi.corpus import PrepareConfig
 from lumi.evaluation.evaluate import EvaluationConfig
 from lumi.evaluation.smoke import SmokeTests
 from lumi.kernels.bundle import REFERENCE
-from lumi.lora import add_lora
-from lumi.model import ModelConfig, Transformer
-from lumi.run_config import TrainConfig
-from lumi.tokenizer import SPECIAL_PIECES
-from lumi.tokenizer_training import TokenizerConfig
+from lumi.model.lora import add_lora
+from lumi.model.transformer import ModelConfig, Transformer
+from lumi.tokenizer.tokenizer import SPECIAL_PIECES
+from lumi.tokenizer.training import TokenizerConfig
+from lumi.training.run_config import TrainConfig
 
 FOLDER = Path(lumi.configs.__file__).parent
 PARAMETERS = {

@@ -9,8 +9,8 @@ import pytest
 import lumi.demo
 from lumi.config import read_json
 from lumi.corpus import read_corpus
-from lumi.token_store import TokenStore
-from lumi.tokenizer import Tokenizer
+from lumi.data.token_store import TokenStore
+from lumi.tokenizer.tokenizer import Tokenizer
 
 TRAIN = {
     "batches": {"sequence_length": 64, "batch_tokens": 512, "micro_batch_size": 4},

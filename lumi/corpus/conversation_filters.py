@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from lumi.chat.messages import Conversation, find_disorder
 from lumi.corpus.cleaning import CleaningConfig, clean_text
 from lumi.corpus.conversations import contents
 from lumi.corpus.filters import check_languages, check_phrases, classifier
-from lumi.messages import Conversation, find_disorder
 
 
 @dataclass(frozen=True, kw_only=True)

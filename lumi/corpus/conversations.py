@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lumi.messages import Conversation, MalformedConversation, Message, parse_messages, to_json
+from lumi.chat.messages import Conversation, MalformedConversation, Message, parse_messages, to_json
 
 SHAREGPT_ROLES = {
     "system": "system",

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumi.chat.messages import Conversation, Message
 from lumi.config import UserError, read_json, write_json
 from lumi.corpus.conversations import contents
-from lumi.messages import Conversation, Message
-from lumi.storage import sha256_file
+from lumi.host.storage import sha256_file
 
 KIND = "lumi-corpus"
 FORMAT = 1

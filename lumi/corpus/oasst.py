@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lumi.chat.messages import Conversation, MalformedConversation, Message
 from lumi.corpus.conversations import Format, read_field, read_string
-from lumi.messages import Conversation, MalformedConversation, Message
 
 ROLES: dict[str, Literal["user", "assistant"]] = {"prompter": "user", "assistant": "assistant"}
 

@@ -23,8 +23,8 @@ from lumi.corpus.processing import Outcome, make_batches
 from lumi.corpus.reading import open_source
 from lumi.corpus.report import SourceCounts, data_card, find_warnings, noun, summary_table
 from lumi.corpus.sources import Source, describe, identify
-from lumi.progress import progress_bar
-from lumi.workers import Workers, num_cores
+from lumi.host.progress import progress_bar
+from lumi.host.workers import Workers, num_cores
 
 CACHE_FORMAT = 4  # raise it when cleaning, filters or fingerprints change their results
 OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")

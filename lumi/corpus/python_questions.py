@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+from lumi.chat.messages import Conversation, Message
 from lumi.corpus.docstrings import Entry
 from lumi.corpus.python_docs import open_entries
-from lumi.messages import Conversation, Message
 
 PHRASING_VERSION = 2  # part of the cache key: raise it when the same entries would give other conversations
 LONGEST_SIGNATURE = 100  # characters; longer ones are nothing that one asks for in a sentence

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumi.chat.messages import MalformedConversation
 from lumi.config import UserError
 from lumi.corpus.conversations import pack, read_string
 from lumi.corpus.oasst import OasstMessagesFormat
@@ -27,7 +28,6 @@ from lumi.corpus.sources import (
     Source,
     find_files,
 )
-from lumi.messages import MalformedConversation
 
 CHUNK_BYTES = 1 << 20
 

@@ -17,6 +17,8 @@ import torch
 import lumi
 import lumi.configs
 from lumi.config import UserError, to_dict, write_json
+from lumi.data.token_store import Split
+from lumi.data.tokenization import open_or_tokenize
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions
 from lumi.evaluation.perplexity import (
     Document,
@@ -30,9 +32,7 @@ from lumi.evaluation.records import describe, tightest
 from lumi.evaluation.report import format_table, report
 from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
-from lumi.pretrained import Pretrained
-from lumi.shards import open_or_tokenize
-from lumi.token_store import Split
+from lumi.formats.pretrained import Pretrained
 
 CONFIGS = Path(lumi.configs.__file__).parent / "evaluation"
 RESULTS_FILE, REPORT_FILE = "evaluation_results.json", "evaluation_report.md"

@@ -3,7 +3,7 @@
 Protocol: the documents of a split in order, in windows of `sequence_length` tokens without overlap; a document cut by a window's
 edge goes on without context. Every target counts, each document's EOS included, and the bytes are those of the text that the
 targets stand for: so the figure does not depend on the tokenizer, and compares with a compressor's output over the same bytes.
-Of conversations the targets are the answers and what ends them, in the rows of `lumi.rows.ConversationRows`: whole conversations, but
+Of conversations the targets are the answers and what ends them, in the rows of `lumi.data.rows.ConversationRows`: whole conversations, but
 for those longer than a row, which end at an earlier answer or are left out.
 """
 
@@ -16,11 +16,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from lumi.batches import IGNORE, BatchConfig, validation_batches
 from lumi.config import UserError
-from lumi.model import Transformer
-from lumi.parallel import World, attempt
-from lumi.token_store import Split
+from lumi.data.batches import IGNORE, BatchConfig, validation_batches
+from lumi.data.token_store import Split
+from lumi.model.transformer import Transformer
+from lumi.parallel.parallel import World, attempt
 
 
 @dataclass(frozen=True)

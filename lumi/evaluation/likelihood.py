@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lumi.config import UserError
-from lumi.generate import LayerCache, require_finite
-from lumi.model import Transformer
-from lumi.tokenizer import Tokenizer
+from lumi.inference.generation import LayerCache, require_finite
+from lumi.model.transformer import Transformer
+from lumi.tokenizer.tokenizer import Tokenizer
 
 _LOGIT_ROWS = 512  # at once: with 32,768 ids that is 64 MiB
 

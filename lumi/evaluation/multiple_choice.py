@@ -9,9 +9,9 @@ from lumi.config import UserError
 from lumi.evaluation.likelihood import encode_request, score
 from lumi.evaluation.records import describe, read_records, tightest
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
-from lumi.model import Transformer
-from lumi.progress import progress_bar
-from lumi.tokenizer import Tokenizer
+from lumi.host.progress import progress_bar
+from lumi.model.transformer import Transformer
+from lumi.tokenizer.tokenizer import Tokenizer
 
 DELIMITER = " "  # between a context and a choice
 

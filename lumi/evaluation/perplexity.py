@@ -18,6 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lumi.config import UserError
+from lumi.data.token_store import Split
 from lumi.evaluation import wikitext
 from lumi.evaluation.likelihood import log_probabilities_of
 from lumi.evaluation.records import (
@@ -29,10 +30,9 @@ from lumi.evaluation.records import (
     text_field,
     tightest,
 )
-from lumi.model import Transformer
-from lumi.progress import progress_bar
-from lumi.token_store import Split
-from lumi.tokenizer import Tokenizer
+from lumi.host.progress import progress_bar
+from lumi.model.transformer import Transformer
+from lumi.tokenizer.tokenizer import Tokenizer
 
 _GROUP_PASSES = 16  # windows of about so many passes are sorted by length together
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lumi.config import UserError
-from lumi.storage import check_patterns, matching_files
-from lumi.tokenizer import utf8
+from lumi.host.storage import check_patterns, matching_files
+from lumi.tokenizer.tokenizer import utf8
 
 Record = dict[str, Any]
 

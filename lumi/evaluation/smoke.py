@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import lumi.configs
-from lumi import chat
+from lumi.chat import rendering as chat
+from lumi.chat.messages import Message
 from lumi.config import UserError, load_config
-from lumi.generate import SamplingConfig, check_prompts, filler_id, generate_ids, text_ids
-from lumi.messages import Message
-from lumi.model import Transformer
-from lumi.progress import progress_bar
-from lumi.tokenizer import Tokenizer
+from lumi.host.progress import progress_bar
+from lumi.inference.generation import SamplingConfig, check_prompts, filler_id, generate_ids, text_ids
+from lumi.model.transformer import Transformer
+from lumi.tokenizer.tokenizer import Tokenizer
 
 SHIPPED = Path(lumi.configs.__file__).parent / "evaluation" / "smoke_tests.json"
 _BATCH = 16

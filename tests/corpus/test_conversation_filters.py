@@ -1,8 +1,8 @@
 import pytest
 
+from lumi.chat.messages import Message
 from lumi.corpus import CleaningConfig, ConversationFilterConfig
 from lumi.corpus.conversation_filters import clean_conversation, find_conversation_fault
-from lumi.messages import Message
 
 
 def talk(*turns):

@@ -1,9 +1,9 @@
 import pytest
 
+from lumi.chat.messages import MalformedConversation, Message
 from lumi.config import UserError, from_dict
 from lumi.corpus import JsonlSource
 from lumi.corpus.conversations import contents, pack, unpack
-from lumi.messages import MalformedConversation, Message
 
 
 def read(conversation, record):

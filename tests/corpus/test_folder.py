@@ -2,11 +2,11 @@ import json
 
 import pytest
 
+from lumi.chat.messages import Message
 from lumi.config import UserError
 from lumi.corpus import ConversationBatch, CorpusBatch, is_corpus, read_corpus
 from lumi.corpus.conversations import pack
 from lumi.corpus.folder import CorpusWriter
-from lumi.messages import Message
 
 
 def write(folder, texts, shard_bytes=1 << 20, **options):

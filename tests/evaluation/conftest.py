@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lumi.kernels.bundle import REFERENCE
-from lumi.model import ModelConfig, Transformer
+from lumi.model.transformer import ModelConfig, Transformer
 
 POSITIONS = 96
 

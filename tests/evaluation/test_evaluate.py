@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import lumi.evaluation.evaluate
-from lumi.adapter_format import save_adapter, weights_fingerprint
 from lumi.cli import dispatch
 from lumi.command_line import run
 from lumi.config import UserError, load_config
 from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig, evaluate
 from lumi.evaluation.likelihood import encode_request, score
-from lumi.hf_format import save_model
-from lumi.lora import LoraConfig, adapters, add_lora, merge_lora
-from lumi.pretrained import Pretrained
+from lumi.formats.adapter_format import save_adapter, weights_fingerprint
+from lumi.formats.hf_format import save_model
+from lumi.formats.pretrained import Pretrained
+from lumi.model.lora import LoraConfig, adapters, add_lora, merge_lora
 
 BOOLQ = [
     {"question": f"is it stone {i}", "passage": "The river opens. " * (i + 1), "answer": i % 3 > 0}

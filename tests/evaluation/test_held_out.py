@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from lumi.batches import BatchConfig
+from lumi.data.batches import BatchConfig
 from lumi.evaluation import held_out_loss
 from lumi.kernels.bundle import REFERENCE
-from lumi.model import ModelConfig, Transformer
-from lumi.parallel import Layout
+from lumi.model.transformer import ModelConfig, Transformer
+from lumi.parallel.parallel import Layout
 
 WORLD = SimpleNamespace(
     data_rank=0, layout=Layout(1, 1, 1), device=torch.device("cpu"), sum=lambda *values: list(values)
@@ -51,7 +51,7 @@ def test_bits_per_byte_by_hand():
 
 
 def test_every_byte_of_the_text_is_counted(store_dir, tokenizer):
-    from lumi.shards import TokenStore
+    from lumi.data.tokenization import TokenStore
 
     split = TokenStore.open(store_dir).split("validation")
     model = Transformer(

@@ -8,7 +8,7 @@ from synthetic import document
 
 from lumi.config import UserError
 from lumi.evaluation.likelihood import Request, encode_request, score
-from lumi.hf_format import save_model
+from lumi.formats.hf_format import save_model
 
 # Logits are float32 and below 10 in size: an ulp is 1e-6, and at most 40 tokens are summed.
 ROUNDING = 1e-4

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lumi import chat
+from lumi.chat import rendering as chat
 from lumi.config import UserError, from_dict
 from lumi.evaluation import smoke
 from lumi.evaluation.smoke import (
@@ -18,7 +18,7 @@ from lumi.evaluation.smoke import (
     repetition,
     run_smoke_tests,
 )
-from lumi.generate import Completion, text_ids
+from lumi.inference.generation import Completion, text_ids
 
 PROMPT = SmokePrompt(prompt="What is it?", text="It is", any_of=("stone", "river bed"), all_of=("a",))
 GOOD = {"not_empty": True, "not_repeating": True, "stops": True, "any_of": True, "all_of": True}

@@ -1,0 +1,1 @@
+"""Conversations: messages, templates, and a conversation -> (token ids, loss mask)."""

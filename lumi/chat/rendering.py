@@ -1,0 +1,233 @@
+"""A conversation -> (token ids, loss mask), both emitted together: no text is ever searched for where an answer begins or ends.
+
+A template (`lumi/chat/templates.py`) is walked part by part. Control tokens enter as ids, everything else through `Tokenizer.encode`,
+which never yields a control id: a user who writes "<|im_end|>" has written ten characters and ended no turn. Text without a
+control token in it is encoded in one piece (a header and the message behind it), except an answer, which is encoded by itself, as the
+model will generate it. Trained are an answer's tokens and the one that ends it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from lumi.chat import foreign_template
+from lumi.chat.messages import Message
+from lumi.chat.templates import TEMPLATES, Control, Template
+from lumi.config import UserError
+from lumi.tokenizer.tokenizer import Tokenizer, utf8
+
+__all__ = [
+    "TEMPLATES",
+    "Rendered",
+    "Template",
+    "check_controls",
+    "prompt_ids",
+    "render",
+    "stop_ids",
+    "template_of",
+]
+
+
+class Rendered(NamedTuple):
+    """A conversation to train on.
+
+    ids: token ids, the last one ends an answer. mask: as many bools, whether each is trained. num_messages: how many are in it.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+    num_messages: int
+
+
+def render(
+    tokenizer: Tokenizer, template: Template, messages: Sequence[Message], max_tokens: int | None = None
+) -> Rendered | None:
+    """A conversation as a training document.
+
+    Args:
+        messages: in any order of roles; what follows the last answer is left out.
+        max_tokens: keeps whole turns from the start, up to the last answer whose end is within so many tokens.
+
+    Returns:
+        None if there is no answer, or none within `max_tokens`.
+
+    Raises:
+        UserError: the tokenizer lacks a control token of the template, or a lone surrogate in a message.
+    """
+    writer = _Writer(tokenizer, template)
+    size = num_messages = 0
+    writer.begin(messages)
+    for number, message in enumerate(messages, start=1):
+        writer.turn(message)
+        if message.role == "assistant":
+            if max_tokens is not None and writer.end_of_answer > max_tokens:
+                break
+            size, num_messages = writer.end_of_answer, number
+    return Rendered(writer.ids[:size], writer.mask[:size], num_messages) if size else None
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The conversation so far and the header of the assistant's turn, in the template of `tokenizer.chat_template`.
+
+    With one of Lumi's templates these are exactly the ids that stand before the answer in the training document; a template of another
+    origin is rendered by `foreign_template`.
+
+    Raises:
+        UserError: the tokenizer has no chat template, lacks a control token of it, or the template refuses or mangles the conversation;
+            a message holds a lone surrogate.
+    """
+    for number, message in enumerate(messages, start=1):
+        try:
+            utf8(
+                message.content
+            )  # while the template does not yet stand around it: the place of an error is counted in the message
+        except UserError as error:
+            raise UserError(f"message {number}: {error}") from error
+    template = template_of(tokenizer)
+    writer = _Writer(tokenizer, template)
+    if template is not None:
+        writer.begin(messages)
+        for message in messages:
+            writer.turn(message)
+        writer.parts(template.turns["assistant"].before)
+    else:
+        for part in _foreign_parts(tokenizer, messages, add_generation_prompt=True):
+            if isinstance(part, foreign_template.ControlPiece):
+                writer.control(tokenizer.control_ids[part.piece])
+            else:
+                writer.text(
+                    messages[part.place].content.strip()
+                    if isinstance(part, foreign_template.Content)
+                    else part
+                )
+    writer.flush()
+    return writer.ids
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer: EOS, and what the chat template puts behind an answer.
+
+    Raises:
+        UserError: the tokenizer lacks a control token of its template, or the template fails on a question and its answer.
+    """
+    ids = {tokenizer.eos_id}
+    if (template := template_of(tokenizer)) is not None:
+        ids.add(check_controls(tokenizer, template)[template.end_of_turn])
+    elif tokenizer.chat_template:
+        probe = [Message("user", "a question"), Message("assistant", "an answer")]
+        parts = _foreign_parts(tokenizer, probe, add_generation_prompt=False)
+        behind = parts[parts.index(foreign_template.Content(1)) + 1 :]
+        ids.update(
+            [
+                tokenizer.control_ids[part.piece]
+                for part in behind
+                if isinstance(part, foreign_template.ControlPiece)
+            ][:1]
+        )
+    return frozenset(ids)
+
+
+def template_of(tokenizer: Tokenizer) -> Template | None:
+    """The one of `TEMPLATES` whose Jinja text is the tokenizer's chat template, or None."""
+    return next(
+        (template for template in TEMPLATES.values() if template.jinja == tokenizer.chat_template), None
+    )
+
+
+def check_controls(tokenizer: Tokenizer, template: Template) -> dict[Control, int]:
+    """The ids of a template's control tokens. Raises UserError if the tokenizer lacks one: which, and what templates it can use."""
+    known = {
+        Control.BOS: tokenizer.bos_id,
+        Control.EOS: tokenizer.eos_id,
+        Control.IM_START: tokenizer.im_start_id,
+        Control.IM_END: tokenizer.im_end_id,
+    }
+    ids = {control: token_id for control, token_id in known.items() if token_id is not None}
+    if missing := sorted(control.name for control in template.controls - ids.keys()):
+        usable = [other.name for other in TEMPLATES.values() if other.controls <= ids.keys()]
+        raise UserError(
+            f"--template must need no control token that the tokenizer lacks, got {template.name}, which needs {' and '.join(missing)}; "
+            f"use {' or '.join(usable) or 'another tokenizer'}"
+        )
+    return ids
+
+
+class _Writer:
+    """Ids and mask as they grow. Text waits until a control token, an answer or `flush`, so that it is encoded in one piece."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template | None):
+        self.tokenizer, self.template = tokenizer, template
+        self.control_ids = check_controls(tokenizer, template) if template is not None else {}
+        self.ids: list[int] = []
+        self.mask: list[bool] = []
+        self.end_of_answer = 0  # number of tokens up to the end of the last answer
+        self._waiting: list[str] = []
+
+    def begin(self, messages: Sequence[Message]) -> None:
+        """BOS, and the template's own system message where there is no other."""
+        assert self.template is not None
+        self.control(self.control_ids[Control.BOS])
+        if self.template.default_system is not None and not (messages and messages[0].role == "system"):
+            self.turn(Message("system", self.template.default_system))
+
+    def turn(self, message: Message) -> None:
+        """A message with what stands before and after it."""
+        assert self.template is not None
+        before, after = self.template.turns[message.role]
+        self.parts(before)
+        if message.role == "assistant":
+            self.flush()
+            self._add(self.tokenizer.encode(message.content, continues=True), trained=True)
+            self._add([self.control_ids[self.template.end_of_turn]], trained=True)
+            self.end_of_answer = len(self.ids)
+            after = after[1:]
+        else:
+            self.text(message.content)
+        self.parts(after)
+
+    def parts(self, parts: Iterable[str | Control]) -> None:
+        """Text and control tokens of the template."""
+        for part in parts:
+            if isinstance(part, Control):
+                self.control(self.control_ids[part])
+            else:
+                self.text(part)
+
+    def text(self, text: str) -> None:
+        """Text that is not trained."""
+        self._waiting.append(text)
+
+    def control(self, token_id: int) -> None:
+        """A control token that is not trained."""
+        self.flush()
+        self._add([token_id], trained=False)
+
+    def flush(self) -> None:
+        """Encode the text that waits."""
+        if text := "".join(self._waiting):
+            self._add(self.tokenizer.encode(text, continues=bool(self.ids)), trained=False)
+        self._waiting = []
+
+    def _add(self, ids: list[int], *, trained: bool) -> None:
+        self.ids += ids
+        self.mask += [trained] * len(ids)
+
+
+def _foreign_parts(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> tuple[foreign_template.Part, ...]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer must have a chat template, got none: the model was not made for conversations; continue a text with "
+            "`lumi generate --prompt`, or fine-tune the model on conversations"
+        )
+    spelling = {token_id: piece for piece, token_id in tokenizer.control_ids.items()}
+    variables = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    return foreign_template.parts(
+        tokenizer.chat_template,
+        messages,
+        pieces=tuple(tokenizer.control_ids),
+        variables=tuple(
+            (name, spelling[token_id]) for name, token_id in variables.items() if token_id is not None
+        ),
+        add_generation_prompt=add_generation_prompt,
+    )

@@ -1,0 +1,1 @@
+"""Stage `tokenize`, and what training reads: the token store, rows, batches as functions of (seed, step)."""

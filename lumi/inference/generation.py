@@ -1,0 +1,250 @@
+"""Text from a model: a KV cache, sampling, batched decoding and a stream of whole characters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumi.config import UserError
+from lumi.model.transformer import Transformer
+from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0  # nucleus: the smallest set of tokens with this much probability (Holtzman et al. 2020, arXiv:1904.09751)
+    repetition_penalty: float = 1.0  # of tokens already there (Keskar et al. 2019, arXiv:1909.05858)
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature != 0 and not 1e-4 <= self.temperature < float(
+            "inf"
+        ):  # below, logits divided by it leave float32
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 is off), got {self.top_k}")
+        if not 1e-6 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be between 0.000001 and 1 (off), got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(
+                f"repetition_penalty must be between 0.01 and 100 (1 is off), got {self.repetition_penalty}"
+            )
+
+
+class LayerCache:
+    """Keys and values of one layer, at their positions in a tensor of fixed size."""
+
+    def __init__(self, batch: int, length: int, model: Transformer, device: torch.device):
+        shape = (batch, length, model.config.kv_heads, model.config.per_head)
+        self.k_BSGK, self.v_BSGK = (
+            torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in range(2)
+        )
+
+    def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Store at `positions_BT`; what a shorter prompt's padding left there before is overwritten when its turn comes."""
+        rows = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
+        self.k_BSGK[rows, positions_BT] = k_BTGK
+        self.v_BSGK[rows, positions_BT] = v_BTGK
+        return self.k_BSGK, self.v_BSGK
+
+
+class Completion(NamedTuple):
+    """The new tokens of one row, and whether a stop token ended them (and not the limit of tokens or positions)."""
+
+    ids: list[int]
+    stopped: bool
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    *,
+    stop_ids: frozenset[int],
+    pad_id: int,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """Continue every prompt until a stop token, `max_new_tokens`, or the model's `max_positions`.
+
+    Args:
+        prompts: token ids, at least one each; different lengths are fine.
+        stop_ids: end a row; they are not part of what is returned.
+        vocab_size: ids from here on are never chosen: a model's vocabulary may be padded beyond its tokenizer's.
+        use_cache: False computes every step from the start: slow, the definition that the cache is tested against.
+        on_token: called with (row, token) as each comes.
+
+    Returns:
+        What came of each row. A row's sample depends on the seed and the row's number, not on the rows beside it.
+
+    Raises:
+        UserError: for an empty prompt, or one as long as the model's positions; the model's output is not finite.
+    """
+    check_prompts(prompts, model.config.max_positions)
+    lengths = [len(prompt) for prompt in prompts]
+    device = model.output_weight.device
+    capacity = min(max(lengths) + config.max_new_tokens, model.config.max_positions)
+    tokens = torch.full((len(prompts), capacity), pad_id, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    length_B = torch.tensor(lengths, device=device)
+    rows = torch.arange(len(prompts), device=device)
+    generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(prompts))]
+    cache = [LayerCache(len(prompts), capacity, model, device) for _ in model.layers] if use_cache else None
+
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running, stopped = [True] * len(prompts), [False] * len(prompts)
+    for new in range(config.max_new_tokens):
+        if cache is None or new == 0:
+            block = tokens[:, : int(length_B.max())]
+            hidden_BTD = model.hidden(block, _positions(block), cache=cache)
+            hidden_BD = hidden_BTD[rows, length_B - 1]
+        else:
+            last_B = length_B - 1
+            hidden_BD = model.hidden(tokens[rows, last_B][:, None], last_B[:, None], cache=cache)[:, 0]
+        next_B = sample(model.logits(hidden_BD)[:, :vocab_size], tokens, length_B, config, generators)
+        for row, token in enumerate(next_B.tolist()):
+            if running[row] and token not in stop_ids:
+                outputs[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                running[row] = (
+                    lengths[row] + len(outputs[row]) < capacity and len(outputs[row]) < config.max_new_tokens
+                )
+            elif running[row]:
+                running[row], stopped[row] = False, True
+        if not any(running):
+            break
+        growing_B = torch.tensor(running, device=device)
+        tokens[rows[growing_B], length_B[growing_B]] = next_B[growing_B]
+        length_B = (
+            length_B + growing_B
+        )  # a finished row computes its last token again: the shapes stay, the result is not used
+    return [Completion(ids, stop) for ids, stop in zip(outputs, stopped, strict=True)]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int) -> None:
+    """Raises UserError for what `generate_ids` could not go on with: no prompt, an empty one, one as long as the model's positions."""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise UserError("a prompt must hold at least one token, got an empty one")
+    if max(lengths) >= max_positions:
+        raise UserError(
+            f"a prompt must be shorter than the model's {max_positions} positions, got {max(lengths)} tokens"
+        )
+
+
+def require_finite(values: Tensor) -> None:
+    """Raises UserError where what a model computed is NaN or infinite."""
+    if not values.isfinite().all():
+        raise UserError(
+            "the model's output must be finite, got NaN or infinity: its weights are broken, or --dtype is too narrow for them"
+        )
+
+
+def _positions(block: Tensor) -> Tensor:
+    return torch.arange(block.shape[1], device=block.device).expand(block.shape)
+
+
+def sample(
+    logits: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    config: SamplingConfig,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Choose a token per row.
+
+    Args:
+        logits: (B, V) float32.
+        tokens: (B, S) int64, of which row b has `lengths[b]`; they are what the repetition penalty looks at.
+        generators: one per row, on the CPU, so that a seed means the same sample on every device.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        UserError: the logits are not finite.
+    """
+    require_finite(logits)
+    if config.repetition_penalty != 1.0:
+        seen = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        mentioned = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(1, tokens, seen.long()) > 0
+        penalised = torch.where(
+            logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty
+        )
+        logits = torch.where(mentioned, penalised, logits)
+    if config.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], float("-inf"))
+    if config.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        outside = (
+            probabilities.cumsum(dim=-1) - probabilities >= config.top_p
+        )  # the token that crosses the line stays
+        logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
+    probabilities = logits.softmax(dim=-1).cpu()
+    picks = [
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(probabilities, generators, strict=True)
+    ]
+    return torch.cat(picks).to(logits.device)
+
+
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The prompt that lets a model go on with a text: a document's beginning."""
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def filler_id(tokenizer: Tokenizer) -> int:
+    """What fills up short prompts of a batch: <pad>, or the end of a document for an imported tokenizer without one."""
+    return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """Continue texts. `on_text` gets (row, piece of text) as it comes, whole UTF-8 characters only.
+
+    Returns:
+        The continuations, without the prompts.
+    """
+    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+
+    def on_token(row: int, token: int) -> None:
+        if on_text is not None and (text := decoders[row].feed(token)):
+            on_text(row, text)
+
+    outputs = generate_ids(
+        model,
+        [text_ids(tokenizer, prompt) for prompt in prompts],
+        config,
+        stop_ids=frozenset({tokenizer.eos_id}),
+        pad_id=filler_id(tokenizer),
+        vocab_size=tokenizer.vocab_size,
+        on_token=on_token,
+    )
+    for row, decoder in enumerate(decoders):
+        if on_text is not None and (text := decoder.flush()):
+            on_text(row, text)
+    return [tokenizer.decode(output.ids, continues=True) for output in outputs]

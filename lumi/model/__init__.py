@@ -1,0 +1,1 @@
+"""`Transformer(config, ops)`, and LoRA, which is put on from outside."""

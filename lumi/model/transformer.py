@@ -1,0 +1,320 @@
+"""A LLaMA-style decoder (Touvron et al. 2023, arXiv:2302.13971): pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query heads.
+
+`Transformer(config, ops)` takes tensors and knows no data, no optimizer and no device: every operator that has a fast version is
+called through the injected bundle `ops`. Weights are float32 masters; products run in `compute_dtype`.
+
+Shape letters: B batch, T tokens, D model_dim, H query heads, G kv heads, K head_dim, F mlp_dim, V vocab, N = B*T.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lumi.kernels.bundle import Ops
+from lumi.kernels.rope import RopeScaling, rope_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a model. Everything here ends up in the exported `config.json`."""
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    mlp_dim: int
+    num_kv_heads: int | None = None  # None: as many as num_heads
+    head_dim: int | None = None  # None: model_dim / num_heads
+    max_positions: int = 2048
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "model_dim",
+            "num_heads",
+            "mlp_dim",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.head_dim is None and self.model_dim % self.num_heads:
+            raise ValueError(
+                f"model_dim must be a multiple of num_heads = {self.num_heads}, got {self.model_dim}"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads = {self.kv_heads}, got {self.num_heads}"
+            )
+        if self.per_head % 2:
+            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.per_head}")
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(
+                f"rope_theta and norm_eps must be positive, got {self.rope_theta} and {self.norm_eps}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def per_head(self) -> int:
+        """Width of a head, resolved."""
+        return self.head_dim or self.model_dim // self.num_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, by arithmetic."""
+        embeddings = self.vocab_size * self.model_dim * (1 if self.tied_embeddings else 2)
+        attention = (
+            2 * self.model_dim * self.per_head * (self.num_heads + self.kv_heads)
+            + 2 * self.per_head * self.qk_norm
+        )
+        layer = attention + 3 * self.model_dim * self.mlp_dim + 2 * self.model_dim
+        return embeddings + self.num_layers * layer + self.model_dim
+
+    def flops_per_token(self, context: int, frozen: bool = False) -> int:
+        """Floating-point operations to train one token: 6 per weight of a matrix product (4 where it is frozen and has no gradient), and
+        causal attention over `context` tokens (Kaplan et al. 2020, arXiv:2001.08361; Chowdhery et al. 2022, arXiv:2204.02311)."""
+        matrices = self.num_parameters - self.vocab_size * self.model_dim * (not self.tied_embeddings)
+        return (
+            4 if frozen else 6
+        ) * matrices + 6 * self.num_layers * self.num_heads * self.per_head * context
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer while generating (see `lumi.inference.generation`)."""
+
+    def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values at their positions; returns all of them, (B, S, G, K) each."""
+        ...
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; the float32 master weight is cast to the dtype of `x`."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def apply_each(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """Several linears of one input."""
+    return [linear(x) for linear in linears]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension, by the bundle's operator."""
+
+    def __init__(self, size: int, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps, self.ops = config.norm_eps, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads. `project` applies linears that share their input."""
+
+    project: Callable[..., list[Tensor]]
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.ops, self.per_head, self.project = ops, config.per_head, apply_each
+        self.q_proj = Linear(config.model_dim, config.num_heads * config.per_head)
+        self.k_proj = Linear(config.model_dim, config.kv_heads * config.per_head)
+        self.v_proj = Linear(config.model_dim, config.kv_heads * config.per_head)
+        self.o_proj = Linear(config.num_heads * config.per_head, config.model_dim)
+        self.q_norm = RMSNorm(config.per_head, config, ops) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.per_head, config, ops) if config.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, context: "Context") -> Tensor:
+        projected = self.project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BTHK, k_BTGK, v_BTGK = (heads.unflatten(-1, (-1, self.per_head)) for heads in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        q_BTHK, k_BTGK = self.ops.rope(q_BTHK, k_BTGK, context.cos, context.sin)
+        if context.cache is None:
+            out_BTHK = self.ops.attention(q_BTHK, k_BTGK, v_BTGK, context.plan)
+        else:
+            k_BSGK, v_BSGK = context.cache.append(k_BTGK, v_BTGK, context.positions)
+            out_BTHK = self.ops.decode_attention(q_BTHK, k_BSGK, v_BSGK, context.positions)
+        return self.o_proj(out_BTHK.flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202). `project` applies linears that share their input."""
+
+    project: Callable[..., list[Tensor]]
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.ops, self.project = ops, apply_each
+        self.gate_proj = Linear(config.model_dim, config.mlp_dim)
+        self.up_proj = Linear(config.model_dim, config.mlp_dim)
+        self.down_proj = Linear(config.mlp_dim, config.model_dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(self.ops.swiglu(*self.project(x_BTD, self.gate_proj, self.up_proj)))
+
+
+class Layer(nn.Module):
+    """One block: attention and MLP, each behind a norm and a residual."""
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.model_dim, config, ops)
+        self.attention = Attention(config, ops)
+        self.mlp_norm = RMSNorm(config.model_dim, config, ops)
+        self.mlp = MLP(config, ops)
+
+    def forward(self, x_BTD: Tensor, context: "Context") -> Tensor:
+        normed_BTD, x_BTD = self.mlp_norm.add(x_BTD, self.attention(self.attention_norm(x_BTD), context))
+        return x_BTD + self.mlp(normed_BTD)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the layers of one forward pass share; only the cache is a layer's own."""
+
+    positions: Tensor  # (B, T) int64
+    cos: Tensor  # (B, T, K) float32
+    sin: Tensor
+    plan: Any  # of the bundle's attention
+    cache: LayerCache | None
+
+
+class Transformer(nn.Module):
+    """The language model.
+
+    Args:
+        config: its shape.
+        ops: the operators it is built from, see `lumi.kernels.bundle`.
+        compute_dtype: of activations and matrix products; weights stay float32.
+        gradient_checkpointing: keep only each layer's input and recompute the rest in backward (Chen et al. 2016, arXiv:1604.06174).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.compute_dtype, self.gradient_checkpointing = compute_dtype, gradient_checkpointing
+        self.token_embedding = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.model_dim), freeze=False
+        )
+        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.model_dim, config, ops)
+        self.lm_head = None if config.tied_embeddings else Linear(config.model_dim, config.vocab_size)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The (V, D) matrix from hidden states to logits: `lm_head`, or the embedding where they are tied."""
+        return self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def init_weights(self, seed: int) -> "Transformer":
+        """Give every parameter its value of `initial_weights`."""
+        with torch.no_grad():
+            for name, value in self.initial_weights(seed):
+                self.get_parameter(name).copy_(value)
+        return self
+
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Names and random values, float32 on the CPU, one parameter at a time: a seed means the same weights on every device.
+
+        Normal(0, 0.02), the two projections into the residual stream narrowed by 1/sqrt(2 layers) (GPT-2); norms at one.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                yield name, torch.ones(parameter.shape)
+                continue
+            std = (
+                0.02 / math.sqrt(2 * self.config.num_layers)
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 0.02
+            )
+            yield name, torch.randn(parameter.shape, generator=generator) * std
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """Normalised last hidden states.
+
+        Args:
+            tokens: (B, T) int64.
+            positions: (B, T) int64, of each token in its document; None: 0 .. T-1 in every row.
+            cu_seqlens: (documents + 1,) int32, where each packed document begins among the B*T tokens; None: one per row.
+            cache: one `LayerCache` per layer; attention then reads it, and `cu_seqlens` must be None.
+
+        Returns:
+            (B, T, D) in `compute_dtype`.
+        """
+        batch, length = tokens.shape
+        if positions is None:
+            positions = torch.arange(length, device=tokens.device).expand(batch, length)
+        cos, sin = rope_table(
+            positions, self.config.per_head, self.config.rope_theta, self.config.rope_scaling
+        )
+        plan = self.ops.attention_plan(cu_seqlens, batch, length, tokens.device) if cache is None else None
+        context = Context(positions, cos, sin, plan, None)
+        x_BTD = self.token_embedding(tokens).to(self.compute_dtype)
+        for index, layer in enumerate(self.layers):
+            if cache is not None:
+                context = replace(context, cache=cache[index])
+            if self.gradient_checkpointing and self.training:
+                x_BTD = checkpoint(layer, x_BTD, context, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, context)
+        return self.final_norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) float32 logits from (..., D) hidden states."""
+        return F.linear(hidden, self.output_weight.to(hidden.dtype)).float()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        expected_dloss: float = 1.0,
+    ) -> Tensor:
+        """The summed next-token loss of a batch, in nats, float32; `targets` (B, T) are already shifted, -100 is not trained. Backward is
+        cheapest when the loss's gradient is `expected_dloss`."""
+        hidden_ND = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
+        return self.ops.linear_cross_entropy(
+            hidden_ND, self.output_weight, targets.flatten(), expected_dloss=expected_dloss
+        )

@@ -1,0 +1,137 @@
+"""Tensor parallelism with sequence-parallel norms, on torch's DTensor (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022,
+arXiv:2205.05198).
+
+A group of t processes reads the same rows. Between the layers each holds T/t tokens of the residual stream; norms, embedding and loss
+work on those alone. Attention and MLP gather the tokens, multiply by their share of the heads and of `mlp_dim`, and scatter the sums:
+
+    x (B, T/t, D) -> all-gather -> (B, T, D) -> columns of q k v gate up -> rows of o down -> reduce-scatter -> (B, T/t, D)
+
+Parameters are DTensors, so that the optimizer, FSDP2 and checkpoints know their whole shapes. The model's own code never sees one: a
+forward is called with this process's part of every parameter in its place, so every operator, compiled or Triton, works as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from lumi.config import UserError
+from lumi.model.transformer import ModelConfig, Transformer
+
+_COLUMNS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "gate_proj",
+    "up_proj",
+)  # each process computes some of their outputs
+_ROWS = ("o_proj", "down_proj")  # each process has some of their inputs
+_SEQUENCE_DIM = 1
+
+
+def check_tensor_parallel(config: ModelConfig, sequence_length: int, size: int, dora: bool) -> None:
+    """Raises UserError, with the numbers, where a model cannot be shared by `size` processes."""
+    if size == 1:
+        return
+    shared = {
+        "model.num_heads": config.num_heads,
+        "model.num_kv_heads": config.kv_heads,
+        "model.mlp_dim": config.mlp_dim,
+        "model.model_dim": config.model_dim,
+        "batches.sequence_length": sequence_length,
+    }
+    for name, value in shared.items():
+        if value % size:
+            raise UserError(f"parallel.tensor must divide {name} = {value}, got {size}")
+    if dora:
+        raise UserError(
+            f"parallel.tensor must be 1 with lora.dora (lengths of rows that no process has whole), got {size}"
+        )
+
+
+def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    """Share a model among the processes of a one-dimensional mesh, in place. Each then calls it with the same batch; its loss is that of
+    its own T/t tokens, and the sum over the mesh is the batch's."""
+    for name, parameter in list(model.named_parameters()):
+        path, _, attribute = name.rpartition(".")
+        whole = parameter.detach()
+        shared = nn.Parameter(
+            distribute_tensor(whole, mesh, [_placement(name, whole)], src_data_rank=None),
+            parameter.requires_grad,
+        )
+        setattr(model.get_submodule(path), attribute, shared)
+    for layer in model.layers:
+        for module in map(layer.get_submodule, ("attention", "mlp")):
+            module.register_forward_pre_hook(lambda _, inputs: (_gather(inputs[0], mesh), *inputs[1:]))
+            module.register_forward_hook(lambda _, inputs, output: _scatter(output, mesh))
+        layer.forward = _on_local_parameters(layer, dict.fromkeys(dict(layer.named_parameters()), False))
+    model.token_embedding.register_forward_pre_hook(lambda _, inputs: (_own_tokens(inputs[0], mesh),))
+    of_root = [name for name, _ in model.named_parameters() if not name.startswith("layers.")]
+    forward = _on_local_parameters(model, dict.fromkeys(of_root, True))
+    model.forward = lambda tokens, targets, *rest: forward(tokens, _own_tokens(targets, mesh), *rest)  # type: ignore[method-assign]
+
+
+def _placement(name: str, parameter: Tensor) -> Placement:
+    """Where a parameter lies. Matrices of tokens lie in columns, for FSDP2 cuts them into rows; they are gathered for use."""
+    *_, module, kind = name.split(".")
+    if not name.startswith("layers."):
+        return Shard(1) if parameter.ndim == 2 and kind != "rows" else Replicate()
+    if module in _COLUMNS and kind != "lora_A":
+        return Shard(0)
+    if module in _ROWS and kind != "lora_B":
+        return Shard(1)
+    return Replicate()
+
+
+def _on_local_parameters(module: nn.Module, names: dict[str, bool]) -> Callable[..., Any]:
+    """The module's forward with plain tensors in the place of the DTensors `names`: this process's part, or (True) the whole gathered."""
+    body = _Body(module)
+
+    def forward(*inputs: Any) -> Any:
+        local = {f"module.{name}": _local(module.get_parameter(name), whole) for name, whole in names.items()}
+        return torch.func.functional_call(body, local, inputs, tie_weights=False)
+
+    return forward
+
+
+class _Body(nn.Module):
+    """A module under another roof: a call is that module's own `forward`, without its hooks."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module, self.own = module, module.forward
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.own(*inputs)
+
+
+def _local(parameter: Tensor, whole: bool) -> Tensor:
+    """A parameter as the products take it. The gradient of one that all processes hold whole is a part of the sum over them."""
+    assert isinstance(parameter, DTensor)
+    if whole:
+        parameter = parameter.redistribute(placements=[Replicate()])
+    return parameter.to_local(
+        grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements]
+    )
+
+
+def _own_tokens(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
+    return tokens.chunk(mesh.size(), dim=_SEQUENCE_DIM)[mesh.get_local_rank()]
+
+
+def _gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    whole = DTensor.from_local(x, mesh, [Shard(_SEQUENCE_DIM)], run_check=False).redistribute(
+        placements=[Replicate()]
+    )
+    return whole.to_local(grad_placements=[Partial()])
+
+
+def _scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    return (
+        DTensor.from_local(x, mesh, [Partial()], run_check=False)
+        .redistribute(placements=[Shard(_SEQUENCE_DIM)])
+        .to_local()
+    )

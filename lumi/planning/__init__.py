@@ -1,0 +1,1 @@
+"""`lumi plan`: what a run on many GPUs would need, by arithmetic."""

@@ -1,0 +1,1 @@
+"""Stage `tokenizer`: SentencePiece BPE made, read and applied."""

@@ -1,0 +1,1 @@
+"""A run: its config, folder, log and state; the optimizer; the trainer with the one loop."""

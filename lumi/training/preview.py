@@ -1,0 +1,53 @@
+"""What fine-tuning is about to train, made visible before it is trained."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lumi.data.rows import ConversationRows
+from lumi.data.token_store import Split, SplitManifest
+from lumi.tokenizer.tokenizer import Tokenizer
+
+OPEN, CLOSE = "[[", "]]"
+
+
+def marked_example(
+    split: Split, document: int, length: int, tokenizer: Tokenizer, max_tokens: int = 400
+) -> str:
+    """The first `length` tokens of a conversation as the model sees them, control tokens spelt out, what is trained between [[ and ]]."""
+    begin = int(split.offsets[document])
+    end = begin + length
+    ids, trained = split.tokens[begin:end][:max_tokens].tolist(), split.loss_mask(begin, end)[:max_tokens]
+    edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)).tolist()
+    pieces = [_spell(ids[a:b], tokenizer) for a, b in zip([0, *edges], [*edges, len(ids)], strict=True)]
+    text = "".join(piece if index % 2 == 0 else f"{OPEN}{piece}{CLOSE}" for index, piece in enumerate(pieces))
+    return text + (f" ... ({end - begin - max_tokens} more tokens)" if end - begin > max_tokens else "")
+
+
+def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    names = {token: piece for piece, token in tokenizer.control_ids.items()}
+    text, plain = "", list[int]()
+    for token in ids:
+        if token in names:
+            text, plain = text + tokenizer.decode(plain, continues=True) + names[token], []
+        else:
+            plain.append(token)
+    return text + tokenizer.decode(plain, continues=True)
+
+
+def describe_conversations(
+    name: str, rows: ConversationRows, stored: SplitManifest, tokenizer: Tokenizer
+) -> str:
+    """What of a store is trained: its share of the tokens, what was and is left out, and the first conversation with the mask marked."""
+    padding = 1 - rows.num_tokens / (rows.rows_per_epoch * rows.capacity)
+    dropped = "".join(
+        f"; {count:,} {reason} left out by tokenize" for reason, count in stored.dropped.items()
+    )
+    first = int(np.flatnonzero(rows.lengths)[0])
+    return (
+        f"{name}: {len(rows.lengths) - rows.num_dropped:,} conversations in {rows.rows_per_epoch:,} rows ({padding:.1%} padding)\n"
+        f"  trained: {rows.num_trained:,} of {rows.num_tokens:,} tokens ({rows.num_trained / rows.num_tokens:.1%})\n"
+        f"  longer than a row: {rows.num_cut:,} end at an earlier answer, {rows.num_dropped:,} left out{dropped}\n"
+        f"  an example, what is trained between {OPEN} and {CLOSE}:\n"
+        f"{marked_example(rows.split, first, int(rows.lengths[first]), tokenizer)}"
+    )

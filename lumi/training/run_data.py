@@ -1,0 +1,109 @@
+"""The data of a run: its token stores, the batches they give, and the tokenizer in the template of their conversations."""
+
+from typing import Any
+
+from lumi.chat.rendering import TEMPLATES
+from lumi.config import UserError
+from lumi.data.batches import Batches
+from lumi.data.rows import ConversationRows, make_rows, validation_rows
+from lumi.data.tokenization import TokenStore, open_or_tokenize
+from lumi.parallel.parallel import World
+from lumi.tokenizer.tokenizer import Tokenizer
+from lumi.training.preview import describe_conversations
+from lumi.training.run_config import Paths, TrainConfig
+
+
+class RunData:
+    """`tokenizer`, training `batches`, and the `validation` splits of the data folders that have one.
+
+    The main process tokenizes corpus folders and checks every hash; the others wait for it.
+    """
+
+    def __init__(self, config: TrainConfig, paths: Paths, world: World):
+        self.folders = paths.data_dirs
+        tokenizer = world.agreed(lambda: Tokenizer.load(paths.tokenizer_dir))
+        stores: list[TokenStore] = []
+        world.on_main(lambda: stores.extend(open_or_tokenize(folder, tokenizer) for folder in self.folders))
+        world.agreed(lambda: self._open(config, paths, tokenizer, stores))
+
+    def _open(
+        self, config: TrainConfig, paths: Paths, tokenizer: Tokenizer, stores: list[TokenStore]
+    ) -> None:
+        """What each process does by itself; `stores` are those that the main one has opened already."""
+        self.stores = stores or [
+            open_or_tokenize(folder, tokenizer, verify="size") for folder in self.folders
+        ]
+        self.tokenizer = self._in_template(tokenizer)
+        self._check_rows(config.batches.sequence_length)
+        self.batches = Batches(
+            [store.split("train") for store in self.stores], paths.data_weights, config.batches, config.seed
+        )
+        self.validation = [
+            store.split("validation") for store in self.stores if store.has_split("validation")
+        ]
+        if config.final == "best" and not self.validation:
+            raise UserError(
+                'config.final must be "last" where no data folder has a validation split, got "best"'
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides which data a step sees."""
+        return {
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "data": [
+                {name: file.sha256 for name, file in store.manifest.splits["train"].files.items()}
+                for store in self.stores
+            ],
+            "data_weights": self.batches.weights,
+        }
+
+    def shares(self) -> list[tuple[str, float, int]]:
+        """Per data folder its path, its share of the rows and its training tokens."""
+        return list(
+            zip(
+                self.folders,
+                self.batches.weights,
+                [rows.num_tokens for rows in self.batches.stores],
+                strict=True,
+            )
+        )
+
+    def num_validation_tokens(self) -> int:
+        """Tokens of the validation splits."""
+        return sum(split.num_tokens for split in self.validation)
+
+    def describe_conversations(self) -> list[str]:
+        """For each data folder of conversations: what is trained, with an example."""
+        stores = zip(self.folders, self.stores, self.batches.stores, strict=True)
+        return [
+            describe_conversations(folder, rows, store.manifest.splits["train"], self.tokenizer)
+            for folder, store, rows in stores
+            if isinstance(rows, ConversationRows)
+        ]
+
+    def name_documents(self, step: int, start: int, stop: int) -> str:
+        """The documents behind the rows [start, stop) of a step, in words."""
+        return "; ".join(
+            f"{self.folders[store]} documents {ids}"
+            for store, ids in self.batches.documents(step, start, stop)
+        )
+
+    def _check_rows(self, length: int) -> None:
+        """Make the rows of every split once, so that one without any is named before the first step and not at the first validation."""
+        for folder, store in zip(self.folders, self.stores, strict=True):
+            for name, split in store.splits.items():
+                try:
+                    make_rows(split, length, 0) if name == "train" else validation_rows(split, length, None)
+                except UserError as error:
+                    raise UserError(f"{folder}, {name} split: {error}") from error
+
+    def _in_template(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer as it goes into `final/`: with the chat template of the stores' conversations, or none where they are texts."""
+        names = sorted(
+            {store.manifest.template for store in self.stores if store.manifest.template is not None}
+        )
+        if len(names) > 1:
+            raise UserError(
+                f"--data-dirs must hold conversations of one template, got {', '.join(names)}; tokenize again with --template"
+            )
+        return tokenizer.with_chat_template(TEMPLATES[names[0]].jinja if names else None)

@@ -1,0 +1,250 @@
+"""The folder of one run: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `final/`; `.lock` of whom it is."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lumi.checkpoint.checkpoint import (
+    REMEDY,
+    Checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+    prune_checkpoints,
+    step_of,
+)
+from lumi.config import UserError
+from lumi.host.storage import DamagedError, discard_folders, lock_file, make_folder, sweep_temporaries
+from lumi.parallel.parallel import World, attempt
+
+LOCK_WAIT_SECONDS = 30  # the processes of a run that was killed may need a moment to go
+_OUR_TEMPORARY = re.compile(
+    r"(config|status)\.json\.tmp-\d+|metrics\.jsonl\.tmp"
+)  # of `write_json` and the log
+# Checkpoints that make way, until a new one is whole: renamed from the first name to the second when all of them are inside.
+_ABANDONING, _ABANDONED = ".abandoning-after-step-", ".abandoned-after-step-"
+_STEP = "[0-9]" * 8  # a glob pattern
+
+
+class RunFolder:
+    """Where a run keeps what it makes; one run to a folder. As a context it is released at the end, if it was claimed."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.picture = self.path / "loss.png"
+        self.final = self.path / "final"
+        self._lock: int | None = None  # descriptor
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def claim(self, resume: str | None, say: Callable[[str], None] = print) -> list[str]:
+        """Check that the folder is this run's to write to, lock it, and sweep what an interrupted one left half written.
+
+        Args:
+            resume: None, "auto", or the path of a checkpoint.
+            say: is told where another process still has the folder and is waited for, and of checkpoints that are put back.
+
+        Returns:
+            What was swept, for a line in the log.
+
+        Raises:
+            UserError: the folder holds a run, and this is not its continuation; or another process is at work there.
+        """
+        for folder in (self.path, self.checkpoints):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"--output-dir must be a folder, got a file: {folder}")
+        make_folder(self.path)
+        try:
+            self._lock = lock_file(self.path / ".lock", LOCK_WAIT_SECONDS, say)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--output-dir must be a folder that no run is at work in, got {self.path}, which {error.strerror} is writing to; "
+                f"end that one, or choose another folder"
+            ) from error
+        try:
+            self._refuse_foreign(resume)
+            make_folder(self.checkpoints)
+            for name in self._put_back():
+                say(f"{name}: put back; a run that was interrupted had begun to go on from before it")
+            return self._sweep()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let others have the folder; nothing where it was not claimed. The end of the process does the same."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _refuse_foreign(self, resume: str | None) -> None:
+        used = bool(list_checkpoints(self.checkpoints)) or self.metrics.exists()
+        if used and not (resume == "auto" or (resume is not None and self._owns(Path(resume)))):
+            raise UserError(
+                f"--output-dir must be new, got {self.path}, which holds a run; "
+                f"go on with it by --resume-from-checkpoint auto, or choose another folder"
+            )
+
+    def _sweep(self) -> list[str]:
+        swept = [
+            folder / name for folder in (self.path, self.checkpoints) for name in sweep_temporaries(folder)
+        ]
+        for file in sorted(file for file in self.path.iterdir() if _OUR_TEMPORARY.fullmatch(file.name)):
+            file.unlink()
+            swept.append(file)
+        return [str(path) for path in swept]
+
+    def find(self, resume: str | None, world: World, say: Callable[[str], None]) -> Checkpoint | None:
+        """The checkpoint to go on from: that of a path, or for "auto" the newest whole one of this run; None where there is none.
+
+        All processes call this together, each checks its share of the bytes, and all get the same checkpoint.
+
+        Args:
+            say: is told of every newer checkpoint that is damaged.
+
+        Raises:
+            UserError: the checkpoint of a path, or every one of this run, is damaged; or one cannot be read now, or not by this version
+                of Lumi: an older one is no answer to that. (SystemExit on other processes than the main one.)
+        """
+        if resume is None:
+            return None
+        listed, fault = attempt(lambda: self._candidates(resume)) if world.is_main else (None, None)
+        world.refuse_first(fault)
+        damages: list[str] = []
+        for path in world.from_main(listed or []):
+            checkpoint, damage, fault = self._examine(path, world)
+            world.refuse_first(fault)
+            if (damage := world.first(damage)) is None:
+                return checkpoint
+            if resume != "auto":
+                world.refuse(damage)
+            damages.append(damage.removesuffix(f"; {REMEDY}"))
+            say(f"{damages[-1]}; trying the checkpoint before it")
+        if damages:
+            world.refuse(
+                f"{self.checkpoints}: none of {len(damages)} checkpoints is whole; the newest: {damages[0]}; restore one"
+            )
+        return None
+
+    def _candidates(self, resume: str) -> list[Path]:
+        return list(reversed(list_checkpoints(self.checkpoints))) if resume == "auto" else [Path(resume)]
+
+    def _examine(self, path: Path, world: World) -> tuple[Checkpoint | None, str | None, str | None]:
+        """A checkpoint, or what is damaged in it, or why that cannot be told."""
+        try:
+            return self.load(path, world.rank, world.size), None, None
+        except DamagedError as error:
+            return None, str(error), None
+        except UserError as error:
+            return None, None, str(error)
+        except OSError as error:
+            return (
+                None,
+                None,
+                f"{error.filename or path}: cannot be read: {error.strerror}; mend that and start again, nothing was changed",
+            )
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint of `step`, whether or not there is one."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def load(self, path: Path, part: int = 0, parts: int = 1) -> Checkpoint:
+        """Open a checkpoint, and check this process's share of its bytes. Its best is forgotten where that is not here: of another run, or
+        pruned since for a better one. Raises as `open_checkpoint`, and UserError where its step and best are no run's."""
+        checkpoint = open_checkpoint(path)
+        checkpoint.verify(part, parts)
+        _check_state(checkpoint)
+        best = checkpoint.state["best"]
+        if best is not None and not (self._owns(path) and self.has(best["step"])):
+            checkpoint.state["best"] = None
+        return checkpoint
+
+    def abandon_after(self, step: int) -> list[str]:
+        """Set this run's checkpoints of later steps aside: it was resumed from before them and will write them anew. They go when the
+        first new one is whole (`prune`); if the run ends before that, the next one's `claim` puts them back. Returns their names."""
+        later = [path for path in list_checkpoints(self.checkpoints) if step_of(path) > step]
+        if later:
+            unfinished = self.checkpoints / f"{_ABANDONING}{step:08d}"
+            unfinished.mkdir()
+            for path in later:
+                os.rename(path, unfinished / path.name)
+            os.rename(unfinished, self.checkpoints / f"{_ABANDONED}{step:08d}")
+        return [path.name for path in later]
+
+    def _put_back(self) -> list[str]:
+        """Undo `abandon_after` of a run that saved nothing since; returns the names of the checkpoints."""
+        for folder in self.checkpoints.glob(_ABANDONED + _STEP):
+            step = folder.name.removeprefix(_ABANDONED)
+            if any(
+                step_of(path) > int(step) for path in list_checkpoints(self.checkpoints)
+            ):  # the run had saved, and died before it pruned
+                discard_folders(self.checkpoints, [folder.name])
+            else:
+                os.rename(folder, folder.with_name(f"{_ABANDONING}{step}"))
+        names = []
+        for folder in self.checkpoints.glob(_ABANDONING + _STEP):
+            for path in sorted(folder.iterdir()):
+                os.rename(path, self.checkpoints / path.name)
+                names.append(path.name)
+            folder.rmdir()
+        return names
+
+    def prune(self, keep_last: int, best: int | None) -> list[str]:
+        """Remove all checkpoints but the newest `keep_last` and that of step `best`, and those that were set aside. Call it when a new one
+        is whole.
+
+        Returns:
+            a line for everything that could not be removed: the next call tries again.
+        """
+        try:
+            faults = discard_folders(
+                self.checkpoints, [path.name for path in self.checkpoints.glob(_ABANDONED + _STEP)]
+            )
+            faults += prune_checkpoints(self.checkpoints, keep_last, best)
+            return list(dict.fromkeys(faults))
+        except OSError as error:
+            return [f"{self.checkpoints}: old checkpoints cannot be removed: {error.strerror}"]
+
+    def has(self, step: int) -> bool:
+        """Whether a complete checkpoint of `step` is here."""
+        return any(step_of(path) == step for path in list_checkpoints(self.checkpoints))
+
+    def _owns(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    """Raises UserError unless the state has a step, that of the folder's name, and a best: null, or its step and loss."""
+    state, path = checkpoint.state, checkpoint.path
+    step = state.get("step") if isinstance(state, dict) else None
+    if not _is_step(step):
+        raise UserError(f"{path / 'state.json'}: step must be a whole number from 0, got {step!r}; {REMEDY}")
+    named = re.fullmatch(r"step-(\d+)", path.name)
+    if named and int(named[1]) != step:
+        raise UserError(
+            f"{path / 'state.json'}: step must be {int(named[1])}, as the folder's name says, got {step}; {REMEDY}"
+        )
+    best = state.get("best", "nothing")
+    if best is not None and not (
+        isinstance(best, dict)
+        and best.keys() == {"step", "loss"}
+        and _is_step(best["step"])
+        and isinstance(best["loss"], float)
+        and math.isfinite(best["loss"])
+    ):
+        raise UserError(
+            f"{path / 'state.json'}: best must be null, or a step and a loss, got {best!r}; {REMEDY}"
+        )
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and value >= 0

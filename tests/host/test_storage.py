@@ -1,0 +1,150 @@
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lumi.config import UserError
+from lumi.host.storage import atomic_folder, check_file, file_record, sha256_file, sweep_temporaries
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with atomic_folder(tmp_path / "a" / "b") as temporary:
+        (temporary / "x").write_text("1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_failure_leaves_nothing_new_and_nothing_broken(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "x").write_text("1")
+
+    def fail(replace):
+        with atomic_folder(tmp_path / "old", replace=replace) as temporary:
+            (temporary / "x").write_text("2")
+            raise OSError("disk full")
+
+    for replace in (True, False):
+        with pytest.raises(OSError, match="disk full"):
+            fail(replace)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old" / "x").read_text() == "1"
+
+
+def test_replace(tmp_path):
+    for text in ("1", "2"):
+        with atomic_folder(tmp_path / "f", replace=True) as temporary:
+            (temporary / "x").write_text(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f" / "x").read_text() == "2"
+    with pytest.raises(OSError, match="not empty"), atomic_folder(tmp_path / "f") as temporary:
+        (temporary / "y").write_text("3")
+    assert (tmp_path / "f" / "x").read_text() == "2"
+
+
+def test_sweep(tmp_path):
+    (tmp_path / ".tmp-step-1-99").mkdir()
+    (tmp_path / ".tmp-step-1-99" / "x").write_text("1")
+    (tmp_path / "step-1").mkdir()
+    assert sweep_temporaries(tmp_path) == [".tmp-step-1-99"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_sweep_takes_what_is_ours_alone(tmp_path):
+    ours = [".tmp-rehearsal", ".tmp-step-1-99", ".tmp-step-1-discarded", ".tmp-step-1-99-displaced"]
+    foreign = [".tmp-x", ".tmp-", ".tmp-99", ".tmp-notes-of-mine", "step-1", ".tmp-link-7"]
+    for name in [*ours, *foreign[:-1]]:
+        (tmp_path / name / "inside").mkdir(parents=True)
+    (tmp_path / foreign[-1]).symlink_to(tmp_path / "step-1")
+    assert sweep_temporaries(tmp_path) == sorted(ours)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(foreign)
+
+
+def test_what_is_renamed_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    """And so are new parents in theirs."""
+    done, descriptors = [], {}
+    real = {name: getattr(os, name) for name in ("open", "fsync", "rename")}
+    real_rmtree = shutil.rmtree
+
+    def opened(path, *arguments, **keywords):
+        descriptor = real["open"](path, *arguments, **keywords)
+        descriptors[descriptor] = str(path)
+        return descriptor
+
+    def removed(path, *arguments, **keywords):
+        if Path(path).exists():
+            done.append(("remove", str(path)))
+        real_rmtree(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: done.append(("fsync", descriptors[descriptor])) or real["fsync"](descriptor),
+    )
+    monkeypatch.setattr(
+        os,
+        "rename",
+        lambda source, target: done.append(("rename", str(target))) or real["rename"](source, target),
+    )
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    folder = tmp_path / "a" / "b" / "f"
+    with atomic_folder(folder):
+        assert sorted(done) == [("fsync", str(tmp_path)), ("fsync", str(tmp_path / "a"))]
+    done.clear()
+    with atomic_folder(folder, replace=True):
+        pass
+    displaced = str(folder.parent / f".tmp-f-{os.getpid()}-displaced")
+    (temporary, *rest) = done
+    assert temporary == ("fsync", str(folder.parent / f".tmp-f-{os.getpid()}"))
+    assert rest == [
+        ("rename", displaced),
+        ("rename", str(folder)),
+        ("fsync", str(folder.parent)),
+        ("remove", displaced),
+    ]
+
+
+def test_sweep_puts_back_what_was_moved_aside_for_a_folder_that_never_came(tmp_path, monkeypatch):
+    """A kill between the two renames of `replace`."""
+    with atomic_folder(tmp_path / "f-1") as temporary:
+        (temporary / "x").write_text("old")
+    real = os.rename
+
+    def killed_at_the_second(source, target):
+        if Path(target).name == "f-1":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "f-1", replace=True) as temporary:
+        (temporary / "x").write_text("new")
+    monkeypatch.undo()
+    assert not (tmp_path / "f-1").exists()
+    sweep_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["f-1"]
+    assert (tmp_path / "f-1" / "x").read_text() == "old"
+
+
+def test_check_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"hello")
+    record = file_record(path)
+    assert record == {"size": 5, "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"}
+    assert sha256_file(path) == record["sha256"]
+    check_file(path, record, remedy="mend it")
+    path.write_bytes(b"hellp")
+    check_file(path, record, remedy="mend it", check_hash=False)
+    with pytest.raises(UserError, match=r"x: SHA-256 must be 2cf24.*, got .*: the file is corrupt; mend it"):
+        check_file(path, record, remedy="mend it")
+    path.write_bytes(b"hell")
+    with pytest.raises(
+        UserError, match=r"x: must be 5 bytes, got 4: the file is truncated or was changed; mend it"
+    ):
+        check_file(path, record, remedy="mend it", check_hash=False)
+    path.unlink()
+    with pytest.raises(UserError, match=r"x: is missing; mend it"):
+        check_file(path, record, remedy="mend it")

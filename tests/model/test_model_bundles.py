@@ -1,0 +1,135 @@
+"""The same weights under two bundles: one training step of a whole model, with adapters and without, judged by float64."""
+
+import pytest
+import torch
+from parity import assert_parity
+
+from lumi.kernels.bundle import REFERENCE, TRITON
+from lumi.model.lora import LoraConfig, adapters, add_lora, trained_tensors
+from lumi.model.transformer import ModelConfig, Transformer
+
+SHAPES = {
+    "grouped": {"num_kv_heads": 2},
+    "tied, qk-norm, head_dim 96": {
+        "num_kv_heads": 1,
+        "tied_embeddings": True,
+        "qk_norm": True,
+        "head_dim": 96,
+    },
+}
+
+
+def step(shape, ops, dtype, device, compute_dtype, lora=None, seed=0, how="plain"):
+    """Loss and gradients of one packed batch; weights and arithmetic in `dtype`, products in `compute_dtype`."""
+    config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, mlp_dim=96, **shape)
+    model = Transformer(
+        config, ops, compute_dtype=compute_dtype, gradient_checkpointing=how == "checkpointed"
+    ).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    if lora is not None:
+        add_lora(model, lora)
+        for _, module in adapters(
+            model
+        ):  # B begins at zero, and A would have no gradient; much larger, norms amplify rounding errors
+            module.lora_B.data = 0.05 * torch.randn(module.lora_B.shape, generator=generator)
+    model = model.to(device, dtype)
+    for layer in model.layers if how == "compiled" else ():
+        layer.compile(fullgraph=True, backend="aot_eager")
+    tokens, targets = (torch.randint(0, 97, (2, 40), generator=generator).to(device) for _ in range(2))
+    targets[0, 5:9] = -100
+    lengths = [17, 22, 1, 40]
+    positions = torch.cat([torch.arange(length) for length in lengths]).view(2, 40).to(device)
+    cu_seqlens = torch.tensor([0, 17, 39, 40, 80], dtype=torch.int32, device=device)
+    loss = model(tokens, targets, positions, cu_seqlens)
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        **{name: parameter.grad for name, parameter in trained_tensors(model).items()},
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_step_under_triton_is_one_under_the_reference(shape, device):
+    exact = step(SHAPES[shape], REFERENCE, torch.float64, device, torch.float64)
+    same_dtype = step(SHAPES[shape], REFERENCE, torch.float32, device, torch.float32)
+    actual = step(SHAPES[shape], TRITON, torch.float32, device, torch.float32)
+    assert exact.keys() == actual.keys()
+    for name in exact:
+        assert_parity(name, actual[name], same_dtype[name], exact[name])
+
+
+def test_one_step_with_adapters(device):
+    """On all seven linears of each layer; what is trained is the adapters alone. All A's and all B's of several models are judged
+    together: one rounding error reaches most of one model's gradients."""
+    lora, shape, seeds = LoraConfig(rank=3, alpha=5), SHAPES["grouped"], range(4)
+    exact = [step(shape, REFERENCE, torch.float64, device, torch.float64, lora, seed) for seed in seeds]
+    same_dtype = [step(shape, REFERENCE, torch.float32, device, torch.float32, lora, seed) for seed in seeds]
+    actual = [step(shape, TRITON, torch.float32, device, torch.float32, lora, seed) for seed in seeds]
+    assert exact[0].keys() == actual[0].keys()
+    assert len(exact[0]) == 1 + 2 * 7 * 2
+    for part in ("loss", "lora_A", "lora_B"):
+        joined = lambda steps, part=part: torch.cat(
+            [t.flatten() for each in steps for name, t in each.items() if name.endswith(part)]
+        )
+        assert_parity(part, joined(actual), joined(same_dtype), joined(exact))
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3, alpha=5)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
+    """Bit for bit, under the Triton bundle: every operator stands in a graph as one node with known shapes."""
+    plain, other = (
+        step(SHAPES["grouped"], TRITON, torch.float32, device, torch.float32, lora, how=h)
+        for h in ("plain", how)
+    )
+    assert plain.keys() == other.keys()
+    for name in plain:
+        assert torch.equal(plain[name], other[name]), name
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
+def test_one_graph_serves_all_lengths(lora, device):
+    """Under `compile` a layer must not be compiled again for each length: shapes of fake results follow the symbols of their inputs."""
+    config = ModelConfig(vocab_size=97, num_layers=1, model_dim=32, num_heads=2, mlp_dim=48)
+    model = Transformer(config, TRITON).init_weights(0)
+    if lora is not None:
+        add_lora(model, lora)
+    graphs = []
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward
+    model.to(device).layers[0].compile(fullgraph=True, dynamic=True, backend=count)
+    for length in (5, 7, 11):
+        model.hidden(torch.zeros(2, length, dtype=torch.int64, device=device))
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing_and_can_be_captured():
+    """Forward and backward of a packed batch whose offsets are on the device: no synchronisation, and a CUDA graph replays them."""
+    config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=96)
+    model = Transformer(config, TRITON, compute_dtype=torch.bfloat16).init_weights(0).to("cuda")
+    tokens, targets = (torch.randint(0, 97, (2, 40), device="cuda") for _ in range(2))
+    cu_seqlens = torch.tensor([0, 17, 40, 80], dtype=torch.int32, device="cuda")
+
+    def step():
+        model.zero_grad()
+        loss = model(tokens, targets, None, cu_seqlens)
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            expected = [t.clone() for t in step()]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        for t in captured:
+            t.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
