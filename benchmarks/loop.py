@@ -2,7 +2,7 @@
 
     python benchmarks/loop.py [--threads 1] [--num-steps 40] [--num-saves 10] [--batch-tokens 4096] [--quick]
 
-A run of `lumi.train.Trainer` whose parts are timed from outside. A step lasts from the end of the step before it to its own; the first
+A run of `Trainer` whose parts are timed from outside. A step lasts from the end of the step before it to its own; the first
 ones are left out. Then another run, with AdamW (three tensors for each weight), that saves every few steps, in turn as training does it and
 with the loop waiting for the end of it. On a GPU the device is waited for around every part, so that what is found outside is at most
 too much. The folder is a temporary one: TMPDIR says on which disk. `--quick` walks through all of it in seconds, without meaning.
@@ -30,11 +30,12 @@ from results import RESULTS, Results
 from lumi.config import from_dict
 from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
 from lumi.data.token_store import StoreWriter
+from lumi.host.devices import choose_device
 from lumi.host.interruption import StopSignal
-from lumi.parallel.parallel import choose_device, process_group
+from lumi.parallel.process_group import process_group
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
-from lumi.train import Trainer
 from lumi.training.run_config import Paths, TrainConfig
+from lumi.training.trainer import Trainer
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "tiny.json"
 QUICK = {

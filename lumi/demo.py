@@ -18,15 +18,15 @@ from lumi.data.tokenization import TokenStore, tokenize
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.formats.export import merge
 from lumi.formats.pretrained import Pretrained, load_pretrained
+from lumi.host.devices import choose_device
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import Transformer
-from lumi.parallel.parallel import choose_device
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
-from lumi.train import train
 from lumi.training.metrics import human, read_metrics
 from lumi.training.run_config import Paths, TrainConfig
+from lumi.training.trainer import train
 
 CONFIGS = Path(lumi.configs.__file__).parent / "demo"
 VALIDATION_FRACTION = 0.03

@@ -3,9 +3,17 @@
 import torch
 
 from lumi.kernels.bundle import REFERENCE
+from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig, Transformer
 
 SHAPE = {"num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48}
+
+LORA_KINDS = [
+    LoraConfig(rank=4, alpha=8),
+    LoraConfig(rank=4, alpha=8, rslora=True),
+    LoraConfig(rank=3, alpha=5, targets=("q_proj", "down_proj")),
+    LoraConfig(rank=4, alpha=8, dora=True),
+]
 
 
 def wanderer(tokenizer, max_positions=256, padding=0):

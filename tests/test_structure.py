@@ -11,11 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # Data flows from left to right, imports from right to left. `kernels` and `_csrc` stand before everything.
 ORDER = """
-    config command_line interruption progress storage workers messages corpus chat_templates tokenizer_files tokenizer
-    tokenizer_training foreign_template chat encoding stored_array token_store shards rows batches model lora tensor_pieces
-    muon optimizer rendezvous tensor_parallel parallel blame watchdog loss_spikes run_config devices plan scale scale_report
-    checkpoint saver run_status run_folder hf_format adapter_format pretrained run_model export generate completions
-    dialogue evaluation metrics run_log preview run_data resume preflight train demo serve cli
+    config command_line host chat corpus tokenizer data model parallel checkpoint formats inference evaluation training planning
+    train demo cli
 """.split()
 
 

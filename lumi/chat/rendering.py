@@ -7,13 +7,13 @@ model will generate it. Trained are an answer's tokens and the one that ends it.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lumi.chat import foreign_template
 from lumi.chat.messages import Message
 from lumi.chat.templates import TEMPLATES, Control, Template
 from lumi.config import UserError
-from lumi.tokenizer.tokenizer import Tokenizer, utf8
+from lumi.host.text import utf8
 
 __all__ = [
     "TEMPLATES",
@@ -25,6 +25,22 @@ __all__ = [
     "stop_ids",
     "template_of",
 ]
+
+
+class ChatTokenizer(Protocol):
+    """What rendering needs of a tokenizer; `lumi.tokenizer` has it."""
+
+    control_ids: dict[str, int]
+    bos_id: int
+    eos_id: int
+    pad_id: int | None
+    im_start_id: int | None
+    im_end_id: int | None
+    chat_template: str | None
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Ids of plain text, never a control id; `continues`: other tokens stand before it."""
+        ...
 
 
 class Rendered(NamedTuple):
@@ -39,7 +55,7 @@ class Rendered(NamedTuple):
 
 
 def render(
-    tokenizer: Tokenizer, template: Template, messages: Sequence[Message], max_tokens: int | None = None
+    tokenizer: ChatTokenizer, template: Template, messages: Sequence[Message], max_tokens: int | None = None
 ) -> Rendered | None:
     """A conversation as a training document.
 
@@ -65,7 +81,7 @@ def render(
     return Rendered(writer.ids[:size], writer.mask[:size], num_messages) if size else None
 
 
-def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
     """The conversation so far and the header of the assistant's turn, in the template of `tokenizer.chat_template`.
 
     With one of Lumi's templates these are exactly the ids that stand before the answer in the training document; a template of another
@@ -103,7 +119,7 @@ def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     return writer.ids
 
 
-def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def stop_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
     """The ids that end an answer: EOS, and what the chat template puts behind an answer.
 
     Raises:
@@ -126,14 +142,14 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(ids)
 
 
-def template_of(tokenizer: Tokenizer) -> Template | None:
+def template_of(tokenizer: ChatTokenizer) -> Template | None:
     """The one of `TEMPLATES` whose Jinja text is the tokenizer's chat template, or None."""
     return next(
         (template for template in TEMPLATES.values() if template.jinja == tokenizer.chat_template), None
     )
 
 
-def check_controls(tokenizer: Tokenizer, template: Template) -> dict[Control, int]:
+def check_controls(tokenizer: ChatTokenizer, template: Template) -> dict[Control, int]:
     """The ids of a template's control tokens. Raises UserError if the tokenizer lacks one: which, and what templates it can use."""
     known = {
         Control.BOS: tokenizer.bos_id,
@@ -154,7 +170,7 @@ def check_controls(tokenizer: Tokenizer, template: Template) -> dict[Control, in
 class _Writer:
     """Ids and mask as they grow. Text waits until a control token, an answer or `flush`, so that it is encoded in one piece."""
 
-    def __init__(self, tokenizer: Tokenizer, template: Template | None):
+    def __init__(self, tokenizer: ChatTokenizer, template: Template | None):
         self.tokenizer, self.template = tokenizer, template
         self.control_ids = check_controls(tokenizer, template) if template is not None else {}
         self.ids: list[int] = []
@@ -213,7 +229,7 @@ class _Writer:
 
 
 def _foreign_parts(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
+    tokenizer: ChatTokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
 ) -> tuple[foreign_template.Part, ...]:
     if not tokenizer.chat_template:
         raise UserError(

@@ -9,8 +9,6 @@
 Safetensors and JSON only: nothing on the load path can run code. `lumi.checkpoint.saver` writes them.
 """
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -26,26 +24,22 @@ from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
 from lumi.host.storage import DamagedError, check_file, discard_folders, file_record
+from lumi.host.tensor_files import SAFETENSORS_TYPES
 from lumi.parallel.tensor_pieces import Box, check_cover, fill
 
 FORMAT = 2
+
+
 _NAME = re.compile(r"step-(\d{8})")
+
+
 _TENSOR_FILE = re.compile(r"[a-z]+-\d{5}\.safetensors")
+
+
 _MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", "tensors.json"
-_CHUNK_BYTES = 2**28  # written, synced and reported at a time: minutes on the slowest of disks
+
+
 REMEDY = "resume from another one: --resume-from-checkpoint PATH, or auto for the newest that is whole"
-_SAFETENSORS_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class SavedTensor(NamedTuple):
@@ -265,7 +259,7 @@ def _saved_tensor(entry: dict[str, Any]) -> SavedTensor:
     boxes = tuple(Box(_lengths(piece["offset"]), _lengths(piece["shape"])) for piece in entry["pieces"])
     files = tuple(piece["file"] for piece in entry["pieces"])
     saved = SavedTensor(entry["dtype"], _lengths(entry["shape"]), files, boxes)
-    if saved.dtype not in map(_name_of, _SAFETENSORS_TYPES):
+    if saved.dtype not in map(_name_of, SAFETENSORS_TYPES):
         raise ValueError(f"dtype must be a type of torch's, got {saved.dtype!r}")
     for name in files:
         if not _TENSOR_FILE.fullmatch(name):  # a path could lead anywhere
@@ -341,65 +335,3 @@ def prune_checkpoints(folder: str | Path, keep_last: int, best: int | None) -> l
     return discard_folders(
         folder, [path.name for path in list_checkpoints(folder)[:-keep_last] if step_of(path) != best]
     )
-
-
-def save_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: dict[str, str] | None = None,
-    moved: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Write tensors as safetensors, fsynced, with what others expect in the metadata, and `metadata`.
-
-    Written here, and not by the library, to hash the bytes as they pass, and to leave Python to other threads meanwhile.
-
-    Args:
-        moved: called from time to time, as long as the writing goes on.
-
-    Returns:
-        the file's record, as `lumi.host.storage.file_record`.
-    """
-    names = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # wide types first, so that all are aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    prefix = len(text).to_bytes(8, "little") + text
-    digest, unsynced = hashlib.sha256(prefix), 0
-    with open(path, "wb") as file:
-        file.write(prefix)
-        for name in names:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            for start in range(0, len(data), _CHUNK_BYTES):
-                chunk = data[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
-                file.write(chunk)
-                unsynced += len(chunk)
-                if (
-                    unsynced >= _CHUNK_BYTES
-                ):  # else memory takes it all at once, and the last fsync takes hours without a word
-                    file.flush()
-                    os.fsync(file.fileno())
-                    unsynced = 0
-                moved()
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": len(prefix) + end, "sha256": digest.hexdigest()}
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU. Raises UserError if it is not one."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: must be a safetensors file: {error}") from error

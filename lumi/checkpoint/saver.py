@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumi.checkpoint.checkpoint import describe, save_tensors, seal_checkpoint, tensor_file
+from lumi.checkpoint.checkpoint import describe, seal_checkpoint, tensor_file
 from lumi.config import UserError
 from lumi.host.storage import atomic_folder
+from lumi.host.tensor_files import save_tensors
 from lumi.parallel.tensor_pieces import Piece, own_pieces
 
 Key = tuple[str, str]  # group ("model", "optimizer"), tensor name

@@ -14,8 +14,9 @@ import numpy as np
 
 from lumi.chat.messages import Conversation, to_json
 from lumi.chat.rendering import Rendered, Template, render
+from lumi.host.text import utf8
 from lumi.host.workers import Workers
-from lumi.tokenizer.tokenizer import Tokenizer, utf8
+from lumi.tokenizer.tokenizer import Tokenizer
 
 TASK_CHARACTERS = 1 << 20  # a task takes some 0.2 s: long beside its hand-over, short beside a run
 _RANKS = 2**64

@@ -20,7 +20,7 @@ from lumi.config import UserError
 from lumi.data.batches import IGNORE, BatchConfig, validation_batches
 from lumi.data.token_store import Split
 from lumi.model.transformer import Transformer
-from lumi.parallel.parallel import World, attempt
+from lumi.parallel.world import World, attempt
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lumi.config import UserError
 from lumi.host.storage import check_patterns, matching_files
-from lumi.tokenizer.tokenizer import utf8
+from lumi.host.text import utf8
 
 Record = dict[str, Any]
 

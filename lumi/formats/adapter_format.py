@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lumi.checkpoint.checkpoint import load_tensors, save_tensors
 from lumi.config import UserError, from_dict, read_json, write_json
 from lumi.formats.hf_format import DTYPES, hf_name, open_tensors
 from lumi.host.storage import atomic_folder, sha256_file
+from lumi.host.tensor_files import load_tensors, save_tensors
 from lumi.model.lora import ALL_LINEAR, LoraConfig, adapters, find_targets, token_matrices, trained_rows, wrap
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer

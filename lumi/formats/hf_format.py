@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lumi.checkpoint.checkpoint import save_tensors
 from lumi.config import UserError, from_dict, read_json, write_json
 from lumi.host.storage import atomic_folder, sha256_file
+from lumi.host.tensor_files import save_tensors
 from lumi.kernels.bundle import Ops
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.tokenizer.tokenizer import MODEL_FILE, Tokenizer

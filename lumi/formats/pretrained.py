@@ -8,10 +8,10 @@ import torch
 from lumi.config import UserError
 from lumi.formats.adapter_format import base_of, is_adapter, load_adapter
 from lumi.formats.hf_format import load_model, model_folder, read_shape
+from lumi.host.devices import choose_device
 from lumi.kernels.bundle import select
 from lumi.model.lora import settle_rows
 from lumi.model.transformer import Transformer
-from lumi.parallel.parallel import choose_device
 from lumi.tokenizer.files import TEMPLATE_FILE
 from lumi.tokenizer.tokenizer import MODEL_FILE, Tokenizer
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from lumi.config import UserError
+
 
 class Gpu(NamedTuple):
     """Figures of a data sheet; of a GPU that comes in several forms, the one on the fastest board (SXM)."""
@@ -37,3 +39,12 @@ def peak_flops(device: torch.device) -> float | None:
 def named_peak_flops(name: str) -> float | None:
     """The peak of a device by its name, such as "NVIDIA H100 80GB HBM3"."""
     return next((gpu.flops for key, gpu in GPUS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+def choose_device(name: str) -> str:
+    """ "cpu" or "cuda"; "auto" is CUDA where there is one. Raises UserError if CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            '--device must be "cpu" or "auto" on this machine, got "cuda": torch sees no CUDA device'
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from lumi.chat import rendering as chat
 from lumi.chat.messages import MalformedConversation, Message, find_disorder, parse_messages
 from lumi.config import UserError
+from lumi.host.text import utf8
 from lumi.inference.generation import SamplingConfig, check_prompts, filler_id, generate_ids, text_ids
 from lumi.model.transformer import Transformer
-from lumi.tokenizer.tokenizer import Tokenizer, utf8
+from lumi.tokenizer.tokenizer import Tokenizer
 
 OUTPUT_FIELDS = ("text", "num_tokens", "stopped")
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 from lumi.chat import rendering as chat
 from lumi.chat.messages import Message
 from lumi.config import UserError
+from lumi.host.text import utf8
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
 from lumi.model.transformer import Transformer
-from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer, utf8
+from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 
 class Answer(NamedTuple):

@@ -35,8 +35,8 @@ import torch
 from lumi.host.devices import GPUS
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.parallel.parallel import Layout
-from lumi.training.plan import compute_and_reduce_bytes, parameters_held
+from lumi.parallel.layout import Layout
+from lumi.training.memory import compute_and_reduce_bytes, parameters_held
 from lumi.training.run_config import TrainConfig
 
 FORWARD, BACKWARD, LAST_BACKWARD, NOTHING = "forward", "backward", "the last backward", "nothing"

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from lumi.config import UserError
 from lumi.host.devices import GPUS
-from lumi.parallel.parallel import Layout
+from lumi.parallel.layout import Layout, describe_layout
 from lumi.parallel.tensor_parallel import check_tensor_parallel
 from lumi.planning.scale import Cluster, checkpoint_bytes, collectives, group_size, step_time
-from lumi.training.plan import describe_layout, memory_of
+from lumi.training.memory import memory_of
 from lumi.training.run_config import TrainConfig
 
 USABLE_SHARE = 0.9  # of a GPU's memory: the rest is for CUDA, NCCL and the gaps that the allocator leaves

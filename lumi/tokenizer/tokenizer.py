@@ -13,13 +13,17 @@ import numpy as np
 import sentencepiece
 
 from lumi.config import UserError, write_json
+from lumi.host.text import utf8
 from lumi.tokenizer import files as tokenizer_files
 from lumi.tokenizer.files import Surroundings
 
 MODEL_FILE = "tokenizer.model"
+
+
 TRAIN_COMMAND = (
     "lumi tokenizer --config configs/tokenizer/32k.json --corpus-dirs CORPUS --output-dir TOKENIZER"
 )
+
 
 SPECIAL_PIECES = (
     "<unk>",
@@ -29,12 +33,23 @@ SPECIAL_PIECES = (
     "<|im_start|>",
     "<|im_end|>",
 )  # ids 0 to 5 of Lumi's recipe
+
+
 UNK_ID, BOS_ID, EOS_ID, PAD_ID, IM_START_ID, IM_END_ID = range(6)
+
+
 FIRST_BYTE_ID = len(SPECIAL_PIECES)
+
+
 FIRST_LEARNED_ID = FIRST_BYTE_ID + 256
 
+
 _SPACE = "▁".encode()  # U+2581, as which SentencePiece sees a space
+
+
 _PROBE = "  a\tb \r\n\n é e\u0301 ﬁ ½ ① ｶﾞ \u00a0\u3000\ufeff 12 "  # what the usual normalisations change
+
+
 # Appended to a model, it replaces one field: protocol buffers merge a message (3, the normaliser) that comes again, field by field
 # (3, add_dummy_prefix: false). The space before a text is then ours to put, and no longer put behind a prompt or a chat marker.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -307,13 +322,3 @@ def _load_processor(model: bytes, where: str) -> sentencepiece.SentencePieceProc
             f"{where}: must be a SentencePiece model, but cannot be parsed; make a tokenizer with `{TRAIN_COMMAND}`"
         )
     return processor
-
-
-def utf8(text: str) -> bytes:
-    """A text in UTF-8. Raises UserError naming the place of a lone surrogate."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"text must be valid Unicode, got the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-        ) from error

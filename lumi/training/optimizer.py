@@ -18,33 +18,7 @@ from lumi.kernels.adamw import adamw
 from lumi.kernels.global_norm import global_norm
 from lumi.kernels.native import native_device
 from lumi.training.muon import ShardedMuon
-
-
-@dataclass(frozen=True, kw_only=True)
-class CosineSchedule:
-    """Linear warm-up, then half a cosine down to `final_lr_ratio` (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup_steps: int = 100
-    final_lr_ratio: float = 0.1
-
-    def __post_init__(self):
-        _check_schedule(self.warmup_steps, self.final_lr_ratio)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarmupStableDecay:
-    """Linear warm-up, a plateau, then linear decay over the last `decay_fraction` of the steps (Hu et al. 2024, arXiv:2404.06395)."""
-
-    kind: Literal["wsd"] = "wsd"
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2
-    final_lr_ratio: float = 0.0
-
-    def __post_init__(self):
-        _check_schedule(self.warmup_steps, self.final_lr_ratio)
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
+from lumi.training.schedule import CosineSchedule, WarmupStableDecay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,40 +45,6 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-
-
-class LossScale:
-    """The factor that keeps float16 gradients above underflow (Micikevicius et al. 2018, arXiv:1710.03740): halved when a step
-    overflows, doubled after `patience` steps that did not. Always 1 for other dtypes, whose range is that of float32."""
-
-    def __init__(self, dtype: str, patience: int = 1000):
-        self.enabled, self.patience = dtype == "float16", patience
-        self.value, self.good_steps = (2.0**15 if self.enabled else 1.0), 0
-
-    def update(self, finite: bool) -> None:
-        """Learn from a step."""
-        if not self.enabled:
-            return
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value = max(self.value / 2, 1.0)
-        elif self.good_steps % self.patience == 0:
-            self.value *= 2
-
-
-def lr_at(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of step `step`, counted from 1 to `num_steps`."""
-    schedule = config.schedule
-    warmup = min(schedule.warmup_steps, num_steps)
-    if step <= warmup:
-        return config.peak_lr * step / warmup
-    if isinstance(schedule, CosineSchedule):
-        progress = (step - warmup) / max(1, num_steps - warmup)
-        shape = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        decay_steps = max(1, min(round(num_steps * schedule.decay_fraction), num_steps - warmup))
-        shape = min(1.0, (num_steps - step) / decay_steps)
-    return config.peak_lr * (schedule.final_lr_ratio + (1 - schedule.final_lr_ratio) * shape)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -298,10 +238,3 @@ def _whole_norm(gradients: list[Tensor]) -> Tensor:
     squares = torch.stack([global_norm(parts) ** 2 / copies for copies, parts in shared.items()]).sum()
     dist.all_reduce(squares)
     return squares.sqrt()
-
-
-def _check_schedule(warmup_steps: int, final_lr_ratio: float) -> None:
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
-    if not 0 <= final_lr_ratio <= 1:
-        raise ValueError(f"final_lr_ratio must be in [0, 1], got {final_lr_ratio}")

@@ -17,8 +17,8 @@ import torch
 
 from lumi.config import UserError
 from lumi.host.storage import REHEARSAL
-from lumi.parallel.parallel import World
-from lumi.training.plan import memory_of
+from lumi.parallel.world import World
+from lumi.training.memory import memory_of
 from lumi.training.run_config import TrainConfig
 
 USABLE = (

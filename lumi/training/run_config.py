@@ -8,7 +8,7 @@ from typing import Literal
 from lumi.data.batches import BatchConfig
 from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig
-from lumi.parallel.parallel import ParallelConfig
+from lumi.parallel.layout import ParallelConfig
 from lumi.training.optimizer import OptimizerConfig
 
 

@@ -7,7 +7,7 @@ from lumi.config import UserError
 from lumi.data.batches import Batches
 from lumi.data.rows import ConversationRows, make_rows, validation_rows
 from lumi.data.tokenization import TokenStore, open_or_tokenize
-from lumi.parallel.parallel import World
+from lumi.parallel.world import World
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.training.preview import describe_conversations
 from lumi.training.run_config import Paths, TrainConfig

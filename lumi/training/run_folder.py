@@ -17,7 +17,7 @@ from lumi.checkpoint.checkpoint import (
 )
 from lumi.config import UserError
 from lumi.host.storage import DamagedError, discard_folders, lock_file, make_folder, sweep_temporaries
-from lumi.parallel.parallel import World, attempt
+from lumi.parallel.world import World, attempt
 
 LOCK_WAIT_SECONDS = 30  # the processes of a run that was killed may need a moment to go
 _OUR_TEMPORARY = re.compile(

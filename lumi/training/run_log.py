@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lumi.host.progress import progress_bar
-from lumi.parallel.parallel import attempt
+from lumi.parallel.world import attempt
 from lumi.training.metrics import Meter, MetricsLog, draw_loss, human
 from lumi.training.run_folder import RunFolder
 

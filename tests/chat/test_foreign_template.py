@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tokenizer_import import train_model, write_config, write_json_twin
+from llama_2_tokenizers import train_model, write_config, write_json_twin
 from transformers import AutoTokenizer
 
 from lumi.chat.foreign_template import Content, ControlPiece

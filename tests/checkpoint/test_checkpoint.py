@@ -8,17 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from lumi.checkpoint.checkpoint import (
-    list_checkpoints,
-    load_tensors,
-    open_checkpoint,
-    prune_checkpoints,
-    save_tensors,
-    seal_checkpoint,
-)
+from lumi.checkpoint.checkpoint import list_checkpoints, open_checkpoint, prune_checkpoints, seal_checkpoint
 from lumi.checkpoint.saver import Saver
 from lumi.config import UserError
 from lumi.host.storage import DamagedError, file_record
+from lumi.host.tensor_files import load_tensors, save_tensors
 
 
 def save(folder, step=1, value=1):

@@ -16,7 +16,7 @@ from lumi.config import UserError
 
 
 def run(case, folder, timeout_seconds=240):
-    script = Path(__file__).parent / "saver_processes.py"
+    script = Path(__file__).parents[1] / "processes" / "saver_processes.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), case, str(folder)],

@@ -9,7 +9,7 @@ from lumi.data.batches import BatchConfig
 from lumi.evaluation import held_out_loss
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.parallel.parallel import Layout
+from lumi.parallel.layout import Layout
 
 WORLD = SimpleNamespace(
     data_rank=0, layout=Layout(1, 1, 1), device=torch.device("cpu"), sum=lambda *values: list(values)

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from test_lora import KINDS
+from crafted_models import LORA_KINDS
 
 from lumi.config import UserError
 from lumi.formats.adapter_format import is_adapter, load_adapter, save_adapter, weights_fingerprint
@@ -63,7 +63,7 @@ def adapted(base_dir, config):
     return model
 
 
-@pytest.mark.parametrize("config", KINDS, ids=["plain", "rslora", "some", "dora"])
+@pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
 def test_peft_computes_the_same_from_our_adapter(config, base_dir, tokenizer, tmp_path, recwarn):
     model = adapted(base_dir, config)
     save_adapter(tmp_path / "adapter", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from crafted_models import LORA_KINDS
 from parity import assert_parity
 
 from lumi.config import UserError, from_dict
@@ -53,15 +54,7 @@ def logits(model):
     return torch.nn.functional.linear(hidden, model.output_weight.to(hidden.dtype)).detach()
 
 
-KINDS = [
-    LoraConfig(rank=4, alpha=8),
-    LoraConfig(rank=4, alpha=8, rslora=True),
-    LoraConfig(rank=3, alpha=5, targets=("q_proj", "down_proj")),
-    LoraConfig(rank=4, alpha=8, dora=True),
-]
-
-
-@pytest.mark.parametrize("config", KINDS, ids=["plain", "rslora", "some", "dora"])
+@pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
 def test_it_begins_as_the_model_that_it_was_put_on(config):
     base, model = build(), build()
     add_lora(model, config)
@@ -167,7 +160,7 @@ def test_refuses(data, message):
         from_dict(LoraConfig, data)
 
 
-@pytest.mark.parametrize("config", KINDS, ids=["plain", "rslora", "some", "dora"])
+@pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
 def test_merged_is_base_and_adapter(config):
     exact = logits(adapted(config, torch.float64))
     apart = adapted(config)
@@ -179,7 +172,7 @@ def test_merged_is_base_and_adapter(config):
     assert_parity("logits", logits(apart), same_dtype, exact, slack=3.0)
 
 
-@pytest.mark.parametrize("config", [KINDS[0], KINDS[3]], ids=["plain", "dora"])
+@pytest.mark.parametrize("config", [LORA_KINDS[0], LORA_KINDS[3]], ids=["plain", "dora"])
 def test_packed_loss_and_gradients_are_the_sum_over_conversations(config):
     lengths, untrained = [3, 1, 5], [0, 3, 4]
     tokens = torch.randint(0, 61, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -290,7 +283,7 @@ def test_one_layer_alone_is_adapted():
     assert all(owner.project is apply_each for owner in owners)
 
 
-@pytest.mark.parametrize("config", KINDS, ids=["plain", "rslora", "some", "dora"])
+@pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
 def test_the_fast_operator_trains_the_same_adapters(config):
     """The gradients of all adapters of several models together, judged by float64: one rounding error reaches most of one model's."""
     fast = dataclasses.replace(REFERENCE, lora_linear=lora_linear)

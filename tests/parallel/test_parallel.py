@@ -15,14 +15,15 @@ import pytest
 import torch
 from runs import ENVIRONMENT, merged
 
-from lumi.checkpoint.checkpoint import load_tensors, open_checkpoint
+from lumi.checkpoint.checkpoint import open_checkpoint
 from lumi.config import UserError
 from lumi.data.batches import BatchConfig, Batches, validation_batches
 from lumi.data.tokenization import TokenStore
 from lumi.formats.hf_format import load_model, save_model
+from lumi.host.tensor_files import load_tensors
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.parallel.parallel import Layout, ParallelConfig
+from lumi.parallel.layout import Layout, ParallelConfig
 from lumi.training.metrics import read_metrics
 
 LOSS, NORM, GRADIENT = 1e-6, 5e-7, 2e-6  # relative; of a gradient to its largest value
@@ -139,7 +140,7 @@ def _launch(folder, size, *jobs):
     file = folder / f"jobs of {size}.json"
     file.write_text(json.dumps(jobs))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
-    script = Path(__file__).with_name("parallel_processes.py")
+    script = Path(__file__).parents[1] / "processes" / "parallel_processes.py"
     command = [sys.executable, *launcher, str(script), str(file)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]

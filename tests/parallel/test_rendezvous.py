@@ -13,7 +13,7 @@ def test_no_start_meets_the_words_of_an_earlier_one(tmp_path):
             sys.executable,
             "-W",
             "ignore",
-            str(Path(__file__).with_name("group_processes.py")),
+            str(Path(__file__).parents[1] / "processes" / "group_processes.py"),
             "starts",
             str(tmp_path),
         ]

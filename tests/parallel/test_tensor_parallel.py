@@ -18,7 +18,7 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path):
             sys.executable,
             "-W",
             "ignore",
-            str(Path(__file__).with_name("group_processes.py")),
+            str(Path(__file__).parents[1] / "processes" / "group_processes.py"),
             "layers",
             str(tmp_path),
         ]

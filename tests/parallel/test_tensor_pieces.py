@@ -17,7 +17,7 @@ from lumi.parallel.tensor_pieces import Box, check_cover, fill, own_pieces, piec
 
 def test_eight_processes_hold_boxes_and_write_each_once(tmp_path):
     """Under every layout each process holds what the truth has in its box, and what the eight write covers every tensor."""
-    script = Path(__file__).parent / "saver_processes.py"
+    script = Path(__file__).parents[1] / "processes" / "saver_processes.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(script), "pieces", str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lumi.checkpoint.checkpoint import load_tensors
 from lumi.checkpoint.saver import Saver
+from lumi.host.tensor_files import load_tensors
 from lumi.parallel.watchdog import EXIT_HUNG, Watchdog, line_of_code
 
 # Argument 1: what goes wrong; argument 2: the limit in seconds; argument 3: a folder for what the processes leave. Without torchrun it
@@ -82,7 +82,7 @@ def hang(path):
     time.sleep(1000)
 
 def save_slowly():
-    real, lumi.checkpoint.checkpoint._CHUNK_BYTES = os.fsync, 1
+    real, lumi.host.tensor_files._CHUNK_BYTES = os.fsync, 1
     def fsync(file):
         if rank == 0 and sys._getframe(1).f_code.co_name == "save_tensors":
             time.sleep(limit / 3)
@@ -334,7 +334,7 @@ def test_a_store_that_stops_before_the_end_and_goes_on_while_the_interpreter_end
 
 
 def test_progress_of_a_save(tmp_path, monkeypatch):
-    monkeypatch.setattr("lumi.checkpoint.checkpoint._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("lumi.host.tensor_files._CHUNK_BYTES", 1000)
     seen = []
     with Saver(tmp_path) as saver:
         before = saver.progress

@@ -8,14 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import measured_scale
 import pytest
+import scale_processes
 
 import lumi.configs
 from lumi.config import UserError, load_config
 from lumi.data.batches import BatchConfig
 from lumi.model.transformer import ModelConfig
-from lumi.parallel.parallel import Layout, ParallelConfig
+from lumi.parallel.layout import Layout, ParallelConfig
 from lumi.planning.scale import (
     Cluster,
     checkpoint_bytes,
@@ -25,7 +25,7 @@ from lumi.planning.scale import (
     step_time,
 )
 from lumi.planning.scale_report import describe_scale, what_fits
-from lumi.training.plan import memory_estimate, memory_of, parameters_held
+from lumi.training.memory import memory_estimate, memory_of, parameters_held
 from lumi.training.run_config import TrainConfig
 
 FOLDER = Path(lumi.configs.__file__).parent / "pretrain"
@@ -34,9 +34,9 @@ EIGHT = Cluster(nodes=1, gpus_per_node=8)
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What two processes held and sent in every case of `measured_scale`."""
+    """What two processes held and sent in every case of `scale_processes`."""
     folder = tmp_path_factory.mktemp("measured")
-    program = [sys.executable, measured_scale.__file__]
+    program = [sys.executable, scale_processes.__file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     processes = [
         subprocess.Popen(
@@ -58,9 +58,9 @@ def measured(tmp_path_factory):
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize("name", measured_scale.CASES)
+@pytest.mark.parametrize("name", scale_processes.CASES)
 def test_processes_hold_what_is_estimated(name, measured):
-    config, held = measured_scale.CASES[name], measured[name]["held"]
+    config, held = scale_processes.CASES[name], measured[name]["held"]
     layout = config.parallel.layout(2)
     estimate = memory_of(config, layout, "cpu", "reference")
     norms = 0
@@ -83,9 +83,9 @@ def test_processes_hold_what_is_estimated(name, measured):
     assert ("buckets" in estimate) == ("gathered" not in estimate) == (name == "ddp")
 
 
-@pytest.mark.parametrize("name", measured_scale.CASES)
+@pytest.mark.parametrize("name", scale_processes.CASES)
 def test_processes_say_what_is_estimated(name, measured):
-    config = measured_scale.CASES[name]
+    config = scale_processes.CASES[name]
     estimated = {}
     for call in collectives(config, config.parallel.layout(2)):
         calls, num_bytes = estimated.get(call.kind, (0, 0))
@@ -98,7 +98,7 @@ def test_backward_finds_what_is_estimated(side, measured):
     layout = Layout(1, 1, 1)._replace(**{side: 2})
     batches = BatchConfig(sequence_length=10, batch_tokens=40, micro_batch_size=2)
     estimate = memory_estimate(
-        measured_scale.FOR_TRITON, batches, "adamw", 4, False, "cpu", "triton", layout=layout
+        scale_processes.FOR_TRITON, batches, "adamw", 4, False, "cpu", "triton", layout=layout
     )
     assert estimate["activations"] == 3 * measured["a layer's activations"][side]
 
@@ -154,7 +154,7 @@ SMALL = ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, mlp_
 
 
 def small(layout, *, rows=8, **settings):
-    config = measured_scale.case(SMALL, layout, rows=rows)
+    config = scale_processes.case(SMALL, layout, rows=rows)
     return replace(config, **settings)
 
 

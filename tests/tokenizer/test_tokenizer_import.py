@@ -9,34 +9,13 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_2_tokenizers import CONFIG, train_model, write_config, write_json_twin
 from synthetic import document
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from lumi.config import UserError
-from lumi.tokenizer.files import transformers_tokenizer
 from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
-LLAMA_2 = {
-    "vocab_size": 420,
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "add_dummy_prefix": True,
-    "split_digits": True,
-    "allow_whitespace_only_pieces": True,
-    "minloglevel": 2,
-}
-CONFIG = {
-    "tokenizer_class": "LlamaTokenizer",
-    "bos_token": "<s>",
-    "eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False},
-    "unk_token": "<unk>",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "legacy": False,
-    "clean_up_tokenization_spaces": False,
-}
 MARKERS = {"<|im_start|>": 420, "<|im_end|>": 421}
 TEMPLATE = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
 
@@ -52,33 +31,6 @@ def texts():
     spaces = [" " * n + "river" + "\n" * n + "  " for n in range(20)]
     awkward = ["", " ", "\n", "\t x", "a\0b", "x  </s><s> [INST]", "<0x0A>", "e\u0301 ｶﾞ ﬁ \u00a0\u3000"]
     return [text for text in [*random, *cuts, *spaces, *awkward] if "▁" not in text]
-
-
-def train_model(folder, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    sentences = iter([document(i) for i in range(60)] + ["é 漢字 🎉"])
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_prefix=str(folder / "tokenizer"), **(LLAMA_2 | changes)
-    )
-    (folder / "tokenizer.vocab").unlink()
-    return folder
-
-
-def write_config(folder, **changes):
-    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG | changes))
-
-
-def write_json_twin(folder):
-    """`tokenizer.json` as it is published with Llama 2: the prefix by a normaliser, taken off again by the decoder."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    twin = transformers_tokenizer(
-        [model.id_to_piece(i) for i in range(len(model))], ("<unk>", "<s>", "</s>"), 259
-    )
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    twin["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
-    twin["pre_tokenizer"] = None
-    twin["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    (folder / "tokenizer.json").write_text(json.dumps(twin))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from runs import ENVIRONMENT, final_weights, launch, losses, merged, wait_for_st
 from lumi.config import write_json
 from lumi.training.run_status import read_status, write_status
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SLURM_SCRIPT = ROOT / "configs" / "launch" / "slurm.sh"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the workers of torchrun in /proc")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

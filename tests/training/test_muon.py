@@ -17,7 +17,7 @@ def test_it_is_torchs_muon_bit_for_bit(tmp_path):
             sys.executable,
             "-W",
             "ignore",
-            str(Path(__file__).with_name("group_processes.py")),
+            str(Path(__file__).parents[1] / "processes" / "group_processes.py"),
             "muon",
             str(tmp_path),
         ]

@@ -7,8 +7,9 @@ from lumi.kernels.bundle import TRITON
 from lumi.kernels.linear_cross_entropy import workspace_bytes
 from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.parallel.parallel import Layout, ParallelConfig
-from lumi.training.plan import Frozen, describe_plan, memory_estimate
+from lumi.parallel.layout import Layout, ParallelConfig
+from lumi.training.memory import Frozen, memory_estimate
+from lumi.training.plan import describe_plan
 from lumi.training.run_config import TrainConfig
 
 

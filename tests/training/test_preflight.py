@@ -7,11 +7,12 @@ import torch
 from runs import final_weights, losses
 
 import lumi.train
+import lumi.training.trainer
 from lumi.config import UserError
 from lumi.data.batches import BatchConfig
 from lumi.model.transformer import ModelConfig
-from lumi.parallel.parallel import Layout
-from lumi.training.plan import memory_of
+from lumi.parallel.layout import Layout
+from lumi.training.memory import memory_of
 from lumi.training.preflight import USABLE, Rehearsal, choose_micro_batch, free_memory, with_micro_batch
 from lumi.training.run_config import TrainConfig
 
@@ -110,9 +111,11 @@ def test_it_rehearses_and_changes_nothing(start, capsys, monkeypatch):
     """An evaluation and a save happen before the first step; the run is the one that did not rehearse, and no trace is left."""
     plain = start("plain")
     capsys.readouterr()
-    evaluated, real = [], lumi.train.held_out_loss
+    evaluated, real = [], lumi.training.trainer.held_out_loss
     monkeypatch.setattr(
-        lumi.train, "held_out_loss", lambda *arguments: evaluated.append(arguments[5]) or real(*arguments)
+        lumi.training.trainer,
+        "held_out_loss",
+        lambda *arguments: evaluated.append(arguments[5]) or real(*arguments),
     )
     rehearsed = start("rehearsed", preflight=True)
     printed = capsys.readouterr().out
@@ -145,7 +148,7 @@ def test_a_save_that_cannot_be_is_found_before_the_first_step(start, tmp_path, m
 
 
 def test_auto_reaches_the_run(start, monkeypatch, capsys):
-    monkeypatch.setattr(lumi.train, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(lumi.training.trainer, "free_memory", lambda device: 2**40)
     whole = losses(start("whole", batches={"micro_batch_size": 8}))
     assert losses(start("auto", batches={"micro_batch_size": "auto"})) == whole
     assert "1 process x 1 micro-steps x 8 rows x 32" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from lumi.checkpoint.checkpoint import list_checkpoints
 from lumi.checkpoint.saver import Saver
 from lumi.config import UserError
 from lumi.host.storage import file_record
-from lumi.parallel.parallel import process_group
+from lumi.parallel.process_group import process_group
 from lumi.training.run_folder import RunFolder
 
 

@@ -15,9 +15,10 @@ from synthetic import sentence
 
 import lumi.data.rows
 import lumi.train
+import lumi.training.trainer
 from lumi.chat.messages import Message
 from lumi.chat.rendering import TEMPLATES, prompt_ids, stop_ids
-from lumi.checkpoint.checkpoint import load_tensors, open_checkpoint, save_tensors
+from lumi.checkpoint.checkpoint import open_checkpoint
 from lumi.config import UserError, from_dict, read_json
 from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
 from lumi.corpus.conversations import MessagesFormat
@@ -26,12 +27,13 @@ from lumi.data.rows import ConversationRows
 from lumi.data.tokenization import StoreWriter, TokenStore, tokenize
 from lumi.formats.hf_format import load_model, save_model
 from lumi.formats.pretrained import load_pretrained
+from lumi.host.tensor_files import load_tensors, save_tensors
 from lumi.inference.generation import SamplingConfig, generate_ids
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.train import train
 from lumi.training.metrics import read_metrics
 from lumi.training.run_config import Paths, TrainConfig
+from lumi.training.trainer import train
 
 NOUNS = ["river", "stone", "garden", "letter"]
 PLACES = ["at noon", "in silence", "near the harbour", "under the old roof"]
@@ -154,13 +156,13 @@ def test_with_the_mask_inverted_it_does_not(start, monkeypatch):
 def test_a_frozen_base_is_bit_identical_after_training(start, base_dir, monkeypatch):
     before = {path.name: path.read_bytes() for path in base_dir.iterdir()}
     kept = {}
-    build = lumi.train.build
+    build = lumi.training.trainer.build
 
     def spy(*arguments):
         kept["model"] = build(*arguments)
         return kept["model"]
 
-    monkeypatch.setattr(lumi.train, "build", spy)
+    monkeypatch.setattr(lumi.training.trainer, "build", spy)
     folder = start(lora=LORA | {"base_dtype": "bfloat16"}, num_steps=8)
     trained = {
         name.replace(".parametrizations.weight.original", ".weight"): p
@@ -265,9 +267,9 @@ def validations(monkeypatch):
     """Make the validation losses of a run what a test says."""
 
     def validations(losses):
-        values, real = iter(losses), lumi.train.held_out_loss
+        values, real = iter(losses), lumi.training.trainer.held_out_loss
         monkeypatch.setattr(
-            lumi.train,
+            lumi.training.trainer,
             "held_out_loss",
             lambda *rest: dataclasses.replace(real(*rest), loss=float(next(values))),
         )
@@ -368,7 +370,7 @@ def test_the_resolved_config_holds_the_model(start):
 def test_an_adapter_vouches_for_the_base_that_was_loaded(start, base_dir, tmp_path, monkeypatch):
     base = tmp_path / "base"
     shutil.copytree(base_dir, base)
-    build = lumi.train.build
+    build = lumi.training.trainer.build
 
     def change_afterwards(*arguments):
         model = build(*arguments)
@@ -376,7 +378,7 @@ def test_an_adapter_vouches_for_the_base_that_was_loaded(start, base_dir, tmp_pa
         save_tensors(base / "model.safetensors", {name: tensor * 1.5 for name, tensor in tensors.items()})
         return model
 
-    monkeypatch.setattr(lumi.train, "build", change_afterwards)
+    monkeypatch.setattr(lumi.training.trainer, "build", change_afterwards)
     folder = start(model_path=base, lora=LORA, num_steps=1)
     with pytest.raises(UserError, match="the base must be the one that it was trained with"):
         load_pretrained(folder, device="cpu")

@@ -17,13 +17,14 @@ from runs import ENVIRONMENT, final_weights, launch, losses, wait_for_step
 
 import lumi.model.transformer
 import lumi.train
+import lumi.training.trainer
 from lumi.checkpoint.checkpoint import list_checkpoints, open_checkpoint
 from lumi.config import UserError, from_dict
 from lumi.host.interruption import StopSignal
-from lumi.train import Trainer
+from lumi.training.loss_scale import LossScale
 from lumi.training.metrics import read_metrics
-from lumi.training.optimizer import LossScale
 from lumi.training.run_config import TrainConfig
+from lumi.training.trainer import Trainer
 
 SCRIPT = Path(lumi.train.__file__)
 
@@ -140,12 +141,12 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
 
 def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
     results = iter([3.0, 1.0, 2.0, 2.5, 2.2])
-    real = lumi.train.held_out_loss
+    real = lumi.training.trainer.held_out_loss
 
     def scripted(*arguments):
         return type(real(*arguments))(loss=next(results), bits_per_byte=1.0, tokens=1, bytes=1)
 
-    monkeypatch.setattr(lumi.train, "held_out_loss", scripted)
+    monkeypatch.setattr(lumi.training.trainer, "held_out_loss", scripted)
     folder = start(num_steps=10, validate_every=2, save_every=2, keep_last=2)
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [
         "step-00000004",
@@ -157,7 +158,7 @@ def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
 
 def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch):
     """The validation of step 4, at which a checkpoint is saved, is done over when the run goes on; it is the lowest."""
-    real, signals = lumi.train.held_out_loss, iter([False] * 3 + [True])
+    real, signals = lumi.training.trainer.held_out_loss, iter([False] * 3 + [True])
     scripted = iter([1.0, 2.0, 3.0] * 2)
 
     def held_out_loss(*arguments):
@@ -166,7 +167,7 @@ def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch
         result = real(*arguments)
         return result and dataclasses.replace(result, loss=next(scripted))
 
-    monkeypatch.setattr(lumi.train, "held_out_loss", held_out_loss)
+    monkeypatch.setattr(lumi.training.trainer, "held_out_loss", held_out_loss)
     whole = start("whole", final="best")
     start("cut", final="best", expect=128 + signal.SIGTERM)
     cut = start("cut", final="best", resume="auto")
@@ -361,7 +362,7 @@ def test_another_runs_checkpoint_starts_a_new_run(start):
 
 def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
     """Replacing a whole checkpoint by the same one would open a moment in which a kill finds none."""
-    real, saves = lumi.train.Saver.begin, []
+    real, saves = lumi.training.trainer.Saver.begin, []
 
     def begin(self, step, *arguments):
         saves.append(step)
@@ -369,15 +370,17 @@ def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return real(self, step, *arguments)
 
-    monkeypatch.setattr(lumi.train.Saver, "begin", begin)
+    monkeypatch.setattr(lumi.training.trainer.Saver, "begin", begin)
     start(expect=128 + signal.SIGTERM)
     assert saves == [4]
 
 
 def test_a_validation_loss_that_is_not_finite_ends_nothing(start, monkeypatch):
-    real = lumi.train.held_out_loss
+    real = lumi.training.trainer.held_out_loss
     monkeypatch.setattr(
-        lumi.train, "held_out_loss", lambda *arguments: dataclasses.replace(real(*arguments), loss=math.nan)
+        lumi.training.trainer,
+        "held_out_loss",
+        lambda *arguments: dataclasses.replace(real(*arguments), loss=math.nan),
     )
     folder = start()
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "validation"]
@@ -401,7 +404,7 @@ def test_what_a_step_draws_depends_on_seed_and_step_alone(start, monkeypatch):
 
 
 def test_float16_resumes_with_its_loss_scale(start, monkeypatch):
-    monkeypatch.setattr(lumi.train, "LossScale", lambda dtype: LossScale(dtype, patience=3))
+    monkeypatch.setattr(lumi.training.trainer, "LossScale", lambda dtype: LossScale(dtype, patience=3))
     folder = start(dtype="float16", keep_last=9)
     last = folder / "checkpoints" / "step-00000012"
     straight = open_checkpoint(last).state["loss_scale"]

@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumi.train
+import lumi.training.trainer
 from lumi.command_line import run
-from lumi.train import Trainer
 from lumi.training.optimizer import Optimizer
+from lumi.training.trainer import Trainer
 
 DEADLINE_SECONDS = 100
 RANK = int(os.environ.get("RANK", 0))
@@ -93,7 +94,7 @@ class ObservedOptimizer(Optimizer):
 
 def train(folder, arguments):
     """One training in this process; returns its exit code."""
-    lumi.train.Trainer, lumi.train.Optimizer = ObservedTrainer, ObservedOptimizer
+    lumi.training.trainer.Trainer, lumi.training.trainer.Optimizer = ObservedTrainer, ObservedOptimizer
     code = run(lumi.train.main, [*arguments, "--output-dir", str(folder)])
     if code == 0:
         if RANK == 0:

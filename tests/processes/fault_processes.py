@@ -203,16 +203,18 @@ def leave_out_updates(steps):
 
 def short_spike_window(window):
     import lumi.train
+    import lumi.training.trainer
 
-    real = lumi.train.LossSpikes
-    lumi.train.LossSpikes = lambda max_sigmas: real(max_sigmas, window)
+    real = lumi.training.trainer.LossSpikes
+    lumi.training.trainer.LossSpikes = lambda max_sigmas: real(max_sigmas, window)
 
 
 def leave_fingerprint(path):
     """At the run's end, the SHA-256 of all weights that this process holds."""
     import lumi.train
+    import lumi.training.trainer
 
-    real = lumi.train.Trainer.run
+    real = lumi.training.trainer.Trainer.run
 
     def run(self):
         finished = real(self)
@@ -222,7 +224,7 @@ def leave_fingerprint(path):
         Path(path).write_text(digest.hexdigest())
         return finished
 
-    lumi.train.Trainer.run = run
+    lumi.training.trainer.Trainer.run = run
 
 
 def kill():
@@ -257,6 +259,7 @@ ACTIONS = {
 
 def run_child(job):
     import lumi.train
+    import lumi.training.trainer
     from lumi.command_line import run
 
     signal.alarm(DEADLINE_SECONDS)  # nobody is left over

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lumi.data.batches import BatchConfig
 from lumi.kernels.bundle import REFERENCE, TRITON
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.parallel.parallel import Layout, ParallelConfig, gradient_sync, parallelize
+from lumi.parallel.layout import Layout, ParallelConfig
+from lumi.parallel.sharding import gradient_sync, parallelize
 from lumi.training.optimizer import Optimizer, OptimizerConfig
 from lumi.training.run_config import TrainConfig
 
