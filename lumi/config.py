@@ -20,7 +20,46 @@ Config = TypeVar("Config")
 
 
 class UserError(ValueError):
-    """Something the user can mend. The command line shows it as one line, without a traceback, and exits with 2."""
+    """Something the user can mend. The command line shows it as one line, without a traceback, and exits with 2.
+
+    The line reads "SUBJECT EXPECTATION, got GOT; REMEDY". Its parts are attributes: whoever catches the error adds
+    a place (`within`) or another remedy (`replace`), and never cuts the text.
+
+    Args:
+        subject: what is wrong: an option, a config key, a file. Without an expectation it is the whole sentence.
+        expectation: "must be ...".
+        got: what came, as it is to be shown.
+        remedy: what to do.
+    """
+
+    def __init__(self, subject: str, expectation: str = "", *, got: object = "", remedy: str = ""):
+        self.subject, self.expectation, self.got, self.remedy = subject, expectation, str(got), remedy
+        statement = " ".join(filter(None, (subject, expectation)))
+        came = f", got {got}" if self.got else ""
+        super().__init__(f"{statement}{came}{f'; {remedy}' if remedy else ''}")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it travels between processes
+        return _rebuild_error, (type(self), self._parts())
+
+    def replace(self, **parts: str) -> "UserError":
+        """The same error with other parts."""
+        return _rebuild_error(type(self), self._parts() | parts)
+
+    def within(self, place: str) -> "UserError":
+        """The same error, its subject after "PLACE: "."""
+        return self.replace(subject=f"{place}: {self.subject}")
+
+    def _parts(self) -> dict[str, str]:
+        return {
+            "subject": self.subject,
+            "expectation": self.expectation,
+            "got": self.got,
+            "remedy": self.remedy,
+        }
+
+
+def _rebuild_error(kind: type[UserError], parts: dict[str, str]) -> UserError:
+    return kind(**parts)
 
 
 def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:

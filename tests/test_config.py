@@ -1,9 +1,11 @@
+import pickle
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
 from lumi.config import UserError, differences, from_dict, load_config, read_json, to_dict, write_json
+from lumi.host.storage import DamagedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +137,14 @@ def test_files(tmp_path):
     (tmp_path / "bad.json").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"bad\.json: cannot be read: it is not UTF-8"):
         read_json(tmp_path / "bad.json")
+
+
+def test_an_error_is_its_parts():
+    error = UserError("--port", "must be at least 1", got=0, remedy="pass another one")
+    assert str(error) == "--port must be at least 1, got 0; pass another one"
+    assert str(UserError("a whole sentence")) == "a whole sentence"
+    assert str(error.within("here")) == "here: --port must be at least 1, got 0; pass another one"
+    assert str(error.replace(remedy="")) == "--port must be at least 1, got 0"
+    again = pickle.loads(pickle.dumps(DamagedError("file.bin:", "must be whole", remedy="copy it again")))
+    assert type(again) is DamagedError
+    assert (str(again), again.remedy) == ("file.bin: must be whole; copy it again", "copy it again")

@@ -51,7 +51,7 @@ def process_group(
     if layout is None:
         if rank:
             raise SystemExit(2)  # one message is enough
-        raise UserError(fault)
+        raise UserError(fault or "")
     store = fresh_store() if "RANK" in os.environ else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
