@@ -34,7 +34,10 @@ from lumi.host.devices import choose_device
 from lumi.host.interruption import StopSignal
 from lumi.parallel.process_group import process_group
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
+from lumi.training.resolved_run import resolve_run
 from lumi.training.run_config import Paths, TrainConfig
+from lumi.training.run_folder import RunFolder
+from lumi.training.train_state import StepOutcome
 from lumi.training.trainer import Trainer
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "tiny.json"
@@ -122,33 +125,36 @@ class Save:
 
 
 class TimedTrainer(Trainer):
-    """Keeps `steps` and `saves`. Every second save is waited for where `waiting` is True."""
+    """Keeps `steps` and `saves`. Waits for every second save where `waiting` is True."""
 
     def __init__(self, *args: Any, waiting: bool = False):
         super().__init__(*args)
-        self.waiting, self.steps, self.stalls = waiting, [], []
+        self.waiting = waiting
+        self.steps: list[Step] = []
+        self.stalls: list[tuple[int, bool, float]] = []
         self.written: list[tuple[float, float, float]] = []
         self.parts: defaultdict[str, float] = defaultdict(float)
         self.step_start = time.perf_counter()
         parts = [
-            (self, "_forward_backward", WORK[0]),
-            (self, "_agree", "agreement"),
-            (self, "_log_step", "log"),
-            (self, "_save", "save"),
+            (self, "forward_backward", WORK[0]),
+            (self, "agree", "agreement"),
+            (self.log, "step", "log"),
+            (self, "save", "save"),
         ]
         parts += [(self.optimizer, name, WORK[1]) for name in ("clip_gradients", "step", "zero_grad")]
         for owner, name, part in parts:
             setattr(owner, name, self._timed(getattr(owner, name), part))
         self._read, self.log.meter.read = self.log.meter.read, self._note_waiting
-        self._write, self.saver._save = self.saver._save, self._note_writing
+        saver = self.checkpoints.saver
+        self._write, saver._save = saver._save, self._note_writing
 
     @property
     def saves(self) -> list[Save]:
         """The saves so far, which must have ended."""
         return [Save(*stalled, *written) for stalled, written in zip(self.stalls, self.written, strict=True)]
 
-    def _end_step(self, *args: Any) -> None:
-        super()._end_step(*args)
+    def end_step(self, outcome: StepOutcome) -> None:
+        super().end_step(outcome)
         now = time.perf_counter()
         self.steps.append(Step(self.step_start, now - self.step_start, dict(self.parts)))
         if seconds := self.parts.get("save"):
@@ -156,10 +162,10 @@ class TimedTrainer(Trainer):
         self.parts.clear()
         self.step_start = time.perf_counter()
 
-    def _save(self) -> None:
-        super()._save()
+    def save(self) -> None:
+        super().save()
         if self._waits():
-            self.saver.wait()
+            self.checkpoints.finish()
 
     def _waits(self) -> bool:
         return self.waiting and len(self.stalls) % 2 == 1
@@ -199,8 +205,9 @@ def timed_run(
         process_group(device, stop=stop) as world,
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        trainer = TimedTrainer(from_dict(TrainConfig, config), paths, world, waiting=waiting)
-        trainer.run()
+        run = resolve_run(from_dict(TrainConfig, config), paths, world)
+        trainer = TimedTrainer(run, world, RunFolder(folder), waiting=waiting)
+        trainer.run_to_the_end()
     return trainer
 
 

@@ -25,8 +25,8 @@ from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 from lumi.training.metrics import human, read_metrics
+from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
-from lumi.training.trainer import train
 
 CONFIGS = Path(lumi.configs.__file__).parent / "demo"
 VALIDATION_FRACTION = 0.03

@@ -100,8 +100,8 @@ def start(store_dir, tokenizer_dir, tmp_path):
     from runs import merged
 
     from lumi.config import from_dict
+    from lumi.training.run import train
     from lumi.training.run_config import Paths, TrainConfig
-    from lumi.training.trainer import train
 
     def start(name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, **changes):
         paths = Paths([str(d) for d in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume)

@@ -17,6 +17,9 @@ class Interrupted(BaseException):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int]]:  # processes tell each other of it
+        return Interrupted, (self.number,)
+
 
 class StopSignal:
     """The two signals, within a `with` block of the main thread, which lasts as long as the run.

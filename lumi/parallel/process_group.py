@@ -15,7 +15,7 @@ from lumi.host.devices import choose_device
 from lumi.host.interruption import StopSignal
 from lumi.parallel.layout import Layout, ParallelConfig
 from lumi.parallel.rendezvous import fresh_store
-from lumi.parallel.world import World, attempt
+from lumi.parallel.world import World
 
 
 @contextlib.contextmanager
@@ -47,11 +47,12 @@ def process_group(
         torch.cuda.set_device(local_rank)
     backend, limit = "nccl" if device == "cuda" else "gloo", timedelta(seconds=2 * timeout_seconds + 60)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    layout, fault = attempt(lambda: (parallel or ParallelConfig()).layout(size))
-    if layout is None:
+    try:
+        layout = (parallel or ParallelConfig()).layout(size)
+    except UserError as error:
         if rank:
-            raise SystemExit(2)  # one message is enough
-        raise UserError(fault or "")
+            raise SystemExit(2) from error  # one message is enough
+        raise
     store = fresh_store() if "RANK" in os.environ else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:

@@ -17,7 +17,7 @@ from lumi.checkpoint.checkpoint import (
 )
 from lumi.config import UserError
 from lumi.host.storage import DamagedError, discard_folders, lock_file, make_folder, sweep_temporaries
-from lumi.parallel.world import World, attempt
+from lumi.parallel.world import World
 
 LOCK_WAIT_SECONDS = 30  # the processes of a run that was killed may need a moment to go
 _OUR_TEMPORARY = re.compile(
@@ -104,54 +104,59 @@ class RunFolder:
         return [str(path) for path in swept]
 
     def find(self, resume: str | None, world: World, say: Callable[[str], None]) -> Checkpoint | None:
-        """The checkpoint to go on from: that of a path, or for "auto" the newest whole one of this run; None where there is none.
+        """The checkpoint to go on from: that of a path, or for "auto" the newest whole one of this run.
 
-        All processes call this together, each checks its share of the bytes, and all get the same checkpoint.
+        All processes call this together. Each checks its share of the bytes, and all get the same checkpoint.
 
         Args:
+            resume: None, "auto", or the path of a checkpoint.
             say: is told of every newer checkpoint that is damaged.
 
+        Returns:
+            None where there is nothing to go on from.
+
         Raises:
-            UserError: the checkpoint of a path, or every one of this run, is damaged; or one cannot be read now, or not by this version
-                of Lumi: an older one is no answer to that. (SystemExit on other processes than the main one.)
+            UserError: the checkpoint of a path, or every one of this run, is damaged; or one cannot be read now, or
+                not by this version of Lumi: then an older one is no answer. As `World.fail_together`.
         """
         if resume is None:
             return None
-        listed, fault = attempt(lambda: self._candidates(resume)) if world.is_main else (None, None)
-        world.refuse_first(fault)
-        damages: list[str] = []
-        for path in world.from_main(listed or []):
-            checkpoint, damage, fault = self._examine(path, world)
-            world.refuse_first(fault)
-            if (damage := world.first(damage)) is None:
+        listed: list[Path] = []
+        with world.fail_together():
+            if world.is_main:
+                newest_first = reversed(list_checkpoints(self.checkpoints))
+                listed = list(newest_first) if resume == "auto" else [Path(resume)]
+        damages: list[UserError] = []
+        for path in world.gather(listed)[0]:
+            with world.fail_together():
+                checkpoint, damage = self._examine(path, world)
+            damage = next(filter(None, world.gather(damage)), None)
+            if damage is None:
                 return checkpoint
             if resume != "auto":
-                world.refuse(damage)
-            damages.append(damage.removesuffix(f"; {REMEDY}"))
+                with world.fail_together():
+                    raise damage
+            damages.append(damage.replace(remedy=""))
             say(f"{damages[-1]}; trying the checkpoint before it")
-        if damages:
-            world.refuse(
-                f"{self.checkpoints}: none of {len(damages)} checkpoints is whole; the newest: {damages[0]}; restore one"
-            )
+        with world.fail_together():
+            if damages:
+                count, newest = len(damages), damages[0]
+                raise UserError(
+                    f"{self.checkpoints}: none of {count} checkpoints is whole; the newest: {newest}; restore one"
+                )
         return None
 
-    def _candidates(self, resume: str) -> list[Path]:
-        return list(reversed(list_checkpoints(self.checkpoints))) if resume == "auto" else [Path(resume)]
-
-    def _examine(self, path: Path, world: World) -> tuple[Checkpoint | None, str | None, str | None]:
-        """A checkpoint, or what is damaged in it, or why that cannot be told."""
+    def _examine(self, path: Path, world: World) -> tuple[Checkpoint | None, UserError | None]:
+        """A checkpoint, or what is damaged in it. Raises UserError where that cannot be told."""
         try:
-            return self.load(path, world.rank, world.size), None, None
+            return self.load(path, world.rank, world.size), None
         except DamagedError as error:
-            return None, str(error), None
-        except UserError as error:
-            return None, None, str(error)
+            return None, error
         except OSError as error:
-            return (
-                None,
-                None,
-                f"{error.filename or path}: cannot be read: {error.strerror}; mend that and start again, nothing was changed",
-            )
+            raise UserError(
+                f"{error.filename or path}: cannot be read: {error.strerror}; "
+                f"mend that and start again, nothing was changed"
+            ) from error
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of `step`, whether or not there is one."""

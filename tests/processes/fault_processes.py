@@ -214,7 +214,7 @@ def leave_fingerprint(path):
     import lumi.train
     import lumi.training.trainer
 
-    real = lumi.training.trainer.Trainer.run
+    real = lumi.training.trainer.Trainer.run_to_the_end
 
     def run(self):
         finished = real(self)
@@ -224,7 +224,7 @@ def leave_fingerprint(path):
         Path(path).write_text(digest.hexdigest())
         return finished
 
-    lumi.training.trainer.Trainer.run = run
+    lumi.training.trainer.Trainer.run_to_the_end = run
 
 
 def kill():

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumi.train
+import lumi.training.run
 import lumi.training.trainer
 from lumi.command_line import run
 from lumi.training.optimizer import Optimizer
@@ -54,11 +55,11 @@ class Collectives(TorchDispatchMode):
 class ObservedTrainer(Trainer):
     """Counts the collectives of every micro-step of step 3: in the second one DDP still rearranges its buckets."""
 
-    def _forward_backward(self, batch, dloss, last):
-        if self.state["step"] != 2:
-            return super()._forward_backward(batch, dloss, last)
+    def forward_backward(self, batch, dloss, last):
+        if self.state.step != 2:
+            return super().forward_backward(batch, dloss, last)
         with Collectives() as counted:
-            nats = super()._forward_backward(batch, dloss, last)
+            nats = super().forward_backward(batch, dloss, last)
         observed["collectives"].append(counted.counts)
         return nats
 
@@ -94,7 +95,7 @@ class ObservedOptimizer(Optimizer):
 
 def train(folder, arguments):
     """One training in this process; returns its exit code."""
-    lumi.training.trainer.Trainer, lumi.training.trainer.Optimizer = ObservedTrainer, ObservedOptimizer
+    lumi.training.run.Trainer, lumi.training.trainer.Optimizer = ObservedTrainer, ObservedOptimizer
     code = run(lumi.train.main, [*arguments, "--output-dir", str(folder)])
     if code == 0:
         if RANK == 0:

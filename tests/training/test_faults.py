@@ -188,7 +188,7 @@ def test_killed_at_fifty_moments_of_one_run(runs, uninterrupted):
 
 @pytest.mark.parametrize("operation", [1, 8, 17, 26])
 def test_killed_while_final_is_written(operation, runs, uninterrupted):
-    faults = [(0, "kill_at_file_operation", operation, "lumi.training.trainer:save_final")]
+    faults = [(0, "kill_at_file_operation", operation, "lumi.training.run_checkpoints:save_final")]
     runs.end("run", faults=faults, expect=-signal.SIGKILL)
     assert "resumed from" in runs.end("run")[0]
     assert_same(runs.folder / "run", uninterrupted())
@@ -324,8 +324,8 @@ def test_a_save_that_hangs_is_named(runs):
         (["at_step", 6, "optimizer"], 6),
         (["before", "lumi.checkpoint.saver:Saver._write", 2], None),  # behind the loop's back
         (["before", "lumi.checkpoint.saver:seal_checkpoint", 1], None),
-        (["before", "lumi.training.trainer:Trainer._save", 3], 12),
-        (["before", "lumi.training.trainer:save_final", 1], 12),
+        (["before", "lumi.training.trainer:Trainer.save", 3], 12),
+        (["before", "lumi.training.run_checkpoints:save_final", 1], 12),
         (["before", "lumi.formats.hf_format:_save_weights", 1], 12),
         (["before", "lumi.training.trainer:Optimizer", 1], 0),
     ],
@@ -372,9 +372,7 @@ def test_sigterm_while_a_corpus_is_tokenized(processes, rank, runs, uninterrupte
     """The first process stops at once; where another one is told, they stop together before the first step."""
     own = tmp_path / "corpus"
     shutil.copytree(corpus_dir, own, ignore=shutil.ignore_patterns(".tokens"))
-    place = (
-        "lumi.data.tokenization:StoreWriter.append" if rank == 0 else "lumi.parallel.world:World.from_main"
-    )
+    place = "lumi.data.tokenization:StoreWriter.append" if rank == 0 else "lumi.parallel.world:World.gather"
     runs.end(
         "run", processes, faults=[(rank, "before", place, 1 + rank, "terminate")], expect=TERMINATED, data=own
     )

@@ -7,13 +7,16 @@ import torch
 from runs import final_weights, losses
 
 import lumi.train
+import lumi.training.resolved_run
 import lumi.training.trainer
+import lumi.training.validation
 from lumi.config import UserError
 from lumi.data.batches import BatchConfig
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import Layout
 from lumi.training.memory import memory_of
-from lumi.training.preflight import USABLE, Rehearsal, choose_micro_batch, free_memory, with_micro_batch
+from lumi.training.micro_batch import USABLE, choose_micro_batch, free_memory, with_micro_batch
+from lumi.training.preflight import Rehearsal
 from lumi.training.run_config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -111,9 +114,9 @@ def test_it_rehearses_and_changes_nothing(start, capsys, monkeypatch):
     """An evaluation and a save happen before the first step; the run is the one that did not rehearse, and no trace is left."""
     plain = start("plain")
     capsys.readouterr()
-    evaluated, real = [], lumi.training.trainer.held_out_loss
+    evaluated, real = [], lumi.training.validation.held_out_loss
     monkeypatch.setattr(
-        lumi.training.trainer,
+        lumi.training.validation,
         "held_out_loss",
         lambda *arguments: evaluated.append(arguments[5]) or real(*arguments),
     )
@@ -148,7 +151,7 @@ def test_a_save_that_cannot_be_is_found_before_the_first_step(start, tmp_path, m
 
 
 def test_auto_reaches_the_run(start, monkeypatch, capsys):
-    monkeypatch.setattr(lumi.training.trainer, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(lumi.training.resolved_run, "free_memory", lambda device: 2**40)
     whole = losses(start("whole", batches={"micro_batch_size": 8}))
     assert losses(start("auto", batches={"micro_batch_size": "auto"})) == whole
     assert "1 process x 1 micro-steps x 8 rows x 32" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from synthetic import sentence
 import lumi.data.rows
 import lumi.train
 import lumi.training.trainer
+import lumi.training.validation
 from lumi.chat.messages import Message
 from lumi.chat.rendering import TEMPLATES, prompt_ids, stop_ids
 from lumi.checkpoint.checkpoint import open_checkpoint
@@ -32,8 +33,8 @@ from lumi.inference.generation import SamplingConfig, generate_ids
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.training.metrics import read_metrics
+from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
-from lumi.training.trainer import train
 
 NOUNS = ["river", "stone", "garden", "letter"]
 PLACES = ["at noon", "in silence", "near the harbour", "under the old roof"]
@@ -267,9 +268,9 @@ def validations(monkeypatch):
     """Make the validation losses of a run what a test says."""
 
     def validations(losses):
-        values, real = iter(losses), lumi.training.trainer.held_out_loss
+        values, real = iter(losses), lumi.training.validation.held_out_loss
         monkeypatch.setattr(
-            lumi.training.trainer,
+            lumi.training.validation,
             "held_out_loss",
             lambda *rest: dataclasses.replace(real(*rest), loss=float(next(values))),
         )

@@ -15,9 +15,11 @@ import pytest
 import torch
 from runs import ENVIRONMENT, final_weights, launch, losses, wait_for_step
 
+import lumi.checkpoint.saver
 import lumi.model.transformer
 import lumi.train
 import lumi.training.trainer
+import lumi.training.validation
 from lumi.checkpoint.checkpoint import list_checkpoints, open_checkpoint
 from lumi.config import UserError, from_dict
 from lumi.host.interruption import StopSignal
@@ -141,12 +143,12 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
 
 def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
     results = iter([3.0, 1.0, 2.0, 2.5, 2.2])
-    real = lumi.training.trainer.held_out_loss
+    real = lumi.training.validation.held_out_loss
 
     def scripted(*arguments):
         return type(real(*arguments))(loss=next(results), bits_per_byte=1.0, tokens=1, bytes=1)
 
-    monkeypatch.setattr(lumi.training.trainer, "held_out_loss", scripted)
+    monkeypatch.setattr(lumi.training.validation, "held_out_loss", scripted)
     folder = start(num_steps=10, validate_every=2, save_every=2, keep_last=2)
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [
         "step-00000004",
@@ -158,7 +160,7 @@ def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
 
 def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch):
     """The validation of step 4, at which a checkpoint is saved, is done over when the run goes on; it is the lowest."""
-    real, signals = lumi.training.trainer.held_out_loss, iter([False] * 3 + [True])
+    real, signals = lumi.training.validation.held_out_loss, iter([False] * 3 + [True])
     scripted = iter([1.0, 2.0, 3.0] * 2)
 
     def held_out_loss(*arguments):
@@ -167,7 +169,7 @@ def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch
         result = real(*arguments)
         return result and dataclasses.replace(result, loss=next(scripted))
 
-    monkeypatch.setattr(lumi.training.trainer, "held_out_loss", held_out_loss)
+    monkeypatch.setattr(lumi.training.validation, "held_out_loss", held_out_loss)
     whole = start("whole", final="best")
     start("cut", final="best", expect=128 + signal.SIGTERM)
     cut = start("cut", final="best", resume="auto")
@@ -218,17 +220,17 @@ def test_many_of_them_stop_the_run_with_a_checkpoint(start, monkeypatch, tmp_pat
 
 def test_switches_reach_the_run(start, monkeypatch):
     seen = {}
-    real = Trainer.run
+    real = Trainer.run_to_the_end
 
     def spy(self):
         seen.update(
             compute_dtype=self.model.compute_dtype,
             checkpointing=self.model.gradient_checkpointing,
-            ops=self.ops.name,
+            ops=self.run.ops.name,
         )
         return real(self)
 
-    monkeypatch.setattr(Trainer, "run", spy)
+    monkeypatch.setattr(Trainer, "run_to_the_end", spy)
     plain = losses(start("plain"))
     assert seen == {"compute_dtype": torch.float32, "checkpointing": False, "ops": "reference"}
     assert losses(start("recomputing", gradient_checkpointing=True)) == plain
@@ -362,7 +364,7 @@ def test_another_runs_checkpoint_starts_a_new_run(start):
 
 def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
     """Replacing a whole checkpoint by the same one would open a moment in which a kill finds none."""
-    real, saves = lumi.training.trainer.Saver.begin, []
+    real, saves = lumi.checkpoint.saver.Saver.begin, []
 
     def begin(self, step, *arguments):
         saves.append(step)
@@ -370,15 +372,15 @@ def test_a_stop_right_after_a_save_does_not_save_again(start, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return real(self, step, *arguments)
 
-    monkeypatch.setattr(lumi.training.trainer.Saver, "begin", begin)
+    monkeypatch.setattr(lumi.checkpoint.saver.Saver, "begin", begin)
     start(expect=128 + signal.SIGTERM)
     assert saves == [4]
 
 
 def test_a_validation_loss_that_is_not_finite_ends_nothing(start, monkeypatch):
-    real = lumi.training.trainer.held_out_loss
+    real = lumi.training.validation.held_out_loss
     monkeypatch.setattr(
-        lumi.training.trainer,
+        lumi.training.validation,
         "held_out_loss",
         lambda *arguments: dataclasses.replace(real(*arguments), loss=math.nan),
     )
