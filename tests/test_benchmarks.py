@@ -437,7 +437,7 @@ def test_the_parts_of_a_step_are_what_takes_the_time(data, tmp_path, monkeypatch
 
         monkeypatch.setattr(owner, name, slower)
 
-    slow(loop.Trainer, "_agree", 0.02)
+    slow(loop.Trainer, "agree", 0.02)
     slow(loop.Trainer, "forward_backward", 0.03)
     slow(importlib.import_module("lumi.training.optimizer").Optimizer, "step", 0.04)
     slow(importlib.import_module("lumi.checkpoint.saver").Saver, "_write", 0.05)

@@ -1,3 +1,4 @@
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -12,7 +13,11 @@ from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.layout import Layout
 
 WORLD = SimpleNamespace(
-    data_rank=0, layout=Layout(1, 1, 1), device=torch.device("cpu"), sum=lambda *values: list(values)
+    data_rank=0,
+    layout=Layout(1, 1, 1),
+    device=torch.device("cpu"),
+    sum=lambda *values: list(values),
+    fail_together=contextlib.nullcontext,
 )
 
 
