@@ -193,16 +193,15 @@ def leave_out_updates(steps):
 
     real, calls = Optimizer.step, []
 
-    def step(self, lr):
+    def step(self, *arguments):
         calls.append(1)
         if len(calls) not in steps:
-            real(self, lr)
+            real(self, *arguments)
 
     Optimizer.step = step
 
 
 def short_spike_window(window):
-    import lumi.train
     import lumi.training.trainer
 
     real = lumi.training.trainer.LossSpikes
@@ -211,7 +210,6 @@ def short_spike_window(window):
 
 def leave_fingerprint(path):
     """At the run's end, the SHA-256 of all weights that this process holds."""
-    import lumi.train
     import lumi.training.trainer
 
     real = lumi.training.trainer.Trainer.run_to_the_end
@@ -259,7 +257,6 @@ ACTIONS = {
 
 def run_child(job):
     import lumi.train
-    import lumi.training.trainer
     from lumi.command_line import run
 
     signal.alarm(DEADLINE_SECONDS)  # nobody is left over

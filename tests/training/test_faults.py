@@ -33,6 +33,11 @@ CHANGES = {"batches": {"batch_tokens": 384, "micro_batch_size": 4}, "validate_ev
 TERMINATED = 128 + signal.SIGTERM
 
 
+def more(*values):
+    """Cases that prove the same once more: for the soak."""
+    return pytest.param(*values, marks=pytest.mark.soak)
+
+
 @pytest.fixture(scope="module")
 def forks():
     with Forks() as forks:
@@ -152,12 +157,13 @@ def error_lines(*logs):
 # kill -9
 
 
-def test_killed_at_fifty_moments_of_one_run(runs, uninterrupted):
-    """Half of the moments are drawn in time, half among what the run does to files. All hit one run, which must bear them one by one."""
-    changes = {"num_steps": 150, "save_every": 1}
+@pytest.mark.parametrize(("kills", "num_steps", "least_in_a_save"), [(10, 40, 1), more(50, 150, 5)])
+def test_killed_at_many_moments_of_one_run(kills, num_steps, least_in_a_save, runs, uninterrupted):
+    """Half of the moments are drawn in time, half among what the run does to files. All hit the same run."""
+    changes = {"num_steps": num_steps, "save_every": 1}
     folder, rng = runs.folder / "run", random.Random(0)
     checkpoints, litter, kills_in_a_save = folder / "checkpoints", set(), 0
-    for moment in range(50):
+    for moment in range(kills):
         before = losses(folder) if (folder / "metrics.jsonl").exists() else []
         if moment % 2:
             operation = 5 * (moment // 2) + rng.randrange(5) if moment > 1 else 0
@@ -180,13 +186,13 @@ def test_killed_at_fifty_moments_of_one_run(runs, uninterrupted):
             assert not left & litter
         litter = left
         kills_in_a_save += any(not name.endswith("-discarded") for name in left)
-    assert kills_in_a_save >= 5
-    assert newest < 150
+    assert kills_in_a_save >= least_in_a_save
+    assert newest < num_steps
     runs.end("run", **changes)
     assert_same(folder, uninterrupted(**changes))
 
 
-@pytest.mark.parametrize("operation", [1, 8, 17, 26])
+@pytest.mark.parametrize("operation", [more(1), 8, more(17), 26])
 def test_killed_while_final_is_written(operation, runs, uninterrupted):
     faults = [(0, "kill_at_file_operation", operation, "lumi.training.run_checkpoints:save_final")]
     runs.end("run", faults=faults, expect=-signal.SIGKILL)
@@ -204,7 +210,7 @@ def test_killed_in_the_middle_of_accumulation_loses_that_step(runs, uninterrupte
     assert_same(runs.folder / "run", uninterrupted(**changes))
 
 
-@pytest.mark.parametrize(("rank", "operation"), [(0, 7), (0, 18), (1, 0), (1, 3)])
+@pytest.mark.parametrize(("rank", "operation"), [(0, 7), more(0, 18), more(1, 0), (1, 3)])
 def test_one_of_two_is_killed_in_a_save(rank, operation, runs, uninterrupted):
     """The other one ends too, and does not wait for it for ever."""
     faults = [(rank, "kill_at_file_operation", operation, "lumi.checkpoint.saver:Saver._write")]
@@ -518,8 +524,7 @@ def small_disk(disk_of):
     return disk_of("3m")
 
 
-@pytest.mark.parametrize("processes", [None, 2])
-@pytest.mark.parametrize("room", [0, 200_000])
+@pytest.mark.parametrize(("processes", "room"), [(None, 0), more(2, 0), more(None, 200_000), (2, 200_000)])
 def test_a_full_disk_ends_the_run_and_not_its_checkpoint(room, processes, small_disk, runs, uninterrupted):
     """Not even the log can be written; or all but the next checkpoint."""
     folder, filler = small_disk / "run", small_disk / "of somebody else"
@@ -570,7 +575,7 @@ def test_a_data_file_that_shrinks_ends_both(runs, store, tmp_path):
 # N = k + rest
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("kind", ["muon", more("adamw")])
 def test_stopped_at_every_step(kind, runs, uninterrupted):
     """Across an epoch's end, a skipped step and a spike, a run stopped after any step is the one that was not."""
     changes = {

@@ -127,7 +127,9 @@ def test_adapters_are_counted_before_they_are_built(start, tokenizer, tmp_path):
     lora = LoraConfig(
         rank=3, dora=True, targets=("q_proj", "down_proj"), tokens=("<|im_start|>", "<|im_end|>")
     )
-    config = TrainConfig(lora=lora, num_steps=1, batches=BatchConfig(sequence_length=16, batch_tokens=16))
+    config = TrainConfig(
+        lora=lora, num_steps=1, batches=BatchConfig(sequence_length=16, batch_tokens=16, micro_batch_size=1)
+    )
     run = resolve(config, model_path=base)
     model = build(run.config, run.shape, run.start, tokenizer, run.ops)
     assert run.num_trained == sum(tensor.numel() for tensor in trained_tensors(model).values())
