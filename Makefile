@@ -9,14 +9,20 @@ GPU_TESTS = tests/kernels tests/test_model_bundles.py tests/test_csrc.py tests/t
 NOT_ON_A_GPU = tests/kernels/test_machine_code.py  # minutes of a compiler's work on the CPU, the same for one version of Triton
 ONLY ?=
 LIMIT ?= 540
+SOAK ?= all
+PYTEST = $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test check clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
+.PHONY: demo test soak check clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+# The same proofs over more cases, some 20 minutes on two cores; SOAK=3/10 runs a tenth of them.
+soak: $(VENV)/installed-test
+	$(PYTEST) --soak $(SOAK)
 
 check: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .

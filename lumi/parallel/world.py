@@ -47,20 +47,21 @@ class World:
 
     @contextlib.contextmanager
     def fail_together(self, *, interruptible: bool = False) -> Iterator[None]:
-        """A block of work that ends all processes if it fails on any of them.
+        """A block of work that ends all processes if it fails on one of them.
 
-        The work itself exchanges nothing with other processes, or fails on all of them alike. For work of one process:
+        The work itself exchanges nothing with other processes, or fails on all of them alike. For work of one
+        process:
 
             with world.fail_together(interruptible=True):
                 if world.is_main:
                     work()
 
         Args:
-            interruptible: a signal ends the block at once, on all processes. For long work that has nothing to save
-                and that no other thread waits for.
+            interruptible: a signal ends the block at once, on all processes. For long work that has nothing
+                to save and that no other thread waits for.
 
         Raises:
-            UserError: on the main process: the first process's UserError, or OSError as a UserError.
+            UserError: on the main process: the first process's UserError or OSError.
             SystemExit: with code 2 on the others: one message is enough.
             Interrupted: on all processes, if a signal came to one of them.
         """

@@ -57,7 +57,8 @@ def choose_micro_batch(
     num_trained: int | None,
     before: int | None = None,
 ) -> TrainConfig:
-    """The config with the largest micro-batch that fits. The batch stays as it is: larger micro-batches are fewer.
+    """The config with the largest micro-batch that fits. The batch stays as it is: larger micro-batches are
+    fewer.
 
     Args:
         kernels: the name of the operators in use.
@@ -67,7 +68,8 @@ def choose_micro_batch(
             differently.
 
     Raises:
-        UserError: `batch_tokens` does not come out even, the free memory is not known, or not even one row fits.
+        UserError: `batch_tokens` does not come out even, the free memory is unknown, or not even one row
+            fits.
     """
     rows = with_micro_batch(config, 1).batches.micro_steps(layout.data)  # of one process in a step
     sizes = [size for size in (before or 0, *range(rows, 0, -1)) if size and rows % size == 0]

@@ -1,6 +1,6 @@
-"""Before step 1: the micro-batch that fits into memory, the time that the run will take, and a rehearsal of evaluating and saving.
+"""A rehearsal before step 1: a micro-step, a validation, a save.
 
-What would fail after an hour or a night, for want of memory or of room on the disk, fails here, at once.
+What would fail after a night, for want of memory or of room on the disk, fails at once.
 """
 
 import shutil
@@ -17,8 +17,14 @@ from lumi.parallel.world import World
 
 
 class Rehearsal(NamedTuple):
-    """What was measured: seconds of a micro-step, of the last one of a step, of a batch of validation (None: there is none), of a save, and
-    that the loop waits for it; bytes at the peak so far."""
+    """What was measured.
+
+    Attributes:
+        micro_step, last_micro_step: seconds; the last one of a step exchanges gradients.
+        validation: seconds of one batch; None: there is nothing to validate.
+        save, stall: seconds of a save, and those that the loop waits for it.
+        peak_bytes: of memory, so far.
+    """
 
     micro_step: float
     last_micro_step: float
@@ -28,7 +34,7 @@ class Rehearsal(NamedTuple):
     peak_bytes: int
 
     def describe(self, micro_steps: int, num_steps: int) -> str:
-        """One line for people; the optimizer's time is not in the step's."""
+        """One line for people. The step's time is without the optimizer's."""
         step = self.micro_step * (micro_steps - 1) + self.last_micro_step
         parts = [
             f"a step takes about {_duration(step)}",
@@ -52,10 +58,10 @@ def rehearse(
     """Run the parts of a run once, on all processes together.
 
     Args:
-        micro_step: forward and backward of one micro-batch; True: of the last one of a step, after which gradients are exchanged.
-        validate: an evaluation of one batch; None where there is nothing to evaluate.
+        micro_step: forward and backward of one micro-batch; True: of the last one of a step.
+        validate: validates one batch; None where there is nothing to validate.
         save: saves a whole checkpoint into a folder, and returns the seconds that the loop would wait.
-        folder: where checkpoints will be; what is saved there is removed again.
+        folder: where checkpoints will be. What the rehearsal saves there is deleted.
 
     Raises:
         UserError: what one of them raises, such as for a full disk.

@@ -141,7 +141,10 @@ def _count_trained(config: TrainConfig, shape: ModelConfig, ops: Ops) -> int | N
 
 
 def _micro_batch_before(paths: Paths) -> int | None:
-    """The micro-batch that the run had until now. It keeps it where it fits: another one rounds differently."""
+    """The micro-batch that the run had until now.
+
+    It keeps it where it fits: another one rounds differently.
+    """
     if paths.resume is None:
         return None
     auto = paths.resume == "auto"

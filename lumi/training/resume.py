@@ -36,8 +36,9 @@ def check_resumable(
     state = checkpoint.state
     if changed := differences(state["identity"], identity):
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        changes = f"{'; '.join(changed[:3])}{more}"
         raise UserError(
-            f"{checkpoint.path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with"
+            f"{checkpoint.path}: cannot go on from here: {changes}", remedy="use what the run began with"
         )
     if state["step"] > config.num_steps:
         raise UserError(

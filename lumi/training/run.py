@@ -1,4 +1,4 @@
-"""A training from start to end in this process: signals, the group, the folder, the trainer, the exit code."""
+"""A training from start to end: signals, the group, the folder, the trainer, the exit code."""
 
 import contextlib
 import signal

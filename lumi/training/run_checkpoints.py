@@ -72,12 +72,16 @@ class RunCheckpoints:
         with self.world.fail_together(interruptible=True):
             for name in self.folder.abandon_after(state.step) if self.world.is_main else ():
                 self.log.say(
-                    f"set aside {name}: this run goes on from before it; it goes when the next save is whole"
+                    f"set aside {name}: this run goes on from before it; "
+                    f"it is deleted when the next save is whole"
                 )
         self.log.say(f"resumed from {found.path} at step {state.step}")
 
     def save(self, state: TrainState) -> float | None:
-        """Begin a checkpoint of now. Returns the seconds that the loop was stalled; None: there is one already."""
+        """Begin a checkpoint of now.
+
+        Returns the seconds that the loop was stalled; None: there is one already.
+        """
         step = state.step
         if self.saved_step == step:
             return None  # a signal during a step that saved comes here again
@@ -100,7 +104,7 @@ class RunCheckpoints:
             self.saver.wait()
 
     def check(self) -> None:
-        """Raises UserError if the last save is known to have failed; for a moment processes may differ in that."""
+        """Raises UserError if the last save has failed. Some processes may know it before others."""
         if self.saver.failed:
             self.saver.wait()
 

@@ -1,4 +1,4 @@
-"""The data of a run: its token stores, the batches they give, and the tokenizer in the template of their conversations."""
+"""The data of a run: token stores, batches, and the tokenizer with the template of the conversations."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,21 +125,24 @@ class RunData:
         )
 
     def _check_rows(self, length: int) -> None:
-        """Make the rows of every split once, so that one without any is named before the first step and not at the first validation."""
+        """Make the rows of every split once: a split without rows is named now, not at the first validation."""
         for folder, store in zip(self.folders, self.stores, strict=True):
             for name, split in store.splits.items():
                 try:
                     make_rows(split, length, 0) if name == "train" else validation_rows(split, length, None)
                 except UserError as error:
-                    raise UserError(f"{folder}, {name} split: {error}") from error
+                    raise error.within(f"{folder}, {name} split") from error
 
     def _in_template(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer as it goes into `final/`: with the chat template of the stores' conversations, or none where they are texts."""
+        """The tokenizer for `final/`, with the chat template of the stores' conversations; of texts with none."""
         names = sorted(
             {store.manifest.template for store in self.stores if store.manifest.template is not None}
         )
         if len(names) > 1:
             raise UserError(
-                f"--data-dirs must hold conversations of one template, got {', '.join(names)}; tokenize again with --template"
+                "--data-dirs",
+                "must hold conversations of one template",
+                got=", ".join(names),
+                remedy="tokenize again with --template",
             )
         return tokenizer.with_chat_template(TEMPLATES[names[0]].jinja if names else None)

@@ -1,6 +1,6 @@
-"""What a run says while it is at work: `metrics.jsonl`, `loss.png`, the progress line and lines for people, by its main process alone.
-
-A full disk ends no step half done: the fault is kept, and `check` raises it where all processes can end together.
+"""What a run says while it works: `metrics.jsonl`, `loss.png`, the progress line, and lines for people.
+ Only the main process writes. A full disk ends no step half done: the log keeps the fault, and `check` raises
+it where all processes can end together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from lumi.training.train_state import StepOutcome
 
 
 class RunLog:
-    """The log of one run in its folder. Other processes than the main one may call it too, and nothing is said.
+    """The log of one run in its folder. All processes may call it; only the main one says anything.
 
     `meter` measures steps.
     """
@@ -30,12 +30,15 @@ class RunLog:
         self.meter = Meter()
 
     def begin(self, step: int) -> None:
-        """Go on with `metrics.jsonl` after `step`; of the main process. Raises UserError or OSError where it cannot be written."""
+        """Go on with `metrics.jsonl` after `step`, on the main process.
+
+        Raises UserError or OSError if it cannot be written.
+        """
         self.metrics = MetricsLog(self.folder.metrics, step)
 
     @contextmanager
     def progress(self, step: int, num_steps: int) -> Iterator[None]:
-        """Show the progress from `step` to `num_steps` as long as the block lasts; `metrics.jsonl` is closed at its end."""
+        """Show the progress from `step` to `num_steps`; close `metrics.jsonl` at the end."""
         try:
             with progress_bar(
                 "train", "step", total=num_steps, initial=step, disable=not self.is_main

@@ -15,23 +15,26 @@ from lumi.model.transformer import ModelConfig, Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.training.run_config import TrainConfig
 
-FINAL_SHARD_BYTES = (
-    5 * 10**9
-)  # of one weights file in final/, which is all that is in memory of a model while it is written
+# of one weights file in final/. While final/ is written, memory holds one such file.
+FINAL_SHARD_BYTES = 5 * 10**9
 
 
 def build(
     config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops
 ) -> Transformer:
-    """The model: with the weights of `start`, frozen under adapters where the config has `lora`, on the CPU; or on the "meta" device, for
-    random ones.
+    """The model to train.
+
+    With a `start`: its weights on the CPU, frozen under adapters if the config has `lora`. Without one: on
+        the "meta"
+    device, which holds no values; `parallelize` fills in random weights.
 
     Raises:
         UserError: the vocabulary is too small for the tokenizer; and what `load_model` and `add_lora` raise.
     """
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
-            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size} pieces, got {shape.vocab_size}"
+            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size} pieces, "
+            f"got {shape.vocab_size}"
         )
     dtype = getattr(torch, config.dtype)
     if start is None:
@@ -66,8 +69,11 @@ def save_final(
     fingerprint: str | None,
     tokenizer: Tokenizer,
 ) -> None:
-    """Write `final/` from a checkpoint: the model, or its adapter, which names the weights `start` that had this fingerprint when the run
-    began. `model` says what the tensors are; its own values, of which this process may have a part only, are not read."""
+    """Write `final/` from a checkpoint: the model, or its adapter.
+
+    An adapter names the weights `start`, and the fingerprint that they had when the run began. `model` tells
+    what the tensors are; its values are not read, because this process may hold only a part of them.
+    """
     if config.lora is None:
         save_model_tensors(
             folder, model.config, checkpoint.tensors("model"), tokenizer, max_shard_bytes=FINAL_SHARD_BYTES

@@ -19,7 +19,8 @@ def report_skipped(outcome: StepOutcome, run: ResolvedRun, data: RunData, world:
     log.say(f"step {step} skipped: loss {outcome.loss}, gradient norm {outcome.gradient_norm}{spike}")
     for index, loss in enumerate(outcome.micro_losses):
         if not math.isfinite(outcome.loss) and loss.isfinite():
-            continue  # another micro-batch spoilt the loss; for a spike, or a gradient, nobody knows which one did
+            # another micro-batch spoilt the loss; for a spike, or a gradient, nobody knows which one did
+            continue
         try:
             named = data.name_documents(step, *run.rows(world.data_rank, index))
         except (UserError, OSError) as error:

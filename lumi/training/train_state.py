@@ -1,4 +1,4 @@
-"""What a run remembers between steps. Every checkpoint holds it, and a resumed run goes on exactly from it."""
+"""What a run remembers between steps. Every checkpoint holds it; a resumed run goes on exactly from it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -91,7 +91,10 @@ class Trainer:
         return finished
 
     def train(self) -> bool:
-        """The one training loop: from the step after `state.step` to the last. Returns False where a signal ended it early."""
+        """The one training loop: from the step after `state.step` to the last.
+
+        Returns False where a signal ended it early.
+        """
         config, world, state = self.run.config, self.world, self.state
         if state.validation_due:
             self.validate()
@@ -107,7 +110,8 @@ class Trainer:
                 self.save()
                 return False
             _seed(config.seed, step, world)  # what a step draws depends on nothing before it
-            # A gradient is the mean over the processes that read different rows; the loss is a sum over all targets,
+            # A gradient is the mean over the processes that read different rows; the loss is a sum over all
+            # targets,
             # divided by their number.
             dloss = state.loss_scale.value * world.layout.data / num_targets
             losses: list[Tensor] = []
@@ -159,7 +163,10 @@ class Trainer:
         return round(targets) // self.world.layout.tensor, stopping > 0
 
     def forward_backward(self, batch: Batch, dloss: float, last: bool) -> Tensor:
-        """One micro-step. Gradients are exchanged in the last one of a step. Returns its loss, summed over its targets."""
+        """One micro-step.
+
+        Gradients are exchanged in the last one of a step. Returns its loss, summed over its targets.
+        """
         batch = batch.to(self.world.device)
         with gradient_sync(self.parallel_model, enabled=last):
             loss = self.parallel_model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, dloss)
@@ -189,9 +196,8 @@ class Trainer:
         self.state.end_validation(result)
         if result is not None:
             self.log.write(step, "validation", **asdict(result))
-            self.log.say(
-                f"step {step}: validation loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte"
-            )
+            loss, bits = f"{result.loss:.4f} nats/token", f"{result.bits_per_byte:.4f} bits/byte"
+            self.log.say(f"step {step}: validation loss {loss}, {bits}")
             self.log.draw()
         self.log.meter.read()  # validation takes no time of training's
 
@@ -233,7 +239,8 @@ class Trainer:
             self.log.say("\n".join([f"plan\n{plan}", *data.describe_conversations()]))
 
     def _prepare(self) -> None:
-        """Before anything counts: a micro-step, which compiles, allocates, and settles the order in which DDP sums.
+        """Before anything counts: a micro-step, which compiles, allocates, and settles the order in which DDP
+        sums.
 
         A new run then rehearses all of its parts once (`lumi.training.preflight`).
         """
@@ -269,7 +276,7 @@ class Trainer:
 
 
 def _seed(seed: int, step: int, world: World) -> None:
-    """Seed what a step draws. torch.manual_seed also formats a stack trace for every unused kind of device: 0.5 ms."""
+    """Seed what a step draws. torch.manual_seed would take 0.5 ms for devices that are not in use."""
     value = int(np.random.SeedSequence([seed, step, world.data_rank]).generate_state(1)[0])
     torch.default_generator.manual_seed(value)
     if world.device.type == "cuda":
