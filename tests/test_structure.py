@@ -1,4 +1,5 @@
-"""The layout that the design promises: imports point upstream only, and no file takes the name of somebody's module."""
+"""The layout that the design promises: imports point upstream only, and no file takes the name of somebody's
+module."""
 
 import ast
 import importlib.metadata
@@ -11,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 # Data flows from left to right, imports from right to left. `kernels` and `_csrc` stand before everything.
 ORDER = """
-    config command_line host chat corpus tokenizer data model parallel checkpoint formats inference evaluation training planning
-    train demo cli
+    config command_line host chat corpus tokenizer data model parallel checkpoint formats inference evaluation
+    training planning train demo cli
 """.split()
 
 
@@ -64,7 +65,8 @@ def test_kernels_know_nothing_of_the_rest():
 
 
 def test_no_name_shadows_another_module():
-    """`torchrun lumi/train.py` puts lumi/ first on sys.path: a file lumi/queue.py would become `import queue` for everybody."""
+    """`torchrun lumi/train.py` puts lumi/ first on sys.path: a file lumi/queue.py would become `import queue`
+    for everybody."""
     taken = {name.lower() for name in sys.stdlib_module_names} | {
         name.lower() for name in importlib.metadata.packages_distributions()
     }

@@ -38,7 +38,7 @@ class LossSpikes:
 
     @property
     def limit(self) -> float:
-        """The highest loss of the next step that is no spike, in nats; infinite until `window` are recorded."""
+        """The highest loss of the next step that is no spike, in nats; infinite before `window` steps."""
         if self.max_sigmas is None or len(self._losses) < self.window:
             return math.inf
         median = statistics.median(self._losses)

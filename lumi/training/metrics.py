@@ -22,7 +22,7 @@ def human(value: float, unit: str = "") -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: a JSON object a line, with `step` and `kind`: "train", "validation" or "checkpoint"."""
+    """`metrics.jsonl`: one JSON object a line. Its `kind` is "train", "validation" or "checkpoint"."""
 
     def __init__(self, path: Path, resume_step: int = 0):
         """

@@ -125,7 +125,7 @@ class RunData:
         )
 
     def _check_rows(self, length: int) -> None:
-        """Make the rows of every split once: a split without rows is named now, not at the first validation."""
+        """Make the rows of every split once, to name a split without rows before the first step."""
         for folder, store in zip(self.folders, self.stores, strict=True):
             for name, split in store.splits.items():
                 try:
@@ -134,7 +134,7 @@ class RunData:
                     raise error.within(f"{folder}, {name} split") from error
 
     def _in_template(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer for `final/`, with the chat template of the stores' conversations; of texts with none."""
+        """The tokenizer for `final/`, with the chat template of the stores' conversations if there are any."""
         names = sorted(
             {store.manifest.template for store in self.stores if store.manifest.template is not None}
         )

@@ -1,4 +1,5 @@
-"""What may happen to a run, done to it: after each fault it goes on by itself, and ends as the one that nothing happened to, bit for bit.
+"""What may happen to a run, done to it: after each fault it goes on by itself, and ends as the one that
+nothing happened to, bit for bit.
 
 Processes are killed, signalled, held up and starved in earnest; `fault_processes.py` starts them.
 """
@@ -288,7 +289,8 @@ def test_a_rank_that_hangs_is_named_and_all_end(runs, uninterrupted):
     assert [process.wait() for process in hung] == [EXIT_HUNG] * 2
     (line,) = error_lines(*(process.log for process in hung))
     assert re.search(
-        rf"error: step 5: rank 1 \(host .*, pid {hung[1].pid}\) has not gone on for .* at step 5, waiting for data, in ",
+        rf"error: step 5: rank 1 \(host .*, pid {hung[1].pid}\) has not gone on for .* "
+        r"at step 5, waiting for data, in ",
         line,
     )
     assert "Traceback" not in hung[0].log + hung[1].log
@@ -375,7 +377,8 @@ def test_sigterm_in_the_rehearsal(runs, uninterrupted):
 
 @pytest.mark.parametrize(("processes", "rank"), [(None, 0), (2, 0), (2, 1)])
 def test_sigterm_while_a_corpus_is_tokenized(processes, rank, runs, uninterrupted, corpus_dir, tmp_path):
-    """The first process stops at once; where another one is told, they stop together before the first step."""
+    """The first process stops at once; where another one is told, they stop together before the first
+    step."""
     own = tmp_path / "corpus"
     shutil.copytree(corpus_dir, own, ignore=shutil.ignore_patterns(".tokens"))
     place = "lumi.data.tokenization:StoreWriter.append" if rank == 0 else "lumi.parallel.world:World.gather"
@@ -577,7 +580,8 @@ def test_a_data_file_that_shrinks_ends_both(runs, store, tmp_path):
 
 @pytest.mark.parametrize("kind", ["muon", more("adamw")])
 def test_stopped_at_every_step(kind, runs, uninterrupted):
-    """Across an epoch's end, a skipped step and a spike, a run stopped after any step is the one that was not."""
+    """Across an epoch's end, a skipped step and a spike, a run stopped after any step is the one that was
+    not."""
     changes = {
         "optimizer": {"kind": kind},
         "num_steps": 8,

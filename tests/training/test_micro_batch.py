@@ -35,7 +35,8 @@ def needed(size, data=1):
 
 
 def test_the_largest_micro_batch_that_fits():
-    """A process has 24 rows a step: each divisor of them is chosen with just enough memory, and not with one byte less."""
+    """A process has 24 rows a step: each divisor of them is chosen with just enough memory, and not with one
+    byte less."""
     sizes = [1, 2, 3, 4, 6, 8, 12, 24]
     assert chosen(2**40) == 24
     for smaller, size in itertools.pairwise(sizes):

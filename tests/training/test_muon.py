@@ -11,7 +11,8 @@ from lumi.training.muon import orthogonalize
 
 
 def test_it_is_torchs_muon_bit_for_bit(tmp_path):
-    """Tall, wide and uneven matrices on 2 and 4 processes, under FSDP2, hybrid sharding and tensor parallelism by rows and columns."""
+    """Tall, wide and uneven matrices on 2 and 4 processes, under FSDP2, hybrid sharding and tensor
+    parallelism by rows and columns."""
     launch(
         [
             sys.executable,

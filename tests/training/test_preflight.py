@@ -20,7 +20,8 @@ def test_the_line_for_people():
 
 
 def test_it_rehearses_and_changes_nothing(start, capsys, monkeypatch):
-    """An evaluation and a save happen before the first step; the run is the one that did not rehearse, and no trace is left."""
+    """An evaluation and a save happen before the first step; the run is the one that did not rehearse, and no
+    trace is left."""
     plain = start("plain")
     capsys.readouterr()
     evaluated, real = [], lumi.training.validation.held_out_loss
@@ -34,7 +35,8 @@ def test_it_rehearses_and_changes_nothing(start, capsys, monkeypatch):
     assert evaluated[0] == 2 * 32  # one micro-batch of tokens
     assert len(evaluated) == 1 + 3
     assert re.search(
-        r"preflight: a step takes about .*, 12 steps .*, a batch of validation .*, a save .* \(the loop waits .*\), peak",
+        r"preflight: a step takes about .*, 12 steps .*, a batch of validation .*, "
+        r"a save .* \(the loop waits .*\), peak",
         printed,
     )
     assert printed.index("preflight:") < printed.index("step 4:")

@@ -11,7 +11,8 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(start, tmp_p
     before = final_weights(folder)
     with pytest.raises(
         UserError,
-        match=r"--output-dir must be new, got .*run, which holds a run; go on with it by --resume-from-checkpoint auto",
+        match=r"--output-dir must be new, got .*run, which holds a run; "
+        r"go on with it by --resume-from-checkpoint auto",
     ):
         start()
     with pytest.raises(UserError, match=r"cannot go on from here: seed was 0, is 5 now"):

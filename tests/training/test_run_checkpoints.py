@@ -12,7 +12,8 @@ from lumi.config import UserError
 
 
 def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
-    """One flipped byte costs the steps since the checkpoint before; the run then is the one that never stopped."""
+    """One flipped byte costs the steps since the checkpoint before; the run then is the one that never
+    stopped."""
     whole = start("whole")
     start("damaged", num_steps=8)
     newest, older = (tmp_path / "damaged" / "checkpoints" / f"step-0000000{step}" for step in (8, 4))
@@ -30,7 +31,8 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
         (path / "state.json").write_text("{}")
     with pytest.raises(
         UserError,
-        match=r"none of 2 checkpoints is whole; the newest: .*step-00000012/state\.json: must be \d+ bytes, got 2",
+        match=r"none of 2 checkpoints is whole; the newest: "
+        r".*step-00000012/state\.json: must be \d+ bytes, got 2",
     ):
         start("damaged", resume="auto", num_steps=16)
 

@@ -138,7 +138,8 @@ def test_the_tuned_model_answers_and_stops_by_itself(lora, start, capsys):
     before, *_, after = curve(folder, "validation")
     assert after < 0.25 * before
     printed = capsys.readouterr().out
-    first = f"<s><|im_start|>user\n{question('river')}<|im_end|>\n<|im_start|>assistant\n[[{ANSWERS['river']}<|im_end|>]]\n"
+    asked = f"<s><|im_start|>user\n{question('river')}<|im_end|>\n"
+    first = f"{asked}<|im_start|>assistant\n[[{ANSWERS['river']}<|im_end|>]]\n"
     assert first in printed
     assert printed.index(first) < printed.index("step 0: validation loss")
     assert (folder / "final" / "adapter_model.safetensors").exists() == (lora is not None)
@@ -146,7 +147,8 @@ def test_the_tuned_model_answers_and_stops_by_itself(lora, start, capsys):
 
 
 def test_with_the_mask_inverted_it_does_not(start, monkeypatch):
-    """What the test above would say if the mask were wrong: the questions are learned, the answers and their end are not."""
+    """What the test above would say if the mask were wrong: the questions are learned, the answers and their
+    end are not."""
     mask = lumi.data.rows.Split.loss_mask
     monkeypatch.setattr(lumi.data.rows.Split, "loss_mask", lambda split, begin, end: ~mask(split, begin, end))
     answers = ask(start(num_steps=100))

@@ -12,7 +12,8 @@ from lumi.training.metrics import read_metrics
 
 
 def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch):
-    """The validation of step 4, at which a checkpoint is saved, is done over when the run goes on; it is the lowest."""
+    """The validation of step 4, at which a checkpoint is saved, is done over when the run goes on; it is the
+    lowest."""
     real, signals = lumi.training.validation.held_out_loss, iter([False] * 3 + [True])
     scripted = iter([1.0, 2.0, 3.0] * 2)
 
