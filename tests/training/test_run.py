@@ -4,13 +4,8 @@ import os
 import signal
 import socket
 import subprocess
-from pathlib import Path
 
 from runs import ENVIRONMENT, final_weights, launch, losses, wait_for_step
-
-import lumi.train
-
-SCRIPT = Path(lumi.train.__file__)
 
 
 def kill_after(command, metrics, step, number):
@@ -69,14 +64,3 @@ def test_litter_of_an_interrupted_save_is_swept(start, tmp_path, capsys):
     start()
     assert not litter.exists()
     assert "removed" in capsys.readouterr().out
-
-
-def test_user_errors_are_one_line_and_exit_code_2(command, tmp_path):
-    done = launch(command("bad", "optimizer.peek_lr=1"), expect=2)
-    assert (
-        done.stderr.strip()
-        == f"error: {tmp_path / 'bad.json'}: optimizer.peek_lr unknown key (value 1); did you mean 'peak_lr'?"
-    )
-    done = launch([*command("worse"), "--no-such-option"], expect=2)
-    assert "--no-such-option" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lumi.config import UserError
 from lumi.training.metrics import read_metrics
 
 
@@ -22,3 +23,8 @@ def test_a_corpus_folder_is_tokenized_once(start, corpus_dir, capfd):
     assert "tokenizing" in capfd.readouterr().err
     start("second", data_dirs=(corpus_dir,), num_steps=2)
     assert "tokenizing" not in capfd.readouterr().err
+
+
+def test_weights_must_be_as_many_as_folders(start):
+    with pytest.raises(UserError, match="one weight per data folder, got 2 for 1"):
+        start(weights=[1.0, 2.0])
