@@ -10,7 +10,7 @@ NOT_ON_A_GPU = tests/kernels/test_machine_code.py  # minutes of a compiler's wor
 ONLY ?=
 LIMIT ?= 540
 
-.PHONY: demo test check clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
+.PHONY: demo test check docs clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
@@ -22,6 +22,10 @@ check: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/python docs/configuration_reference.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 gpu:
 	$(MAKE) gpu-check
@@ -56,6 +60,10 @@ $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
 
 $(VENV)/installed-test: $(SOURCES) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(SOURCES) | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
 $(GPU_INSTALLED): $(SOURCES) | gpu-there
