@@ -245,12 +245,10 @@ def render() -> str:
             lines.append(f"{intro}\n")
         lines.append("| key | type | default | meaning |\n| --- | --- | --- | --- |")
         for field in dataclasses.fields(cls):
-            cells = (
-                f"`{field.name}`",
-                describe_type(hints[field.name]),
-                describe_default(field),
-                texts[field.name],
-            )
+            kind, default = describe_type(hints[field.name]), describe_default(field)
+            if default == "`null`" and "null" not in kind:  # a value that the class derives from others
+                kind += " or null"
+            cells = (f"`{field.name}`", kind, default, texts[field.name])
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
