@@ -12,7 +12,7 @@ LIMIT ?= 540
 SOAK ?= all
 PYTEST = $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test soak check clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
+.PHONY: demo test soak check docs clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
@@ -28,6 +28,10 @@ check: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/python docs/configuration_reference.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 gpu:
 	$(MAKE) gpu-check
@@ -62,6 +66,10 @@ $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
 
 $(VENV)/installed-test: $(SOURCES) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(SOURCES) | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
 $(GPU_INSTALLED): $(SOURCES) | gpu-there
