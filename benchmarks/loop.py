@@ -1,11 +1,13 @@
-"""What the training loop costs beside forward, backward and optimizer, and what saving costs it: on the tiny model, with random data.
+"""What the training loop costs beside forward, backward and optimizer, and what saving costs it: on the tiny
+model, with random data.
 
     python benchmarks/loop.py [--threads 1] [--num-steps 40] [--num-saves 10] [--batch-tokens 4096] [--quick]
 
-A run of `lumi.train.Trainer` whose parts are timed from outside. A step lasts from the end of the step before it to its own; the first
-ones are left out. Then another run, with AdamW (three tensors for each weight), that saves every few steps, in turn as training does it and
-with the loop waiting for the end of it. On a GPU the device is waited for around every part, so that what is found outside is at most
-too much. The folder is a temporary one: TMPDIR says on which disk. `--quick` walks through all of it in seconds, without meaning.
+A run of `lumi.train.Trainer` whose parts are timed from outside. A step lasts from the end of the step before
+it to its own; the first ones are left out. Then another run, with AdamW (three tensors for each weight), that
+saves every few steps, in turn as training does it and with the loop waiting for the end of it. On a GPU the
+device is waited for around every part, so that what is found outside is at most too much. The folder is a
+temporary one: TMPDIR says on which disk. `--quick` walks through all of it in seconds, without meaning.
 """
 
 import argparse
@@ -54,7 +56,8 @@ class Data(NamedTuple):
 
 
 def random_data(folder: Path, num_tokens: int) -> Data:
-    """A tokenizer of 512 pieces, trained on Python's language reference, and a store of random ones in documents of some 600 tokens."""
+    """A tokenizer of 512 pieces, trained on Python's language reference, and a store of random ones in
+    documents of some 600 tokens."""
     records = folder / "records.jsonl"
     records.write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in topics.values()), encoding="utf-8"
@@ -80,7 +83,8 @@ def random_data(folder: Path, num_tokens: int) -> Data:
 
 
 def run_config(quick: bool, num_steps: int, **changes: dict[str, Any]) -> dict[str, Any]:
-    """`configs/pretrain/tiny.json` with fewer steps and nothing beside them, and changes to its parts; `quick`: of a much smaller model."""
+    """`configs/pretrain/tiny.json` with fewer steps and nothing beside them, and changes to its parts;
+    `quick`: of a much smaller model."""
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
     for part in (changes, QUICK if quick else {}):
         for key, value in part.items():
@@ -109,8 +113,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Save:
-    """A save: after which step (counted from 0), whether the loop waited for its end, how long it was stalled, when it was written, and
-    what a core had to do for that."""
+    """A save: after which step (counted from 0), whether the loop waited for its end, how long it was
+    stalled, when it was written, and what a core had to do for that."""
 
     step: int
     waited: bool
@@ -211,8 +215,9 @@ def shares(steps: Sequence[Step]) -> dict[str, float]:
 
 
 class SaveCost(NamedTuple):
-    """Medians over saves, in seconds: a save that the loop waits for; of others the stall, what the steps beside the writing take longer
-    than those without, the writing, and the core's work for it. Of the steps without: half of the range that half of them lie in."""
+    """Medians over saves, in seconds: a save that the loop waits for; of others the stall, what the steps
+    beside the writing take longer than those without, the writing, and the core's work for it. Of the steps
+    without: half of the range that half of them lie in."""
 
     synchronous: float
     stall: float
@@ -223,7 +228,8 @@ class SaveCost(NamedTuple):
 
 
 def save_cost(steps: Sequence[Step], saves: Sequence[Save]) -> SaveCost:
-    """What saves cost the loop. A step belongs to the save whose writing it meets, in whole or in part, before a save of its own.
+    """What saves cost the loop. A step belongs to the save whose writing it meets, in whole or in part,
+    before a save of its own.
 
     Raises:
         ValueError: there is no save of one kind, or no step without one.
@@ -253,7 +259,8 @@ def measure_loop(results: Results, config: dict[str, Any], data: Data, folder: P
         | {part: round(share, 6) for part, share in found.items()}
     )
     print(
-        f"{len(steps)} steps of {config['batches']['batch_tokens']:,} tokens, {seconds * 1e3:,.1f} ms each at the median"
+        f"{len(steps)} steps of {config['batches']['batch_tokens']:,} tokens, "
+        f"{seconds * 1e3:,.1f} ms each at the median"
     )
     for part, share in found.items():
         typical = median(step.outside if part == "outside" else step.parts.get(part, 0.0) for step in steps)
@@ -284,10 +291,12 @@ def measure_saves(results: Results, config: dict[str, Any], data: Data, folder: 
         }
     )
     print(
-        f"{len(saves)} saves of {num_bytes / 1e6:,.0f} MB; waited for: {cost.synchronous:.3f} s; not: stall {cost.stall:.4f} s"
+        f"{len(saves)} saves of {num_bytes / 1e6:,.0f} MB; waited for: {cost.synchronous:.3f} s; "
+        f"not: stall {cost.stall:.4f} s"
     )
     print(
-        f"  (the first {first:.4f}), {cost.writing:.3f} s written by a thread, which kept a core busy for {cost.writing_cpu:.3f} s;"
+        f"  (the first {first:.4f}), {cost.writing:.3f} s written by a thread, "
+        f"which kept a core busy for {cost.writing_cpu:.3f} s;"
     )
     print(
         f"  {cost.slowdown:.3f} s lost by the steps beside it, where steps alone differ by {cost.noise:.3f} s"
@@ -295,7 +304,8 @@ def measure_saves(results: Results, config: dict[str, Any], data: Data, folder: 
     results.claim("stall of a save, share of one that the loop waits for", cost.stall / cost.synchronous)
     busy = (cost.stall + cost.writing_cpu) / cost.synchronous
     results.claim(
-        "stall and the core's work of the writing, which is for a machine with no core to spare, share of the same",
+        "stall and the core's work of the writing, which is for a machine with no core to spare, "
+        "share of the same",
         busy,
     )
 
