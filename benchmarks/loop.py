@@ -2,7 +2,8 @@
 model, with random data.
 
     python benchmarks/loop.py [--threads 1] [--num-steps 40] [--num-saves 10] [--batch-tokens 4096] [--quick]
- A run of `Trainer` whose parts are timed from outside. A step lasts from the end of the step before it to its
+
+A run of `Trainer` whose parts are timed from outside. A step lasts from the end of the step before it to its
 own; the first ones are left out. Then another run, with AdamW (three tensors for each weight), that saves
 every few steps, in turn as training does it and with the loop waiting for the end of it. On a GPU the device
 is waited for around every part, so that what is found outside is at most too much. The folder is a temporary
