@@ -83,5 +83,7 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
         flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:  # not Linux
         get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # newer torch
-        return {name for name, has in get_capabilities().items() if has is True} if get_capabilities else set()
+        return (
+            {name for name, has in get_capabilities().items() if has is True} if get_capabilities else set()
+        )
     return set(flags[1].split()) if flags else set()

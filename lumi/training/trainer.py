@@ -120,19 +120,17 @@ class Trainer:
                 nats.append(self._forward_backward(batch, dloss, last=index == len(micro_batches) - 1))
             self.watchdog.mark(step, "optimizer")
             mean_loss = world.sum(torch.stack(nats).sum().item())[0] / num_targets
-            gradient_norm, lr = (
-                self.optimizer.clip_gradients(self.loss_scale.value),
-                lr_at(step, config.num_steps, config.optimizer.peak_lr, config.optimizer.schedule),
-            )
-            finite = math.isfinite(mean_loss) and math.isfinite(gradient_norm)
+            clip = self.optimizer.measure_gradients(self.loss_scale.value)
+            lr = lr_at(step, config.num_steps, config.optimizer.peak_lr, config.optimizer.schedule)
+            finite = math.isfinite(mean_loss) and math.isfinite(clip.norm)
             accepted = finite and not self.spikes.is_spike(mean_loss)
             if accepted:
-                self.optimizer.step(lr)
+                self.optimizer.step(lr, clip)
             if finite:
                 self.spikes.record(mean_loss)
             self.optimizer.zero_grad()
             self.loss_scale.update(finite)
-            self._end_step(step, accepted, mean_loss, gradient_norm, lr, num_targets, nats)
+            self._end_step(step, accepted, mean_loss, clip.norm, lr, num_targets, nats)
         if self.saved_step is None:
             self._save()  # nothing was left to do after another run's checkpoint: final/ is made of one of this run
         return not self.state["validation_due"]  # a signal cut the last one short
