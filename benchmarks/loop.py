@@ -146,7 +146,7 @@ class TimedTrainer(Trainer):
             (self.log, "step", "log"),
             (self, "save", "save"),
         ]
-        parts += [(self.optimizer, name, WORK[1]) for name in ("clip_gradients", "step", "zero_grad")]
+        parts += [(self.optimizer, name, WORK[1]) for name in ("measure_gradients", "step", "zero_grad")]
         for owner, name, part in parts:
             setattr(owner, name, self._timed(getattr(owner, name), part))
         self._read, self.log.meter.read = self.log.meter.read, self._note_waiting

@@ -120,18 +120,18 @@ class Trainer:
                 losses.append(self.forward_backward(batch, dloss, last=index == len(batches)))
             self.watchdog.mark(step, "optimizer")
             loss = world.sum(torch.stack(losses).sum().item())[0] / num_targets
-            norm = self.optimizer.clip_gradients(state.loss_scale.value)
+            clip = self.optimizer.measure_gradients(state.loss_scale.value)
             lr = lr_at(step, config.num_steps, config.optimizer.peak_lr, config.optimizer.schedule)
-            finite = math.isfinite(loss) and math.isfinite(norm)
+            finite = math.isfinite(loss) and math.isfinite(clip.norm)
             accepted = finite and not state.spikes.is_spike(loss)
             if accepted:
-                self.optimizer.step(lr)
+                self.optimizer.step(lr, clip)
             self.optimizer.zero_grad()
             self.end_step(
                 StepOutcome(
                     step=step,
                     loss=loss,
-                    gradient_norm=norm,
+                    gradient_norm=clip.norm,
                     lr=lr,
                     num_targets=num_targets,
                     micro_losses=losses,

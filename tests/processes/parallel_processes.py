@@ -67,15 +67,15 @@ class ObservedTrainer(Trainer):
 class ObservedOptimizer(Optimizer):
     """Puts the gradients of three steps together by torch's own means, and measures them in float64."""
 
-    def clip_gradients(self, loss_scale=1.0):
-        norm = super().clip_gradients(loss_scale)
+    def measure_gradients(self, loss_scale=1.0):
+        clip = super().measure_gradients(loss_scale)
         if len(observed["norms"]) < 3:
             gradients = {name: whole(p.grad) for name, p in self.named.items() if p.grad is not None}
             exact = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
             if not observed["norms"]:
                 self._describe(gradients)
-            observed["norms"].append((norm, exact / loss_scale))
-        return norm
+            observed["norms"].append((clip.norm, exact / loss_scale))
+        return clip
 
     def _describe(self, gradients):
         values = [gradient.flatten() for gradient in gradients.values()]
