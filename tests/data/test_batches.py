@@ -5,15 +5,17 @@ from splits import make_conversations, make_split
 
 from lumi.config import UserError
 from lumi.data.batches import IGNORE, BatchConfig, Batches, collate, interleave, validation_batches
-from lumi.data.rows import Row
+from lumi.data.rows import TokenRow
 
 CONFIG = BatchConfig(sequence_length=4, batch_tokens=16, micro_batch_size=2)
 
 
 def test_collate_by_hand():
     rows = [
-        Row(np.array([1, 5, 6, 2, 1]), np.array([1, 0, 0, 0, 1], dtype=bool), np.ones(5, dtype=bool), [0, 1]),
-        Row(
+        TokenRow(
+            np.array([1, 5, 6, 2, 1]), np.array([1, 0, 0, 0, 1], dtype=bool), np.ones(5, dtype=bool), [0, 1]
+        ),
+        TokenRow(
             np.array([7, 2, 1, 8, 9]),
             np.array([0, 0, 1, 0, 0], dtype=bool),
             np.array([1, 1, 1, 0, 1], dtype=bool),

@@ -75,7 +75,8 @@ def test_a_packed_row_by_hand():
 def test_a_conversation_longer_than_a_row_ends_behind_its_last_answer_that_fits():
     masks = ["..++..++..++", "......++", "..++++", ".++..", "...."]
     rows = ConversationRows(make_conversations(masks), length=5, seed=0)
-    # capacity 6: the first keeps one answer; the second has none that fits; the third fills a row; the last trains nothing
+    # capacity 6: the first keeps one answer; the second has none that fits; the third fills a row; the last
+    # trains nothing
     assert rows.lengths.tolist() == [4, 0, 6, 5, 0]
     assert (rows.num_cut, rows.num_dropped, rows.num_tokens) == (1, 2, 15)
     assert rows.num_trained == 8

@@ -1,4 +1,4 @@
-"""Tokenizers of others, in the manner of Llama 2: a space before every text, <unk> <s> </s> and bytes first, no padding, no markers."""
+"""Tokenizers of others, in the manner of Llama 2: a space before every text, no padding, no chat markers."""
 
 import json
 import shutil

@@ -373,7 +373,7 @@ def test_sigterm_while_a_corpus_is_tokenized(processes, rank, runs, uninterrupte
     own = tmp_path / "corpus"
     shutil.copytree(corpus_dir, own, ignore=shutil.ignore_patterns(".tokens"))
     place = (
-        "lumi.data.tokenization:StoreWriter.append" if rank == 0 else "lumi.parallel.world:World.from_main"
+        "lumi.data.store_writer:StoreWriter.append" if rank == 0 else "lumi.parallel.world:World.from_main"
     )
     runs.end(
         "run", processes, faults=[(rank, "before", place, 1 + rank, "terminate")], expect=TERMINATED, data=own
