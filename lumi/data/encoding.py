@@ -1,8 +1,8 @@
 """Documents -> arrays of tokens, in threads.
 
-A document is a text or a conversation. Every token of a text is trained; a chat template lays out and masks a
-conversation. SentencePiece releases the interpreter's lock while it encodes (since 0.2.3; before, the threads took
-turns).
+A document is a text or a conversation. Every token of a text is trained; a chat template lays out and masks
+a conversation. SentencePiece releases the interpreter's lock while it encodes (since 0.2.3; before, the
+threads took turns).
 """
 
 import hashlib

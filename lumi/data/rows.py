@@ -138,7 +138,7 @@ def validation_rows(
         limit = conversations.rows_per_epoch if max_tokens is None else -(-max_tokens // length)
         return min(conversations.rows_per_epoch, limit), conversations.packed
     total = min(len(split.tokens), max_tokens or len(split.tokens))
-    order, ends = np.arange(split.num_documents), _signed(split.offsets[1:])
+    order, ends = np.arange(len(split.offsets) - 1), _signed(split.offsets[1:])
 
     def read(index: int) -> TokenRow:
         start = index * length

@@ -100,9 +100,7 @@ _work: tuple[Callable[[Any, Any], Any], Any] | None = None  # of a worker proces
 def _start(function: Callable[[Any, Any], Any], shared: Any) -> None:
     global _work
     _work = function, shared
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers itself
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A parent that is killed cannot end its workers: they would wait for work for ever.

@@ -100,10 +100,8 @@ def test_transformers_makes_the_same_ids(request, tmp_path, template, which):
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for messages in CONVERSATIONS:
-        assert (
-            prompt_ids(tokenizer, messages)
-            == theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"]
-        )
+        expected = theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)
+        assert prompt_ids(tokenizer, messages) == expected["input_ids"]
     assert stop_ids(tokenizer) == {tokenizer.eos_id}
 
 
@@ -112,10 +110,8 @@ def test_what_newer_templates_use(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for messages in CONVERSATIONS:
-        assert (
-            prompt_ids(tokenizer, messages)
-            == theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"]
-        )
+        expected = theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)
+        assert prompt_ids(tokenizer, messages) == expected["input_ids"]
 
 
 def test_zephyr_by_hand(tokenizer):

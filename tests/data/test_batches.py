@@ -47,9 +47,8 @@ def test_targets_are_the_next_token_of_the_same_document():
     for step in range(1, 12):
         batch = batches[step]
         trained = batch.targets != IGNORE
-        assert torch.equal(
-            batch.targets[trained], batch.tokens[trained] + 1
-        )  # t+1, and never across documents
+        # t+1, and never across documents.
+        assert torch.equal(batch.targets[trained], batch.tokens[trained] + 1)
         assert batch.cu_seqlens[0] == 0
         assert batch.cu_seqlens[-1] == 16
 
@@ -97,16 +96,9 @@ def test_validation_of_conversations_reads_each_answer_once_whatever_the_process
     split = make_conversations(["..++", ".+", "..+..+", "...++"])
 
     def targets(world, max_tokens=None):
+        config = BatchConfig(sequence_length=6, batch_tokens=12, micro_batch_size=1)
         batches = [
-            b
-            for rank in range(world)
-            for b in validation_batches(
-                split,
-                BatchConfig(sequence_length=6, batch_tokens=12, micro_batch_size=1),
-                rank,
-                world,
-                max_tokens,
-            )
+            b for rank in range(world) for b in validation_batches(split, config, rank, world, max_tokens)
         ]
         return sorted(t for b in batches for t in b.targets.flatten().tolist() if t != IGNORE)
 

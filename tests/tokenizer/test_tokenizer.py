@@ -44,25 +44,11 @@ def pieces(tokenizer, text):
 
 
 def test_ids_of_the_recipe(tokenizer, folder):
-    named = [
-        tokenizer.unk_id,
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-        tokenizer.im_start_id,
-        tokenizer.im_end_id,
-    ]
-    assert named == [0, 1, 2, 3, 4, 5]
+    assert [tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id] == [0, 1, 2, 3]
+    assert [tokenizer.im_start_id, tokenizer.im_end_id] == [4, 5]
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    assert [model.id_to_piece(i) for i in range(7)] == [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "<pad>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<0x00>",
-    ]
+    first = "<unk> <s> </s> <pad> <|im_start|> <|im_end|> <0x00>".split()
+    assert [model.id_to_piece(i) for i in range(7)] == first
     assert tokenizer.vocab_size == len(model) == 400
     assert all(model.is_control(i) for i in range(1, 6))
 
@@ -192,10 +178,8 @@ def test_the_chat_template_as_transformers_renders_it(tokenizer, folder):
     theirs = LlamaTokenizer.from_pretrained(folder)
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert (
-        text
-        == "<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n<|im_start|>assistant\n"
-    )
+    question, answer = "<|im_start|>user\nhi<|im_end|>\n", "<|im_start|>assistant\nyo<|im_end|>\n"
+    assert text == f"<s>{question}{answer}<|im_start|>assistant\n"
     assert theirs.apply_chat_template(turns[:1], tokenize=False) == "<s><|im_start|>user\nhi<|im_end|>\n"
     ids = theirs.apply_chat_template(turns[:1])["input_ids"]
     assert ids == [1, 4, *tokenizer.encode("user\nhi"), 5, *tokenizer.encode("\n")]

@@ -53,12 +53,8 @@ def test_too_little_text_for_the_vocabulary(tmp_path):
     ) as caught:
         train(tmp_path, [PROSE], vocab_size=30000)
     supported = int(str(caught.value).split("at most ")[1].split(",")[0])
-    assert (
-        train_tokenizer(
-            TokenizerConfig(vocab_size=supported), [tmp_path / "corpus"], tmp_path / "fits"
-        ).vocab_size
-        == supported
-    )
+    config = TokenizerConfig(vocab_size=supported)
+    assert train_tokenizer(config, [tmp_path / "corpus"], tmp_path / "fits").vocab_size == supported
     assert not (tmp_path / "tokenizer").exists()
 
 
