@@ -31,7 +31,8 @@ from results import RESULTS, Results
 
 from lumi.config import from_dict
 from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
-from lumi.data.token_store import StoreWriter
+from lumi.data.store_manifest import Counts
+from lumi.data.store_writer import StoreWriter
 from lumi.host.devices import choose_device
 from lumi.host.interruption import StopSignal
 from lumi.parallel.process_group import process_group
@@ -81,7 +82,8 @@ def random_data(folder: Path, num_tokens: int) -> Data:
     writer = StoreWriter(
         folder / "store", tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
     )
-    writer.append("train", tokens, lengths, {"random": (len(lengths), len(tokens), 2 * len(tokens))})
+    counts = Counts(documents=len(lengths), tokens=len(tokens), bytes=2 * len(tokens))
+    writer.append("train", tokens, lengths, {"random": counts})
     writer.finish({})
     return Data(folder / "store", folder / "tokenizer")
 

@@ -14,7 +14,8 @@ import lumi.configs
 from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.config import load_config, read_json
 from lumi.corpus import PrepareConfig, prepare, read_corpus
-from lumi.data.tokenization import TokenStore, tokenize
+from lumi.data.token_store import TokenStore
+from lumi.data.tokenization import tokenize
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.formats.export import merge
 from lumi.formats.pretrained import Pretrained, load_pretrained

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lumi.data.rows import ConversationRows
-from lumi.data.token_store import Split, SplitManifest
+from lumi.data.store_manifest import SplitManifest
+from lumi.data.token_store import Split
 from lumi.tokenizer.tokenizer import Tokenizer
 
 OPEN, CLOSE = "[[", "]]"

@@ -8,7 +8,8 @@ from lumi.chat.rendering import TEMPLATES
 from lumi.config import UserError
 from lumi.data.batches import Batch, Batches, prefetch
 from lumi.data.rows import ConversationRows, make_rows, validation_rows
-from lumi.data.tokenization import TokenStore, open_or_tokenize
+from lumi.data.token_cache import open_or_tokenize
+from lumi.data.token_store import TokenStore
 from lumi.parallel.world import World
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.training.preview import describe_conversations

@@ -21,7 +21,8 @@ from lumi.checkpoint.checkpoint import (
     step_of,
 )
 from lumi.config import UserError
-from lumi.host.storage import DamagedError, discard_folders, lock_file, make_folder, sweep_temporaries
+from lumi.host.locks import lock_file
+from lumi.host.storage import DamagedError, discard_folders, make_folder, sweep_temporaries
 from lumi.parallel.world import World
 
 LOCK_WAIT_SECONDS = 30  # the processes of a killed run may need a moment to end

@@ -56,7 +56,7 @@ def test_bits_per_byte_by_hand():
 
 
 def test_every_byte_of_the_text_is_counted(store_dir, tokenizer):
-    from lumi.data.tokenization import TokenStore
+    from lumi.data.token_store import TokenStore
 
     split = TokenStore.open(store_dir).split("validation")
     model = Transformer(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lumi.data.batches import IGNORE, collate
-from lumi.data.rows import Row
+from lumi.data.rows import TokenRow
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
 
@@ -101,7 +101,7 @@ def test_trained_on_counting_it_predicts_the_next_number(tied):
         starts = torch.randint(0, 61, (16, 1), generator=generator)
         sequences = ((starts + torch.arange(17)) % 61).numpy()
         no_starts = torch.zeros(17, dtype=torch.bool).numpy()
-        batch = collate([Row(row, no_starts, ~no_starts, []) for row in sequences])
+        batch = collate([TokenRow(row, no_starts, ~no_starts, []) for row in sequences])
         loss = model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens) / batch.num_targets
         loss.backward()
         optimizer.step()

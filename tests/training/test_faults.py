@@ -381,10 +381,10 @@ def test_sigterm_while_a_corpus_is_tokenized(processes, rank, runs, uninterrupte
     step."""
     own = tmp_path / "corpus"
     shutil.copytree(corpus_dir, own, ignore=shutil.ignore_patterns(".tokens"))
-    place = "lumi.data.tokenization:StoreWriter.append" if rank == 0 else "lumi.parallel.world:World.gather"
-    runs.end(
-        "run", processes, faults=[(rank, "before", place, 1 + rank, "terminate")], expect=TERMINATED, data=own
-    )
+    place = "lumi.data.store_writer:StoreWriter.append", 1
+    if rank == 1:
+        place = "lumi.parallel.world:World._any", 8  # it waits for the first process
+    runs.end("run", processes, faults=[(rank, "before", *place, "terminate")], expect=TERMINATED, data=own)
     assert runs.status("run") == {"status": "preempted", "step": 0, "signal": "SIGTERM"}
     assert bool(list(own.rglob("train.tokens"))) == (rank == 1)
     assert not list(own.rglob(".tmp-*"))

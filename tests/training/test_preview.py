@@ -5,7 +5,8 @@ from splits import make_conversations
 from lumi.chat.messages import Message
 from lumi.chat.rendering import TEMPLATES, render
 from lumi.data.rows import ConversationRows
-from lumi.data.token_store import Split, SplitManifest
+from lumi.data.store_manifest import SplitManifest
+from lumi.data.token_store import Split
 from lumi.training.preview import describe_conversations, marked_example
 
 

@@ -25,7 +25,10 @@ from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
 from lumi.corpus.conversations import MessagesFormat
 from lumi.data.batches import BatchConfig, Batches
 from lumi.data.rows import ConversationRows
-from lumi.data.tokenization import StoreWriter, TokenStore, tokenize
+from lumi.data.store_manifest import Counts
+from lumi.data.store_writer import StoreWriter
+from lumi.data.token_store import TokenStore
+from lumi.data.tokenization import tokenize
 from lumi.formats.hf_format import load_model, save_model
 from lumi.formats.pretrained import load_pretrained
 from lumi.host.tensor_files import load_tensors, save_tensors
@@ -395,7 +398,8 @@ def test_a_split_that_fits_no_row_is_named_before_the_first_step(bad, start, tok
     for split in ("train", "validation"):
         size = 40 if split == bad else 10
         mask = np.arange(size) >= size - 3
-        writer.append(split, np.full(size, 300), np.array([size]), {"made": (1, size, 3)}, mask)
+        counts = Counts(documents=1, tokens=size, bytes=3)
+        writer.append(split, np.full(size, 300), np.array([size]), {"made": counts}, mask)
     writer.finish({}, "chatml")
     with pytest.raises(
         UserError,
