@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lumi.checkpoint.checkpoint import Checkpoint
-from lumi.config import UserError, differences, to_dict
+from lumi.config import UserError, differences, from_dict, to_dict
+from lumi.model.transformer import ModelConfig
 from lumi.training.run_config import TrainConfig
 from lumi.training.run_data import RunData
 from lumi.training.run_model import start_fingerprint
@@ -34,7 +35,10 @@ def resumed_state(
         UserError: the identity is another one, or the run was to end before the checkpoint's step.
     """
     state = dict(checkpoint.state)
-    if changed := differences(state.pop("identity"), identity):
+    saved_identity, saved_config = (
+        _resolved(state.pop(name), str(checkpoint.path)) for name in ("identity", "config")
+    )
+    if changed := differences(saved_identity, identity):
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         raise UserError(
             f"{checkpoint.path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with"
@@ -43,9 +47,16 @@ def resumed_state(
         raise UserError(
             f"num_steps must be at least the checkpoint's step {state['step']}, got {config.num_steps}"
         )
-    for change in differences(state.pop("config"), to_dict(config)):
+    for change in differences(saved_config, to_dict(config)):
         say(f"changed since the checkpoint: {change}")
     return state
+
+
+def _resolved(saved: dict[str, Any], where: str) -> dict[str, Any]:
+    """Saved values with the numbers of `model` that follow from others: older checkpoints hold null for them."""
+    if saved["model"] is None:
+        return saved
+    return saved | {"model": to_dict(from_dict(ModelConfig, saved["model"], where))}
 
 
 def micro_batch_before(checkpoint: Checkpoint | None) -> int | None:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,7 +42,7 @@ def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, 
             f"--model-path must be a whole model to train, got the adapter {folder}; `lumi merge` makes one of it and its base"
         )
     shape = read_shape(folder)
-    if config.model is not None and (ours := _resolved(config.model)) != (theirs := _resolved(shape)):
+    if config.model is not None and (ours := to_dict(config.model)) != (theirs := to_dict(shape)):
         key = next(key for key in theirs if ours[key] != theirs[key])
         raise UserError(
             f"config.model must be null, or that of --model-path {folder}: {key} must be {theirs[key]}, got {ours[key]}"
@@ -52,10 +51,6 @@ def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, 
         return dataclasses.replace(config, model=shape), shape, folder
     except ValueError as error:
         raise UserError(f"--model-path {folder}: {error}") from error
-
-
-def _resolved(shape: ModelConfig) -> dict[str, Any]:
-    return to_dict(dataclasses.replace(shape, num_kv_heads=shape.kv_heads, head_dim=shape.per_head))
 
 
 def build(

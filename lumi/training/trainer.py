@@ -49,7 +49,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
         config, shape, self.start = resolve(config, paths.model_path)
         self.paths, self.world = paths, world
-        self.ops = _select_kernels(config.kernels, world.device, shape.per_head)
+        self.ops = _select_kernels(config.kernels, world.device, shape.head_dim)
         self.folder = RunFolder(paths.output_dir)
         self.log = RunLog(self.folder, world.is_main)
         free = free_memory(world.device)
@@ -505,7 +505,7 @@ def _check(config: TrainConfig, paths: Paths, world: World) -> None:
     )
     smallest = with_micro_batch(config, 1) if config.batches.micro_batch_size == "auto" else config
     smallest.batches.micro_steps(world.layout.data)
-    _select_kernels(config.kernels, world.device, shape.per_head)
+    _select_kernels(config.kernels, world.device, shape.head_dim)
 
 
 def _claim(folder: RunFolder, resume: str | None) -> None:
