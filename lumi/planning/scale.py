@@ -189,7 +189,7 @@ def _of_tensors(config: TrainConfig, model: ModelConfig, layout: Layout) -> list
     matrices = (1 if model.tied_embeddings else 2) * micro_steps
     embeddings = narrow * matrices * model.vocab_size * model.model_dim
     norms = 2 * model.num_layers * (1 + model.qk_norm)
-    norm_values = 2 * model.num_layers * (model.model_dim + model.qk_norm * model.per_head)
+    norm_values = 2 * model.num_layers * (model.model_dim + model.qk_norm * model.head_dim)
     norm_bytes = (
         norm_values * (reduce_bytes if micro_steps > 1 else narrow) + micro_steps * narrow * model.model_dim
     )
@@ -229,7 +229,7 @@ def step_time(config: TrainConfig, layout: Layout, cluster: Cluster) -> StepTime
     """How long a step takes, without reading data, validation and checkpoints."""
     model, micro_steps = config.model, config.batches.micro_steps(layout.data)
     assert model is not None
-    attention = 6 * model.num_heads * model.per_head * config.batches.sequence_length
+    attention = 6 * model.num_heads * model.head_dim * config.batches.sequence_length
     layer_flops = model.num_layers * (6 * parameters_held(model)[0] + attention)
     tokens = config.batches.batch_tokens / cluster.num_gpus
     products = tokens * model.flops_per_token(config.batches.sequence_length) / cluster.flops

@@ -172,7 +172,11 @@ def _kept_per_token(
     model: ModelConfig, compute_bytes: int, checkpointing: bool, triton: bool, tensor: int
 ) -> int:
     """Bytes that backward finds of a token of a micro-batch on one of `tensor` processes."""
-    heads, dim, mlp = 2 * (model.num_heads + model.kv_heads) * model.per_head, model.model_dim, model.mlp_dim
+    heads, dim, mlp = (
+        2 * (model.num_heads + model.num_kv_heads) * model.head_dim,
+        model.model_dim,
+        model.mlp_dim,
+    )
     wide = model.num_heads + 2 if triton else 6 * dim + heads + 3 * mlp
     whole = 2 * dim if tensor > 1 else 0
     per_layer = (

@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,7 +57,7 @@ def resolve_run(config: TrainConfig, paths: Paths, world: World) -> ResolvedRun:
     """
     with world.fail_together():
         config, shape, start = resolve_model(config, paths.model_path)
-        ops = _select_ops(config.kernels, world.device, shape.per_head)
+        ops = _select_ops(config.kernels, world.device, shape.head_dim)
         dora = config.lora is not None and config.lora.dora
         check_tensor_parallel(shape, config.batches.sequence_length, world.layout.tensor, dora)
         num_trained = _count_trained(config, shape, ops)
@@ -106,7 +105,7 @@ def resolve_model(
             f"`lumi merge` makes one of it and its base"
         )
     shape = read_shape(folder)
-    if config.model is not None and (ours := _resolved(config.model)) != (theirs := _resolved(shape)):
+    if config.model is not None and (ours := to_dict(config.model)) != (theirs := to_dict(shape)):
         key = next(key for key in theirs if ours[key] != theirs[key])
         raise UserError(
             f"config.model must be null, or that of --model-path {folder}: "
@@ -116,10 +115,6 @@ def resolve_model(
         return dataclasses.replace(config, model=shape), shape, folder
     except ValueError as error:
         raise UserError(f"--model-path {folder}: {error}") from error
-
-
-def _resolved(shape: ModelConfig) -> dict[str, Any]:
-    return to_dict(dataclasses.replace(shape, num_kv_heads=shape.kv_heads, head_dim=shape.per_head))
 
 
 def _select_ops(name: str, device: torch.device, head_dim: int) -> Ops:

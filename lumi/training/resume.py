@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lumi.checkpoint.checkpoint import Checkpoint
-from lumi.config import UserError, differences, to_dict
+from lumi.config import UserError, differences, from_dict, to_dict
+from lumi.model.transformer import ModelConfig
 from lumi.training.run_config import TrainConfig
 from lumi.training.run_data import RunData
 from lumi.training.run_model import start_fingerprint
@@ -34,7 +35,10 @@ def check_resumable(
         UserError: the identity is another one, or the run was to end before the checkpoint's step.
     """
     state = checkpoint.state
-    if changed := differences(state["identity"], identity):
+    saved_identity, saved_config = (
+        _resolved(state[name], str(checkpoint.path)) for name in ("identity", "config")
+    )
+    if changed := differences(saved_identity, identity):
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         changes = f"{'; '.join(changed[:3])}{more}"
         raise UserError(
@@ -44,5 +48,12 @@ def check_resumable(
         raise UserError(
             f"num_steps must be at least the checkpoint's step {state['step']}, got {config.num_steps}"
         )
-    for change in differences(state["config"], to_dict(config)):
+    for change in differences(saved_config, to_dict(config)):
         say(f"changed since the checkpoint: {change}")
+
+
+def _resolved(saved: dict[str, Any], where: str) -> dict[str, Any]:
+    """Saved values with the numbers of `model` that follow from others: older checkpoints hold null for them."""
+    if saved["model"] is None:
+        return saved
+    return saved | {"model": to_dict(from_dict(ModelConfig, saved["model"], where))}
