@@ -110,9 +110,8 @@ class Trainer:
                 self.save()
                 return False
             _seed(config.seed, step, world)  # what a step draws depends on nothing before it
-            # A gradient is the mean over the processes that read different rows; the loss is a sum over all
-            # targets,
-            # divided by their number.
+            # Gradients are means over the processes that read different rows. The loss is the sum over all
+            # targets, divided by their number.
             dloss = state.loss_scale.value * world.layout.data / num_targets
             losses: list[Tensor] = []
             for index, batch in enumerate(batches, start=1):
@@ -151,9 +150,8 @@ class Trainer:
             self.watchdog.mark(step, "waiting for data")
             with self.log.meter.waiting():
                 step_input = next(inputs)
-            self.watchdog.mark(
-                step, "counting targets"
-            )  # a process that waits for others stands after its data
+            # A process that waits for the others must stand behind the one that waits for its data.
+            self.watchdog.mark(step, "counting targets")
             yield step_input
 
     def agree(self, batches: Sequence[Batch]) -> tuple[int, bool]:
