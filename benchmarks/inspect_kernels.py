@@ -1,7 +1,7 @@
 """Compiles the Triton kernels ahead of time for several GPUs, without any of them, and reads the machine
 code.
 
-    python benchmarks/inspect_kernels.py [--arch 90] [--dtype bf16] [--kernel rms_norm] [--json]
+    python benchmarks/inspect_kernels.py [--arch 90] [--dtype bf16] [--kernel rms_norm] [--largest] [--json]
 
 One line per kernel, dtype, size and architecture: registers, shared memory, spills, 16-byte accesses (bulk
 tensor copies included), tensor-core instructions, float64 instructions, the share of a multiprocessor's
@@ -83,8 +83,8 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
-    usage, sass = _disassemble(compiled.asm["cubin"])
-    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
+    sass = _disassemble(compiled.asm["cubin"])
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", sass)}
     opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
     if not opcodes or resources.keys() != {"REG", "STACK", "SHARED"}:
         raise RuntimeError(f"{entry.name}: could not read the disassembler's output")
@@ -129,16 +129,18 @@ def _typed(kind: str | tuple[str, ...], dtype: str) -> str | tuple[str, ...]:
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
+def _disassemble(cubin: bytes) -> str:
     """The resource report and the machine code, from the tools inside Triton's wheel."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda flag: (
-            subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
-        )
-        return run("-res-usage"), run("-sass")
+        command = [cuobjdump, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _largest(found: list[Entry]) -> list[Entry]:
+    return list({entry.name.split()[0]: entry for entry in found}.values())
 
 
 def _is_float64(opcode: str) -> bool:
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHES, default=ARCHES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--kernel", default="", help="only entries whose name contains this")
+    parser.add_argument("--largest", action="store_true", help="only the largest size of each kernel")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
@@ -174,14 +177,14 @@ def main() -> None:
     jobs = [
         (entry, dtype, arch)
         for dtype, arch in pairs
-        for entry in entries(dtype, arch)
+        for entry in (_largest(entries(dtype, arch)) if args.largest else entries(dtype, arch))
         if args.kernel in entry.name
     ]
     if not jobs:
         names = sorted(entry.name for entry in entries(DTYPES[0], ARCHES[0]))
         parser.error(f"--kernel must be part of one of {names}, got {args.kernel!r}")
     jobs.sort(key=lambda job: (job[0].name, DTYPES.index(job[1]), job[2]))
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("fork")) as pool:
         reports = list(pool.map(inspect, *zip(*jobs, strict=True)))
     if args.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))

@@ -41,8 +41,10 @@ class Entry:
 
 
 def entries(dtype: str, arch: int) -> list[Entry]:
-    """The registry. `dtype` is "fp32", "fp16" or "bf16", `arch` 80, 89, 90 or 100. All have the same
-    names."""
+    """The registry: the same names for every dtype and architecture, the largest size of a kernel last.
+
+    `dtype` is "fp32", "fp16" or "bf16", `arch` 80, 89, 90 or 100.
+    """
     return [
         *_decode_attention_entries(dtype),
         *_rms_norm_entries(),
@@ -198,7 +200,7 @@ def _linear_cross_entropy_entries(dtype: str) -> Iterator[Entry]:
         "logits_ptr": "*T", "targets_ptr": "*i64", "losses_ptr": "*fp32",
         "stride_c": "i32", "V": "i32", "z_loss": "fp32", "dloss": "fp32",
     }  # fmt: skip
-    for V in (32_768, 128_256, 50_257):
+    for V in (32_768, 50_257, 128_256):
         flags = {"IGNORE_INDEX": IGNORE_INDEX, "GRADIENT": True}
         config = flags | tile_config(V, 4 if dtype == "fp32" else 2)
         name, width = f"linear_cross_entropy V={V}", "V" if V % 16 == 0 else ""

@@ -64,7 +64,7 @@ def test_parity(rows, D, dtype, device):
     cases = []
     for _ in range(draws):
         x, residual, weight, dy, dtotal = draw((rows, D), device, dtype)
-        # The norm's dx is a difference of equals divided by |total|: near zero one total would decide the test.
+        # The norm's dx is a difference of equals divided by |total|: near zero, one total would decide all.
         if D == 1:
             x, residual = x + 4 * x.sign(), residual.abs() * x.sign()
         cases.append((x, residual, weight, dy, dtotal))

@@ -19,8 +19,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inspect_kernels.py"
 # By default what training uses, on the two architectures whose code differs most. float16 differs from
 # bfloat16 by names of instructions only.
 CHOICES = {
-    "bf16 on sm_80 and sm_90": (("bf16",), (80, 90)),
-    "all": (("fp32", "bf16"), (80, 89, 90, 100)),
+    "largest sizes in bf16 on sm_80 and sm_90": (("bf16",), (80, 90), ["--largest"]),
+    "all": (("fp32", "bf16"), (80, 89, 90, 100), []),
 }
 
 
@@ -34,8 +34,8 @@ def choice(request):
 
 @pytest.fixture(scope="module")
 def reports(choice):
-    dtypes, arches = choice
-    command = [sys.executable, SCRIPT, "--json", "--dtype", *dtypes, "--arch", *map(str, arches)]
+    dtypes, arches, options = choice
+    command = [sys.executable, SCRIPT, "--json", "--dtype", *dtypes, "--arch", *map(str, arches), *options]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -47,7 +47,7 @@ def names(reports):
 
 
 def test_every_dtype_and_architecture_is_there(reports, choice):
-    dtypes, arches = choice
+    dtypes, arches, _ = choice
     assert {r["arch"] for r in reports} == set(arches)
     assert {r["dtype"] for r in reports} == set(dtypes)
     kernels = {r["kernel"] for r in reports}
