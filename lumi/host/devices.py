@@ -1,6 +1,11 @@
-"""The GPUs that people train on, by NVIDIA's data sheets: what MFU is measured against, and what a plan on paper reckons with."""
+"""Devices: which one a command uses, what it is good at, and the data sheets of common GPUs.
 
+Model FLOP/s utilisation (MFU) is measured against these data sheets, and `lumi plan` estimates with them.
+"""
+
+import functools
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,14 +14,12 @@ from lumi.config import UserError
 
 
 class Gpu(NamedTuple):
-    """Figures of a data sheet; of a GPU that comes in several forms, the one on the fastest board (SXM)."""
+    """Figures of NVIDIA's data sheet. A GPU sold on several boards is listed with its fastest one (SXM)."""
 
     flops: float  # dense bfloat16 peak, FLOP/s
     memory_bytes: int  # the GB of a data sheet are GiB
     memory_bandwidth: float  # bytes/s
-    link_bandwidth: (
-        float  # bytes/s that it sends to the GPUs of its node: NVLink, or PCIe 4.0 x16 where it has none
-    )
+    link_bandwidth: float  # bytes/s sent to GPUs of the same node, over NVLink or else PCIe 4.0 x16
 
 
 GPUS = {
@@ -31,8 +34,11 @@ GPUS = {
 }
 
 
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # CPU instructions that multiply bfloat16 matrices
+
+
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None where it is not known (CPUs among them)."""
+    """The device's dense bfloat16 peak in FLOP/s; None where it is unknown, as for every CPU."""
     return named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -42,9 +48,40 @@ def named_peak_flops(name: str) -> float | None:
 
 
 def choose_device(name: str) -> str:
-    """ "cpu" or "cuda"; "auto" is CUDA where there is one. Raises UserError if CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
+    """Resolve --device to "cpu" or "cuda"; "auto" is CUDA where there is one.
+
+    Raises:
+        UserError: "cuda" where torch sees no CUDA device.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
         raise UserError(
-            '--device must be "cpu" or "auto" on this machine, got "cuda": torch sees no CUDA device'
+            "--device",
+            'must be "cpu" or "auto" on this machine',
+            got='"cuda": torch sees no CUDA device',
         )
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    return name
+
+
+@functools.cache
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware.
+
+    True for CUDA from capability 8.0 (A100) and for CPUs with AVX512-BF16 or AMX-BF16. False where it is unknown.
+    A CPU without these instructions emulates the product, many times slower than in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and not BFLOAT16_FLAGS.isdisjoint(cpu_flags())
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """The CPU's instruction sets by their Linux names, such as "avx2"; empty where they are unknown."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:  # not Linux
+        get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # newer torch
+        return {name for name, has in get_capabilities().items() if has is True} if get_capabilities else set()
+    return set(flags[1].split()) if flags else set()
