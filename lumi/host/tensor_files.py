@@ -1,4 +1,4 @@
-"""Safetensors files, written with their hash and fsynced, and read."""
+"""Safetensors files: written with their hash and fsynced, and read."""
 
 import hashlib
 import json
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from lumi.config import UserError
 
-_CHUNK_BYTES = 2**28  # written, synced and reported at a time: minutes on the slowest of disks
-
-
+_CHUNK_BYTES = 2**28  # written, synced and reported at a time: minutes on the slowest disks
 SAFETENSORS_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -36,19 +34,19 @@ def save_tensors(
     metadata: dict[str, str] | None = None,
     moved: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write tensors as safetensors, fsynced, with what others expect in the metadata, and `metadata`.
+    """Write tensors as safetensors and fsync the file.
 
-    Written here, and not by the library, to hash the bytes as they pass, and to leave Python to other threads meanwhile.
+    The library would neither hash the bytes as they pass nor release Python to other threads meanwhile.
 
     Args:
-        moved: called from time to time, as long as the writing goes on.
+        metadata: beside `{"format": "pt"}`, which other readers expect.
+        moved: called from time to time, as long as the writing advances.
 
     Returns:
         the file's record, as `lumi.host.storage.file_record`.
     """
-    names = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # wide types first, so that all are aligned
+    # Wide types first, so that all are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
@@ -72,9 +70,7 @@ def save_tensors(
                 digest.update(chunk)
                 file.write(chunk)
                 unsynced += len(chunk)
-                if (
-                    unsynced >= _CHUNK_BYTES
-                ):  # else memory takes it all at once, and the last fsync takes hours without a word
+                if unsynced >= _CHUNK_BYTES:  # else memory takes everything, and the last fsync takes hours
                     file.flush()
                     os.fsync(file.fileno())
                     unsynced = 0
@@ -89,4 +85,4 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: must be a safetensors file: {error}") from error
+        raise UserError(f"{path}:", f"must be a safetensors file: {error}") from error
