@@ -183,9 +183,7 @@ class Watchdog:
                     self._look_around()
                 self._answered.set()
             self._publish()
-        except (
-            dist.DistError
-        ) as error:  # alone it stops nobody; the other thread sees that no more answers come
+        except dist.DistError as error:  # it stops nobody; the other thread sees that no more answers come
             if not self._leaving.is_set():
                 lost = f"the watchdog of rank {self._rank} has lost the store of the processes"
                 os.write(2, f"\nwarning: {lost}: {error}\n".encode())

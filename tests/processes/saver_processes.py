@@ -351,9 +351,8 @@ def main(case, folder, times=0):
         kill_at_random_moments(folder, int(times))
     elif case == "end":
         assert fork(1, end_while_saving, folder / "whole", None) == [0]
-        assert fork(1, end_while_saving, folder / "failed", 1000) == [
-            0
-        ]  # the program's own result; the message is on stderr
+        # The exit code is the program's own; the message is on stderr.
+        assert fork(1, end_while_saving, folder / "failed", 100_000) == [0]
 
 
 if __name__ == "__main__":
