@@ -5,23 +5,33 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 # The GPU's targets use PYTHON itself, which must have a CUDA build of torch, and install Lumi there without its dependencies.
 GPU_INSTALLED = build/gpu-installed$(subst /,-,$(shell command -v $(PYTHON)))
-GPU_TESTS = tests/kernels tests/test_model_bundles.py tests/test_csrc.py tests/test_optimizer.py
+GPU_TESTS = tests/kernels tests/model/test_model_bundles.py tests/test_csrc.py tests/training/test_optimizer.py
 NOT_ON_A_GPU = tests/kernels/test_machine_code.py  # minutes of a compiler's work on the CPU, the same for one version of Triton
 ONLY ?=
 LIMIT ?= 540
+SOAK ?= all
+PYTEST = $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test check clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
+.PHONY: demo test soak check docs clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+# The same proofs over more cases, some 20 minutes on two cores; SOAK=3/10 runs a tenth of them.
+soak: $(VENV)/installed-test
+	$(PYTEST) --soak $(SOAK)
 
 check: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/python docs/configuration_reference.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 gpu:
 	$(MAKE) gpu-check
@@ -56,6 +66,10 @@ $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
 
 $(VENV)/installed-test: $(SOURCES) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(SOURCES) | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
 $(GPU_INSTALLED): $(SOURCES) | gpu-there

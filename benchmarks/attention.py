@@ -1,10 +1,14 @@
-"""Attention, forward and backward: causal rows against torch's SDPA and FlexAttention, packed documents against FlexAttention and varlen.
+"""Attention, forward and backward: causal rows and packed documents, against the best of others.
 
     python benchmarks/attention.py [--output-dir benchmarks/results]
 
-TFLOP/s of the pairs that are seen (4 K a pair and head forward, 10 K backward). Peers: `scaled_dot_product_attention` as torch chooses, and
-by cuDNN (both take the same strided tensors as Lumi); FlexAttention (Dong et al. 2024, https://arxiv.org/abs/2412.05496), compiled, with
-a block mask made outside the timed region, as Lumi's plan is; `varlen_attn` where torch has it.
+TFLOP/s count visible pairs: 4 K FLOPs per pair and head forward, 10 K backward. Peers:
+
+- `scaled_dot_product_attention`, as torch chooses and by cuDNN, on the same strided tensors as Lumi (causal
+  rows)
+- FlexAttention (Dong et al. 2024, https://arxiv.org/abs/2412.05496), compiled. Its block mask is made outside
+  the timed region, as Lumi's plan is
+- `varlen_attn`, if torch has it (packed documents)
 """
 
 import importlib.util
@@ -51,7 +55,7 @@ def document_lengths(length: int, mean: int, generator: random.Random) -> list[i
 
 
 def check(name: str, function: Callable, operands: Operands, seen_BTT: Tensor, slack: float) -> None:
-    """The last row and kv head against float64; whole scores of all heads would not fit."""
+    """Compare the last row and kv head with float64; the scores of all heads would not fit."""
     group = operands.inputs[0].shape[2] // operands.inputs[1].shape[2]
     pick = lambda t_BTHK, heads: t_BTHK.detach()[-1:, :, -heads:]
     widths = (group, 1, 1)
@@ -82,7 +86,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flex(shape: Shape, document_BT: Tensor, device: torch.device) -> Callable:
-    """FlexAttention under the mask of the documents, all of one number where rows are whole."""
+    """FlexAttention under the documents' mask. Whole rows have one document number throughout."""
     B, T, H, G, _ = shape
     whole = not document_BT.any()
     documents = lambda b, h, t, s: (document_BT[b, t] == document_BT[b, s]) & (t >= s)
@@ -115,7 +119,10 @@ def _varlen(cu_seqlens: Tensor) -> Callable:
 def measure_shape(
     results: Results, shape: Shape, dtype: torch.dtype, mean_length: int | None
 ) -> dict[str, dict[str, float]]:
-    """Check and time one shape; documents of `mean_length` tokens, None: whole rows. Seconds by direction and name."""
+    """Check and time one shape; returns seconds by direction and name.
+
+    `mean_length` is that of the documents, in tokens; None: whole rows.
+    """
     device, (B, T, H, G, K) = results.device, shape
     generator = random.Random(0)
     lengths = [[T] if mean_length is None else document_lengths(T, mean_length, generator) for _ in range(B)]
@@ -164,7 +171,7 @@ def run(
     packed: Sequence[Shape] = PACKED,
     dtype=torch.bfloat16,
 ) -> None:
-    """All shapes; what is claimed is the least of the ratios, and holds for as many query as key heads."""
+    """All shapes. A claim is the smallest of the ratios, over shapes with as many query heads as kv heads."""
     for shapes, mean_length in ((causal, None), (packed, 512)):
         ratios: dict[tuple[str, int, str], list[float]] = {}
         for shape in shapes:
@@ -184,7 +191,8 @@ def run(
                 ratios.get((direction, K, peer), []),
             )
             if values or target:
-                text = f"{kind} {direction}, head_dim {K}: times as fast as {peer}, at least over {widths.count(K)} shapes"
+                over = f"at least over {widths.count(K)} shapes"
+                text = f"{kind} {direction}, head_dim {K}: times as fast as {peer}, {over}"
                 results.claim(text, min(values) if len(values) == widths.count(K) else None, at_least=target)
 
 

@@ -1,9 +1,9 @@
-"""Attention of one new token per row against its key-value cache: the bytes of the cache over time, against torch's SDPA.
+"""Attention of one new token per row against its key-value cache: bytes per second, against torch's SDPA.
 
     python benchmarks/decode_attention.py [--output-dir benchmarks/results]
 
-All rows stand at the end of their cache, so that SDPA needs no mask; "sdpa masked" is the general case, rows at positions of their own.
-"paged" is Lumi on pages of 64 slots in random order.
+All rows are at the end of their cache, so SDPA needs no mask. "sdpa masked" is the general case: each row has
+its own position. "paged" is Lumi on pages of 64 slots in random order.
 """
 
 import sys
@@ -56,9 +56,7 @@ def measure_shape(results: Results, shape: Shape, dtype: torch.dtype, *, graph: 
         q, *caches = operands.inputs
         return Operands((q, *(cache.view(-1, PAGE_SIZE, G, K)[order] for cache in caches)), ())
 
-    last = Operands(
-        tuple(t[-1:] for t in sets[0].inputs), ()
-    )  # a row of its own is enough, and float64 of all would not fit
+    last = Operands(tuple(t[-1:] for t in sets[0].inputs), ())  # float64 of all rows would not fit
     reference = lambda q, k, v: decode_attention_reference(q, k, v, positions[-1:])
     exact, same_dtype = (
         measure.results_and_gradients(reference, operands) for operands in (last.to(torch.float64), last)

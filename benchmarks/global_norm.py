@@ -55,7 +55,8 @@ def main() -> None:
             seconds = best_seconds(function, tensors)
             error = abs(float(function(tensors)) - exact) / exact  # type: ignore[arg-type]
             print(
-                f"  {name:<32} {seconds * 1e3:8.3f} ms  {num_bytes / seconds / 1e9:6.1f} GB/s  relative error {error:.0e}"
+                f"  {name:<32} {seconds * 1e3:8.3f} ms  {num_bytes / seconds / 1e9:6.1f} GB/s"
+                f"  relative error {error:.0e}"
             )
 
 

@@ -1,12 +1,15 @@
-"""What the Triton kernels become: compiles them ahead of time for several GPUs, none of which need be present, and reads the machine code.
+"""Compiles the Triton kernels ahead of time for several GPUs, without any of them, and reads the machine
+code.
 
     python benchmarks/inspect_kernels.py [--arch 90] [--dtype bf16] [--kernel rms_norm] [--json]
 
-One line for each kernel, dtype, size and architecture: registers, shared memory, spills, 16-byte accesses (bulk tensor copies among
-them), tensor-core instructions, float64 instructions, the share of a multiprocessor's threads that can be resident, and the bytes that a
-row (of attention: a token and head) must move at least. `tests/kernels/test_machine_code.py` asserts on the same figures.
+One line per kernel, dtype, size and architecture: registers, shared memory, spills, 16-byte accesses (bulk
+tensor copies included), tensor-core instructions, float64 instructions, the share of a multiprocessor's
+threads that can be resident, and the fewest bytes that a row must move (of attention: a token and head).
+`tests/kernels/test_machine_code.py` asserts on the same figures.
 
-Spills are counted as instructions (LDL, STL) and as stack: the LOCAL field of the resource report reads 0 even when a kernel spills.
+Spills are counted as instructions (LDL, STL) and as stack: the LOCAL field of the resource report reads 0
+even when a kernel spills.
 """
 
 import argparse
@@ -41,7 +44,8 @@ REGISTERS_PER_SM = 65_536
 
 @dataclass(frozen=True)
 class Report:
-    """What one compilation came to. `occupancy` is an upper bound from registers, shared memory and threads, 0 to 1."""
+    """The figures of one compilation. `occupancy` is an upper bound from registers, shared memory and
+    threads."""
 
     kernel: str
     dtype: str
@@ -64,14 +68,18 @@ class Report:
 def inspect(entry: Entry, dtype: str, arch: int) -> Report:
     """Compile one entry for one dtype and architecture, and read its machine code."""
     function = getattr(importlib.import_module(entry.module), entry.kernel)
-    signature = {name: kind.replace("T", dtype) for name, kind in entry.signature.items()}
+    signature = {name: _typed(kind, dtype) for name, kind in entry.signature.items()}
     signature |= dict.fromkeys(entry.constexprs, "constexpr")
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in entry.aligned]
-    attrs = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     # Triton matches the arguments by position, so the signature follows the function's order.
-    source = ASTSource(
-        function, {name: signature[name] for name in function.arg_names}, entry.constexprs, attrs
-    )
+    signature = {name: signature[name] for name in function.arg_names}
+    attrs = {}
+    for position, (name, kind) in enumerate(signature.items()):
+        if name in entry.aligned or kind[0] == "*":
+            paths = (
+                [(position, part) for part in range(len(kind))] if isinstance(kind, tuple) else [(position,)]
+            )
+            attrs |= {path: [["tt.divisibility", 16]] for path in paths}
+    source = ASTSource(function, signature, entry.constexprs, attrs)
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -87,9 +95,8 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
         "HGMMA": sum(op.startswith("HGMMA") for op in opcodes),
         "UTCMMA": sum(bool(re.match(r"UTC\w*MMA", op)) for op in opcodes),
     }
-    shared = max(
-        resources["SHARED"], compiled.metadata.shared
-    )  # dynamic shared memory is not in the resource report
+    # Dynamic shared memory is not in the resource report.
+    shared = max(resources["SHARED"], compiled.metadata.shared)
     return Report(
         kernel=entry.name,
         dtype=dtype,
@@ -111,6 +118,14 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
             for name in entry.expects
             if not counts[name] and not (name.endswith("MMA") and dtype == "fp32")
         ),
+    )
+
+
+def _typed(kind: str | tuple[str, ...], dtype: str) -> str | tuple[str, ...]:
+    return (
+        kind.replace("T", dtype)
+        if isinstance(kind, str)
+        else tuple(part.replace("T", dtype) for part in kind)
     )
 
 
@@ -141,9 +156,7 @@ def _occupancy(registers: int, shared_bytes: int, threads: int, arch: int) -> fl
         THREADS_PER_SM[arch] // threads,
         32 if arch in (80, 90, 100) else 24,
     )
-    blocks = min(
-        blocks, SHARED_PER_SM[arch] // (shared_bytes + 1024)
-    )  # the driver keeps 1 KiB of each block's for itself
+    blocks = min(blocks, SHARED_PER_SM[arch] // (shared_bytes + 1024))  # the driver keeps 1 KiB per block
     return round(blocks * threads / THREADS_PER_SM[arch], 3)
 
 
@@ -179,9 +192,9 @@ def main() -> None:
     )
     for r in reports:
         print(
-            f"{r.kernel:<30} {r.dtype:<5} {r.arch:<3} {r.num_warps:>5} {r.registers:>4} {r.shared_bytes:>6} {r.stack_bytes:>5} "
-            f"{r.spill_instructions:>6} {r.ldg_128:>7} {r.stg_128:>7} {r.mma_instructions:>4} {r.fp64_instructions:>4} "
-            f"{r.occupancy:>9.0%} {r.row_bytes:>9}"
+            f"{r.kernel:<30} {r.dtype:<5} {r.arch:<3} {r.num_warps:>5} {r.registers:>4} {r.shared_bytes:>6} "
+            f"{r.stack_bytes:>5} {r.spill_instructions:>6} {r.ldg_128:>7} {r.stg_128:>7} "
+            f"{r.mma_instructions:>4} {r.fp64_instructions:>4} {r.occupancy:>9.0%} {r.row_bytes:>9}"
         )
 
 

@@ -1,39 +1,48 @@
-"""What `inspect_kernels.py` looks at: every kernel at sizes that models have, with the blocks that its launcher would choose.
+"""What `inspect_kernels.py` looks at: every kernel at model sizes, with the blocks that its launcher chooses.
 
-A further kernel is a further function here. The dtype under inspection is written T.
+A new kernel is a new function here. The dtype under inspection is written T.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+# The type of every run-time argument; a tuple of strides has one type for each.
+Signature = dict[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel at one size, for one dtype and architecture. `signature` types every run-time argument; T stands for the dtype.
+    """One kernel at one size, for one dtype and architecture.
 
-    `moved`: how many elements of T and how many of 4 bytes a row (token) has to move between the GPU's memory and its processors, each
-    input read once and each output written once; weights, which all rows share, are not counted.
+    Args:
+        name: what the table calls it.
+        module, kernel: where it is.
+        signature: the type of every run-time argument, T for the dtype.
+        constexprs: the others; None is a pointer that the launcher leaves out.
+        num_warps, num_stages: as launched.
+        aligned: integer arguments that are multiples of 16, as Triton finds at launch. Pointers always are.
+        expects: instructions that must be there; those of tensor cores in 16 bits only.
+        moved: how many elements of T and how many of 4 bytes a row (token) must move between the GPU's memory
+            and its processors. Each input is read once and each output written once. Weights are not counted:
+            all rows share them.
     """
 
     name: str
     module: str
     kernel: str
-    signature: dict[str, str]
-    constexprs: dict[str, int | None]  # None: a pointer that the launcher leaves out
+    signature: Signature
+    constexprs: dict[str, int | None]
     num_warps: int
     num_stages: int = 3
-    aligned: tuple[
-        str, ...
-    ] = ()  # integer arguments that are multiples of 16, as Triton finds at launch; pointers always are
-    expects: tuple[str, ...] = field(
-        default=("LDG.128", "STG.128")
-    )  # instructions that must be there; those of tensor cores in 16 bits only
+    aligned: tuple[str, ...] = ()
+    expects: tuple[str, ...] = ("LDG.128", "STG.128")
     moved: tuple[int, int] = (0, 0)
 
 
 def entries(dtype: str, arch: int) -> list[Entry]:
-    """The registry. `dtype`: "fp32", "fp16" or "bf16"; `arch`: 80, 89, 90 or 100. The names are the same for all of them."""
+    """The registry. `dtype` is "fp32", "fp16" or "bf16", `arch` 80, 89, 90 or 100. All have the same
+    names."""
     return [
         *_decode_attention_entries(dtype),
         *_rms_norm_entries(),
@@ -48,13 +57,15 @@ def _rms_norm_entries() -> Iterator[Entry]:
     from lumi.kernels.rms_norm import backward_config, forward_config
 
     forward = {
-        "x_ptr": "*T", "residual_ptr": "*T", "weight_ptr": "*fp32", "total_ptr": "*T", "y_ptr": "*T", "rstd_ptr": "*fp32",
-        "stride_xn": "i32", "stride_residualn": "i32", "stride_yn": "i32", "N": "i32", "D": "i32", "eps": "fp32",
+        "x_ptr": "*T", "residual_ptr": "*T", "weight_ptr": "*fp32", "total_ptr": "*T", "y_ptr": "*T",
+        "rstd_ptr": "*fp32", "stride_xn": "i32", "stride_residualn": "i32", "stride_yn": "i32",
+        "N": "i32", "D": "i32", "eps": "fp32",
     }  # fmt: skip
     wide = {
-        "dy_ptr": "*T", "dtotal_ptr": "*T", "x_ptr": "*T", "weight_ptr": "*fp32", "rstd_ptr": "*fp32", "dx_ptr": "*T",
-        "dweight_partial_ptr": "*fp32",
-        "stride_dyn": "i32", "stride_dtotaln": "i32", "stride_xn": "i32", "stride_dxn": "i32", "N": "i32", "D": "i32",
+        "dy_ptr": "*T", "dtotal_ptr": "*T", "x_ptr": "*T", "weight_ptr": "*fp32", "rstd_ptr": "*fp32",
+        "dx_ptr": "*T", "dweight_partial_ptr": "*fp32",
+        "stride_dyn": "i32", "stride_dtotaln": "i32", "stride_xn": "i32", "stride_dxn": "i32",
+        "N": "i32", "D": "i32",
     }  # fmt: skip
     backward = wide | {"num_tiles": "i32"}
     absent = dict.fromkeys(("residual_ptr", "total_ptr", "dtotal_ptr"))  # what `rms_norm` passes None for
@@ -131,20 +142,13 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
     from lumi.kernels.decode_attention import combine_config, tile_config
 
     module, kernel = "lumi.kernels.decode_attention", "_decode_attention_kernel"
-    signature = {f"{tensor}_ptr": "*T" for tensor in ("q", "k", "v")} | {
-        "positions_ptr": "*i64",
-        "page_table_ptr": "*i32",
-    }
-    signature |= {
-        f"stride_{tensor}{axis}": "i32"
-        for tensor, axes in (("q", "bth"), ("k", "bsg"), ("v", "bsg"))
-        for axis in axes
-    }
-    signature |= dict.fromkeys(("stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"), "i32") | {
-        "scale": "fp32"
-    }
-    split = {"out_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32"}
-    whole = {"out_ptr": "*T"}  # y itself
+    signature: Signature = {f"{tensor}_ptr": "*T" for tensor in ("q", "k", "v")}
+    signature |= {"positions_ptr": "*i64", "page_table_ptr": "*i32"}
+    signature |= {f"{tensor}_strides": ("i32", "i32", "i32") for tensor in ("q", "k", "v")}
+    signature |= dict.fromkeys(("stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"), "i32")
+    signature |= {"scale": "fp32"}
+    split: Signature = {"out_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32"}
+    whole: Signature = {"out_ptr": "*T"}  # y itself
     element = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     group, mma = 4, ("LDG.128", "STG.128", "MMA")
     for name, rows, out, absent, sizes in (
@@ -192,10 +196,10 @@ def _linear_cross_entropy_entries(dtype: str) -> Iterator[Entry]:
     module = "lumi.kernels.linear_cross_entropy"
     signature = {
         "logits_ptr": "*T", "targets_ptr": "*i64", "losses_ptr": "*fp32",
-        "stride_c": "i32", "V": "i32", "z_loss": "fp32", "softcap": "fp32", "dloss": "fp32",
+        "stride_c": "i32", "V": "i32", "z_loss": "fp32", "dloss": "fp32",
     }  # fmt: skip
-    for V, softcap in ((32_768, False), (128_256, False), (50_257, True)):
-        flags = {"IGNORE_INDEX": IGNORE_INDEX, "HAS_SOFTCAP": softcap, "GRADIENT": True}
+    for V in (32_768, 128_256, 50_257):
+        flags = {"IGNORE_INDEX": IGNORE_INDEX, "GRADIENT": True}
         config = flags | tile_config(V, 4 if dtype == "fp32" else 2)
         name, width = f"linear_cross_entropy V={V}", "V" if V % 16 == 0 else ""
         yield _entry(
@@ -217,13 +221,15 @@ def _entry(
     name: str,
     module: str,
     kernel: str,
-    signature: dict[str, str],
+    signature: Signature,
     config: dict[str, int],
     width: str = "",
     **more: Any,
 ) -> Entry:
-    """`config` as the launcher chose it; strides and the argument `width` are multiples of 16 for the sizes that models have."""
-    aligned = tuple(argument for argument in signature if argument == width or argument.startswith("stride_"))
+    """`config` is what the launcher chose. At model sizes, strides and `width` are multiples of 16."""
+    aligned = tuple(
+        name for name in signature if name == width or name.startswith("stride_") or name.endswith("_strides")
+    )
     blocks = {key: value for key, value in config.items() if key not in ("num_warps", "num_stages")}
     stages = {"num_stages": config["num_stages"]} if "num_stages" in config else {}
     return Entry(
@@ -239,46 +245,34 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
 
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     plan = {"first_key": "*i32", "last_query": "*i32", "order": "*i32"}
-    walks = {
-        "fwd": ("k", "v"),
-        "delta": (),
-        "dkdv": ("q", "dy"),
-        "dq": ("k", "v"),
-    }  # what a program reads tile by tile
+    # What a program reads tile by tile.
+    walks = {"fwd": ("k", "v"), "delta": (), "dkdv": ("q", "dy"), "dq": ("k", "v")}
     for kernel, tensors, rows in (
         ("fwd", ("q", "k", "v", "y"), ("lse", "first_key", "order")),
         ("delta", ("dy", "y"), ("delta",)),
         ("dkdv", ("q", "k", "v", "dy", "dk", "dv"), ("lse", "delta", "last_query", "order")),
         ("dq", ("q", "k", "v", "dy", "dq"), ("lse", "delta", "first_key", "order")),
     ):
-        for K, softcap in ((64, False), (96, False), (128, False), (128, True)):
-            if kernel == "delta" and softcap:
-                continue
-            config = tile(kernel, K, torch_dtype, arch, softcap)
+        for K in (64, 96, 128):
+            config = tile(kernel, K, torch_dtype, arch)
             walked = config.get("BLOCK_M" if kernel == "dkdv" else "BLOCK_N")
             source = f"tensordesc<T[{walked}, 1, {config['BLOCK_K']}]>" if config.get("DESCRIPTORS") else "*T"
-            signature = {f"{name}_source": source for name in walks[kernel]}
+            signature: Signature = {f"{name}_source": source for name in walks[kernel]}
             signature |= {f"{name}_ptr": "*T" for name in tensors if name not in walks[kernel]}
             signature |= {f"{name}_ptr": plan.get(name, "*fp32") for name in rows}
-            signature |= {f"stride_{name}{axis}": "i32" for name in tensors for axis in "nh"} | {"N": "i32"}
+            signature |= {f"{name}_strides": ("i32", "i32") for name in tensors} | {"N": "i32"}
             if kernel != "delta":
-                signature |= {
-                    "G" if kernel == "dkdv" else "H": "i32",
-                    "group": "i32",
-                    "scale": "fp32",
-                    "scale_cap": "fp32",
-                }
-                config |= {"ORDER": ORDER_BLOCK, "SOFTCAP": softcap}
+                signature |= {"G" if kernel == "dkdv" else "H": "i32", "group": "i32", "scale": "fp32"}
+                config |= {"ORDER": ORDER_BLOCK}
             if kernel in ("dkdv", "dq"):
                 signature |= {"dscore": "fp32"}
+            products = {90: "HGMMA", 100: "UTCMMA"}.get(arch, "MMA")
             yield _entry(
-                f"attention_{kernel} K={K}{' softcap' if softcap else ''}",
+                f"attention_{kernel} K={K}",
                 "lumi.kernels.attention",
                 f"_attention_{kernel}_kernel",
                 signature,
                 {"HEAD_DIM": K, **config},
                 moved=(len(tensors) * K, len(set(rows) - set(plan))),
-                expects=("LDG.128",)
-                if kernel == "delta"
-                else ("LDG.128", "STG.128", {90: "HGMMA", 100: "UTCMMA"}.get(arch, "MMA")),
+                expects=("LDG.128",) if kernel == "delta" else ("LDG.128", "STG.128", products),
             )

@@ -1,11 +1,13 @@
-"""What the training loop costs beside forward, backward and optimizer, and what saving costs it: on the tiny model, with random data.
+"""What the training loop costs beside forward, backward and optimizer, and what saving costs it: on the tiny
+model, with random data.
 
     python benchmarks/loop.py [--threads 1] [--num-steps 40] [--num-saves 10] [--batch-tokens 4096] [--quick]
 
-A run of `Trainer` whose parts are timed from outside. A step lasts from the end of the step before it to its own; the first
-ones are left out. Then another run, with AdamW (three tensors for each weight), that saves every few steps, in turn as training does it and
-with the loop waiting for the end of it. On a GPU the device is waited for around every part, so that what is found outside is at most
-too much. The folder is a temporary one: TMPDIR says on which disk. `--quick` walks through all of it in seconds, without meaning.
+A run of `Trainer` whose parts are timed from outside. A step lasts from the end of the step before it to its
+own; the first ones are left out. Then another run, with AdamW (three tensors for each weight), that saves
+every few steps, in turn as training does it and with the loop waiting for the end of it. On a GPU the device
+is waited for around every part, so that what is found outside is at most too much. The folder is a temporary
+one: TMPDIR says on which disk. `--quick` walks through all of it in seconds, without meaning.
 """
 
 import argparse
@@ -29,12 +31,16 @@ from results import RESULTS, Results
 
 from lumi.config import from_dict
 from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
-from lumi.data.token_store import StoreWriter
+from lumi.data.store_manifest import Counts
+from lumi.data.store_writer import StoreWriter
 from lumi.host.devices import choose_device
 from lumi.host.interruption import StopSignal
 from lumi.parallel.process_group import process_group
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
+from lumi.training.resolved_run import resolve_run
 from lumi.training.run_config import Paths, TrainConfig
+from lumi.training.run_folder import RunFolder
+from lumi.training.train_state import StepOutcome
 from lumi.training.trainer import Trainer
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "tiny.json"
@@ -55,7 +61,8 @@ class Data(NamedTuple):
 
 
 def random_data(folder: Path, num_tokens: int) -> Data:
-    """A tokenizer of 512 pieces, trained on Python's language reference, and a store of random ones in documents of some 600 tokens."""
+    """A tokenizer of 512 pieces, trained on Python's language reference, and a store of random ones in
+    documents of some 600 tokens."""
     records = folder / "records.jsonl"
     records.write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in topics.values()), encoding="utf-8"
@@ -75,13 +82,15 @@ def random_data(folder: Path, num_tokens: int) -> Data:
     writer = StoreWriter(
         folder / "store", tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
     )
-    writer.append("train", tokens, lengths, {"random": (len(lengths), len(tokens), 2 * len(tokens))})
+    counts = Counts(documents=len(lengths), tokens=len(tokens), bytes=2 * len(tokens))
+    writer.append("train", tokens, lengths, {"random": counts})
     writer.finish({})
     return Data(folder / "store", folder / "tokenizer")
 
 
 def run_config(quick: bool, num_steps: int, **changes: dict[str, Any]) -> dict[str, Any]:
-    """`configs/pretrain/tiny.json` with fewer steps and nothing beside them, and changes to its parts; `quick`: of a much smaller model."""
+    """`configs/pretrain/tiny.json` with fewer steps and nothing beside them, and changes to its parts;
+    `quick`: of a much smaller model."""
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
     for part in (changes, QUICK if quick else {}):
         for key, value in part.items():
@@ -110,8 +119,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Save:
-    """A save: after which step (counted from 0), whether the loop waited for its end, how long it was stalled, when it was written, and
-    what a core had to do for that."""
+    """A save: after which step (counted from 0), whether the loop waited for its end, how long it was
+    stalled, when it was written, and what a core had to do for that.
+    """
 
     step: int
     waited: bool
@@ -122,33 +132,36 @@ class Save:
 
 
 class TimedTrainer(Trainer):
-    """Keeps `steps` and `saves`. Every second save is waited for where `waiting` is True."""
+    """Keeps `steps` and `saves`. Waits for every second save where `waiting` is True."""
 
     def __init__(self, *args: Any, waiting: bool = False):
         super().__init__(*args)
-        self.waiting, self.steps, self.stalls = waiting, [], []
+        self.waiting = waiting
+        self.steps: list[Step] = []
+        self.stalls: list[tuple[int, bool, float]] = []
         self.written: list[tuple[float, float, float]] = []
         self.parts: defaultdict[str, float] = defaultdict(float)
         self.step_start = time.perf_counter()
         parts = [
-            (self, "_forward_backward", WORK[0]),
-            (self, "_agree", "agreement"),
-            (self, "_log_step", "log"),
-            (self, "_save", "save"),
+            (self, "forward_backward", WORK[0]),
+            (self, "agree", "agreement"),
+            (self.log, "step", "log"),
+            (self, "save", "save"),
         ]
-        parts += [(self.optimizer, name, WORK[1]) for name in ("clip_gradients", "step", "zero_grad")]
+        parts += [(self.optimizer, name, WORK[1]) for name in ("measure_gradients", "step", "zero_grad")]
         for owner, name, part in parts:
             setattr(owner, name, self._timed(getattr(owner, name), part))
         self._read, self.log.meter.read = self.log.meter.read, self._note_waiting
-        self._write, self.saver._save = self.saver._save, self._note_writing
+        saver = self.checkpoints.saver
+        self._write, saver._save = saver._save, self._note_writing
 
     @property
     def saves(self) -> list[Save]:
         """The saves so far, which must have ended."""
         return [Save(*stalled, *written) for stalled, written in zip(self.stalls, self.written, strict=True)]
 
-    def _end_step(self, *args: Any) -> None:
-        super()._end_step(*args)
+    def end_step(self, outcome: StepOutcome) -> None:
+        super().end_step(outcome)
         now = time.perf_counter()
         self.steps.append(Step(self.step_start, now - self.step_start, dict(self.parts)))
         if seconds := self.parts.get("save"):
@@ -156,10 +169,10 @@ class TimedTrainer(Trainer):
         self.parts.clear()
         self.step_start = time.perf_counter()
 
-    def _save(self) -> None:
-        super()._save()
+    def save(self) -> None:
+        super().save()
         if self._waits():
-            self.saver.wait()
+            self.checkpoints.finish()
 
     def _waits(self) -> bool:
         return self.waiting and len(self.stalls) % 2 == 1
@@ -199,8 +212,9 @@ def timed_run(
         process_group(device, stop=stop) as world,
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        trainer = TimedTrainer(from_dict(TrainConfig, config), paths, world, waiting=waiting)
-        trainer.run()
+        run = resolve_run(from_dict(TrainConfig, config), paths, world)
+        trainer = TimedTrainer(run, world, RunFolder(folder), waiting=waiting)
+        trainer.run_to_the_end()
     return trainer
 
 
@@ -212,8 +226,10 @@ def shares(steps: Sequence[Step]) -> dict[str, float]:
 
 
 class SaveCost(NamedTuple):
-    """Medians over saves, in seconds: a save that the loop waits for; of others the stall, what the steps beside the writing take longer
-    than those without, the writing, and the core's work for it. Of the steps without: half of the range that half of them lie in."""
+    """Medians over saves, in seconds: a save that the loop waits for; of others the stall, what the steps
+    beside the writing take longer than those without, the writing, and the core's work for it. Of the steps
+    without: half of the range that half of them lie in.
+    """
 
     synchronous: float
     stall: float
@@ -224,7 +240,8 @@ class SaveCost(NamedTuple):
 
 
 def save_cost(steps: Sequence[Step], saves: Sequence[Save]) -> SaveCost:
-    """What saves cost the loop. A step belongs to the save whose writing it meets, in whole or in part, before a save of its own.
+    """What saves cost the loop. A step belongs to the save whose writing it meets, in whole or in part,
+    before a save of its own.
 
     Raises:
         ValueError: there is no save of one kind, or no step without one.
@@ -254,7 +271,8 @@ def measure_loop(results: Results, config: dict[str, Any], data: Data, folder: P
         | {part: round(share, 6) for part, share in found.items()}
     )
     print(
-        f"{len(steps)} steps of {config['batches']['batch_tokens']:,} tokens, {seconds * 1e3:,.1f} ms each at the median"
+        f"{len(steps)} steps of {config['batches']['batch_tokens']:,} tokens, "
+        f"{seconds * 1e3:,.1f} ms each at the median"
     )
     for part, share in found.items():
         typical = median(step.outside if part == "outside" else step.parts.get(part, 0.0) for step in steps)
@@ -285,10 +303,12 @@ def measure_saves(results: Results, config: dict[str, Any], data: Data, folder: 
         }
     )
     print(
-        f"{len(saves)} saves of {num_bytes / 1e6:,.0f} MB; waited for: {cost.synchronous:.3f} s; not: stall {cost.stall:.4f} s"
+        f"{len(saves)} saves of {num_bytes / 1e6:,.0f} MB; waited for: {cost.synchronous:.3f} s; "
+        f"not: stall {cost.stall:.4f} s"
     )
     print(
-        f"  (the first {first:.4f}), {cost.writing:.3f} s written by a thread, which kept a core busy for {cost.writing_cpu:.3f} s;"
+        f"  (the first {first:.4f}), {cost.writing:.3f} s written by a thread, "
+        f"which kept a core busy for {cost.writing_cpu:.3f} s;"
     )
     print(
         f"  {cost.slowdown:.3f} s lost by the steps beside it, where steps alone differ by {cost.noise:.3f} s"
@@ -296,7 +316,7 @@ def measure_saves(results: Results, config: dict[str, Any], data: Data, folder: 
     results.claim("stall of a save, share of one that the loop waits for", cost.stall / cost.synchronous)
     busy = (cost.stall + cost.writing_cpu) / cost.synchronous
     results.claim(
-        "stall and the core's work of the writing, which is for a machine with no core to spare, share of the same",
+        "stall and the writing's time on a core (for a machine without one to spare), share of the same",
         busy,
     )
 

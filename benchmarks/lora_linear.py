@@ -2,8 +2,8 @@
 
     python benchmarks/lora_linear.py [--output-dir benchmarks/results]
 
-"base" is the products with the frozen matrices, backward only with respect to x: what would be computed without adapters. "plain" is the
-formula as it stands, "compiled" the same compiled.
+"base" is the work without adapters: the products with the frozen matrices, and a backward with respect to x
+only. "plain" is the formula as written, "compiled" the same compiled.
 """
 
 import itertools
@@ -36,7 +36,10 @@ PEER_SLACK = 10.0
 def measure_shape(
     results: Results, shape: Shape, dtype: torch.dtype, launches: Sequence[bool]
 ) -> dict[str, dict[str, float]]:
-    """Check and time one shape, as a graph (True) or from Python; of the last launch, seconds by direction and name."""
+    """Check and time one shape, as a graph (True) or from Python.
+
+    Returns seconds by direction and name, of the last launch.
+    """
     device, (N, D, count, rank) = results.device, shape
     draw = lambda *size: torch.randn(size, device=device)
     weights = [(draw(D, D) / D**0.5).to(dtype) for _ in range(count)]

@@ -1,11 +1,13 @@
 """How every benchmark here measures and checks.
 
-Candidates are timed in turn, round by round, so that a drift of the clocks meets all of them alike; a figure is the median of the rounds
-with its quartiles. On a GPU the time is taken by device events; "graph" is a replayed CUDA graph, the device's own time, and "eager" is a
-call from Python, with what the host needs for it. The calls of a round walk over several sets of buffers, together larger than the L2
-cache, so that no input is still there from the call before. The clocks are left as they are found.
+Candidates are timed in turn, round by round, so that a drift of the clocks meets all of them alike; a figure
+is the median of the rounds with its quartiles. On a GPU the time is taken by device events; "graph" is a
+replayed CUDA graph, the device's own time, and "eager" is a call from Python, with what the host needs for
+it. The calls of a round walk over several sets of buffers, together larger than the L2 cache, so that no
+input is still there from the call before. The clocks are left as they are found.
 
-Before a candidate is timed it is checked on the very tensors: at most twice as far from float64 as the plain formula in the same dtype.
+Before a candidate is timed it is checked on the very tensors: at most twice as far from float64 as the plain
+formula in the same dtype.
 """
 
 import statistics
@@ -25,7 +27,7 @@ _SAMPLE_SECONDS = 5e-3  # calls are repeated to about this long: beside it, the 
 
 @dataclass(frozen=True)
 class Operands:
-    """One set of buffers of an operator: its differentiable inputs, and a gradient for each of its outputs."""
+    """One set of buffers of an operator: its differentiable inputs, and a gradient for each output."""
 
     inputs: tuple[Tensor, ...]
     incoming: tuple[Tensor, ...]
@@ -91,7 +93,7 @@ def step_calls(function: Callable, sets: Sequence[Operands]) -> list[Callable]:
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """`torch.compile` on a GPU; elsewhere the function itself, since a test of a benchmark does not wait for a C++ compiler."""
+    """`torch.compile` on a GPU. Elsewhere the function itself: a test does not wait for a C++ compiler."""
     return torch.compile(function, dynamic=False) if device.type == "cuda" else function
 
 
@@ -108,10 +110,10 @@ def check(
     slack: float = 2.0,
     terms: int = 1,
 ) -> None:
-    """|actual - exact| <= slack |same_dtype - exact| + one ulp of |exact|, tensor by tensor, in Euclidean norms taken in float64.
+    """|actual - exact| <= slack |same_dtype - exact| + one ulp of |exact|, for each tensor.
 
-    Where float32 results are sums of `terms` values, sqrt(terms) ulps: what rounding loses at random in any order of summation, which
-    torch's pairwise sums lose less of.
+    Norms are Euclidean, in float64. A float32 result that is a sum of `terms` values gets sqrt(terms) ulps:
+    so much is lost at random by rounding in any order of summation. torch's pairwise sums lose less.
 
     Raises:
         RuntimeError: where that does not hold (NaN never passes), or shapes or dtypes differ.
@@ -162,7 +164,8 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def _repeats(run: Callable, device: torch.device) -> int:
-    """How often `run` makes a sample; as it will be launched, since a graph takes far less than the calls that it was captured from."""
+    """How many times `run` makes a sample. `run` is what will be launched: a graph takes far less time than
+    the calls that it was captured from."""
     return min(max(round(_SAMPLE_SECONDS / _seconds(run, device)), 1), 100)
 
 
@@ -178,7 +181,7 @@ def _captured(calls: list[Callable]) -> Callable:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(
         graph, stream=torch.cuda.current_stream()
-    ):  # the stream of the forwards: backward runs on theirs
+    ):  # the stream of the forwards: backward runs on it
         _in_turn(calls)()
     graph.replay()
     return graph.replay
@@ -219,7 +222,8 @@ def peak_bytes(call: Callable, device: torch.device) -> int | None:
 
 @contextmanager
 def ready(device: torch.device) -> Iterator[None]:
-    """What measuring needs: random numbers from a seed, a compiled backward that may run twice, and a stream that can be captured."""
+    """Sets up measuring: a seed, a compiled backward that may run twice, and a stream that can be
+    captured."""
     torch.manual_seed(0)
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
     with torch._functorch.config.patch(donated_buffer=False), stream:

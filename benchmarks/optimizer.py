@@ -1,9 +1,10 @@
-"""Clipping, AdamW and the bfloat16 copy of the weights: one optimizer step of a whole model, against torch's fused path.
+"""One optimizer step of a whole model: clipping, AdamW and the bfloat16 copy, against torch's fused path.
 
     python benchmarks/optimizer.py [--output-dir benchmarks/results]
 
-torch: `clip_grad_norm_` (foreach), `AdamW(fused=True)`, a foreach copy. The floor reads gradients twice (for the norm, for the update),
-weights and both states once, and writes weights, states and copy once: 34 bytes for each parameter.
+torch: `clip_grad_norm_` (foreach), `AdamW(fused=True)`, a foreach copy. The floor reads gradients twice (for
+the norm, for the update), weights and both states once, and writes weights, states and copy once: 34 bytes
+for each parameter.
 """
 
 import sys
@@ -149,7 +150,8 @@ def run(results: Results, models: dict[str, ModelConfig] = MODELS) -> None:
             launch = "in a graph" if graph else "from Python"
             with results.case(f"optimizer {name} {launch}"):
                 times = measure_model(results, name, config, graph=graph)
-                text = f"clip + AdamW + bfloat16 copy, {name} parameters, {launch}: times as fast as torch's fused path"
+                case = f"clip + AdamW + bfloat16 copy, {name} parameters, {launch}"
+                text = f"{case}: times as fast as torch's fused path"
                 results.claim(text, measure.ratio(times, "torch fused"), at_least=OVER_TORCH)
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark here records: times, claims and faults in one JSON file, with the machine that they were taken on."""
+"""What every benchmark here records: times, claims, faults and the machine, in one JSON file."""
 
 import argparse
 import importlib.util
@@ -101,8 +101,9 @@ class Results:
     ) -> dict[str, float]:
         """Seconds of each candidate, which is a function that checks and then returns the calls to time.
 
-        "lumi" must work; a peer that does not is recorded and left out. `num_bytes` and `flops` of one call become rates.
-        `graph`: the calls are captured here; `replays`: candidates whose calls replay graphs of their own.
+        "lumi" must work; a peer that does not is recorded and left out. `num_bytes` and `flops` of one call
+        become rates. `graph`: the calls are captured here; `replays`: candidates whose calls replay graphs of
+        their own.
         """
         ready = {}
         for name, prepare in candidates.items():
@@ -127,14 +128,15 @@ class Results:
             shown = "  ".join(f"{value:.0f} {key}" for key, value in record.items() if key in rates)
             spread = (sample.high - sample.low) / sample.seconds
             print(
-                f"{case:<58} {name:<14} {record['launch']:<5} {record['microseconds']:>11.1f} us +- {spread / 2:<5.1%} {shown}",
+                f"{case:<58} {name:<14} {record['launch']:<5} "
+                f"{record['microseconds']:>11.1f} us +- {spread / 2:<5.1%} {shown}",
                 flush=True,
             )
         self._write()
         return {name: sample.seconds for name, sample in samples.items()}
 
     def matmul_rate(self, size: int = 8192) -> float:
-        """FLOP/s of a bfloat16 product of random square matrices by torch's library: the rate that a floor of FLOPs is divided by."""
+        """FLOP/s of torch's bfloat16 product of random square matrices. A floor of FLOPs is divided by it."""
         draw = lambda: torch.randn(size, size, device=self.device, dtype=torch.bfloat16)
         sets, flops = [(draw(), draw()) for _ in range(2)], 2 * size**3
         calls = [lambda a=a, b=b: a @ b for a, b in sets]
@@ -143,7 +145,8 @@ class Results:
     def claim(
         self, text: str, value: float | None, *, at_least: float | None = None, at_most: float | None = None
     ) -> None:
-        """One line of the table: a figure, and what it should be (nothing: for information); None where it could not be measured."""
+        """One line of the table: a figure and its aim. No aim: for information. None: it could not be
+        measured."""
         wanted = at_least is not None or at_most is not None
         met = (at_least or 0) <= value <= (at_most or math.inf) if wanted and value is not None else None
         measured = None if value is None else round(value, 4)
@@ -159,7 +162,7 @@ class Results:
         self._write()
 
     def finish(self) -> None:
-        """All has been run that there is: a file without this mark is of a run that was ended from outside."""
+        """Mark the file: everything was run. Without the mark the run was ended from outside."""
         self.data["finished"] = True
         self._write()
 

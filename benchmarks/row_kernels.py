@@ -1,10 +1,10 @@
-"""RMSNorm, add + RMSNorm, SwiGLU and RoPE: the kernels that only move memory, against a copy of the same number of bytes.
+"""The kernels that only move memory (RMSNorm, add + RMSNorm, SwiGLU, RoPE), against a copy of as many bytes.
 
     python benchmarks/row_kernels.py [--output-dir benchmarks/results]
 
-The bytes that have to move: each input read once, each output written once. Peers: the plain formula, eager and compiled, and Liger-Kernel
-(https://github.com/linkedin/Liger-Kernel) where it is installed. Small shapes are bound by their launches: they are shown in a CUDA graph
-and from Python.
+The bytes that have to move: each input is read once and each output written once. Peers: the plain formula,
+eager and compiled, and Liger-Kernel (https://github.com/linkedin/Liger-Kernel) if it is installed. Launches
+bound small shapes: these are shown in a CUDA graph and from Python.
 """
 
 import importlib.util
@@ -34,8 +34,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Operator:
-    """What is timed. Shapes are (rows, width), of RoPE (B, T, H, G, K); `elements` of the activations' dtype move forward and backward,
-    per element of the first input, and `table` float32 of RoPE's angles per element."""
+    """What is timed. Shapes are (rows, width), of RoPE (B, T, H, G, K).
+
+    Per element of the first input, `elements` of the activations' dtype move, forward and backward, and
+    `table` float32 of RoPE's angles.
+    """
 
     ours: Callable
     reference: Callable
@@ -157,8 +160,10 @@ def measure_shape(
     dtype: torch.dtype,
     launches: Sequence[bool],
 ) -> dict[str, dict[str, float]]:
-    """Check and time one shape under every implementation, as a graph (True) or from Python; of the last launch, seconds by direction
-    and name."""
+    """Check and time one shape under every implementation, as a graph (True) or from Python.
+
+    Returns seconds by direction and name, of the last launch.
+    """
     device = results.device
     row_bytes = bytes_moved(name, shape, dtype.itemsize, backward=False)
     sets = measure.buffer_sets(lambda: operator.make(shape, dtype, device), row_bytes, device)
@@ -211,7 +216,8 @@ def run(
                     if direction == "backward" and shape[-1] <= 2048 and "liger" in times:
                         over_liger.append(times["liger"] / times["lumi"])
         for direction, values in shares.items():
-            text = f"{name} {direction}: share of the copy's bandwidth, at least over {len(operator.large)} shapes"
+            over = f"at least over {len(operator.large)} shapes"
+            text = f"{name} {direction}: share of the copy's bandwidth, {over}"
             results.claim(
                 text, min(values) if len(values) == len(operator.large) else None, at_least=COPY_SHARE
             )

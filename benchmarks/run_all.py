@@ -1,11 +1,13 @@
 """All benchmarks of a GPU, each in a process of its own, and one table of what they aim at.
 
-    python benchmarks/run_all.py [--only attention row_kernels] [--seconds 540] [--output-dir benchmarks/results]
+    python benchmarks/run_all.py [--only attention row_kernels] [--seconds 540]
+                                 [--output-dir benchmarks/results]
 
-Writes `<subject>-<device>.json` and `.png` as they are measured, and `README-<device>.md` with the table of all subjects that have been
-measured on this device, earlier ones too: each is named with its date. A benchmark that fails, runs out of time or is not begun loses
-nobody else's figures; the exit code is then 1. What comes first has the aims that matter most, and fits the default limit; the rest gets
-what is left of it, or a run of its own with --only.
+Writes `<subject>-<device>.json` and `.png` as they are measured. `README-<device>.md` has the table of all
+subjects that have been measured on this device, earlier ones too, each with its date. If a benchmark fails,
+runs out of time or is not begun, the figures of the others stay, and the exit code is 1. The first subjects
+have the aims that matter most, and fit the default limit. The rest gets what is left of it, or a run of its
+own with --only.
 """
 
 import argparse
@@ -39,9 +41,8 @@ def run_one(
     command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None
 ) -> str | None:
     """Run a program, in `environment` instead of this one's; None, or what went wrong."""
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True
-    )  # with all of its processes it can be ended as a whole
+    # In its own session, so that it can be ended with all of its processes.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:

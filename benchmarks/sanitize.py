@@ -1,13 +1,15 @@
-"""NVIDIA's compute-sanitizer over small launches of every operator: accesses out of bounds, races in shared memory.
+"""NVIDIA's compute-sanitizer over small launches of every operator: out-of-bounds accesses, shared-memory
+races.
 
     python benchmarks/sanitize.py [--seconds 240]
 
-It is meant to run after `correctness.py`, which leaves the compiled kernels in Triton's cache. Every tensor is an allocation of its own
-here, so that one cannot be read through its neighbour.
+Run it after `correctness.py`, which leaves the compiled kernels in Triton's cache. Every tensor is a separate
+allocation here, so that a read past its end does not land in a neighbour.
 
-memcheck has to be clean; old versions of it took in-bounds reads of Hopper's tensor cores for faults (NVIDIA/compute-sanitizer-samples
-issue 19). What racecheck finds is shown and fails nothing: it reports races in reductions of Triton's that are none (triton-lang/triton
-issues 4736 and 7264). It leaves out the operators whose matrix products are the vendor's library.
+memcheck must be clean; old versions of it took in-bounds reads of Hopper's tensor cores for faults
+(NVIDIA/compute-sanitizer-samples issue 19). The findings of racecheck are shown and fail nothing: it reports
+races in Triton's reductions that are none (triton-lang/triton issues 4736 and 7264). racecheck leaves out the
+operators whose matrix products are the vendor's library.
 """
 
 import argparse
@@ -19,9 +21,10 @@ from pathlib import Path
 
 from run_all import run_one
 
+_OWN_KERNELS = "rms_norm add_rms_norm swiglu rope attention decode_attention adamw".split()
 CHECKS = {
-    "memcheck": "rms_norm add_rms_norm swiglu rope attention decode_attention linear_cross_entropy lora_linear adamw".split(),
-    "racecheck": "rms_norm add_rms_norm swiglu rope attention decode_attention adamw".split(),
+    "memcheck": [*_OWN_KERNELS, "linear_cross_entropy", "lora_linear"],
+    "racecheck": _OWN_KERNELS,
 }
 FOUND = 86  # exit code of the tool where it found something
 FALSE_FINDINGS = {"racecheck"}

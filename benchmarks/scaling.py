@@ -1,14 +1,16 @@
-"""How fast two processes train beside one: DDP, FSDP2 and tensor parallelism, on the tiny model with random data.
+"""How fast two processes train beside one: DDP, FSDP2 and tensor parallelism, on a tiny model and random
+data.
 
     python benchmarks/scaling.py [--num-steps 8] [--rounds 3] [--only apart "DDP, weak"] [--quick]
 
-Every figure is of runs of `lumi/train.py` as users start it, each process with one thread, by their `metrics.jsonl`: the median of the
-steps after the first ones, and of the rounds, in which the cases take turns. Strong scaling: the same tokens a step, of which each
-process has half; weak: the same tokens for each process, so twice as many a step. "apart" is two runs of one process at the same time,
-which know nothing of each other: what the machine itself gives (shared caches, memory, clocks, and whatever else runs on it).
+Every figure is of runs of `lumi/train.py` as users start it, each process with one thread, by their
+`metrics.jsonl`: the median of the steps after the first ones, and of the rounds, in which the cases take
+turns. Strong scaling: the same tokens a step, of which each process has half; weak: the same tokens for each
+process, so twice as many a step. "apart" is two runs of one process at the same time, which know nothing of
+each other: what the machine itself gives (shared caches, memory, clocks, and whatever else runs on it).
 
-On one machine gloo sends through its memory. That shows what Lumi and torch add to a step, and says nothing about networks or NCCL.
-`--quick` walks through all of it in less than a minute, without meaning.
+On one machine gloo sends through its memory. That shows what Lumi and torch add to a step, and says nothing
+about networks or NCCL. `--quick` walks through all of it in less than a minute, without meaning.
 """
 
 import argparse
@@ -35,7 +37,8 @@ ROWS = 4  # of one process in a step
 
 
 class Case(NamedTuple):
-    """`runs` at the same time, each of so many processes, which share the work as `parallel` says, with so many rows a step."""
+    """`runs` at the same time, each of so many processes, which share the work as `parallel` says, with so
+    many rows a step."""
 
     runs: int
     processes: int
@@ -123,7 +126,8 @@ def measure(
         for number, (name, case) in enumerate(cases.items()):
             rates[name].append(tokens_per_second(case, config, data, folder / f"{index}-{number}"))
             print(
-                f"round {index + 1}: {name:<14} {rates[name][-1]:10,.1f} tokens/s, load {os.getloadavg()[0]:.1f}",
+                f"round {index + 1}: {name:<14} {rates[name][-1]:10,.1f} tokens/s, "
+                f"load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
     results.note(

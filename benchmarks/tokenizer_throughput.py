@@ -1,11 +1,12 @@
-"""How fast `lumi tokenize` encodes, beside SentencePiece's own batch encoder on the same text and the same number of cores.
+"""How fast `lumi tokenize` encodes, beside SentencePiece's own batch encoder on the same text and the same
+number of cores.
 
     python benchmarks/tokenizer_throughput.py [FILES...] [--num-workers N] [--repeats R] [--vocab-size V]
 
-Without files the text is the documentation inside this Python. Files are JSON lines with a "text", or plain text. The two
-encoders run in turn, so that other load on the machine meets both; the ratios are those of the fastest runs, of time and, for
-machines with other load, of CPU time. Ours does more: it reads Parquet, hashes every text, deals it to a split, counts, and writes
-a whole token store.
+Without files the text is the documentation inside this Python. Files are JSON lines with a "text", or plain
+text. The two encoders run in turn, so that other load on the machine meets both; the ratios are those of the
+fastest runs, of time and, for machines with other load, of CPU time. Ours does more: it reads Parquet, hashes
+every text, deals it to a split, counts, and writes a whole token store.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         TokenizerConfig(vocab_size=options.vocab_size), [corpus], folder / "tokenizer"
     )
     print(
-        f"{megabytes:.1f} MB in {len(texts):,} documents; {options.vocab_size} pieces trained in {time.perf_counter() - start:.1f} s"
+        f"{megabytes:.1f} MB in {len(texts):,} documents; {options.vocab_size} pieces trained "
+        f"in {time.perf_counter() - start:.1f} s"
     )
     peer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
     runs: dict[str, list[tuple[float, float]]] = {"sentencepiece": [], "lumi": []}
@@ -88,10 +90,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         assert written == num_tokens + 2 * len(texts), "every document gains BOS and EOS, nothing else"
     best = {name: [min(column) for column in zip(*values, strict=True)] for name, values in runs.items()}
     for name, (seconds, cpu_seconds) in best.items():
-        rate = f"{megabytes / seconds:6.1f} MB/s  {num_tokens / seconds / 1e6:6.2f} M tokens/s  {cpu_seconds:6.2f} CPU s"
-        print(
-            f"{name:14} {rate}  on {options.num_workers} cores  ({', '.join(f'{run[0]:.2f}' for run in runs[name])} s)"
-        )
+        rate = f"{megabytes / seconds:6.1f} MB/s  {num_tokens / seconds / 1e6:6.2f} M tokens/s"
+        each = ", ".join(f"{run[0]:.2f}" for run in runs[name])
+        print(f"{name:14} {rate}  {cpu_seconds:6.2f} CPU s  on {options.num_workers} cores  ({each} s)")
     ratios = [peer_cost / cost for peer_cost, cost in zip(best["sentencepiece"], best["lumi"], strict=True)]
     print(f"ratio lumi / sentencepiece: {ratios[0]:.2f} by time, {ratios[1]:.2f} by CPU time")
 

@@ -1,14 +1,18 @@
-"""A whole training step (forward, backward, clipping, AdamW) of two models, against what people train small models with.
+"""A whole training step (forward, backward, clipping, AdamW) of two models, against what people train small
+models with.
 
     python benchmarks/training_step.py [--output-dir benchmarks/results]
 
-Tokens per second, and the share of the device's dense bfloat16 peak that the model's own FLOPs make (MFU; `ModelConfig.flops_per_token`:
-recomputation does not count). Random tokens, bfloat16 products, float32 weights; the loss is read every ten steps. "captured" is the step
-as one CUDA graph; otherwise it is launched from Python. Peers, of the same parameters, batch and optimizer:
+Tokens per second, and the share of the device's dense bfloat16 peak that the model's own FLOPs make (MFU;
+`ModelConfig.flops_per_token`: recomputation does not count). Random tokens, bfloat16 products, float32
+weights; the loss is read every ten steps. "captured" is the step as one CUDA graph; otherwise it is launched
+from Python. Peers, of the same parameters, batch and optimizer:
 
-- "gpt": GPT-2 as nanoGPT has it (LayerNorm, GELU, learned positions, SDPA), compiled, bfloat16 autocast, `clip_grad_norm_`, AdamW(fused).
-  Its MLP is 3/2 as wide as Lumi's, which has three matrices, so that parameters and FLOPs agree within a few percent.
-- "llama": the model that Lumi trains, of plain torch (`REFERENCE`) with whole logits, compiled, with the same optimizer as "gpt".
+- "gpt": GPT-2 as nanoGPT has it (LayerNorm, GELU, learned positions, SDPA), compiled, bfloat16 autocast,
+  `clip_grad_norm_`, AdamW(fused). Its MLP is 3/2 as wide as Lumi's, which has three matrices, so that
+  parameters and FLOPs agree within a few percent.
+- "llama": the model that Lumi trains, of plain torch (`REFERENCE`) with whole logits, compiled, with the same
+  optimizer as "gpt".
 """
 
 import json
@@ -53,7 +57,8 @@ def shipped_config(name: str) -> ModelConfig:
     return ModelConfig(**json.loads(text)["model"])
 
 
-# The loss of the 124M model's batch takes several chunks of rows, and so do 12 of its sequences; that of the 23M model's takes one.
+# The loss of the 124M model's batch takes several chunks of rows, and so do 12 of its sequences; that of the
+# 23M model's takes one.
 CASES = {
     "23M": Case(shipped_config("tiny"), 16, 1024, ("gpt", "llama")),
     "124M": Case(optimizer.SMALL_GPT2, 32, 1024, ("gpt",), 12),
@@ -117,7 +122,8 @@ def llama_loss(model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Ten
 def step_of(
     model: nn.Module, loss: Callable[[], Tensor], update: Callable[[], None], targets: int = 1
 ) -> Callable[[], Tensor]:
-    """Forward, backward and update; returns loss / targets. Gradients are new in every step, so that a graph writes where it will read."""
+    """Forward, backward and update; returns loss / targets. Gradients are new in every step, so that a graph
+    writes where it will read."""
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -130,11 +136,13 @@ def step_of(
 
 
 def lumi_step(model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Callable[[], Tensor]:
-    """As Lumi trains: the summed loss, whose factor 1 / targets is taken out of the gradients as a loss scale is, while they are read."""
+    """As Lumi trains: the summed loss, whose factor 1 / targets is taken out of the gradients as a loss scale
+    is, while they are read."""
     params = [p for p in model.parameters() if p.requires_grad]
     states = [[torch.zeros_like(p) for p in params] for _ in range(2)]
     decays = [0.1 if p.ndim > 1 else 0.0 for p in params]
-    # `step` is a number on the host, which a graph would keep as it was; at this one the corrections of the means' bias are over.
+    # `step` is a number on the host, which a graph would keep as it was; at this one the corrections of the
+    # means' bias are over.
     numbers = {
         "step": 1000,
         "lr": LR,
@@ -169,8 +177,8 @@ def torch_step(model: nn.Module, loss: Callable[[], Tensor], device: torch.devic
 
 
 def captured(model: nn.Module, step: Callable[[], Tensor], pool: tuple[int, int]) -> Callable[[], Tensor]:
-    """`step`, which has run before, as a CUDA graph; returns the tensor that every replay fills. Graphs of one pool share their memory:
-    every replay writes what it reads."""
+    """`step`, which has run before, as a CUDA graph; returns the tensor that every replay fills. Graphs of
+    one pool share their memory: every replay writes what it reads."""
     model.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
@@ -184,8 +192,9 @@ def captured(model: nn.Module, step: Callable[[], Tensor], pool: tuple[int, int]
 
 
 def check_gradients(name: str, config: ModelConfig, ops: Ops, tokens_BT: Tensor, targets_BT: Tensor) -> None:
-    """Gradients of bfloat16 products under `ops`, at most twice as far from float64 as those of the reference. The loss is one number, in
-    which errors cancel by luck: how near the reference comes is no measure of it, and it is compared as a bfloat16."""
+    """Gradients of bfloat16 products under `ops`, at most twice as far from float64 as those of the
+    reference. The loss is one number, in which errors cancel by luck: how near the reference comes is no
+    measure of it, and it is compared as a bfloat16."""
 
     def results(ops: Ops, dtype: torch.dtype, weights: torch.dtype) -> list[Tensor]:
         recompute = ops is REFERENCE  # whole attention scores of one layer at a time
@@ -255,7 +264,8 @@ def measure_case(results: Results, name: str, case: Case, ops: Ops, rounds: int)
                 loss = step()
             if not loss.item() < first:  # also where it is not a number
                 raise RuntimeError(
-                    f"{name}: the loss of a batch seen again and again must fall below {first:.3f}, got {loss.item():.3f}"
+                    f"{name}: the loss of a batch seen again and again must fall below {first:.3f}, "
+                    f"got {loss.item():.3f}"
                 )
             return [step] * (STEPS_PER_READING - 1) + [lambda: step().item()]
 
@@ -280,7 +290,8 @@ def measure_case(results: Results, name: str, case: Case, ops: Ops, rounds: int)
 
 
 def run(results: Results, cases: dict[str, Case] = CASES, ops: Ops = TRITON, rounds: int = 7) -> None:
-    """Both models. Lumi's figure is that of its captured step, with or without compiled layers, whichever is faster."""
+    """Both models. Lumi's figure is that of its captured step, with or without compiled layers, whichever is
+    faster."""
     for name, case in cases.items():
         torch.compiler.reset()
         with results.case(f"training step {name}"):

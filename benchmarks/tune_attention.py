@@ -1,10 +1,11 @@
-"""Finds the fastest tiles of the attention kernels on the GPU at hand and writes them into `kernels/attention_tiles.json`.
+"""Finds the fastest tiles of the attention kernels on the GPU at hand and writes them into a table.
 
-    python benchmarks/tune_attention.py [--head-dim 64 128] [--kernel fwd dkdv dq] [--table kernels/attention_tiles.json]
+    python benchmarks/tune_attention.py [--head-dim 64 128] [--kernel fwd dkdv dq]
+                                        [--table kernels/attention_tiles.json]
 
-bfloat16, causal rows of 4096 tokens. Every candidate that compiles and fits is checked against float64 first, then all of them are timed in
-turn; backward is timed whole, with one of its kernels changing. Afterwards look at `inspect_kernels.py`: a tile that spills with capped
-scores wants a row "<kernel> capped" of its own.
+bfloat16, causal rows of 4096 tokens. Every candidate that compiles and fits is first checked against float64.
+Then all of them are timed in turn; backward is timed whole, with one of its kernels changing. Afterwards run
+`inspect_kernels.py` to see that no tile spills.
 """
 
 import argparse
@@ -31,7 +32,7 @@ KERNELS = ("fwd", "dkdv", "dq")
 
 
 def candidates(arch: int) -> list[attention_tiles.Row]:
-    """Every tile that is worth compiling; descriptors where the architecture has the bulk tensor copy engine."""
+    """Every tile worth compiling; with descriptors if the architecture has the bulk tensor copy engine."""
     grid = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), (arch >= 90,))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DESCRIPTORS")
     return [dict(zip(names, values, strict=True)) for values in grid]
@@ -70,8 +71,10 @@ def tune(
     shape: Shape,
     rounds: int,
 ) -> attention_tiles.Row:
-    """Put the fastest of `rows` and of what is there now into the table of this process, and return it. Those that do not run are named
-    and left out."""
+    """Put the fastest of `rows` and of the present row into the table of this process, and return it.
+
+    Rows that do not run are named and left out.
+    """
     table = attention_tiles.table()
     arch = attention_tiles.architecture(device)
     if str(arch) not in table:
@@ -89,10 +92,8 @@ def tune(
             ready[name] = measure.prepared(measure.DIRECTIONS[direction](function, sets), device, graph=True)
             named[name] = row
         except Exception as error:  # whatever a compiler may say to a tile that is too large for it
-            print(
-                f"{kernel} K={K} {name}: left out, {type(error).__name__}: {str(error).splitlines()[0][:100]}",
-                flush=True,
-            )
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            print(f"{kernel} K={K} {name}: left out, {reason}", flush=True)
     kernels[kernel] = before
     if not named:
         raise RuntimeError(f"{kernel} K={K}: no tile runs")

@@ -14,9 +14,10 @@ struct Piece {
 };
 
 LUMI_VECTOR_CLONES
-void update(float* __restrict param, const float* __restrict grad, float* __restrict exp_avg, float* __restrict exp_avg_sq,
-            std::size_t size, float factor, float decay, const AdamWStep step) {
-    for (std::size_t i = 0; i < size; ++i) adamw_update(param[i], grad[i], exp_avg[i], exp_avg_sq[i], factor, decay, step);
+void update(float* __restrict param, const float* __restrict grad, float* __restrict exp_avg,
+            float* __restrict exp_avg_sq, std::size_t size, float factor, float decay, const AdamWStep step) {
+    for (std::size_t i = 0; i < size; ++i)
+        adamw_update(param[i], grad[i], exp_avg[i], exp_avg_sq[i], factor, decay, step);
 }
 
 LUMI_VECTOR_CLONES
@@ -26,18 +27,22 @@ void round_to_bfloat16(const float* __restrict source, std::uint16_t* __restrict
 
 }  // namespace
 
-void adamw(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip, int max_threads) {
+void adamw(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip,
+           int max_threads) {
     const float factor = clip_factor(clip);
     if (std::isnan(factor)) return;
     std::vector<Piece> pieces;
     for (const AdamWTensor& tensor : tensors) {
-        for (std::size_t start = 0; start < tensor.size; start += kPieceSize) pieces.push_back({&tensor, start});
+        for (std::size_t start = 0; start < tensor.size; start += kPieceSize)
+            pieces.push_back({&tensor, start});
     }
     for_each_piece(pieces.size(), max_threads, [&](std::size_t i) {
         const AdamWTensor& t = *pieces[i].tensor;
         const std::size_t start = pieces[i].start, size = std::min(kPieceSize, t.size - start);
-        update(t.param + start, t.grad + start, t.exp_avg + start, t.exp_avg_sq + start, size, factor, step.lr * t.weight_decay, step);
-        if (t.copy != nullptr) round_to_bfloat16(t.param + start, t.copy + start, size);  // the piece is still in the cache
+        update(t.param + start, t.grad + start, t.exp_avg + start, t.exp_avg_sq + start, size, factor,
+               step.lr * t.weight_decay, step);
+        // The piece is still in the cache.
+        if (t.copy != nullptr) round_to_bfloat16(t.param + start, t.copy + start, size);
     });
 }
 

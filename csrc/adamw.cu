@@ -1,8 +1,8 @@
-// AdamW on a CUDA device: one launch for each kCapacity tensors, after a small one for the clip factor. Parameters and running means are
-// read once and written once, gradients are read once.
+// AdamW on a CUDA device: one launch for each kCapacity tensors, after a small one for the clip factor.
+// Parameters and running means are read once and written once; gradients are read once.
 //
-// The bits do not depend on where the tensors lie: setup.py compiles without fusing multiply and add, which nvcc might do in one of the
-// two paths through the kernel and not in the other.
+// The bits do not depend on where the tensors lie: setup.py turns the fusing of multiply and add off. nvcc
+// might fuse in one of the two paths through the kernel and not in the other.
 #include "adamw.h"
 #include "tensor_table.cuh"
 
@@ -10,16 +10,19 @@ namespace lumi {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 6;  // all that sm_89 has room for; they leave each thread 40 registers
-constexpr int kChunkSize = 8192;             // 8 groups of four for each thread
+// All that sm_89 has room for. They leave each thread 40 registers.
+constexpr int kBlocksPerMultiprocessor = 6;
+constexpr int kChunkSize = 8192;  // 8 groups of four for each thread
 constexpr int kCapacity = 480;
 using Table = TensorTable<AdamWTensor, kCapacity, kChunkSize>;
 
-// One thread: the division is in double, which would cost every block of the update more than reading its result does.
+// One thread: the division is in double. Doing it in every block of the update would cost more than reading
+// its result.
 __global__ void clip_factor_kernel(GradientClip clip, float* factor) { *factor = clip_factor(clip); }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    adamw_kernel(const __grid_constant__ Table table, const __grid_constant__ AdamWStep step, const float* factor_pointer) {
+    adamw_kernel(const __grid_constant__ Table table, const __grid_constant__ AdamWStep step,
+                 const float* factor_pointer) {
     const float factor = *factor_pointer;
     if (isnan(factor)) return;
     const int index = table.find(blockIdx.x);
@@ -32,21 +35,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     float* const exp_avg_sq = t.exp_avg_sq + start;
     std::uint16_t* const copy = t.copy == nullptr ? nullptr : t.copy + start;
     const float decay = step.lr * t.weight_decay;
-    // One array that lies elsewhere sends the whole chunk through the scalar path; torch's allocations all start at a 16-byte boundary.
-    const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(exp_avg, 16) && is_aligned(exp_avg_sq, 16) &&
-                         is_aligned(copy, 8);
+    // One unaligned array sends the whole chunk through the scalar path. torch's allocations all start at a
+    // 16-byte boundary.
+    const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(exp_avg, 16) &&
+                         is_aligned(exp_avg_sq, 16) && is_aligned(copy, 8);
 
     for (int i = threadIdx.x * 4; i < count; i += kThreads * 4) {
         if (aligned && i + 4 <= count) {
             Group p = read4(param + i), m = read4(exp_avg + i), v = read4(exp_avg_sq + i);
             const Group g = read4(grad + i);
-            for (int k = 0; k < 4; ++k) adamw_update(p.values[k], g.values[k], m.values[k], v.values[k], factor, decay, step);
+            for (int k = 0; k < 4; ++k)
+                adamw_update(p.values[k], g.values[k], m.values[k], v.values[k], factor, decay, step);
             write4(param + i, p);
             write4(exp_avg + i, m);
             write4(exp_avg_sq + i, v);
             if (copy != nullptr) {
-                *reinterpret_cast<ushort4*>(copy + i) = make_ushort4(to_bfloat16(p.values[0]), to_bfloat16(p.values[1]),
-                                                                     to_bfloat16(p.values[2]), to_bfloat16(p.values[3]));
+                *reinterpret_cast<ushort4*>(copy + i) =
+                    make_ushort4(to_bfloat16(p.values[0]), to_bfloat16(p.values[1]), to_bfloat16(p.values[2]),
+                                 to_bfloat16(p.values[3]));
             }
         } else {
             for (int k = i; k < min(i + 4, count); ++k) {
@@ -59,17 +65,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 }  // namespace
 
-void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip, float* factor, int device,
-                void* stream) {
-    static_assert(sizeof(Table) + sizeof(AdamWStep) + sizeof(float*) <= kMaxArgumentBytes, "the arguments must fit");
-    check_cuda(cudaSetDevice(device));  // this module's runtime is a copy of its own, with its own idea of the current device
+void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip,
+                float* factor, int device, void* stream) {
+    static_assert(sizeof(Table) + sizeof(AdamWStep) + sizeof(float*) <= kMaxArgumentBytes,
+                  "the arguments must fit");
+    // This module has its own copy of the CUDA runtime, with its own current device.
+    check_cuda(cudaSetDevice(device));
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     clip_factor_kernel<<<1, 1, 0, cuda_stream>>>(clip, factor);
     check_cuda(cudaGetLastError());
-    for_each_table<AdamWTensor, kCapacity, kChunkSize>(tensors, [&](const Table& table, int chunks, std::size_t) {
-        adamw_kernel<<<chunks, kThreads, 0, cuda_stream>>>(table, step, factor);
-        check_cuda(cudaGetLastError());
-    });
+    for_each_table<AdamWTensor, kCapacity, kChunkSize>(
+        tensors, [&](const Table& table, int chunks, std::size_t) {
+            adamw_kernel<<<chunks, kThreads, 0, cuda_stream>>>(table, step, factor);
+            check_cuda(cudaGetLastError());
+        });
 }
 
 }  // namespace lumi

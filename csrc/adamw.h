@@ -1,5 +1,6 @@
-// AdamW with decoupled weight decay (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) on gradients that are clipped as they
-// are read. What happens to one element stands here once, for the CPU and for CUDA.
+// AdamW with decoupled weight decay (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) on gradients
+// that are clipped as they are read. The update of one element is defined here once, for the CPU and for
+// CUDA.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,8 @@
 
 namespace lumi {
 
-// One parameter with what belongs to it: contiguous memory of `size` elements each, owned by the caller. Nothing overlaps.
+// One parameter with what belongs to it: contiguous memory of `size` elements each, owned by the caller.
+// Nothing overlaps.
 struct AdamWTensor {
     float* param;
     const float* grad;
@@ -62,9 +64,10 @@ LUMI_HOST_DEVICE inline float clip_factor(const GradientClip& clip) {
     return static_cast<float>(factor);
 }
 
-// The decay is part of the update, not a factor 1 - decay of the parameter: that factor loses most of the decay's digits.
-LUMI_HOST_DEVICE inline void adamw_update(float& param, float grad, float& exp_avg, float& exp_avg_sq, float factor, float decay,
-                                          const AdamWStep& step) {
+// The decay is part of the update, not a factor 1 - decay of the parameter: that factor loses most of the
+// decay's digits.
+LUMI_HOST_DEVICE inline void adamw_update(float& param, float grad, float& exp_avg, float& exp_avg_sq,
+                                          float factor, float decay, const AdamWStep& step) {
     const float g = grad * factor;
     exp_avg = step.beta1 * exp_avg + step.one_minus_beta1 * g;
     exp_avg_sq = step.beta2 * exp_avg_sq + step.one_minus_beta2 * (g * g);
@@ -79,13 +82,14 @@ LUMI_HOST_DEVICE inline std::uint16_t to_bfloat16(float x) {
     return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// One step of all tensors, in place. Gradients are read only. Where the norm is not finite nothing is written. The result does not depend
-// on max_threads (>= 1).
-void adamw(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip, int max_threads);
+// One step of all tensors, in place. Gradients are read only. If the norm is not finite, nothing is written.
+// The result does not depend on max_threads (>= 1).
+void adamw(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip,
+           int max_threads);
 
-// The same of tensors on a CUDA device: launches on `stream` (a cudaStream_t) and returns without waiting. clip.norm is on the device
-// too, and so is `factor`, room for one float, of no use afterwards.
-void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip, float* factor, int device,
-                void* stream);
+// The same for tensors on a CUDA device: launches on `stream` (a cudaStream_t) and returns without waiting.
+// clip.norm is on the device too, and so is `factor`, scratch room for one float.
+void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip,
+                float* factor, int device, void* stream);
 
 }  // namespace lumi

@@ -1,5 +1,6 @@
-// Python names of the operators in this folder. Here lists from Python become tables of pointers, what would make the operators read out
-// of bounds is refused (lengths that differ, null pointers), and the interpreter's lock is released. The operators' own logic is elsewhere.
+// Python names of the operators in this folder. This file turns lists from Python into tables of pointers,
+// refuses what would make the operators read out of bounds (lengths that differ, null pointers), and releases
+// the interpreter's lock. It has no logic of the operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -28,10 +29,12 @@ void check_threads(int max_threads) {
 }
 
 std::vector<lumi::FloatArray> float_arrays(const Addresses& pointers, const Sizes& sizes) {
-    if (pointers.size() != sizes.size()) throw std::invalid_argument("pointers and sizes must have the same length");
+    if (pointers.size() != sizes.size())
+        throw std::invalid_argument("pointers and sizes must have the same length");
     std::vector<lumi::FloatArray> arrays;
     arrays.reserve(pointers.size());
-    for (std::size_t i = 0; i < pointers.size(); ++i) arrays.push_back({pointer<const float>(pointers[i], sizes[i]), sizes[i]});
+    for (std::size_t i = 0; i < pointers.size(); ++i)
+        arrays.push_back({pointer<const float>(pointers[i], sizes[i]), sizes[i]});
     return arrays;
 }
 
@@ -48,20 +51,26 @@ struct AdamWArguments {
     lumi::AdamWStep step;
     lumi::GradientClip clip;
 
-    AdamWArguments(const Addresses& params, const Addresses& grads, const Addresses& exp_avgs, const Addresses& exp_avg_sqs,
-                   const Addresses& copies, const Sizes& sizes, const std::vector<float>& weight_decays, std::int64_t number, double lr,
-                   double beta1, double beta2, double eps, std::uintptr_t norm, double max_norm, double loss_scale)
-        : step(lr, beta1, beta2, eps, number), clip{reinterpret_cast<const double*>(norm), max_norm, loss_scale} {
-        for (const std::size_t length : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), sizes.size(), weight_decays.size()}) {
+    AdamWArguments(const Addresses& params, const Addresses& grads, const Addresses& exp_avgs,
+                   const Addresses& exp_avg_sqs, const Addresses& copies, const Sizes& sizes,
+                   const std::vector<float>& weight_decays, std::int64_t number, double lr, double beta1,
+                   double beta2, double eps, std::uintptr_t norm, double max_norm, double loss_scale)
+        : step(lr, beta1, beta2, eps, number),
+          clip{reinterpret_cast<const double*>(norm), max_norm, loss_scale} {
+        for (const std::size_t length :
+             {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), sizes.size(), weight_decays.size()}) {
             if (length != params.size()) throw std::invalid_argument("all lists must have the same length");
         }
-        if (!copies.empty() && copies.size() != params.size()) throw std::invalid_argument("copies must be empty or one for each tensor");
+        if (!copies.empty() && copies.size() != params.size())
+            throw std::invalid_argument("copies must be empty or one for each tensor");
         if (number < 1) throw std::invalid_argument("step must be at least 1");
         tensors.reserve(params.size());
         for (std::size_t i = 0; i < params.size(); ++i) {
             tensors.push_back({pointer<float>(params[i], sizes[i]), pointer<const float>(grads[i], sizes[i]),
-                               pointer<float>(exp_avgs[i], sizes[i]), pointer<float>(exp_avg_sqs[i], sizes[i]),
-                               copies.empty() ? nullptr : pointer<std::uint16_t>(copies[i], sizes[i]), sizes[i], weight_decays[i]});
+                               pointer<float>(exp_avgs[i], sizes[i]),
+                               pointer<float>(exp_avg_sqs[i], sizes[i]),
+                               copies.empty() ? nullptr : pointer<std::uint16_t>(copies[i], sizes[i]),
+                               sizes[i], weight_decays[i]});
         }
     }
 };
@@ -73,8 +82,8 @@ void adamw(const AdamWArguments& arguments, int max_threads) {
 }
 
 #ifdef LUMI_HAS_CUDA
-void global_norm_cuda(const Addresses& pointers, const Sizes& sizes, std::uintptr_t norm, std::uintptr_t partials, int device,
-                      std::uintptr_t stream) {
+void global_norm_cuda(const Addresses& pointers, const Sizes& sizes, std::uintptr_t norm,
+                      std::uintptr_t partials, int device, std::uintptr_t stream) {
     const auto arrays = float_arrays(pointers, sizes);
     double* const sums = pointer<double>(partials, lumi::global_norm_num_partials(sizes));
     py::gil_scoped_release release;
@@ -83,31 +92,42 @@ void global_norm_cuda(const Addresses& pointers, const Sizes& sizes, std::uintpt
 
 void adamw_cuda(const AdamWArguments& arguments, std::uintptr_t factor, int device, std::uintptr_t stream) {
     py::gil_scoped_release release;
-    lumi::adamw_cuda(arguments.tensors, arguments.step, arguments.clip, pointer<float>(factor), device, reinterpret_cast<void*>(stream));
+    lumi::adamw_cuda(arguments.tensors, arguments.step, arguments.clip, pointer<float>(factor), device,
+                     reinterpret_cast<void*>(stream));
 }
 #endif
 
 }  // namespace
 
 PYBIND11_MODULE(_csrc, m) {
-    m.doc() = "Lumi's C++ and CUDA operators. They take raw addresses; lumi.kernels holds their public, validating faces.";
+    m.doc() =
+        "Lumi's C++ and CUDA operators. They take raw addresses; lumi.kernels holds their public, validating "
+        "faces.";
     m.def("global_norm", &global_norm, py::arg("pointers"), py::arg("sizes"), py::arg("max_threads"),
           "L2 norm of contiguous float32 arrays, given as addresses and element counts, summed in double.");
-    py::class_<AdamWArguments>(m, "AdamWArguments", "The tensors of one AdamW step, as addresses and element counts, and its numbers.")
-        .def(py::init<const Addresses&, const Addresses&, const Addresses&, const Addresses&, const Addresses&, const Sizes&,
-                      const std::vector<float>&, std::int64_t, double, double, double, double, std::uintptr_t, double, double>(),
-             py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::arg("copies"),
-             py::arg("sizes"), py::arg("weight_decays"), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-             py::arg("eps"), py::arg("norm"), py::arg("max_norm"), py::arg("loss_scale"));
-    m.def("adamw", &adamw, py::arg("arguments"), py::arg("max_threads"), "One AdamW step in place, with clipping, on the CPU.");
+    py::class_<AdamWArguments>(
+        m, "AdamWArguments",
+        "The tensors of one AdamW step, as addresses and element counts, and its numbers.")
+        .def(py::init<const Addresses&, const Addresses&, const Addresses&, const Addresses&,
+                      const Addresses&, const Sizes&, const std::vector<float>&, std::int64_t, double, double,
+                      double, double, std::uintptr_t, double, double>(),
+             py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+             py::arg("copies"), py::arg("sizes"), py::arg("weight_decays"), py::arg("step"), py::arg("lr"),
+             py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("norm"), py::arg("max_norm"),
+             py::arg("loss_scale"));
+    m.def("adamw", &adamw, py::arg("arguments"), py::arg("max_threads"),
+          "One AdamW step in place, with clipping, on the CPU.");
 #ifdef LUMI_HAS_CUDA
     m.attr("has_cuda") = true;
-    m.def("global_norm_cuda", &global_norm_cuda, py::arg("pointers"), py::arg("sizes"), py::arg("norm"), py::arg("partials"),
-          py::arg("device"), py::arg("stream"), "global_norm of arrays on a CUDA device; the double result is left at `norm` there.");
+    m.def("global_norm_cuda", &global_norm_cuda, py::arg("pointers"), py::arg("sizes"), py::arg("norm"),
+          py::arg("partials"), py::arg("device"), py::arg("stream"),
+          "global_norm of arrays on a CUDA device; the double result is left at `norm` there.");
     m.def("global_norm_num_partials", &lumi::global_norm_num_partials, py::arg("sizes"),
           "How many doubles global_norm_cuda's `partials` holds.");
-    m.def("adamw_cuda", &adamw_cuda, py::arg("arguments"), py::arg("factor"), py::arg("device"), py::arg("stream"),
-          "One AdamW step in place, with clipping, on a CUDA device; `factor` is the address of one float there.");
+    m.def("adamw_cuda", &adamw_cuda, py::arg("arguments"), py::arg("factor"), py::arg("device"),
+          py::arg("stream"),
+          "One AdamW step in place, with clipping, on a CUDA device; `factor` is the address of one float "
+          "there.");
 #else
     m.attr("has_cuda") = false;
 #endif

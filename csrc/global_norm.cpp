@@ -1,5 +1,5 @@
-// L2 norm on the CPU: arrays are cut into pieces of a fixed size, each piece is summed in a fixed order into a slot of its own by
-// whichever thread reaches it, and the slots are added up in order.
+// L2 norm on the CPU. Arrays are cut into pieces of a fixed size. Whichever thread reaches a piece sums it,
+// in a fixed order, into the piece's own slot. The slots are then added up in order.
 #include "global_norm.h"
 
 #include <algorithm>

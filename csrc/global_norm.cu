@@ -1,8 +1,10 @@
-// L2 norm on a CUDA device, in two stages of a fixed order: a block sums the squares of one chunk, then one block sums the blocks' sums.
+// L2 norm on a CUDA device, in two stages of a fixed order: a block sums the squares of one chunk, then one
+// block sums the blocks' sums.
 //
-// Sums are in double: the square of a float is exact there and cannot overflow (at most 1.2e77), and a sum of n squares is off by at most
-// n * 2^-53, relatively. That is two double instructions for each 4 bytes read: the reading takes longer on data-center parts, and about
-// as long on sm_89, which does two of them per clock and multiprocessor.
+// Sums are in double: the square of a float is exact there and cannot overflow (at most 1.2e77). The relative
+// error of a sum of n squares is at most n * 2^-53. That takes two double instructions per 4 bytes read.
+// Reading takes longer than that on data-center parts, and about as long on sm_89, which does two of them per
+// clock and multiprocessor.
 #include <cmath>
 
 #include "global_norm.h"
@@ -31,9 +33,10 @@ __device__ double block_sum(double value) {
     return sum;
 }
 
-// Thread t takes the groups of four elements t, t + kThreads, ... whether they can be read at once or not, so that the order of the sum
-// is the same wherever the array lies.
-__global__ void __launch_bounds__(kThreads) partial_norm_kernel(const __grid_constant__ Table table, double* partials) {
+// Thread t takes the groups of four elements t, t + kThreads, ... whether or not a group can be read at once.
+// So the order of the sum is the same wherever the array lies.
+__global__ void __launch_bounds__(kThreads)
+    partial_norm_kernel(const __grid_constant__ Table table, double* partials) {
     const int index = table.find(blockIdx.x);
     const FloatArray array = table.arrays[index];
     const std::size_t start = table.start(blockIdx.x, index);
@@ -59,7 +62,8 @@ __global__ void __launch_bounds__(kThreads) partial_norm_kernel(const __grid_con
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kFinishThreads) finish_norm_kernel(const double* partials, std::size_t num_partials, double* norm) {
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_norm_kernel(const double* partials, std::size_t num_partials, double* norm) {
     double sum = 0.0;
 #pragma unroll 4
     for (std::size_t i = threadIdx.x; i < num_partials; i += kFinishThreads) sum += partials[i];
@@ -75,8 +79,10 @@ std::size_t global_norm_num_partials(const std::vector<std::size_t>& sizes) {
     return count;
 }
 
-void global_norm_cuda(const std::vector<FloatArray>& arrays, double* norm, double* partials, int device, void* stream) {
-    check_cuda(cudaSetDevice(device));  // this module's runtime is a copy of its own, with its own idea of the current device
+void global_norm_cuda(const std::vector<FloatArray>& arrays, double* norm, double* partials, int device,
+                      void* stream) {
+    // This module has its own copy of the CUDA runtime, with its own current device.
+    check_cuda(cudaSetDevice(device));
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     const auto launch = [&](const Table& table, int chunks, std::size_t before) {
         partial_norm_kernel<<<chunks, kThreads, 0, cuda_stream>>>(table, partials + before);

@@ -1,5 +1,5 @@
-// Work that is cut into pieces of a fixed size, done by as many threads as pay. Which thread takes which piece is left to chance, so the
-// work on a piece must not depend on it.
+// Work in pieces of a fixed size, done by as many threads as pay. Any thread may take any piece, so the work
+// on a piece must not depend on its thread.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 
 namespace lumi {
 
-constexpr std::size_t kPieceSize = 1 << 16;  // floats: 256 KiB, so that taking a piece costs nothing beside working on it
+// In floats, 256 KiB: taking a piece costs nothing beside working on it.
+constexpr std::size_t kPieceSize = 1 << 16;
 constexpr std::size_t kPiecesPerThread = 8;  // with fewer, threads cost more than they save
 
 // Calls work(index) once for each index below num_pieces, and returns when all are done.
@@ -23,10 +24,12 @@ void for_each_piece(std::size_t num_pieces, int max_threads, const Work& work) {
         return;
     }
 #ifdef _OPENMP
-    // torch's threads, where it brings the same OpenMP: after a backward pass they keep spinning for a while, in the way of any others.
-    // Always as many, since OpenMP ends those that a smaller number leaves out.
+    // These are torch's threads, if it brings the same OpenMP: after a backward pass they spin for a while
+    // and would slow any others down. Always the same number, since OpenMP ends those that a smaller number
+    // leaves out.
 #pragma omp parallel for schedule(dynamic, 1) num_threads(max_threads)
-    for (std::int64_t i = 0; i < static_cast<std::int64_t>(num_pieces); ++i) work(static_cast<std::size_t>(i));
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(num_pieces); ++i)
+        work(static_cast<std::size_t>(i));
 #else
     std::atomic<std::size_t> next{0};
     const auto take = [&] {
@@ -38,7 +41,7 @@ void for_each_piece(std::size_t num_pieces, int max_threads, const Work& work) {
     try {
         for (std::size_t i = 1; i < num_threads; ++i) helpers.emplace_back(take);
     } catch (const std::system_error&) {
-        // The system has no thread left to give: those that there are do the same work to the same result.
+        // The system has no thread left to give: fewer threads do the same work to the same result.
     }
     take();
     for (std::thread& helper : helpers) helper.join();
@@ -47,8 +50,8 @@ void for_each_piece(std::size_t num_pieces, int max_threads, const Work& work) {
 
 }  // namespace lumi
 
-// Compiles a function twice where the loader can choose by processor. Both versions give the same bits: neither has fused multiply-add,
-// and without that vectors round as scalars do.
+// Compiles a function twice if the loader can choose by processor. Both versions give the same bits: neither
+// has fused multiply-add, and without that vectors round as scalars do.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define LUMI_VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
 #else

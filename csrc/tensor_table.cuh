@@ -1,9 +1,10 @@
-// Many arrays in one launch. Their addresses travel as an argument of the kernel: the driver copies arguments when a kernel is launched
-// (or captured into a graph), so there is no staging buffer to guard, no copy to wait for and no race with the step before, although
-// gradients lie elsewhere in every step. Kernels may have 32,764 bytes of arguments from CUDA 12.1 on; more arrays than that holds take
-// more launches.
+// Many arrays in one launch. Their addresses travel as an argument of the kernel. The driver copies arguments
+// when a kernel is launched or captured into a graph. So there is no staging buffer to guard, no copy to wait
+// for and no race with the step before, although gradients have new addresses in every step. From CUDA 12.1
+// on a kernel may have 32,764 bytes of arguments; more arrays than that take more launches.
 //
-// Arrays are cut into chunks, one block each; a block finds its array by binary search among the numbers of the arrays' first chunks.
+// Arrays are cut into chunks, one block each. A block finds its array by binary search among the numbers of
+// the arrays' first chunks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -39,7 +40,9 @@ struct TensorTable {
     }
 
     // The chunk's first element in its array `index`.
-    __device__ std::size_t start(int chunk, int index) const { return static_cast<std::size_t>(chunk - first_chunks[index]) * kChunkSize; }
+    __device__ std::size_t start(int chunk, int index) const {
+        return static_cast<std::size_t>(chunk - first_chunks[index]) * kChunkSize;
+    }
 };
 
 template <int kChunkSize>
@@ -47,8 +50,8 @@ std::size_t num_chunks(std::size_t size) {
     return (size + kChunkSize - 1) / kChunkSize;
 }
 
-// Calls launch(table, its chunks, chunks before it) for as many tables as the arrays need, and returns the number of all chunks. Empty
-// arrays are left out.
+// Calls launch(table, its chunks, chunks before it) for as many tables as the arrays need, and returns the
+// number of all chunks. Empty arrays are left out.
 template <typename Array, int kCapacity, int kChunkSize, typename Launch>
 std::size_t for_each_table(const std::vector<Array>& arrays, const Launch& launch) {
     using Table = TensorTable<Array, kCapacity, kChunkSize>;
@@ -75,11 +78,14 @@ std::size_t for_each_table(const std::vector<Array>& arrays, const Launch& launc
 inline void check_cuda(cudaError_t error) {
     if (error == cudaSuccess) return;
     std::string message = std::string("CUDA: ") + cudaGetErrorString(error);
-    if (error == cudaErrorInsufficientDriver) message += "; install Lumi with an nvcc no newer than the driver, or with LUMI_CUDA=0";
+    if (error == cudaErrorInsufficientDriver)
+        message += "; install Lumi with an nvcc no newer than the driver, or with LUMI_CUDA=0";
     throw std::runtime_error(message);
 }
 
-inline __device__ bool is_aligned(const void* pointer, std::size_t bytes) { return reinterpret_cast<std::size_t>(pointer) % bytes == 0; }
+inline __device__ bool is_aligned(const void* pointer, std::size_t bytes) {
+    return reinterpret_cast<std::size_t>(pointer) % bytes == 0;
+}
 
 // Four neighbours, read and written at once where they lie at a 16-byte boundary.
 struct Group {
@@ -92,7 +98,8 @@ inline __device__ Group read4(const float* pointer) {
 }
 
 inline __device__ void write4(float* pointer, const Group& group) {
-    *reinterpret_cast<float4*>(pointer) = make_float4(group.values[0], group.values[1], group.values[2], group.values[3]);
+    *reinterpret_cast<float4*>(pointer) =
+        make_float4(group.values[0], group.values[1], group.values[2], group.values[3]);
 }
 
 }  // namespace lumi

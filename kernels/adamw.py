@@ -1,16 +1,17 @@
-"""AdamW with decoupled weight decay, on gradients that are clipped as they are read: all tensors of a model in one operator.
+"""AdamW with decoupled weight decay and gradient clipping, for all tensors of a model in one operator.
 
     g = grad * factor,   factor = min(1, max_norm / (norm / loss_scale)) / loss_scale
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g^2
     param = param - lr * weight_decay * param - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
-Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. Where `norm` is not finite nothing changes: that is decided on the device, so
-that nobody waits for it.
+Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. If `norm` is not finite, nothing changes. The
+device decides that, so that the host need not wait.
 
-Precision: float32 throughout; the factors that all elements share are made in float64 and rounded once.
-Cost: param, m and v are read and written once and grad is read once: 28 bytes for each element, 30 with the bfloat16 copy. Clipping
-apart would read and write grad once more. csrc/adamw.h holds the update, csrc/adamw.cpp and csrc/adamw.cu what calls it.
+Precision: float32 throughout. The factors that all elements share are computed in float64 and rounded once.
+Cost: param, m and v are read and written once, and grad is read once: 28 bytes per element, 30 with the
+bfloat16 copy. Gradients are clipped as they are read; separate clipping would read and write grad once more.
+csrc/adamw.h holds the update; csrc/adamw.cpp and csrc/adamw.cu call it.
 """
 
 import math
@@ -44,7 +45,7 @@ def adamw_reference(
     loss_scale: float = 1.0,
     copies: Sequence[Tensor] | None = None,
 ) -> None:
-    """The definition: arguments as `adamw` has them, in any floating dtype, with any strides, on any device."""
+    """The definition. Arguments as `adamw`, in any floating dtype, with any strides, on any device."""
     if not params:
         return
     if norm is None:
@@ -84,28 +85,30 @@ def adamw(
 ) -> None:
     """One AdamW step of all tensors, in place.
 
-    Plain contiguous float32 tensors on one device go to C++ or CUDA when all of them are such (`native_device`); anything else (another
-    dtype, other strides, a tensor subclass such as DTensor, a GPU without compiled code) goes to `adamw_reference`. Errors in either are
-    raised, never retried in the other. On a CUDA device the step is queued on the current stream, which nobody waits for.
+    If all tensors are plain, contiguous and float32 on one device, C++ or CUDA code takes them
+    (`native_device`).
+    Anything else goes to `adamw_reference`: another dtype, other strides, a tensor subclass such as DTensor,
+    a GPU without compiled code. An error in either is raised; the other is not tried. On a CUDA device the
+    step is queued on the current stream, and nothing waits for it.
 
-    A CUDA graph keeps `step`, `lr` and every other number as they were at capture, and the tensors' addresses: only `norm` and what the
-    tensors hold are read anew by a replay. Call it once before a capture: a first call loads the kernels.
+    A CUDA graph keeps the tensors' addresses and every number, `step` and `lr` too, as they were at capture.
+    A replay reads only `norm` and the tensors' values anew. Call this once before a capture: the first call
+    loads the kernels.
 
-    Args:
-        params: tensors of any shapes, floating, all on one device; written. Memory must not overlap, here or below.
-        grads: gradients, one for each parameter, of its shape and dtype; left alone.
-        exp_avgs, exp_avg_sqs: running means of gradients and of their squares, likewise; written.
-        weight_decays: one for each parameter, at least 0.
-        step: the number of this step, counted from 1.
-        lr: learning rate. beta1, beta2: in [0, 1). eps: positive.
-        norm: float64 scalar on the parameters' device, the L2 norm of all gradients as they are, or None not to clip. Where it is not
-            finite, nothing is written.
-        max_norm: positive; the norm that gradients may have once `loss_scale` is taken out.
-        loss_scale: positive; what the gradients are multiplied by.
-        copies: bfloat16 tensors, one for each parameter, of its shape; written with the new parameters. Or None.
+    Args: params: floating tensors of any shapes, all on one device; written. No memory may overlap, here or
+        below. grads: gradients, one for each parameter, of its shape and dtype; left alone. exp_avgs,
+        exp_avg_sqs: running means of gradients and of their squares, likewise; written. weight_decays: one
+        for each parameter, at least 0. step: the number of this step, counted from 1. lr: learning rate.
+        beta1, beta2: in [0, 1). eps: positive. norm: float64 scalar on the parameters' device, the L2 norm of
+        all gradients as they are; None: do not clip.
+            If it is not finite, nothing is written.
+        max_norm: positive; the largest norm that gradients may have once `loss_scale` is divided out.
+        loss_scale: positive; the factor that is in the gradients.
+        copies: bfloat16 tensors, one for each parameter, of its shape; written with the new parameters. None:
+            no copies.
 
-    Raises:
-        ValueError: if lengths, shapes, dtypes or devices do not fit each other, or a number is out of its range.
+    Raises: ValueError: if lengths, shapes, dtypes or devices do not fit each other, or a number is out of its
+        range.
 
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
@@ -118,7 +121,7 @@ def adamw(
             f"weight_decays must be one for each of {len(params)} parameters, got {len(weight_decays)}"
         )
     device = _native_device(lists, copies)
-    if device is None:  # tensors for the reference, or such as do not fit each other
+    if device is None:  # tensors for the reference, or tensors that do not fit each other
         _check_tensors(lists if copies is None else {**lists, "copies": copies})
     if norm is not None:
         _check_norm(norm, params)
@@ -143,9 +146,8 @@ def adamw(
             _csrc.adamw_cuda(
                 arguments, factor.data_ptr(), device.index, torch.cuda.current_stream(device).cuda_stream
             )
-    torch.autograd.graph.increment_version(
-        [*params, *exp_avgs, *exp_avg_sqs, *(copies or ())]
-    )  # autograd saw none of the writing
+    # Autograd did not see the writes.
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *(copies or ())])
 
 
 def _native_device(
@@ -186,7 +188,8 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
     for index, param in enumerate(params):
         if not param.dtype.is_floating_point or param.device != params[0].device:
             raise ValueError(
-                f"params[{index}] must be floating-point and on {params[0].device}, got {param.dtype} on {param.device}"
+                f"params[{index}] must be floating-point and on {params[0].device}, "
+                f"got {param.dtype} on {param.device}"
             )
     for name, tensors in lists.items():
         for index, (param, tensor) in enumerate(zip(params, tensors, strict=True)):

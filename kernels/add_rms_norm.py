@@ -1,19 +1,23 @@
-"""The sum of a residual stream and a branch, and its RMSNorm, in one pass: each is read once and each result is written once.
+"""The sum of a residual stream and a branch, and its RMSNorm, in one pass over memory.
 
     total = x + residual,   y = rms_norm(total, weight)
 
     dx = dresidual = dtotal + d rms_norm(total),   dweight as in `rms_norm`
 
-RMSNorm: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467. Pre-norm residual layers: Xiong et al. 2020, https://arxiv.org/abs/2002.04745.
+RMSNorm: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467. Pre-norm residual layers: Xiong et al. 2020,
+https://arxiv.org/abs/2002.04745.
 
 Shape letters: N rows (all leading dims flattened), D model dim.
-Precision: the sum is float32 and rounded once to the dtype of `x`; what is normalised is that rounded sum, as if the two steps were apart,
-and backward is the gradient of exactly that. The rest as in `rms_norm`, whose kernels these are.
-Cost: forward reads x and residual and writes total and y; backward reads dy, dtotal and total and writes one gradient, which x and
-residual share. Apart, the same steps move one tensor more forwards (total is read again) and two more backwards.
+Precision: the sum is float32 and rounded once to the dtype of `x`. The norm is of that rounded sum, as if the
+two steps were separate, and backward is the gradient of exactly that. The rest is as in `rms_norm`, whose
+kernels these are.
+Cost: forward reads x and residual and writes total and y. Backward reads dy, dtotal and total and writes one
+gradient, which x and residual share. Separate steps would move one tensor more in forward (total is read
+again) and two more in backward.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +39,8 @@ from lumi.kernels.strided_rows import strided_rows
 def add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """y and total (..., D) from x and residual (..., D), weight (D,); total is rounded once and normalised as it was rounded."""
+    """y and total (..., D) from x and residual (..., D) and weight (D,). y is the norm of the rounded
+    total."""
     total = x + residual
     return rms_norm_reference(total, weight, eps), total
 
@@ -46,27 +51,19 @@ def add_rms_norm_reference(
 def add_rms_norm_fwd(
     x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y_ND and total_ND in x's dtype, rstd_N in float32. The inputs may have any row stride; within a row the stride is 1."""
+    """Returns y_ND and total_ND in x's dtype and rstd_N in float32.
+
+    The inputs may have any row stride; within a row the stride is 1.
+    """
     N, D = x_ND.shape
     y_ND, total_ND = (torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device) for _ in range(2))
     rstd_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
     config = forward_config(D)
     with torch.cuda.device_of(x_ND):  # Triton launches on the current device, which need not be x's
         _rms_norm_fwd_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            x_ND,
-            residual_ND,
-            weight_D,
-            total_ND,
-            y_ND,
-            rstd_N,
-            x_ND.stride(0),
-            residual_ND.stride(0),
-            y_ND.stride(0),
-            N,
-            D,
-            eps,
-            **config,
-        )
+            x_ND, residual_ND, weight_D, total_ND, y_ND, rstd_N,
+            x_ND.stride(0), residual_ND.stride(0), y_ND.stride(0), N, D, eps, **config,
+        )  # fmt: skip
     return y_ND, total_ND, rstd_N
 
 
@@ -104,18 +101,16 @@ def _(dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor) -
     return total.new_empty(total.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, weight, _ = inputs
     _, total, rstd = output
     ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(
-        False
-    )  # an output that nothing uses brings None, not zeros to be written and read
+    ctx.set_materialize_grads(False)  # an output that nothing uses brings None, not zeros to write and read
     ctx.save_for_backward(total, weight, rstd)
 
 
 def _backward(
-    ctx, dy: Tensor | None, dtotal: Tensor | None, _
+    ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     total, weight, rstd = ctx.saved_tensors
     if dy is None:
@@ -124,12 +119,8 @@ def _backward(
         dx, dweight = _rms_norm_backward_op(dy, total, weight, rstd)
     else:
         dx, dweight = _add_rms_norm_backward_op(dy, dtotal, total, weight, rstd)
-    return (
-        dx,
-        dx,
-        dweight,
-        None,
-    )  # one tensor for both, as torch does for a sum: autograd adds in place only to what it alone holds
+    # One tensor for both, as torch does for a sum: autograd adds in place only to what it alone holds.
+    return dx, dx, dweight, None
 
 
 _add_rms_norm_op.register_autograd(_backward, setup_context=_save)
@@ -144,14 +135,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5)
     Args:
         x: activations (..., D), float32 / bfloat16 / float16, any strides. 1 <= D <= 16,384.
         residual: what to add; shape, dtype and device of `x`, any strides.
-        weight: gain (D,), float32 / bfloat16 / float16 (not necessarily the dtype of `x`), same device as `x`.
+        weight: gain (D,), float32 / bfloat16 / float16 (it may differ from the dtype of `x`), device of `x`.
         eps: added to mean(total^2) before the root; dimensionless.
 
     Returns:
         y and total (..., D), dtype of `x`, contiguous. Differentiable once, in `x`, `residual` and `weight`.
 
     Raises:
-        ValueError: if `residual` or `weight` does not fit `x`, a dtype is none of the three, or D is out of range.
+        ValueError: if `residual` or `weight` does not fit `x`, a dtype is none of the three, or D is out of
+            range.
 
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """

@@ -1,24 +1,26 @@
-"""Causal attention over packed documents, with grouped-query heads, an optional sliding window and an optional cap on the scores.
+"""Causal attention over packed documents, with grouped-query heads and an optional sliding window.
 
-    y_t = sum over s of p_ts v_s,   p_t = softmax_s(c(q_t . k_s / sqrt(K))),   first_key_t <= s <= t,   c(z) = z or cap tanh(z / cap)
+    y_t = sum over s of p_ts v_s,   p_t = softmax_s(q_t . k_s / sqrt(K)),   first_key_t <= s <= t
 
-    dv_s = sum_t p_ts dy_t        dz_ts = p_ts (dy_t . v_s - delta_t) c'(z_ts),   delta_t = dy_t . y_t
+    dv_s = sum_t p_ts dy_t        dz_ts = p_ts (dy_t . v_s - delta_t),   delta_t = dy_t . y_t
     dq_t = sum_s dz_ts k_s / sqrt(K)        dk_s = sum_t dz_ts q_t / sqrt(K)
 
-Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; never a whole row of scores: Dao 2023, https://arxiv.org/abs/2307.08691; grouped
-queries: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245; the cap: Gemma 2, https://arxiv.org/abs/2408.00118.
+Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; without whole rows of scores: Dao 2023,
+https://arxiv.org/abs/2307.08691; grouped queries: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
 
-Shape letters: B batch rows, T tokens per row, N = B*T tokens, H query heads, G kv heads (H a multiple of G), K head dim.
-Query head h reads kv head h // (H / G).
-Precision: products in the dtype of q, summed in float32; softmax in float32, in powers of two (log2 e is folded into the scale); p and dz
-are rounded to the dtype of q for the second products; every output is cast once. The reference keeps float64 as float64.
-Cost: forward 4 K FLOPs per visible pair and query head, backward 10 K (it computes the scores again in each of its two kernels: 14 K);
-kept for backward: q, k, v, y and one float32 per token and query head. A tile of queries walks the tiles of keys between its first token's
-first key and its last token; only tiles on the diagonal or across a document's beginning are masked. All sums have a fixed order.
+Shape letters: B batch rows, T tokens per row, N = B*T tokens, H query heads, G kv heads (H a multiple of G),
+K head dim. Query head h reads kv head h // (H / G).
+Precision: products in the dtype of q, summed in float32. Softmax in float32 and in powers of two: log2 e is
+folded into the scale. p and dz are rounded to the dtype of q for the second products. Every output is cast
+once. The reference keeps float64 as float64.
+Cost: forward 4 K FLOPs per visible pair and query head, backward 10 K; the two backward kernels each compute
+the scores again, which makes it 14 K. Kept for backward: q, k, v, y and one float32 per token and query head.
+A tile of queries walks the tiles of keys from its first token's first key to its last token. Only tiles on
+the diagonal or across a document's start are masked. All sums have a fixed order.
 """
 
 import math
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -27,45 +29,33 @@ from torch import Tensor
 from lumi.kernels.attention_plan import ORDER_BLOCK, IntervalPlan, MaskPlan
 from lumi.kernels.attention_tiles import architecture, tile
 from lumi.kernels.optional_triton import HAS_TRITON, tl, triton
-from lumi.kernels.tanh import tanh
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_K = 128
-LOG2_E = math.log2(math.e)
 
 
 # --- reference: the definition. Slow, obvious, any device, any dtype. ---
 
 
-def attention_reference(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan, softcap: float | None = None
-) -> Tensor:
-    """Arguments, results and errors as `attention`, for a plan of `attention_plan_reference`; any floating dtype and any K."""
-    _check(q_BTHK, k_BTGK, v_BTGK, plan, softcap)
+def attention_reference(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan) -> Tensor:
+    """Arguments, results and errors as `attention`; takes a plan of `attention_plan_reference`, any floating
+    dtype and any K."""
+    _check(q_BTHK, k_BTGK, v_BTGK, plan)
     q_BHTK, k_BGTK, v_BGTK = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
-    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
-    if softcap is None:
-        causal = plan.mask is None
-        return F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, attn_mask=plan.mask, is_causal=causal, enable_gqa=grouped
-        ).transpose(1, 2)
-    wide = torch.promote_types(q_BTHK.dtype, torch.float32)
-    k_BHTK, v_BHTK = (
-        t.repeat_interleave(q_BHTK.shape[1] // t.shape[1], dim=1).to(wide) for t in (k_BGTK, v_BGTK)
+    causal, grouped = plan.mask is None, q_BTHK.shape[2] != k_BTGK.shape[2]
+    y_BHTK = F.scaled_dot_product_attention(
+        q_BHTK, k_BGTK, v_BGTK, attn_mask=plan.mask, is_causal=causal, enable_gqa=grouped
     )
-    score_BHTT = softcap * torch.tanh(q_BHTK.to(wide) @ k_BHTK.mT / (math.sqrt(q_BTHK.shape[-1]) * softcap))
-    mask = plan.mask if plan.mask is not None else torch.ones_like(score_BHTT[0, 0], dtype=torch.bool).tril()
-    return (score_BHTT.masked_fill(~mask, -torch.inf).softmax(-1) @ v_BHTK).to(q_BTHK.dtype).transpose(1, 2)
+    return y_BHTK.transpose(1, 2)
 
 
-def _check(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan | IntervalPlan, softcap: float | None
-) -> None:
+def _check(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: MaskPlan | IntervalPlan) -> None:
     if q_BTHK.ndim != 4 or k_BTGK.ndim != 4:
         raise ValueError(
-            f"q and k must have shapes (B, T, H, K) and (B, T, G, K), got {tuple(q_BTHK.shape)} and {tuple(k_BTGK.shape)}"
+            "q and k must have shapes (B, T, H, K) and (B, T, G, K), "
+            f"got {tuple(q_BTHK.shape)} and {tuple(k_BTGK.shape)}"
         )
     B, T, H, K = q_BTHK.shape
     G = k_BTGK.shape[2]
@@ -79,56 +69,51 @@ def _check(
         )
     if G == 0 or H % G:
         raise ValueError(f"query heads must be a multiple of kv heads, got {H} and {G}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive, got {softcap}")
 
 
-# --- Triton: what the kernels share ---
+# --- Triton: what the kernels share. `strides` of an (N, heads, K): a pair, of a token and of a head ---
 
 
 @triton.jit
+@no_type_check
 def _load_tile(
-    source, stride_n, stride_h, start, head, N,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
+    source, strides, start, head, N,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of a head from token `start` on; zeros past N and HEAD_DIM. `source`: a pointer, or a descriptor of (N, heads, K)."""
+    """ROWS tokens of a head from token `start` on; zeros past N and HEAD_DIM. `source` is a pointer or a
+    descriptor."""
     if DESCRIPTORS:
         values = source.load([start, head, 0]).reshape(ROWS, COLS)
     else:
         rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
-        # Only the tile's beginning needs 64 bits (N * H * K can exceed 2**31); offsets in the tile are the same for every tile.
-        source += tl.cast(start, tl.int64) * stride_n + tl.cast(head, tl.int64) * stride_h
-        pointers = source + (rows[:, None] * stride_n + cols[None, :])
+        # Only the tile's start needs 64 bits (N * H * K can exceed 2**31); offsets inside a tile are the same
+        # for all tiles.
+        source += tl.cast(start, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+        pointers = source + (rows[:, None] * strides[0] + cols[None, :])
         if MASKED or HEAD_DIM != COLS:
-            values = tl.load(
-                pointers, mask=(start + rows < N)[:, None] & (cols < HEAD_DIM)[None, :], other=0.0
-            )
+            mask = (start + rows < N)[:, None] & (cols < HEAD_DIM)[None, :]
+            values = tl.load(pointers, mask=mask, other=0.0)
         else:
             values = tl.load(pointers)
     return values
 
 
 @triton.jit
+@no_type_check
 def _store_tile(
-    target,
-    stride_n,
-    stride_h,
-    start,
-    head,
-    N,
-    values,
-    HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    target, strides, start, head, N, values,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
-    target += tl.cast(start, tl.int64) * stride_n + tl.cast(head, tl.int64) * stride_h
-    pointers = target + (rows[:, None] * stride_n + cols[None, :])
+    target += tl.cast(start, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+    pointers = target + (rows[:, None] * strides[0] + cols[None, :])
     tl.store(pointers, values, mask=(start + rows < N)[:, None] & (cols < HEAD_DIM)[None, :])
 
 
 @triton.jit
-def _query_tiles(pid, num_heads, order_ptr, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+@no_type_check
+def _first_token(pid, num_heads, order_ptr, ORDER: tl.constexpr, BLOCK: tl.constexpr):
     """The first token and the head of a program: heads side by side, tiles with the most work first."""
     parts: tl.constexpr = ORDER // BLOCK
     rank = pid // num_heads
@@ -136,256 +121,279 @@ def _query_tiles(pid, num_heads, order_ptr, ORDER: tl.constexpr, BLOCK: tl.const
     return first, pid % num_heads
 
 
+# A `span` is what a program walks: tokens begin .. end, of which full_begin .. full_end need no mask. All but
+# `end` are multiples of the tile.
+
+
 @triton.jit
-def _key_range(first, last, first_key_ptr, BLOCK: tl.constexpr):
-    """Where the keys of the queries first .. last begin, and from where to where all of them see whole tiles of BLOCK keys."""
+@no_type_check
+def _span_of_keys(first, last, first_key_ptr, BLOCK: tl.constexpr):
+    """The keys of the queries first .. last."""
     begin = tl.load(first_key_ptr + first) // BLOCK * BLOCK
     full_end = (first + 1) // BLOCK * BLOCK
     full_begin = tl.minimum(tl.cdiv(tl.load(first_key_ptr + last), BLOCK) * BLOCK, full_end)
-    return begin, full_begin, full_end
+    return begin, full_begin, full_end, last + 1
 
 
 @triton.jit
-def _masked_start(index, num_left, begin, full_end, BLOCK: tl.constexpr):
-    """The masked tiles are those before the full ones and those after: the start of the index-th of them."""
-    return tl.where(index < num_left, begin + index * BLOCK, full_end + (index - num_left) * BLOCK)
+@no_type_check
+def _span_of_queries(first, last, last_query_ptr, BLOCK: tl.constexpr):
+    """The queries of the keys first .. last. The full ones stand between the diagonal and the first key's
+    last query."""
+    begin, end = first // BLOCK * BLOCK, tl.load(last_query_ptr + last) + 1
+    full_begin = tl.minimum(tl.cdiv(last, BLOCK), tl.cdiv(end, BLOCK)) * BLOCK
+    full_end = tl.maximum((tl.load(last_query_ptr + first) + 1) // BLOCK * BLOCK, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+@no_type_check
+def _bounds(span, MASKED: tl.constexpr):
+    """From where to where a walk counts. The masked tiles are counted as if the full ones between them were
+    not there."""
+    begin, full_begin, full_end, end = span
+    return (begin, end - (full_end - full_begin)) if MASKED else (full_begin, full_end)
+
+
+@triton.jit
+@no_type_check
+def _tile_start(count, span, MASKED: tl.constexpr):
+    """The first token of the tile that a walk has counted to."""
+    _, full_begin, full_end, _ = span
+    return tl.where(count < full_begin, count, count + (full_end - full_begin)) if MASKED else count
 
 
 # --- Triton: forward. One program is a tile of queries of one head ---
 
 
 @triton.jit
-def _fwd_step(
-    y, row_max, row_sum, q, k_source, v_source, stride_kn, stride_kh, stride_vn, stride_vh, start, kv_head, rows, first_key, N,
-    scale, scale_cap,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MASKED: tl.constexpr,
+@no_type_check
+def _fwd_walk(
+    y, row_max, row_sum, q, k_source, v_source, k_strides, v_strides, kv_head, rows, first_key, span,
+    N, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    k = _load_tile(
-        k_source, stride_kn, stride_kh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
-    )
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SOFTCAP:
-        score = tanh(score * scale_cap)
-    if MASKED:
-        keys = start + tl.arange(0, BLOCK_N)
-        score = tl.where(
-            (keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None]), score, float("-inf")
+    """Adds the span's masked tiles of keys, or its full ones, to y, row_max and row_sum."""
+    low, high = _bounds(span, MASKED)
+    for count in range(low, high, BLOCK_N):
+        start = _tile_start(count, span, MASKED)
+        k = _load_tile(
+            k_source, k_strides, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
         )
-    new_max = tl.maximum(row_max, tl.max(score, axis=1) * scale)
-    # A row may have seen no key yet, and -inf - -inf would be NaN; not after the masked tiles, which come first: each row sees itself.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-    p = tl.exp2(score * scale - shift[:, None])
-    shrink = tl.exp2(row_max - shift)
-    v = _load_tile(
-        v_source, stride_vn, stride_vh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
-    )
-    y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
-    return y, new_max, row_sum * shrink + tl.sum(p, axis=1)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            keys = start + tl.arange(0, BLOCK_N)
+            seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None])
+            score = tl.where(seen, score, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(score, axis=1) * scale)
+        # In a masked tile a row may have seen no key yet, and -inf - -inf would be NaN. Full tiles come after
+        # all masked ones: by then each row has seen itself.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+        p = tl.exp2(score * scale - shift[:, None])
+        shrink = tl.exp2(row_max - shift)
+        v = _load_tile(
+            v_source, v_strides, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
+        )
+        y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+        row_max = new_max
+        row_sum = row_sum * shrink + tl.sum(p, axis=1)
+    return y, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["N"])  # one compilation for every number of tokens
+@no_type_check
 def _attention_fwd_kernel(
     q_ptr, k_source, v_source, y_ptr, lse_ptr, first_key_ptr, order_ptr,
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_yn, stride_yh,
-    N, H, group, scale, scale_cap,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ORDER: tl.constexpr,
-    SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    q_strides, k_strides, v_strides, y_strides,
+    N, H, group, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ORDER: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    first, head = _query_tiles(tl.program_id(0), H, order_ptr, ORDER, BLOCK_M)
+    first, head = _first_token(tl.program_id(0), H, order_ptr, ORDER, BLOCK_M)
     if first >= N:
         return
     last = tl.minimum(first + BLOCK_M, N) - 1
-    begin, full_begin, full_end = _key_range(first, last, first_key_ptr, BLOCK_N)
+    span = _span_of_keys(first, last, first_key_ptr, BLOCK_N)
     rows = first + tl.arange(0, BLOCK_M)
     first_key = tl.load(first_key_ptr + rows, mask=rows < N, other=0)
-    q = _load_tile(q_ptr, stride_qn, stride_qh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
+    q = _load_tile(q_ptr, q_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
     kv_head = head // group
 
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     y = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    num_left = (full_begin - begin) // BLOCK_N
-    for index in range(num_left + tl.cdiv(last + 1 - full_end, BLOCK_N)):
-        start = _masked_start(index, num_left, begin, full_end, BLOCK_N)
-        y, row_max, row_sum = _fwd_step(
-            y, row_max, row_sum, q, k_source, v_source, stride_kn, stride_kh, stride_vn, stride_vh, start, kv_head, rows, first_key, N,
-            scale, scale_cap, HEAD_DIM, BLOCK_N, BLOCK_K, SOFTCAP, DESCRIPTORS, True,
-        )  # fmt: skip
-    for start in range(full_begin, full_end, BLOCK_N):
-        y, row_max, row_sum = _fwd_step(
-            y, row_max, row_sum, q, k_source, v_source, stride_kn, stride_kh, stride_vn, stride_vh, start, kv_head, rows, first_key, N,
-            scale, scale_cap, HEAD_DIM, BLOCK_N, BLOCK_K, SOFTCAP, DESCRIPTORS, False,
-        )  # fmt: skip
+    y, row_max, row_sum = _fwd_walk(
+        y, row_max, row_sum, q, k_source, v_source, k_strides, v_strides, kv_head, rows, first_key, span,
+        N, scale, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED=True,
+    )  # fmt: skip
+    y, row_max, row_sum = _fwd_walk(
+        y, row_max, row_sum, q, k_source, v_source, k_strides, v_strides, kv_head, rows, first_key, span,
+        N, scale, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED=False,
+    )  # fmt: skip
 
-    _store_tile(y_ptr, stride_yn, stride_yh, first, head, N, y / row_sum[:, None], HEAD_DIM, BLOCK_M, BLOCK_K)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * N + rows, row_max + tl.log2(row_sum), mask=rows < N)
+    _store_tile(y_ptr, y_strides, first, head, N, y / row_sum[:, None], HEAD_DIM, BLOCK_M, BLOCK_K)
+    lse = row_max + tl.log2(row_sum)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * N + rows, lse, mask=rows < N)
 
 
 # --- Triton: backward. delta, then dk and dv by tiles of keys, then dq by tiles of queries ---
 
 
 @triton.jit(do_not_specialize=["N"])
+@no_type_check
 def _attention_delta_kernel(
     dy_ptr, y_ptr, delta_ptr,
-    stride_dyn, stride_dyh, stride_yn, stride_yh,
+    dy_strides, y_strides,
     N,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     first, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
-    dy = _load_tile(
-        dy_ptr, stride_dyn, stride_dyh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True
-    ).to(tl.float32)
-    y = _load_tile(y_ptr, stride_yn, stride_yh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True).to(
-        tl.float32
-    )
+    dy = _load_tile(dy_ptr, dy_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
+    y = _load_tile(y_ptr, y_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
+    delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
     rows = first + tl.arange(0, BLOCK_M)
-    tl.store(delta_ptr + head * N + rows, tl.sum(dy * y, axis=1), mask=rows < N)
+    tl.store(delta_ptr + head * N + rows, delta, mask=rows < N)
 
 
 @triton.jit
-def _dkdv_step(
-    dk, dv, k, v, q_source, dy_source, lse_head, delta_head, stride_qn, stride_qh, stride_dyn, stride_dyh, start, head, keys, last_query, N,
-    scale, scale_cap,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MASKED: tl.constexpr,
+@no_type_check
+def _dkdv_walk(
+    dk, dv, k, v, q_source, dy_source, q_strides, dy_strides, lse_head, delta_head, head, keys,
+    last_query, span, N, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores stand transposed here, keys by queries, so that neither p nor dz has to be turned round for its product."""
-    rows = start + tl.arange(0, BLOCK_M)
-    q = _load_tile(
-        q_source, stride_qn, stride_qh, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED
-    )
-    lse = tl.load(lse_head + rows, mask=rows < N, other=0.0)
-    score = tl.dot(k, tl.trans(q), input_precision="ieee")
-    if SOFTCAP:
-        score = tanh(score * scale_cap)
-    p = tl.exp2(score * scale - lse[None, :])
-    if MASKED:
-        p = tl.where((rows[None, :] >= keys[:, None]) & (rows[None, :] <= last_query[:, None]), p, 0.0)
-    dy = _load_tile(
-        dy_source, stride_dyn, stride_dyh, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED
-    )
-    dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
-    if SOFTCAP:
-        p = p * (1.0 - score * score)
-    delta = tl.load(delta_head + rows, mask=rows < N, other=0.0)
-    dz = p * (tl.dot(v, tl.trans(dy), input_precision="ieee") - delta[None, :])
-    dk = tl.dot(dz.to(q.dtype), q, dk, input_precision="ieee")
+    """Adds the span's masked tiles of queries, or its full ones, to dk and dv.
+
+    Scores are transposed here, keys by queries: so p and dz enter their products as they are.
+    """
+    low, high = _bounds(span, MASKED)
+    for count in range(low, high, BLOCK_M):
+        start = _tile_start(count, span, MASKED)
+        rows = start + tl.arange(0, BLOCK_M)
+        q = _load_tile(q_source, q_strides, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED)
+        lse = tl.load(lse_head + rows, mask=rows < N, other=0.0)
+        score = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = tl.exp2(score * scale - lse[None, :])
+        if MASKED:
+            p = tl.where((rows[None, :] >= keys[:, None]) & (rows[None, :] <= last_query[:, None]), p, 0.0)
+        dy = _load_tile(
+            dy_source, dy_strides, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED
+        )
+        dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
+        delta = tl.load(delta_head + rows, mask=rows < N, other=0.0)
+        dz = p * (tl.dot(v, tl.trans(dy), input_precision="ieee") - delta[None, :])
+        dk = tl.dot(dz.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["N"])
+@no_type_check
 def _attention_dkdv_kernel(
     q_source, k_ptr, v_ptr, dy_source, lse_ptr, delta_ptr, dk_ptr, dv_ptr, last_query_ptr, order_ptr,
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_dyn, stride_dyh,
-    stride_dkn, stride_dkh, stride_dvn, stride_dvh,
-    N, G, group, scale, scale_cap, dscore,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ORDER: tl.constexpr,
-    SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    q_strides, k_strides, v_strides, dy_strides, dk_strides, dv_strides,
+    N, G, group, scale, dscore,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ORDER: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    first, kv_head = _query_tiles(tl.program_id(0), G, order_ptr, ORDER, BLOCK_N)
+    first, kv_head = _first_token(tl.program_id(0), G, order_ptr, ORDER, BLOCK_N)
     if first >= N:
         return
     last = tl.minimum(first + BLOCK_N, N) - 1
+    span = _span_of_queries(first, last, last_query_ptr, BLOCK_M)
     keys = first + tl.arange(0, BLOCK_N)
     last_query = tl.load(last_query_ptr + keys, mask=keys < N, other=-1)
-    # The mirror of _key_range: tiles of queries that all keys are seen by stand between the diagonal and the first key's last query.
-    begin, end = first // BLOCK_M * BLOCK_M, tl.load(last_query_ptr + last) + 1
-    full_begin = tl.minimum(tl.cdiv(last, BLOCK_M), tl.cdiv(end, BLOCK_M)) * BLOCK_M
-    full_end = tl.maximum((tl.load(last_query_ptr + first) + 1) // BLOCK_M * BLOCK_M, full_begin)
-    num_left = (full_begin - begin) // BLOCK_M
-    num_masked = num_left + tl.maximum(tl.cdiv(end - full_end, BLOCK_M), 0)
+    k = _load_tile(k_ptr, k_strides, first, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, False, True)
+    v = _load_tile(v_ptr, v_strides, first, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, False, True)
 
-    k = _load_tile(k_ptr, stride_kn, stride_kh, first, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, False, True)
-    v = _load_tile(v_ptr, stride_vn, stride_vh, first, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, False, True)
     dk = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for member in range(group):  # every query head that reads this kv head, in order: no atomics
         head = kv_head * group + member
-        lse_head, delta_head = lse_ptr + tl.cast(head, tl.int64) * N, delta_ptr + tl.cast(head, tl.int64) * N
-        for index in range(num_masked):
-            start = _masked_start(index, num_left, begin, full_end, BLOCK_M)
-            dk, dv = _dkdv_step(
-                dk, dv, k, v, q_source, dy_source, lse_head, delta_head, stride_qn, stride_qh, stride_dyn, stride_dyh, start, head, keys,
-                last_query, N, scale, scale_cap, HEAD_DIM, BLOCK_M, BLOCK_K, SOFTCAP, DESCRIPTORS, True,
-            )  # fmt: skip
-        for start in range(full_begin, full_end, BLOCK_M):
-            dk, dv = _dkdv_step(
-                dk, dv, k, v, q_source, dy_source, lse_head, delta_head, stride_qn, stride_qh, stride_dyn, stride_dyh, start, head, keys,
-                last_query, N, scale, scale_cap, HEAD_DIM, BLOCK_M, BLOCK_K, SOFTCAP, DESCRIPTORS, False,
-            )  # fmt: skip
-    _store_tile(dk_ptr, stride_dkn, stride_dkh, first, kv_head, N, dk * dscore, HEAD_DIM, BLOCK_N, BLOCK_K)
-    _store_tile(dv_ptr, stride_dvn, stride_dvh, first, kv_head, N, dv, HEAD_DIM, BLOCK_N, BLOCK_K)
+        row_of_head = tl.cast(head, tl.int64) * N
+        lse_head, delta_head = lse_ptr + row_of_head, delta_ptr + row_of_head
+        dk, dv = _dkdv_walk(
+            dk, dv, k, v, q_source, dy_source, q_strides, dy_strides, lse_head, delta_head, head, keys,
+            last_query, span, N, scale, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED=True,
+        )  # fmt: skip
+        dk, dv = _dkdv_walk(
+            dk, dv, k, v, q_source, dy_source, q_strides, dy_strides, lse_head, delta_head, head, keys,
+            last_query, span, N, scale, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED=False,
+        )  # fmt: skip
+    _store_tile(dk_ptr, dk_strides, first, kv_head, N, dk * dscore, HEAD_DIM, BLOCK_N, BLOCK_K)
+    _store_tile(dv_ptr, dv_strides, first, kv_head, N, dv, HEAD_DIM, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
-def _dq_step(
-    dq, q, dy, lse, delta, k_source, v_source, stride_kn, stride_kh, stride_vn, stride_vh, start, kv_head, rows, first_key, N,
-    scale, scale_cap,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    MASKED: tl.constexpr,
+@no_type_check
+def _dq_walk(
+    dq, q, dy, lse, delta, k_source, v_source, k_strides, v_strides, kv_head, rows, first_key, span,
+    N, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    k = _load_tile(
-        k_source, stride_kn, stride_kh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
-    )
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SOFTCAP:
-        score = tanh(score * scale_cap)
-    p = tl.exp2(score * scale - lse[:, None])
-    if MASKED:
-        keys = start + tl.arange(0, BLOCK_N)
-        p = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None]), p, 0.0)
-    if SOFTCAP:
-        p = p * (1.0 - score * score)
-    v = _load_tile(
-        v_source, stride_vn, stride_vh, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
-    )
-    dz = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
-    return tl.dot(dz.to(k.dtype), k, dq, input_precision="ieee")
+    """Adds the span's masked tiles of keys, or its full ones, to dq."""
+    low, high = _bounds(span, MASKED)
+    for count in range(low, high, BLOCK_N):
+        start = _tile_start(count, span, MASKED)
+        k = _load_tile(
+            k_source, k_strides, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
+        )
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(score * scale - lse[:, None])
+        if MASKED:
+            keys = start + tl.arange(0, BLOCK_N)
+            p = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None]), p, 0.0)
+        v = _load_tile(
+            v_source, v_strides, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
+        )
+        dz = p * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(dz.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
 
 
 @triton.jit(do_not_specialize=["N"])
+@no_type_check
 def _attention_dq_kernel(
     q_ptr, k_source, v_source, dy_ptr, lse_ptr, delta_ptr, dq_ptr, first_key_ptr, order_ptr,
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_dyn, stride_dyh, stride_dqn, stride_dqh,
-    N, H, group, scale, scale_cap, dscore,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ORDER: tl.constexpr,
-    SOFTCAP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    q_strides, k_strides, v_strides, dy_strides, dq_strides,
+    N, H, group, scale, dscore,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ORDER: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    first, head = _query_tiles(tl.program_id(0), H, order_ptr, ORDER, BLOCK_M)
+    first, head = _first_token(tl.program_id(0), H, order_ptr, ORDER, BLOCK_M)
     if first >= N:
         return
     last = tl.minimum(first + BLOCK_M, N) - 1
-    begin, full_begin, full_end = _key_range(first, last, first_key_ptr, BLOCK_N)
+    span = _span_of_keys(first, last, first_key_ptr, BLOCK_N)
     rows = first + tl.arange(0, BLOCK_M)
     first_key = tl.load(first_key_ptr + rows, mask=rows < N, other=0)
     kv_head = head // group
-    q = _load_tile(q_ptr, stride_qn, stride_qh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
-    dy = _load_tile(dy_ptr, stride_dyn, stride_dyh, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
-    lse = tl.load(lse_ptr + tl.cast(head, tl.int64) * N + rows, mask=rows < N, other=0.0)
-    delta = tl.load(delta_ptr + tl.cast(head, tl.int64) * N + rows, mask=rows < N, other=0.0)
+    q = _load_tile(q_ptr, q_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
+    dy = _load_tile(dy_ptr, dy_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
+    row_of_head = tl.cast(head, tl.int64) * N
+    lse = tl.load(lse_ptr + row_of_head + rows, mask=rows < N, other=0.0)
+    delta = tl.load(delta_ptr + row_of_head + rows, mask=rows < N, other=0.0)
 
     dq = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    num_left = (full_begin - begin) // BLOCK_N
-    for index in range(num_left + tl.cdiv(last + 1 - full_end, BLOCK_N)):
-        start = _masked_start(index, num_left, begin, full_end, BLOCK_N)
-        dq = _dq_step(
-            dq, q, dy, lse, delta, k_source, v_source, stride_kn, stride_kh, stride_vn, stride_vh, start, kv_head, rows, first_key, N,
-            scale, scale_cap, HEAD_DIM, BLOCK_N, BLOCK_K, SOFTCAP, DESCRIPTORS, True,
-        )  # fmt: skip
-    for start in range(full_begin, full_end, BLOCK_N):
-        dq = _dq_step(
-            dq, q, dy, lse, delta, k_source, v_source, stride_kn, stride_kh, stride_vn, stride_vh, start, kv_head, rows, first_key, N,
-            scale, scale_cap, HEAD_DIM, BLOCK_N, BLOCK_K, SOFTCAP, DESCRIPTORS, False,
-        )  # fmt: skip
-    _store_tile(dq_ptr, stride_dqn, stride_dqh, first, head, N, dq * dscore, HEAD_DIM, BLOCK_M, BLOCK_K)
+    dq = _dq_walk(
+        dq, q, dy, lse, delta, k_source, v_source, k_strides, v_strides, kv_head, rows, first_key, span,
+        N, scale, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED=True,
+    )  # fmt: skip
+    dq = _dq_walk(
+        dq, q, dy, lse, delta, k_source, v_source, k_strides, v_strides, kv_head, rows, first_key, span,
+        N, scale, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED=False,
+    )  # fmt: skip
+    _store_tile(dq_ptr, dq_strides, first, head, N, dq * dscore, HEAD_DIM, BLOCK_M, BLOCK_K)
 
 
 # --- launchers: allocate, pick tiles, launch. Never autograd. ---
 
 
 def _tokens(t_BTHK: Tensor) -> Tensor:
-    """(B, T, H, K) as (N, H, K) with unit stride in a head: a view where one stride can walk the tokens, else a copy."""
+    """(B, T, H, K) as (N, H, K) with unit stride in a head: a view if one stride can walk the tokens, else a
+    copy."""
     t_NHK = t_BTHK.flatten(0, 1)
     return t_NHK if t_NHK.stride(2) == 1 else t_NHK.contiguous()
 
@@ -394,16 +402,19 @@ def _grid(N: int, heads: int, block: int) -> tuple[int]:
     return (triton.cdiv(N, ORDER_BLOCK) * (ORDER_BLOCK // block) * heads,)
 
 
-def _scales(K: int, softcap: float) -> tuple[float, float, float]:
-    """What the kernels multiply by: `scale` turns scores into powers of two, `scale_cap` products into the argument of tanh, `dscore` is
-    the factor of the gradients of q and k. A softcap of zero is none."""
+def _scales(K: int) -> tuple[float, float]:
+    """`scale` turns products into the logarithms, to base 2, of weights; `dscore` is the factor of the
+    gradients of q and k."""
     root = 1 / math.sqrt(K)
-    return (softcap * LOG2_E, root / softcap, root) if softcap else (root * LOG2_E, 0.0, root)
+    return root * math.log2(math.e), root
 
 
 def _sources(config: dict[str, Any], rows: int, *tensors: Tensor) -> tuple[dict[str, Any], list[Any]]:
-    """The tensors that a kernel walks in tiles of `rows` tokens, as descriptors for the bulk tensor copy engine where `config` asks for
-    them. It needs 16-byte alignment, which a tensor that lies otherwise gets by a copy, and a K that allows it."""
+    """The tensors that a kernel walks in tiles of `rows` tokens, as descriptors for the bulk tensor copy
+    engine if `config` asks for them.
+
+    The engine needs 16-byte alignment: a tensor without it is copied. A K that does not allow it makes them
+    plain pointers."""
     if not config["DESCRIPTORS"] or any(
         t.numel() == 0 or t.shape[2] * t.element_size() % 16 for t in tensors
     ):
@@ -421,31 +432,34 @@ def _is_aligned(t_NGK: Tensor) -> bool:
     )
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for t in tensors for stride in t.stride()[:2]]
+def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    return [t.stride()[:2] for t in tensors]
 
 
 def attention_fwd(
-    q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, first_key_N: Tensor, order_C: Tensor, softcap: float
+    q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, first_key_N: Tensor, order_C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns y_NHK in q's dtype and, in float32, lse_HN, the log2 of every row's sum. Inputs may have any stride but in a head."""
+    """Returns y_NHK in q's dtype and lse_HN in float32, the log2 of every row's sum.
+
+    Inputs may have any strides, except that the stride inside a head is 1.
+    """
     (N, H, K), G = q_NHK.shape, k_NGK.shape[1]
     y_NHK = torch.empty(N, H, K, dtype=q_NHK.dtype, device=q_NHK.device)
     lse_HN = torch.empty(H, N, dtype=torch.float32, device=q_NHK.device)
-    config = tile("fwd", K, q_NHK.dtype, architecture(q_NHK.device), softcap > 0)
+    config = tile("fwd", K, q_NHK.dtype, architecture(q_NHK.device))
     config, (k, v) = _sources(config, config["BLOCK_N"], k_NGK, v_NGK)
-    scale, scale_cap, _ = _scales(K, softcap)
+    scale, _ = _scales(K)
     with torch.cuda.device_of(q_NHK):  # Triton launches on the current device, which need not be q's
         _attention_fwd_kernel[_grid(N, H, config["BLOCK_M"])](
             q_NHK, k, v, y_NHK, lse_HN, first_key_N, order_C, *_strides(q_NHK, k_NGK, v_NGK, y_NHK),
-            N, H, H // G, scale, scale_cap, HEAD_DIM=K, ORDER=ORDER_BLOCK, SOFTCAP=softcap > 0, **config,
+            N, H, H // G, scale, HEAD_DIM=K, ORDER=ORDER_BLOCK, **config,
         )  # fmt: skip
     return y_NHK, lse_HN
 
 
 def attention_bwd(
     dy_NHK: Tensor, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, y_NHK: Tensor, lse_HN: Tensor,
-    first_key_N: Tensor, last_query_N: Tensor, query_order_C: Tensor, key_order_C: Tensor, softcap: float,
+    first_key_N: Tensor, last_query_N: Tensor, query_order_C: Tensor, key_order_C: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns dq_NHK, dk_NGK and dv_NGK in q's dtype. Writes to no input."""
     (N, H, K), G = q_NHK.shape, k_NGK.shape[1]
@@ -453,25 +467,24 @@ def attention_bwd(
         torch.empty(N, heads, K, dtype=q_NHK.dtype, device=q_NHK.device) for heads in (H, G, G)
     )
     delta_HN = torch.empty(H, N, dtype=torch.float32, device=q_NHK.device)
-    delta, dkdv, dq = (
-        tile(name, K, q_NHK.dtype, architecture(q_NHK.device), softcap > 0)
-        for name in ("delta", "dkdv", "dq")
-    )
+    arch = architecture(q_NHK.device)
+    delta, dkdv, dq = (tile(name, K, q_NHK.dtype, arch) for name in ("delta", "dkdv", "dq"))
     dkdv, (q, dy) = _sources(dkdv, dkdv["BLOCK_M"], q_NHK, dy_NHK)
     dq, (k, v) = _sources(dq, dq["BLOCK_N"], k_NGK, v_NGK)
     strides = _strides(q_NHK, k_NGK, v_NGK, dy_NHK)
-    shared = {"HEAD_DIM": K, "ORDER": ORDER_BLOCK, "SOFTCAP": softcap > 0}
     with torch.cuda.device_of(q_NHK):
         _attention_delta_kernel[(triton.cdiv(N, delta["BLOCK_M"]), H)](
             dy_NHK, y_NHK, delta_HN, *_strides(dy_NHK, y_NHK), N, HEAD_DIM=K, **delta
         )
         _attention_dkdv_kernel[_grid(N, G, dkdv["BLOCK_N"])](
-            q, k_NGK, v_NGK, dy, lse_HN, delta_HN, dk_NGK, dv_NGK, last_query_N, key_order_C, *strides, *_strides(dk_NGK, dv_NGK),
-            N, G, H // G, *_scales(K, softcap), **shared, **dkdv,
+            q, k_NGK, v_NGK, dy, lse_HN, delta_HN, dk_NGK, dv_NGK, last_query_N, key_order_C,
+            *strides, *_strides(dk_NGK, dv_NGK),
+            N, G, H // G, *_scales(K), HEAD_DIM=K, ORDER=ORDER_BLOCK, **dkdv,
         )  # fmt: skip
         _attention_dq_kernel[_grid(N, H, dq["BLOCK_M"])](
-            q_NHK, k, v, dy_NHK, lse_HN, delta_HN, dq_NHK, first_key_N, query_order_C, *strides, *_strides(dq_NHK),
-            N, H, H // G, *_scales(K, softcap), **shared, **dq,
+            q_NHK, k, v, dy_NHK, lse_HN, delta_HN, dq_NHK, first_key_N, query_order_C,
+            *strides, *_strides(dq_NHK),
+            N, H, H // G, *_scales(K), HEAD_DIM=K, ORDER=ORDER_BLOCK, **dq,
         )  # fmt: skip
     return dq_NHK, dk_NGK, dv_NGK
 
@@ -488,48 +501,43 @@ def _attention_op(
     last_query: Tensor,
     query_order: Tensor,
     key_order: Tensor,
-    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    y_NHK, lse_HN = attention_fwd(_tokens(q), _tokens(k), _tokens(v), first_key, query_order, softcap)
+    y_NHK, lse_HN = attention_fwd(_tokens(q), _tokens(k), _tokens(v), first_key, query_order)
     return y_NHK.view(q.shape), lse_HN
 
 
 @torch.library.custom_op("lumi::attention_backward", mutates_args=())
 def _attention_backward_op(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
-    first_key: Tensor, last_query: Tensor, query_order: Tensor, key_order: Tensor, softcap: float,
+    first_key: Tensor, last_query: Tensor, query_order: Tensor, key_order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = _tokens(dy), _tokens(q), _tokens(k), _tokens(v), _tokens(y)
-    dq_NHK, dk_NGK, dv_NGK = attention_bwd(
-        *inputs, lse, first_key, last_query, query_order, key_order, softcap
-    )
+    dq_NHK, dk_NGK, dv_NGK = attention_bwd(*inputs, lse, first_key, last_query, query_order, key_order)
     return dq_NHK.view(q.shape), dk_NGK.view(k.shape), dv_NGK.view(v.shape)
 
 
 @_attention_op.register_fake
-def _(q, k, v, first_key, last_query, query_order, key_order, softcap):
+def _(q: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(H, B * T, dtype=torch.float32)
 
 
 @_attention_backward_op.register_fake
-def _(dy, q, k, v, y, lse, first_key, last_query, query_order, key_order, softcap):
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, softcap = inputs
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     y, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # or autograd would fill an (H, N) with zeros, as the gradient of lse
-    ctx.save_for_backward(*tensors[:3], y, lse, *tensors[3:])
-    ctx.softcap = softcap
+    ctx.save_for_backward(*inputs[:3], y, lse, *inputs[3:])
 
 
-def _backward(ctx, dy: Tensor | None, _) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
-    return *_attention_backward_op(dy, *ctx.saved_tensors, ctx.softcap), None, None, None, None, None
+        return (None,) * 7
+    return *_attention_backward_op(dy, *ctx.saved_tensors), None, None, None, None
 
 
 _attention_op.register_autograd(_backward, setup_context=_save)
@@ -538,40 +546,36 @@ _attention_op.register_autograd(_backward, setup_context=_save)
 # --- public function: the only name other packages import ---
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan, softcap: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> Tensor:
     """Causal attention inside each document.
 
     Args:
         q: queries (B, T, H, K), already rotated, float32 / bfloat16 / float16, any strides. K <= 128.
         k: keys (B, T, G, K), same dtype; G divides H.
         v: values (B, T, G, K), same dtype.
-        plan: from `attention_plan` for this B and T: documents and window.
-        softcap: scores z become softcap * tanh(z / softcap), positive; None: they stay as they are.
+        plan: from `attention_plan` for this B and T. It holds the documents and the window.
 
     Returns:
         y (B, T, H, K), dtype of `q`, contiguous. Differentiable once, in q, k and v.
 
-    Raises:
-        ValueError: if the shapes do not fit each other or the plan, dtypes or devices differ, a dtype is none of the three, K is above
-            128, or softcap is not positive.
+    Raises: ValueError: if the shapes do not fit each other or the plan, dtypes or devices differ, a dtype is
+        none of the three, or K is
+            above 128.
 
     Source: Dao 2023, https://arxiv.org/abs/2307.08691.
     """
-    _check(q, k, v, plan, softcap)
+    _check(q, k, v, plan)
     if q.shape[-1] > MAX_K:
         raise ValueError(
-            f'head_dim must be at most {MAX_K} for this kernel, got {q.shape[-1]}; "kernels": "reference" takes any'
+            f"head_dim must be at most {MAX_K} for this kernel, got {q.shape[-1]}; "
+            '"kernels": "reference" takes any'
         )
     for name, tensor in (("q", q), ("k", k), ("v", v), ("the plan", plan.first_key)):
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-        if name != "the plan" and (
-            tensor.dtype != q.dtype or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        ):
-            raise ValueError(
-                f"q, k and v must all be float32, bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}"
-            )
-    y, _ = _attention_op(
-        q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order, softcap or 0.0
-    )
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"q, k and v must all be float32, bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+    y, _ = _attention_op(q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order)
     return y

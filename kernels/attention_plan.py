@@ -1,8 +1,9 @@
-"""Which token sees which, worked out once per batch and shared by all layers.
+"""Which token sees which, computed once per batch and shared by all layers.
 
-Documents are packed into rows without padding; a token sees itself and what stands before it in its document, at most `window` tokens of
-it (Beltagy et al. 2020, https://arxiv.org/abs/2004.05150). So the keys that a query sees are an interval, and so are the queries that see a
-key; both ends never fall from one token to the next. The reference makes a mask of that, the kernels walk the intervals.
+Documents are packed into rows without padding. A token sees itself and the tokens before it in its document,
+at most `window` tokens in all (Beltagy et al. 2020, https://arxiv.org/abs/2004.05150). So the keys that a
+query sees are an interval, and the queries that see a key are one too. From one token to the next, neither
+end ever falls. The reference turns the intervals into a mask; the kernels walk them.
 
 Shape letters: B batch rows, T tokens per row, N = B*T tokens, C = ceil(N / ORDER_BLOCK) tiles of tokens.
 """
@@ -13,13 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ORDER_BLOCK = 128  # tokens of a tile whose place in the order of work is settled here; a kernel's own tile is a part of it
+ORDER_BLOCK = 128  # tokens of a tile in the order of work; a kernel's own tile is a part of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskPlan:
-    """For `attention_reference`. `mask` (B, 1, T, T) is True where a query sees a key; None means plain causal rows, for which torch has a
-    faster path."""
+    """For `attention_reference`.
+
+    `mask` (B, 1, T, T) is True where a query sees a key. None means plain causal rows: torch has a faster
+    path for them.
+    """
 
     batch: int
     length: int
@@ -28,9 +32,12 @@ class MaskPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalPlan:
-    """For `attention`. Token t of the N = batch * length sees the keys from `first_key[t]` to t, and is seen by the queries from t to
-    `last_query[t]` (N,) int32; `query_order` and `key_order` (C,) int32 name tiles of ORDER_BLOCK tokens, the most work first, so that the
-    multiprocessors finish together."""
+    """For `attention`.
+
+    Token t of the N = batch * length sees the keys from `first_key[t]` to t. The queries from t to
+    `last_query[t]` see it. Both are (N,) int32. `query_order` and `key_order` (C,) int32 name tiles of
+    ORDER_BLOCK tokens, the most work first, so that the multiprocessors finish together.
+    """
 
     batch: int
     length: int
@@ -46,20 +53,21 @@ def attention_plan_reference(
     """Turn document boundaries into a mask.
 
     Args:
-        cu_seqlens: (num_documents + 1,) int32 offsets into the flattened batch * length tokens, from 0 to batch * length,
-            non-decreasing, every row boundary among them (so no document spans two rows); equal neighbours are an empty
-            document. None: each row is one document.
+        cu_seqlens: (num_documents + 1,) int32 offsets into the flattened batch * length tokens, from 0 to
+            batch * length, non-decreasing. Every row boundary is among them, so no document spans two rows.
+            Equal neighbours are an empty document. None: each row is one document.
         batch: B, rows.
         length: T, tokens per row.
         device: where q, k and v will be.
-        window: a token sees itself and the window - 1 tokens before it, at least 1; None: its document's whole past.
+        window: a token sees itself and the window - 1 tokens before it, at least 1; None: its document's
+            whole past.
 
     Returns:
         the plan that `attention_reference` takes.
 
-    Raises:
-        ValueError: if cu_seqlens is not int32 of one dimension, does not run from 0 to batch * length without falling, or leaves
-            out a row boundary; if window is below 1.
+    Raises: ValueError: if cu_seqlens is not int32 of one dimension, does not run from 0 to batch * length
+        without falling,
+            or leaves out a row boundary; if window is below 1.
     """
     if cu_seqlens is None and window is None:
         return MaskPlan(batch=batch, length=length, mask=None)
@@ -76,15 +84,16 @@ def attention_plan_reference(
 def attention_plan(
     cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device | str, window: int | None = None
 ) -> IntervalPlan:
-    """Turn document boundaries into intervals. Offsets that are on the device already are neither waited for nor read back to be checked:
-    wrong ones there give wrong documents, but never a token of another row nor an access out of bounds. Arguments as
-    `attention_plan_reference`.
+    """Turn document boundaries into intervals. Arguments as `attention_plan_reference`.
+
+    Offsets that are on a GPU already are not read back to be checked: that would wait for it. Wrong ones
+    there give wrong documents, but never a token of another row nor an access out of bounds.
 
     Returns:
         the plan that `attention` takes.
 
     Raises:
-        ValueError: as `attention_plan_reference`; what the offsets hold is checked on the CPU only.
+        ValueError: as `attention_plan_reference`; the offsets' values are checked on the CPU only.
     """
     start_N, end_N = _documents(cu_seqlens, batch, length, device)
     first_key_N, last_query_N = _first_key(start_N, window), end_N - 1
@@ -94,13 +103,14 @@ def attention_plan(
     tile_last_C = (tile_first_C + ORDER_BLOCK - 1).clamp(max=batch * length - 1)
     keys_C, queries_C = tile_last_C - first_key_N[tile_first_C], last_query_N[tile_last_C] - tile_first_C
     orders = (work.argsort(descending=True, stable=True).to(torch.int32) for work in (keys_C, queries_C))
-    intervals = (first_key_N.to(torch.int32), last_query_N.to(torch.int32))
+    query_order_C, key_order_C = orders
     return IntervalPlan(
         batch=batch,
         length=length,
-        **dict(
-            zip(("first_key", "last_query", "query_order", "key_order"), (*intervals, *orders), strict=True)
-        ),
+        first_key=first_key_N.to(torch.int32),
+        last_query=last_query_N.to(torch.int32),
+        query_order=query_order_C,
+        key_order=key_order_C,
     )
 
 
@@ -114,10 +124,10 @@ def _documents(
         return row_start_N, row_start_N + length
     _check(cu_seqlens, batch, length)
     offsets = cu_seqlens.to(device=device, dtype=torch.int64)
-    # A token's document is the number of documents that end at or before it, which skips empty ones by itself.
+    # A token's document is the number of documents that end at or before it. That skips empty ones by itself.
     document_N = torch.searchsorted(offsets[1:], token_N, right=True).clamp_(max=len(offsets) - 2)
     start_N, end_N = offsets[document_N], offsets[document_N + 1]
-    # Offsets that nobody checked must not lead out of the row.
+    # Unchecked offsets must not lead out of the row.
     start_N = torch.minimum(torch.maximum(start_N, row_start_N), token_N)
     return start_N, torch.maximum(torch.minimum(end_N, row_start_N + length), token_N + 1)
 
@@ -133,7 +143,8 @@ def _first_key(start_N: Tensor, window: int | None) -> Tensor:
 def _check(cu_seqlens: Tensor, batch: int, length: int) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(
-            f"cu_seqlens must be int32 of shape (num_documents + 1,), got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            "cu_seqlens must be int32 of shape (num_documents + 1,), "
+            f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device.type != "cpu":
         return  # reading them would wait for the device

@@ -1,8 +1,9 @@
-"""The tile sizes of the attention kernels: a table by architecture, head dim and kernel, in `attention_tiles.json`.
+"""Tile sizes of the attention kernels: `attention_tiles.json` has them by architecture, head dim and kernel.
 
-`python benchmarks/tune_attention.py` measures the candidates on the GPU at hand and writes its rows of the table. An architecture without
-rows uses those of the newest one before it; head dims below 64 use those of 64, and are right but not tuned. float32 has rows of its
-own, for all architectures: its products run outside the tensor cores, for checks and not for speed.
+`python benchmarks/tune_attention.py` measures the candidates on the GPU at hand and writes that GPU's rows.
+An architecture without rows uses those of the newest one before it. Head dims below 64 use the rows of 64:
+they are right but not tuned. float32 has its own rows, for all architectures: its products run outside the
+tensor cores, for checks and not for speed.
 """
 
 import json
@@ -29,12 +30,15 @@ Row = dict[str, Any]
 
 @cache
 def table() -> dict[str, dict[str, dict[str, Row]]]:
-    """The table: architecture -> "64" or "128" (the widest head dim) -> kernel -> row. What is changed in it holds for this process."""
+    """Architecture -> "64" or "128" (the widest head dim) -> kernel -> row. Changes hold for this process."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 def rows_of(arch: int) -> str:
-    """The table's key for an architecture: itself, or the newest one before it. sm_120 has the shared memory of sm_89, not of sm_100."""
+    """The table's key for an architecture: itself, or the newest one before it.
+
+    sm_120 has the shared memory of sm_89, not of sm_100.
+    """
     known = [int(key) for key in table()]
     kin = [key for key in known if (key >= 120) == (arch >= 120)] or [key for key in known if key <= 89]
     return str(max((key for key in kin if key <= arch), default=min(known)))
@@ -48,7 +52,7 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tile(kernel: str, K: int, dtype: torch.dtype, arch: int, capped: bool = False) -> Row:
+def tile(kernel: str, K: int, dtype: torch.dtype, arch: int) -> Row:
     """Block sizes, warps and stages of one kernel.
 
     Args:
@@ -56,7 +60,6 @@ def tile(kernel: str, K: int, dtype: torch.dtype, arch: int, capped: bool = Fals
         K: head dim, at most 128.
         dtype: of q.
         arch: from `architecture`.
-        capped: whether scores are capped, which takes registers; "<kernel> capped" is the row where that makes a difference.
 
     Returns:
         keyword arguments of the launch; BLOCK_K is K's next power of two, at least 16.
@@ -66,8 +69,5 @@ def tile(kernel: str, K: int, dtype: torch.dtype, arch: int, capped: bool = Fals
         return {"BLOCK_M": _DELTA_TILE // block_k, "BLOCK_K": block_k, "num_warps": 4}
     if dtype == torch.float32:
         return {**_FLOAT32[kernel], "BLOCK_K": block_k}
-    kernels = table()[rows_of(arch)]["64" if block_k <= 64 else "128"]
-    return {
-        **(kernels.get(f"{kernel} capped", kernels[kernel]) if capped else kernels[kernel]),
-        "BLOCK_K": block_k,
-    }
+    row = table()[rows_of(arch)]["64" if block_k <= 64 else "128"][kernel]
+    return {**row, "BLOCK_K": block_k}

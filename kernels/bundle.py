@@ -1,19 +1,26 @@
 """The operators that a model is built with, as one frozen bundle.
 
-The model never asks which device it is on: it calls what it was given. Parity is the same weights under two bundles.
+The model never asks which device it is on: it calls the bundle that it was given. Parity is the same weights
+under two bundles.
+
+Shape letters: B batch, T query tokens, S cache slots, D model dim, H query heads, G kv heads, K head dim,
+F mlp dim, V vocabulary, N = B * T rows, I and O features in and out of a linear, R LoRA rank.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from lumi.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from lumi.kernels.attention import MAX_K, attention, attention_reference
 from lumi.kernels.attention_plan import attention_plan, attention_plan_reference
+from lumi.kernels.chunked_cross_entropy import chunked_cross_entropy
 from lumi.kernels.decode_attention import decode_attention, decode_attention_reference
-from lumi.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from lumi.kernels.linear_cross_entropy import linear_cross_entropy
 from lumi.kernels.lora_linear import lora_linear, lora_linear_reference
 from lumi.kernels.native import OLDEST_CAPABILITY, capability
 from lumi.kernels.optional_triton import HAS_TRITON
@@ -22,23 +29,114 @@ from lumi.kernels.rope import rope, rope_reference
 from lumi.kernels.swiglu import swiglu, swiglu_reference
 
 
+class RMSNorm(Protocol):
+    """y (..., D) from x (..., D) and weight (D,)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float = ...) -> Tensor: ...
+
+
+class AddRMSNorm(Protocol):
+    """y and total (..., D) from x and residual (..., D) and weight (D,): total = x + residual, y its
+    RMSNorm."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float = ...
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Rope(Protocol):
+    """Rotated q (B, T, H, K) and k (B, T, G, K) from q, k, and cos and sin (B, T, K) float32."""
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
+class AttentionPlan(Protocol):
+    """What the bundle's `attention` takes, from cu_seqlens (num_documents + 1,) int32 or None."""
+
+    def __call__(
+        self,
+        cu_seqlens: Tensor | None,
+        batch: int,
+        length: int,
+        device: torch.device | str,
+        window: int | None = None,
+    ) -> Any: ...
+
+
+class Attention(Protocol):
+    """y (B, T, H, K) from q (B, T, H, K), k and v (B, T, G, K) and a plan of the bundle's
+    `attention_plan`."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, /) -> Tensor: ...
+
+
+class DecodeAttention(Protocol):
+    """y (B, T, H, K) from q (B, T, H, K), caches (B, S, G, K) and positions (B, T).
+
+    With a page table (B, max_pages) int32 the caches are (num_pages, page_size, G, K).
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        positions: Tensor,
+        page_table: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
+
+class SwiGLU(Protocol):
+    """y (..., F) from gate and up (..., F)."""
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
+
+
+class LoraLinear(Protocol):
+    """One y_i (..., O_i) for each weight, from x (..., I), weights (O_i, I), As (R_i, I) and Bs (O_i,
+    R_i)."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        As: Sequence[Tensor],
+        Bs: Sequence[Tensor],
+        scales: Sequence[float],
+    ) -> list[Tensor]: ...
+
+
+class LinearCrossEntropy(Protocol):
+    """The summed loss, a scalar, from hidden (N, D), weight (V, D) and targets (N,) int64."""
+
+    def __call__(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        z_loss: float = 0.0,
+        expected_dloss: float = 1.0,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """One implementation of every operator. Each field has the signature of the `*_reference` of its file.
+    """One implementation of every operator. The public functions of `TRITON`'s files document the arguments.
 
     `attention_plan` makes what `attention` takes; the two always come from one implementation.
     """
 
     name: str
-    rms_norm: Callable
-    add_rms_norm: Callable
-    rope: Callable
-    attention_plan: Callable
-    attention: Callable
-    decode_attention: Callable
-    swiglu: Callable
-    lora_linear: Callable
-    linear_cross_entropy: Callable
+    rms_norm: RMSNorm
+    add_rms_norm: AddRMSNorm
+    rope: Rope
+    attention_plan: AttentionPlan
+    attention: Attention
+    decode_attention: DecodeAttention
+    swiglu: SwiGLU
+    lora_linear: LoraLinear
+    linear_cross_entropy: LinearCrossEntropy
 
 
 REFERENCE = Ops(
@@ -51,7 +149,7 @@ REFERENCE = Ops(
     decode_attention=decode_attention_reference,
     swiglu=swiglu_reference,
     lora_linear=lora_linear_reference,
-    linear_cross_entropy=linear_cross_entropy_reference,
+    linear_cross_entropy=chunked_cross_entropy,
 )
 
 TRITON = Ops(
@@ -71,18 +169,19 @@ TRITON = Ops(
 def select(name: str, device: torch.device | str, head_dim: int) -> Ops:
     """The bundle called `name` for a model on `device`.
 
-    Args:
-        name: "reference", "triton", or "auto": triton on a GPU of compute capability 8.0 or newer, for heads that its kernels take;
-            reference elsewhere.
+    Args: name: "reference", "triton" or "auto". "auto" is triton on a GPU of compute capability 8.0 or newer,
+        for
+            heads that its kernels take; elsewhere it is reference.
         device: where the model will run.
         head_dim: K, of the model.
 
     Returns:
         `REFERENCE` or `TRITON`.
 
-    Raises:
-        ValueError: for another name; for "triton" where Triton is not installed, on a device other than CUDA without TRITON_INTERPRET=1
-            (Triton's interpreter: slow, for tests), or for heads that its kernels do not take.
+    Raises: ValueError: for another name, and for "triton" in three cases: Triton is not installed; the device
+        is not
+            CUDA and TRITON_INTERPRET is not 1 (Triton's interpreter: slow, for tests); the kernels do not
+            take heads of this size.
     """
     device = torch.device(device)
     if name not in ("auto", "reference", "triton"):
@@ -102,6 +201,7 @@ def select(name: str, device: torch.device | str, head_dim: int) -> Ops:
         )
     if not fits:
         raise ValueError(
-            f"head_dim must be a multiple of 8 up to {MAX_K} for kernels 'triton', got {head_dim}; 'reference' takes any"
+            f"head_dim must be a multiple of 8 up to {MAX_K} for kernels 'triton', got {head_dim}; "
+            "'reference' takes any"
         )
     return TRITON

@@ -2,23 +2,28 @@
 
     y_bt = sum over s of softmax_s(q_bt . k_bs / sqrt(K)) v_bs,   s <= position of query t of row b
 
-A single query per row leaves most of a GPU idle, so the keys are split among programs, each of which reduces its share to a partial
-result: the largest score m_i, the sum l_i of 2^(score - m_i) and the same sum a_i weighted with values. A second kernel merges them:
+A single query per row leaves most of a GPU idle. So the keys are split among programs, and each program
+reduces its share to a partial result: the largest score m_i, the sum l_i of 2^(score - m_i), and the same sum
+a_i weighted with values. A second kernel merges them:
 
     y = sum_i 2^(m_i - m) a_i / sum_i 2^(m_i - m) l_i,   m = max_i m_i
 
-Online softmax: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867; split keys: Dao et al. 2023, Flash-Decoding,
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html; pages: Kwon et al. 2023, https://arxiv.org/abs/2309.06180.
+Online softmax: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867; split keys: Dao et al. 2023,
+Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; pages: Kwon et al. 2023,
+https://arxiv.org/abs/2309.06180.
 
-Shape letters: B batch, T new tokens, S cache slots, H query heads, G kv heads (H a multiple of G), K head dim, P pages, N = B * T * H
-rows of results, I shares that the keys are split into.
-Precision: scores, softmax and both accumulators are float32 (the reference keeps float64 as float64); the weights are rounded to the
-dtype of the values for the tensor cores, float32 is multiplied as float32; y is cast once.
-Cost: the slots up to a tile's largest position are read once for a tile of up to 64 (query, head) pairs, so once in decoding, whatever the
-number of query heads per kv head; a share costs another (K + 2) * 4 bytes written and read per row of results.
+Shape letters: B batch, T new tokens, S cache slots, H query heads, G kv heads (H a multiple of G), K head
+dim, P pages, N = B * T * H rows of results, I shares that the keys are split into.
+Precision: scores, softmax and both accumulators are float32 (the reference keeps float64 as float64). The
+weights are rounded to the dtype of the values for the tensor cores; float32 is multiplied as float32. y is
+cast once.
+Cost: a tile of up to 64 (query, head) pairs reads the slots up to its largest position once. In decoding that
+is one read of the cache, whatever the number of query heads per kv head. Each share adds (K + 2) * 4 bytes,
+written and read, per row of results.
 """
 
 from functools import cache
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +34,11 @@ from lumi.kernels.optional_triton import tl, triton
 MAX_K = 256  # a tile's accumulator is held in registers
 MIN_PAGE_SIZE = 16
 MAX_SPLITS = 128
-_MIN_BLOCK = 16  # what tensor cores take at least: rows and head dims are padded to it
+_MIN_BLOCK = 16  # tensor cores take no less: rows and head dims are padded to it
 _MAX_BLOCK_M = 64
-_TILE = 8192  # elements at most of a tile of keys, of values, and of the accumulator
-_SCORES = 4096  # elements at most of a tile of scores
-_PROGRAMS_PER_SM = 4  # somewhat more than are resident together, so that rows of different lengths level out
+_TILE = 8192  # the most elements of a tile of keys, of values, and of the accumulator
+_SCORES = 4096  # the most elements of a tile of scores
+_PROGRAMS_PER_SM = 4  # more than are resident together, so that rows of different lengths level out
 _INTERPRETER_PROGRAMS = 12  # enough that the interpreter's tests split their keys
 _COMBINE_SPLITS = 16  # shares that the second kernel holds at a time
 
@@ -44,28 +49,15 @@ _COMBINE_SPLITS = 16  # shares that the second kernel holds at a time
 def decode_attention_reference(
     q_BTHK: Tensor, k_cache: Tensor, v_cache: Tensor, positions_BT: Tensor, page_table: Tensor | None = None
 ) -> Tensor:
-    """Attend from T new tokens to the cache slots up to each one's own.
+    """Arguments, result and errors as `decode_attention`, in any floating dtype and with any K.
 
-    Args:
-        q_BTHK: queries (B, T, H, K), already rotated.
-        k_cache: keys (B, S, G, K), the new tokens' already written to their slots; with a page table (P, page_size, G, K). Slots not
-            yet written must be finite (zeros): they get weight zero, and zero times NaN is NaN.
-        v_cache: values, likewise.
-        positions_BT: (B, T) int64, the slot of each query, 0 <= position < S. Rows may stand at different positions.
-        page_table: (B, max_pages) int32: slot s of row b is slot s % page_size of page page_table[b, s // page_size], and S is
-            max_pages * page_size; page_size is a power of two, at least 16. Entries past a row's largest position may be any number.
-
-    Returns:
-        (B, T, H, K), dtype of q. Work grows with S: pass the used part of a large cache.
-
-    Raises:
-        ValueError: if the shapes do not fit each other.
+    Two things differ. Slots not yet written must be finite, such as zeros: they get weight zero, and zero
+    times NaN is NaN. Work grows with S: pass the used part of a large cache.
     """
     _check_shapes(q_BTHK, k_cache, v_cache, positions_BT, page_table)
     if page_table is not None:
-        pages = page_table.long().clamp(
-            0, len(k_cache) - 1
-        )  # what an entry past the row's end refers to is masked below
+        # Entries past a row's last page may be any number; what they refer to is masked below.
+        pages = page_table.long().clamp(0, len(k_cache) - 1)
         k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)
     visible_BTS = torch.arange(k_cache.shape[1], device=q_BTHK.device) <= positions_BT[..., None]
     y_BHTK = F.scaled_dot_product_attention(
@@ -99,60 +91,57 @@ def _check_shapes(
         return
     if page_table.ndim != 2 or page_table.shape[0] != B or page_table.dtype != torch.int32:
         raise ValueError(
-            f"page_table must be int32 of shape ({B}, max_pages), got {page_table.dtype} of shape {tuple(page_table.shape)}"
+            f"page_table must be int32 of shape ({B}, max_pages), "
+            f"got {page_table.dtype} of shape {tuple(page_table.shape)}"
         )
     num_pages, page_size = k_cache.shape[:2]
     if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1) or num_pages == 0:
         raise ValueError(
-            f"the caches must have pages of a power of two, at least {MIN_PAGE_SIZE} slots, got {num_pages} pages of {page_size}"
+            f"the caches must have pages of a power of two, at least {MIN_PAGE_SIZE} slots, "
+            f"got {num_pages} pages of {page_size}"
         )
 
 
-# --- Triton kernels: a tile of (query, head) pairs that share a kv head, against one share of the keys ---
+# --- Triton: a tile of (query, head) pairs that share a kv head, against one share of the keys ---
 
 
 @triton.jit(do_not_specialize=["stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"])
+@no_type_check
 def _decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, page_table_ptr, out_ptr, max_ptr, sum_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg, stride_vb, stride_vs, stride_vg, stride_pb, stride_pt, stride_tb,
+    q_strides, k_strides, v_strides, stride_pb, stride_pt, stride_tb,
     T, S, G, num_tiles, scale,
     K: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # In pages (PAGE_SIZE > 0) stride_kb and stride_vb step from page to page. `scale` holds log2(e): the softmax is one of powers of two.
-    # Without SPLIT out is y (N, K), else partial sums (N, I, K) beside max and sum (N, I).
-    row_tile = (
-        num_tiles - 1 - tl.program_id(0) % num_tiles
-    )  # a prompt's last queries see the most keys: they start first
+    # `strides` are of (row, token, head); in pages (PAGE_SIZE > 0) those of k and v are of (page, slot,
+    # head). `scale` holds log2(e): the softmax is one of powers of two. Without SPLIT out is y (N, K), with
+    # it out are partial sums (N, I, K) beside max and sum (N, I). A prompt's last queries see the most keys,
+    # so they start first.
+    row_tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     batch_head = tl.program_id(0) // num_tiles
-    b, g = (
-        (batch_head // G).to(tl.int64),
-        (batch_head % G).to(tl.int64),
-    )  # int64: sizes of caches can exceed 2**31
+    # int64: sizes of caches can exceed 2**31.
+    b, g = (batch_head // G).to(tl.int64), (batch_head % G).to(tl.int64)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t, head = (rows // GROUP).to(tl.int64), g * GROUP + rows % GROUP
     inside = t < T
     cols = tl.arange(0, BLOCK_K)
 
-    q_offsets = b * stride_qb + t * stride_qt + head * stride_qh
-    q = tl.load(
-        q_ptr + q_offsets[:, None] + cols[None, :], mask=inside[:, None] & (cols < K)[None, :], other=0.0
-    )
+    q_offsets = b * q_strides[0] + t * q_strides[1] + head * q_strides[2]
+    q_mask = inside[:, None] & (cols < K)[None, :]
+    q = tl.load(q_ptr + q_offsets[:, None] + cols[None, :], mask=q_mask, other=0.0)
     positions = tl.load(positions_ptr + b * stride_pb + t * stride_pt, mask=inside, other=-1)
-    positions = tl.maximum(tl.minimum(positions, S - 1), -1).to(
-        tl.int32
-    )  # whatever they hold, nothing outside the cache is read
+    # Clamped: whatever the positions are, nothing outside the cache is read.
+    positions = tl.maximum(tl.minimum(positions, S - 1), -1).to(tl.int32)
     end = tl.max(positions, axis=0) + 1
 
-    num_blocks = tl.cdiv(
-        end, BLOCK_S
-    )  # shared out in the kernel, for only here it is known how many slots are in use
+    # Shared out in the kernel: the host does not know how many slots are in use.
+    num_blocks = tl.cdiv(end, BLOCK_S)
     share = tl.cdiv(num_blocks, tl.num_programs(1))
     first = tl.program_id(1) * share
 
-    largest = tl.full(
-        (BLOCK_M,), -3.4e38, dtype=tl.float32
-    )  # not -inf: the difference of two would be NaN where nothing is visible
+    # Not -inf: the difference of two would be NaN where nothing is visible.
+    largest = tl.full((BLOCK_M,), -3.4e38, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     if PAGE_SIZE > 0:
@@ -163,20 +152,14 @@ def _decode_attention_kernel(
         slots = block * BLOCK_S + tl.arange(0, BLOCK_S)
         if PAGE_SIZE > 0:
             base, slot = page, (slots % PAGE_SIZE).to(tl.int64)
-            following = (
-                slots + BLOCK_S
-            )  # a step ahead, so that the loads of keys and values do not wait for it
+            # The next step's pages are loaded now, so that its loads of keys and values need not wait.
+            following = slots + BLOCK_S
             page = tl.load(table + following // PAGE_SIZE, mask=following < end, other=0).to(tl.int64)
         else:
             base, slot = b, slots.to(tl.int64)
-        mask = (slots < end)[:, None] & (cols < K)[
-            None, :
-        ]  # of values too: a weight of zero times NaN would be NaN
-        k = tl.load(
-            k_ptr + (base * stride_kb + slot * stride_ks + g * stride_kg)[:, None] + cols[None, :],
-            mask=mask,
-            other=0.0,
-        )
+        mask = (slots < end)[:, None] & (cols < K)[None, :]  # for values too: a weight of 0 times NaN is NaN
+        k_offsets = base * k_strides[0] + slot * k_strides[1] + g * k_strides[2]
+        k = tl.load(k_ptr + k_offsets[:, None] + cols[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(slots[None, :] <= positions[:, None], scores, float("-inf"))
 
@@ -184,11 +167,8 @@ def _decode_attention_kernel(
         weights = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(
-            v_ptr + (base * stride_vb + slot * stride_vs + g * stride_vg)[:, None] + cols[None, :],
-            mask=mask,
-            other=0.0,
-        )
+        v_offsets = base * v_strides[0] + slot * v_strides[1] + g * v_strides[2]
+        v = tl.load(v_ptr + v_offsets[:, None] + cols[None, :], mask=mask, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         largest = larger
 
@@ -199,10 +179,11 @@ def _decode_attention_kernel(
         tl.store(sum_ptr + n, total, mask=inside)
     else:
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_ptr + n[:, None] * K + cols[None, :], acc, mask=inside[:, None] & (cols < K)[None, :])
+    tl.store(out_ptr + n[:, None] * K + cols[None, :], acc, mask=q_mask)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
+@no_type_check
 def _combine_kernel(
     partial_ptr, max_ptr, sum_ptr, y_ptr,
     num_splits,
@@ -212,23 +193,19 @@ def _combine_kernel(
     every = tl.arange(0, MAX_SPLITS)
     maxima = tl.load(max_ptr + n * num_splits + every, mask=every < num_splits, other=float("-inf"))
     sums = tl.load(sum_ptr + n * num_splits + every, mask=every < num_splits, other=0.0)
-    largest = tl.max(
-        maxima, axis=0
-    )  # finite: a share in which a row sees nothing has the lowest number and a sum of zero
+    # Finite: a share in which a row sees nothing has the lowest number and a sum of zero.
+    largest = tl.max(maxima, axis=0)
     total = tl.sum(tl.exp2(maxima - largest) * sums, axis=0)
 
     cols = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_I, BLOCK_K), dtype=tl.float32)  # summed over BLOCK_I once, after the loop
     for start in range(0, num_splits, BLOCK_I):
         splits = start + tl.arange(0, BLOCK_I)
-        weights = tl.exp2(
-            tl.load(max_ptr + n * num_splits + splits, mask=splits < num_splits, other=float("-inf"))
-            - largest
-        )
+        some = tl.load(max_ptr + n * num_splits + splits, mask=splits < num_splits, other=float("-inf"))
+        weights = tl.exp2(some - largest)
         mask = (splits < num_splits)[:, None] & (cols < K)[None, :]
-        acc += weights[:, None] * tl.load(
-            partial_ptr + (n * num_splits + splits)[:, None] * K + cols[None, :], mask=mask, other=0.0
-        )
+        partial_ptrs = partial_ptr + (n * num_splits + splits)[:, None] * K + cols[None, :]
+        acc += weights[:, None] * tl.load(partial_ptrs, mask=mask, other=0.0)
     y = tl.sum(acc, axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(y_ptr + n * K + cols, y, mask=cols < K)
 
@@ -237,13 +214,11 @@ def _combine_kernel(
 
 
 def tile_config(K: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_M, BLOCK_S, BLOCK_K, num_warps and num_stages for `rows` (query, head) pairs per kv head, heads of K elements."""
+    """BLOCK_M, BLOCK_S, BLOCK_K, num_warps and num_stages for `rows` (query, head) pairs per kv head."""
     block_k = max(triton.next_power_of_2(K), _MIN_BLOCK)
     block_m = min(max(triton.next_power_of_2(rows), _MIN_BLOCK), _MAX_BLOCK_M, _TILE // block_k)
     block_s = min(_TILE // block_k, _SCORES // block_m, 4 * block_k)
-    if (
-        dtype.itemsize == 4
-    ):  # multiplied without tensor cores: operands stand in registers, which larger tiles exhaust
+    if dtype.itemsize == 4:  # no tensor cores: operands stand in registers, which larger tiles exhaust
         block_m = block_s = _MIN_BLOCK
     return {
         "BLOCK_M": block_m,
@@ -272,14 +247,14 @@ def _wanted_programs(device: torch.device) -> int:
 
 
 def num_splits(programs: int, S: int, config: dict[str, int], device: torch.device) -> int:
-    """Shares of the keys: enough to fill the GPU, and none so small that its partial result costs more than a part of its keys.
+    """Shares of the keys: enough to fill the GPU, but no share so small that its partial result costs more
+    than a part of its keys.
 
-    From sizes alone: what stands in device memory is not known here, and waiting for it would cost more than it could bring.
+    It depends on sizes alone. Reading positions from device memory would cost more than it could bring.
     """
     slots_per_share = max(2 * config["BLOCK_S"], 4 * config["BLOCK_M"])
-    return max(
-        min(triton.cdiv(_wanted_programs(device), programs), triton.cdiv(S, slots_per_share), MAX_SPLITS), 1
-    )
+    wanted, most = triton.cdiv(_wanted_programs(device), programs), triton.cdiv(S, slots_per_share)
+    return max(min(wanted, most, MAX_SPLITS), 1)
 
 
 def decode_attention_launch(
@@ -290,9 +265,10 @@ def decode_attention_launch(
     page_table: Tensor | None,
     splits: int | None = None,
 ) -> Tensor:
-    """Returns y_BTHK, contiguous, in q's dtype. All strides are free but the last of q, the caches and the table, which are 1.
+    """Returns y_BTHK, contiguous, in q's dtype.
 
-    `splits`: shares of the keys, at most MAX_SPLITS; None leaves it to `num_splits`.
+    The last stride of q, the caches and the table is 1; all others are free. `splits` is the number of shares
+    of the keys, at most MAX_SPLITS; None leaves it to `num_splits`.
     """
     B, T, H, K = q_BTHK.shape
     G = k_cache.shape[2]
@@ -313,11 +289,12 @@ def decode_attention_launch(
         maxima, sums = (
             torch.empty(B * T * H, splits, dtype=torch.float32, device=q_BTHK.device) for _ in range(2)
         )
-    strides = (*q_BTHK.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *positions_BT.stride())
+    strides = [t.stride()[:3] for t in (q_BTHK, k_cache, v_cache)]
+    table_stride = 0 if page_table is None else page_table.stride(0)
     with torch.cuda.device_of(q_BTHK):  # Triton launches on the current device, which need not be q's
         _decode_attention_kernel[(num_tiles * B * G, splits)](
             q_BTHK, k_cache, v_cache, positions_BT, page_table, out, maxima, sums,
-            *strides, 0 if page_table is None else page_table.stride(0),
+            *strides, *positions_BT.stride(), table_stride,
             T, S, G, num_tiles, K**-0.5 * 1.4426950408889634,
             K=K, GROUP=group, PAGE_SIZE=page_size, SPLIT=splits > 1, **config,
         )  # fmt: skip
@@ -352,24 +329,25 @@ def decode_attention(
 ) -> Tensor:
     """Attend from T new tokens to the cache slots up to each one's own.
 
-    Args:
-        q: queries (B, T, H, K), already rotated, float32 / bfloat16 / float16, any strides; K a multiple of 8, 8 <= K <= 256 (padded to
-            the next power of two, at least 16).
-        k_cache: keys (B, S, G, K), the new tokens' already written to their slots; with a page table (P, page_size, G, K). Dtype and
-            device of `q`; any strides, but where the last is not 1 the whole cache is copied. Slots past the largest position of a
-            row's queries are never read: they may hold anything, NaN too. Of the slots before it, a query sees those up to its own.
+    Args: q: queries (B, T, H, K), already rotated, float32 / bfloat16 / float16, any strides. K is a multiple
+        of
+            8, 8 <= K <= 256; it is padded to the next power of two, at least 16.
+        k_cache: keys (B, S, G, K); with a page table (P, page_size, G, K). The new tokens' keys are already
+            in their slots. Dtype and device of `q`, any strides; a last stride other than 1 costs a copy of
+            the whole cache. A query sees the slots up to its own. Slots past the largest position of a row's
+            queries are never read: they may hold anything, NaN too.
         v_cache: values, likewise.
-        positions: (B, T) int64 or int32, the slot of each query, below S. Rows may stand at different positions; a query at a negative
-            one sees nothing, and its result is zero.
-        page_table: (B, max_pages) int32: slot s of row b is slot s % page_size of page page_table[b, s // page_size], and S is
-            max_pages * page_size; page_size is a power of two, at least 16. Entries past a row's largest position are never read.
+        positions: (B, T) int64 or int32, the slot of each query, below S. Rows may stand at different
+            positions. A query at a negative one sees nothing, and its result is zero.
+        page_table: (B, max_pages) int32: slot s of row b is slot s % page_size of page
+            page_table[b, s // page_size], and S is max_pages * page_size. page_size is a power of two, at
+            least 16. Entries past a row's largest position are never read.
 
     Returns:
         y (B, T, H, K), dtype of `q`, contiguous. Not differentiable: for inference only.
 
-    Raises:
-        ValueError: if shapes, dtypes or devices do not fit each other, or K or the page size is none of the above.
-        RuntimeError: when a gradient is asked for.
+    Raises: ValueError: if shapes, dtypes or devices do not fit each other, or K or the page size is none of
+        the above. RuntimeError: when a gradient is asked for.
 
     Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
@@ -377,19 +355,18 @@ def decode_attention(
     K = q.shape[3]
     if not 8 <= K <= MAX_K or K % 8:
         raise ValueError(f"K must be a multiple of 8 between 8 and {MAX_K}, got {K}")
-    if not q.dtype == k_cache.dtype == v_cache.dtype or q.dtype not in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if not q.dtype == k_cache.dtype == v_cache.dtype or q.dtype not in dtypes:
         raise ValueError(
-            f"q and the caches must be of one dtype, float32, bfloat16 or float16, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}"
+            "q and the caches must be of one dtype, float32, bfloat16 or float16, "
+            f"got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}"
         )
     if positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"positions must be int64 or int32, got {positions.dtype}")
     devices = [t.device for t in (q, k_cache, v_cache, positions, page_table) if t is not None]
     if len(set(devices)) > 1:
         raise ValueError(
-            f"q, the caches, positions and page_table must be on one device, got {', '.join(map(str, devices))}"
+            "q, the caches, positions and page_table must be on one device, "
+            f"got {', '.join(map(str, devices))}"
         )
     return _decode_attention_op(q, k_cache, v_cache, positions, page_table)

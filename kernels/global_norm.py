@@ -2,10 +2,11 @@
 
     norm = sqrt(sum over tensors and elements of x^2)
 
-Precision: squares are summed in float64 whatever the dtype, so neither many small terms nor large magnitudes are lost.
-Deterministic: the order of summation depends on the sizes alone, not on the number of threads (csrc/global_norm.cpp) or on where the
-tensors lie (csrc/global_norm.cu).
-Cost: one read of the tensors, 4 bytes for each element.
+Precision: squares are summed in float64 whatever the dtype, so neither many small terms nor large magnitudes
+are lost.
+Deterministic: the order of summation depends on the sizes alone. It does not depend on the number of threads
+(csrc/global_norm.cpp) or on where the tensors lie (csrc/global_norm.cu).
+Cost: one read of the tensors, 4 bytes per element.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from lumi.kernels.native import native_device
 
 
 def global_norm_reference(tensors: Iterable[Tensor]) -> Tensor:
-    """The norm as a float64 scalar on the first tensor's device (CPU if there is none), without waiting for that device."""
+    """The definition. Returns a float64 scalar on the first tensor's device (CPU if there is none)."""
     norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
     if not norms:
         return torch.zeros((), dtype=torch.float64)
@@ -28,17 +29,20 @@ def global_norm_reference(tensors: Iterable[Tensor]) -> Tensor:
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The L2 norm over all elements of `tensors`.
 
-    Plain contiguous float32 tensors on one device go to C++ or CUDA when all of them are such (`native_device`); anything else (another
-    dtype, other strides, several devices, a tensor subclass such as DTensor, a GPU without compiled code) goes to
-    `global_norm_reference`. Errors in either are raised, never retried in the other.
+    If all tensors are plain, contiguous and float32 on one device, C++ or CUDA code takes them
+    (`native_device`).
+    Anything else goes to `global_norm_reference`: another dtype, other strides, several devices, a tensor
+    subclass such as DTensor, a GPU without compiled code. An error in either is raised; the other is not
+    tried.
 
-    A CUDA graph keeps the tensors' addresses as they were at capture. Call it once before a capture: a first call loads the kernels.
+    A CUDA graph keeps the tensors' addresses as they were at capture. Call this once before a capture: the
+    first call loads the kernels.
 
-    Args:
-        tensors: any number of floating tensors of any shapes. NaN and inf propagate; empty tensors count as zero.
+    Args: tensors: any number of floating tensors of any shapes. NaN and inf propagate. Empty tensors count as
+        zero.
 
-    Returns:
-        scalar float64 tensor on the first tensor's device (CPU if there is none), which nobody has waited for.
+    Returns: scalar float64 tensor on the first tensor's device (CPU if there is none). The call does not wait
+        for it.
 
     Raises:
         ValueError: if an element is not a tensor of a real floating dtype.

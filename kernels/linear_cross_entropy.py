@@ -1,209 +1,92 @@
-"""The output projection and the cross-entropy loss in one, so that the logits of all tokens never exist at once.
+"""The output projection and the cross-entropy loss in one operator, with few rows of logits at a time.
 
-    x = softcap * tanh(raw / softcap) with a softcap, else raw,   raw = hidden . weight^T
-    loss = sum over n with target_n != -100 of lse_n - x_n[target_n] + z_loss * lse_n^2,   lse_n = log sum_v exp(x_n[v])
+    logits = hidden . weight^T,   lse_n = log sum_v exp(logits_n[v])
+    loss = sum over n with target_n != -100 of   lse_n - logits_n[target_n] + z_loss * lse_n^2
 
-    dx = softmax(x) * (1 + 2 * z_loss * lse) - onehot(target),   draw = dx * (1 - (x / softcap)^2)
-    dhidden = draw . weight,   dweight = draw^T . hidden
+    dlogits = softmax(logits) * (1 + 2 * z_loss * lse) - onehot(target)
+    dhidden = dlogits . weight,   dweight = dlogits^T . hidden
 
-The gradient of the sum needs nothing from upstream but one factor, so the forward computes it chunk by chunk while the logits are at
-hand, and the backward only multiplies (Hsu et al. 2024, Liger Kernel, https://arxiv.org/abs/2410.10989; Wijmans et al. 2024,
-https://arxiv.org/abs/2411.09009). Soft-capping: Gemma 2, https://arxiv.org/abs/2408.00118. z-loss: Chowdhery et al. 2022,
-https://arxiv.org/abs/2204.02311.
+The gradient of the sum needs one factor from upstream and nothing else. So the forward computes the gradients
+chunk by chunk while the logits are at hand, and the backward only multiplies (Hsu et al. 2024, Liger Kernel,
+https://arxiv.org/abs/2410.10989; Wijmans et al. 2024, https://arxiv.org/abs/2411.09009). z-loss: Chowdhery et
+al. 2022, https://arxiv.org/abs/2204.02311.
 
 Shape letters: N rows (B * T tokens), D model dim, V vocabulary, C rows of one chunk.
-Precision: products in the dtype of `hidden`; softmax, loss and the sum of dweight over chunks in float32 (the reference keeps float64 as
-float64). The logits are rounded to the dtype of `hidden` once as logits and once as their gradient.
+Precision: products in the dtype of `hidden`; softmax, loss and the sum of dweight over chunks in float32 (the
+reference keeps float64 as float64). Logits are rounded to the dtype of `hidden` twice: once as logits, once
+as their gradient.
 
-Cost of the Triton operator: three products per chunk, together 6 * N * D * V FLOPs, which is the floor. Beside them, each logit is
-written by the first product, read twice and written once by the kernel between (the second time from the L2 cache, as far as rows fit
-there) and read by the two other products; and every chunk after the first reads and writes dweight, 8 * V * D bytes. That is why a
-chunk has as many rows as LOGITS_BYTES allow, never below MIN_CHUNK_ROWS: 128 rows make 32 FLOPs per byte of dweight, where a GPU needs
-hundreds. A weight of another dtype than hidden is read and cast once (6 * V * D bytes); the float32 sum of a 16-bit weight's gradient is
-cast in backward (6 * V * D), unless all rows are one chunk and the product itself is the gradient (`dweight_dtype`).
-Multiplying by the incoming gradient would read and write dweight once more, another 8 * V * D bytes. A caller who knows that gradient
-before the forward passes it as `expected_dloss`: it is then part of draw, and the backward's kernels compare, on the GPU, and return.
+Cost: three products per chunk, together 6 * N * D * V FLOPs, which is the floor. On top of them:
+- The first product writes each logit. The kernel reads it twice and writes it once; the second read hits the
+  L2 cache as far as rows fit there. The two other products read it.
+- Every chunk after the first reads and writes dweight: 8 * V * D bytes. So a chunk has as many rows as
+  LOGITS_BYTES allow, and never fewer than MIN_CHUNK_ROWS: 128 rows make 32 FLOPs per byte of dweight, and a
+  GPU needs hundreds.
+- A weight of another dtype than hidden is read and cast once: 6 * V * D bytes.
+- The backward casts the float32 sum of a 16-bit weight's gradient: 6 * V * D bytes. It does not if one chunk
+  holds all rows and the product itself is the gradient (`dweight_dtype`).
+- Multiplying by the incoming gradient would read and write dweight once more: 8 * V * D bytes. A caller who
+  knows that gradient before the forward passes it as `expected_dloss`. The forward then multiplies it into
+  dlogits; the backward's kernels compare the two numbers on the GPU and return.
 """
 
 import math
-from collections.abc import Iterator
 from functools import cache
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lumi.kernels.optional_triton import tl, triton
-from lumi.kernels.tanh import tanh
 
 IGNORE_INDEX = -100
 LOGITS_BYTES = 2**30  # of the one buffer for logits: 2048 rows of 262,144 16-bit logits
-MIN_CHUNK_ROWS = 2048  # even where they take more than LOGITS_BYTES
+MIN_CHUNK_ROWS = 2048  # even if they take more than LOGITS_BYTES
 _ROW_MULTIPLE = 128  # a matrix product's tile
-_LOGITS_MULTIPLE = (
-    64  # elements: rows of the buffer begin at a multiple of 128 bytes (256 in float32), whatever V is
-)
+_LOGITS_MULTIPLE = 64  # elements: each row of the buffer starts at a multiple of 128 bytes (256 in float32)
 _MAX_WARPS = 32
 _RESCALE_BLOCK = 4096
-_INTERPRETER_PROGRAMS = (
-    3  # few, so that the interpreter's tests walk the loop of _rescale_kernel more than once
-)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTERPRETER_PROGRAMS = 3  # few: in the interpreter's tests a program of _rescale_kernel takes several blocks
 
 
-# --- reference: the definition. Any device, any dtype. ---
-
-
-def chunk_rows(vocab_size: int, device_type: str) -> int:
-    """Rows of the reference whose logits exist at once: as many as fit a CPU's cache (8 MB; measured fastest) or a modest share of a GPU
-    (512 MB), in float32; at least 256, since every chunk adds a whole (V, D) to dweight."""
-    elements = 2**21 if device_type == "cpu" else 2**27
-    return max(elements // vocab_size, 256)
-
-
-def _chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    rows = chunk_rows(vocab_size, device.type)
-    return (slice(start, start + rows) for start in range(0, num_rows, rows))
-
-
-def _log_probs(hidden_CD: Tensor, weight_VD: Tensor, wide: torch.dtype) -> Tensor:
-    return F.log_softmax(hidden_CD @ weight_VD.T, dim=-1, dtype=wide)
-
-
-def _losses_and_dlogits(
-    raw_CV: Tensor, targets_C: Tensor, wide: torch.dtype, z_loss: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Of one chunk: losses_C1 and draw_CV, both in `wide`; zero where the target is -100."""
-    counted_C1 = (targets_C != IGNORE_INDEX)[:, None]
-    index_C1 = torch.where(counted_C1, targets_C[:, None], 0)
-    x_CV = raw_CV if softcap is None else softcap * torch.tanh(raw_CV.to(wide) / softcap)
-    log_probs_CV = F.log_softmax(x_CV, dim=-1, dtype=wide)
-    losses_C1 = -log_probs_CV.gather(1, index_C1)
-    lse_C1 = x_CV.gather(1, index_C1).to(wide) + losses_C1
-    dlogits_CV = log_probs_CV.exp_()
-    if z_loss:
-        losses_C1 += z_loss * lse_C1.square()
-        dlogits_CV *= 1 + 2 * z_loss * lse_C1
-    dlogits_CV.scatter_add_(1, index_C1, -torch.ones_like(lse_C1))
-    if softcap is not None:
-        dlogits_CV *= 1 - (x_CV / softcap).square()
-    return losses_C1.where(counted_C1, 0), dlogits_CV.masked_fill_(~counted_C1, 0)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        z_loss: float,
-        softcap: float | None,
-        expected_dloss: float,
-    ) -> Tensor:
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        weight = weight_VD.to(hidden_ND.dtype)
-        loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
-        dhidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(*_sizes(hidden_ND, weight_VD)):
-            hidden_CD = hidden_ND[rows]
-            losses_C1, dlogits_CV = _losses_and_dlogits(
-                hidden_CD @ weight.T, targets_N[rows], wide, z_loss, softcap
-            )
-            loss += losses_C1.sum()
-            if expected_dloss != 1:
-                dlogits_CV *= expected_dloss
-            dlogits_CV = dlogits_CV.to(weight.dtype)
-            if dhidden_ND is not None:
-                dhidden_ND[rows] = dlogits_CV @ weight
-            if dweight_VD is not None:
-                dweight_VD += dlogits_CV.T @ hidden_CD
-        ctx.save_for_backward(dhidden_ND, dweight_VD)
-        ctx.weight_dtype, ctx.expected_dloss = weight_VD.dtype, expected_dloss
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss: Tensor):
-        dhidden_ND, dweight_VD = ctx.saved_tensors
-        factor = dloss / ctx.expected_dloss
-        return (
-            None if dhidden_ND is None else (dhidden_ND * factor).to(dhidden_ND.dtype),
-            None if dweight_VD is None else (dweight_VD * factor).to(ctx.weight_dtype),
-            *(None,) * 4,
-        )
+# --- reference: the definition. Slow, obvious, any device, any dtype. ---
 
 
 def linear_cross_entropy_reference(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    expected_dloss: float = 1.0,
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float = 0.0
 ) -> Tensor:
-    """Sum of the cross-entropy losses of all rows with a target.
-
-    Args:
-        hidden_ND: final hidden states (N, D), floating.
-        weight_VD: output projection (V, D); cast to the dtype of hidden for the products, its gradient keeps its own dtype.
-        targets_N: (N,) int64 in [0, V), or -100 for a row that does not count.
-        z_loss: weight of lse^2, at least 0; 0 leaves it out.
-        softcap: bound of the logits, above 0; None leaves them as they are.
-        expected_dloss: the gradient that the loss will get in backward; any other is right as well. It is multiplied in before the
-            gradient of the logits is rounded to the dtype of hidden: with float16, the place for loss scaling. Finite, not 0.
-
-    Returns:
-        scalar, float32 (float64 for float64 hidden), in nats. Divide by the number of counted targets of the whole step.
-
-    Raises:
-        ValueError: if the shapes do not fit, targets are not int64, or a number is out of range.
-        IndexError: on CPU, if a target is out of range; on CUDA, a device-side assertion.
-    """
-    _check(hidden_ND, weight_VD, targets_N)
-    _check_numbers(z_loss, softcap, expected_dloss)
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_loss, softcap, expected_dloss)
+    """Arguments, result and errors as `linear_cross_entropy`, in any floating dtype. Holds the logits of all
+    rows."""
+    check_operands(hidden_ND, weight_VD, targets_N)
+    logits_NV = hidden_ND @ weight_VD.to(hidden_ND.dtype).T
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    lse_N = logits_NV.logsumexp(dim=1)[targets_N != IGNORE_INDEX]
+    loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss + z_loss * lse_N.square().sum()
 
 
-@torch.no_grad()
-def cross_entropy_per_token_reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """The loss of every row (N,) float32 (float64 for float64 hidden) in nats, 0 where the target is -100; no gradient.
-
-    Arguments and errors as `linear_cross_entropy_reference`.
-    """
-    _check(hidden_ND, weight_VD, targets_N)
-    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-    weight = weight_VD.to(hidden_ND.dtype)
-    losses_N = torch.zeros(len(targets_N), dtype=wide, device=hidden_ND.device)
-    for rows in _chunks(*_sizes(hidden_ND, weight_VD)):
-        log_probs_CV = _log_probs(hidden_ND[rows], weight, wide)
-        losses_N[rows] = F.nll_loss(
-            log_probs_CV, targets_N[rows], ignore_index=IGNORE_INDEX, reduction="none"
-        )
-    return losses_N
+# --- what every implementation refuses ---
 
 
-def _sizes(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[int, int, torch.device]:
-    return len(hidden_ND), len(weight_VD), hidden_ND.device
-
-
-def _check(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+def check_operands(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+    """Raises ValueError if shapes do not fit or targets are not int64."""
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
-            f"hidden and weight must have shapes (N, D) and (V, D), got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
+            "hidden and weight must have shapes (N, D) and (V, D), "
+            f"got {tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
         )
     if targets_N.shape != hidden_ND.shape[:1] or targets_N.dtype != torch.int64:
         raise ValueError(
-            f"targets must be int64 of shape ({len(hidden_ND)},), got {targets_N.dtype} of shape {tuple(targets_N.shape)}"
+            f"targets must be int64 of shape ({len(hidden_ND)},), "
+            f"got {targets_N.dtype} of shape {tuple(targets_N.shape)}"
         )
 
 
-def _check_numbers(z_loss: float, softcap: float | None, expected_dloss: float) -> None:
+def check_numbers(z_loss: float, expected_dloss: float) -> None:
+    """Raises ValueError if a number is out of range."""
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or finite and above 0, got {softcap}")
     if not 2**-100 < abs(expected_dloss) < 2**100:
         raise ValueError(f"expected_dloss must be between 2^-100 and 2^100 in size, got {expected_dloss}")
 
@@ -212,14 +95,15 @@ def _check_numbers(z_loss: float, softcap: float | None, expected_dloss: float) 
 
 
 @triton.jit
+@no_type_check
 def _cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr,
     stride_c,
-    V, z_loss, softcap, dloss,
-    IGNORE_INDEX: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    V, z_loss, dloss,
+    IGNORE_INDEX: tl.constexpr, GRADIENT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    # Loads and stores reach to stride_c, a multiple of 16, and so are whole vectors even if V is odd; what lies past V is masked here
-    # and read by no one.
+    # Loads and stores reach to stride_c, a multiple of 16: they are whole vectors even if V is odd. What lies
+    # past V is masked here, and nothing reads it.
     row = tl.program_id(0).to(tl.int64)  # int64: C * V can exceed 2**31
     row_ptr = logits_ptr + row * stride_c
     target = tl.load(targets_ptr + row)
@@ -232,21 +116,17 @@ def _cross_entropy_kernel(
                 zeros = tl.zeros((LANES, VECTOR), dtype=logits_ptr.dtype.element_ty)
                 tl.store(row_ptr + start + offsets, zeros, mask=start + offsets < stride_c)
     else:
-        # Every lane has a maximum and a sum of its own: VECTOR + 1 exponentials per VECTOR logits, and threads meet once, after the loop.
-        maxima = tl.full(
-            (LANES,), -3.4e38, dtype=tl.float32
-        )  # not -inf: exp(maxima - maxima) of a lane without logits must be a number
+        # Each lane has its own maximum and sum: that costs VECTOR + 1 exponentials per VECTOR logits, and
+        # threads meet only once, after the loop. -3.4e38 and not -inf: exp(maxima - maxima) of a lane without
+        # logits must be a number.
+        maxima = tl.full((LANES,), -3.4e38, dtype=tl.float32)
         sums = tl.zeros((LANES,), dtype=tl.float32)
         in_range = (target >= 0) & (target < V)
         target_col = target.to(tl.int32)  # to be compared with every column
         x_target = tl.load(row_ptr + target, mask=in_range, other=0.0).to(tl.float32)
-        if HAS_SOFTCAP:
-            x_target = softcap * tanh(x_target / softcap)
         for start in range(0, V, LANES * VECTOR):
             cols = start + offsets
             x = tl.load(row_ptr + cols, mask=cols < stride_c, other=0.0).to(tl.float32)
-            if HAS_SOFTCAP:
-                x = softcap * tanh(x / softcap)
             x = tl.where(cols < V, x, -float("inf"))
             new_maxima = tl.maximum(maxima, tl.max(x, axis=1))
             sums = sums * tl.exp(maxima - new_maxima) + tl.sum(tl.exp(x - new_maxima[:, None]), axis=1)
@@ -256,34 +136,28 @@ def _cross_entropy_kernel(
         total = tl.sum(sums * tl.exp(maxima - maximum), axis=0)
         lse = maximum + tl.log(total)
         loss = tl.log(total) + (maximum - x_target) + z_loss * lse * lse
-        tl.store(
-            losses_ptr + row, tl.where(in_range, loss, float("nan"))
-        )  # a bad target must not pass unseen
+        # A target out of range becomes NaN: it must not pass unseen.
+        tl.store(losses_ptr + row, tl.where(in_range, loss, float("nan")))
 
         if GRADIENT:
             scale = tl.where(in_range, dloss * (1.0 + 2.0 * z_loss * lse) / total, float("nan"))
             num_tiles = tl.cdiv(V, LANES * VECTOR)
             for tile in range(0, num_tiles):
-                cols = (num_tiles - 1 - tile) * (
-                    LANES * VECTOR
-                ) + offsets  # backwards: what was read last is still in the cache
+                # Backwards: what was read last is still in the cache.
+                cols = (num_tiles - 1 - tile) * (LANES * VECTOR) + offsets
                 x = tl.load(row_ptr + cols, mask=cols < stride_c, other=0.0).to(tl.float32)
-                slope = 1.0
-                if HAS_SOFTCAP:
-                    capped = tanh(x / softcap)
-                    x = softcap * capped
-                    slope = 1.0 - capped * capped
                 dx = tl.exp(x - maximum) * scale
                 dx = tl.where(cols == target_col, dx - dloss, dx)
-                tl.store(row_ptr + cols, dx * slope, mask=cols < stride_c)
+                tl.store(row_ptr + cols, dx, mask=cols < stride_c)
 
 
 @triton.jit
+@no_type_check
 def _rescale_kernel(gradient_ptr, dloss_ptr, expected_dloss, num_elements, BLOCK: tl.constexpr):
     dloss = tl.load(dloss_ptr)
-    if dloss != expected_dloss:  # else all this cost is a launch; the host never waits to know
+    if dloss != expected_dloss:  # if they are equal, all this costs is a launch: the host never waits to know
         factor = dloss / expected_dloss
-        program = tl.program_id(0).to(tl.int64)  # and with it `tile` and `offsets`: V * D can exceed 2**31
+        program = tl.program_id(0).to(tl.int64)  # so `tile` and `offsets` are int64: V * D can exceed 2**31
         for tile in range(program, tl.cdiv(num_elements, BLOCK), tl.num_programs(0)):
             offsets = tile * BLOCK + tl.arange(0, BLOCK)
             gradient = tl.load(gradient_ptr + offsets, mask=offsets < num_elements, other=0.0).to(tl.float32)
@@ -294,8 +168,11 @@ def _rescale_kernel(gradient_ptr, dloss_ptr, expected_dloss, num_elements, BLOCK
 
 
 def tile_config(V: int, element_size: int) -> dict[str, int]:
-    """LANES, VECTOR and num_warps for rows of V logits of `element_size` bytes: two 16-byte accesses of each thread per tile. The wider
-    the row, the more warps share it: the fewer rows are then under way, the more of them the cache keeps for the second walk."""
+    """LANES, VECTOR and num_warps for rows of V logits of `element_size` bytes: each thread makes two 16-byte
+    accesses per tile.
+
+    Wider rows get more warps. Fewer rows are then under way, and the cache keeps more of each for the second
+    walk."""
     num_warps = min(max(triton.next_power_of_2(V) // 2048, 4), _MAX_WARPS)
     return {"LANES": 2 * 32 * num_warps, "VECTOR": 16 // element_size, "num_warps": num_warps}
 
@@ -306,7 +183,10 @@ def rescale_config() -> dict[str, int]:
 
 
 def triton_chunk_rows(N: int, V: int, element_size: int) -> int:
-    """Rows of a chunk of the Triton operator: N in as few chunks as LOGITS_BYTES and MIN_CHUNK_ROWS allow, all of nearly one size."""
+    """Rows of a chunk of the Triton operator.
+
+    N is cut into as few chunks as LOGITS_BYTES and MIN_CHUNK_ROWS allow, all of nearly one size.
+    """
     num_chunks = max(triton.cdiv(N, _most_rows(V, element_size)), 1)
     rows = triton.cdiv(triton.cdiv(N, num_chunks), _ROW_MULTIPLE) * _ROW_MULTIPLE
     return min(rows, N)
@@ -317,8 +197,11 @@ def _most_rows(V: int, element_size: int) -> int:
 
 
 def dweight_dtype(N: int, V: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
-    """What the forward sums dweight in: float32, but for one chunk and a bfloat16 weight the product itself yields what is wanted, rounded
-    once. (A float16 weight has to wait for the incoming gradient: the sum may be out of its range.)"""
+    """The dtype that the forward sums dweight in: float32.
+
+    It is the weight's own if that is the dtype of hidden, is not float16, and one chunk holds all rows: then
+    the product itself yields the gradient, rounded once. A float16 weight has to wait for the incoming
+    gradient: its sum may be out of range."""
     direct = weight_dtype == dtype != torch.float16 and _most_rows(V, dtype.itemsize) >= N
     return weight_dtype if direct else torch.float32
 
@@ -333,29 +216,30 @@ def workspace_bytes(
     needs_dweight: bool = True,
     device_type: str = "cuda",
 ) -> int:
-    """What `linear_cross_entropy` allocates at most, in bytes, gradients included. Backward adds V * D elements of the weight's dtype where
-    that is not `dweight_dtype`.
+    """The most that `linear_cross_entropy` allocates, in bytes, gradients included.
 
-    Args:
-        N, D, V: rows, model dim, vocabulary.
-        dtype, weight_dtype: of hidden and of weight.
-        needs_dhidden, needs_dweight: which gradients are wanted.
-        device_type: "cuda", or "cpu" for Triton's interpreter, where dweight of 16-bit products needs float32 copies of their factors.
+    Backward adds V * D elements of the weight's dtype if that is not `dweight_dtype`.
 
-    Returns:
-        bytes of the logits of one chunk, the cast weight, dhidden, dweight and the losses; not the allocator's rounding nor the
-        workspace of cuBLAS.
+    Args: N, D, V: rows, model dim, vocabulary. dtype, weight_dtype: of hidden and of weight. needs_dhidden,
+        needs_dweight: which gradients are wanted. device_type: "cuda", or "cpu" for Triton's interpreter.
+        There, dweight of 16-bit products needs float32 copies of the
+            factors.
+
+    Returns: bytes of one chunk's logits, the cast weight, dhidden, dweight and the losses. The allocator's
+        rounding and the workspace of cuBLAS are not counted.
     """
     size, rows = dtype.itemsize, triton_chunk_rows(N, V, dtype.itemsize)
-    parts = [rows * _padded(V) * size, 4 * N + 4]
-    parts += [V * D * size] if weight_dtype != dtype else []
-    parts += [N * D * size] if needs_dhidden else []
+    total = rows * _padded(V) * size + 4 * N + 4
+    if weight_dtype != dtype:
+        total += V * D * size
+    if needs_dhidden:
+        total += N * D * size
     if needs_dweight:
         sum_dtype = dweight_dtype(N, V, dtype, weight_dtype)
-        parts += [V * D * sum_dtype.itemsize] + [4 * rows * (V + D)] * (
-            device_type == "cpu" and dtype != sum_dtype
-        )
-    return sum(parts)
+        total += V * D * sum_dtype.itemsize
+        if device_type == "cpu" and dtype != sum_dtype:
+            total += 4 * rows * (V + D)
+    return total
 
 
 def _padded(V: int) -> int:
@@ -367,34 +251,27 @@ def linear_cross_entropy_fwd(
     weight_VD: Tensor,
     targets_N: Tensor,
     z_loss: float,
-    softcap: float | None,
     expected_dloss: float,
     needs_dhidden: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the loss, dhidden_ND in hidden's dtype and dweight_VD in `dweight_dtype`, both times `expected_dloss`; (0,) if not needed."""
-    (N, D), V = hidden_ND.shape, len(weight_VD)
-    weight = weight_VD.to(hidden_ND.dtype)
+    """Returns the loss, dhidden_ND in hidden's dtype and dweight_VD in `dweight_dtype`.
+
+    Both gradients are multiplied by `expected_dloss`. One that is not needed is empty, of shape (0,).
+    """
+    N, V = len(hidden_ND), len(weight_VD)
+    weight, targets_N = weight_VD.to(hidden_ND.dtype), targets_N.contiguous()
     rows_at_once = triton_chunk_rows(N, V, hidden_ND.element_size())
     logits = torch.empty(rows_at_once, _padded(V), dtype=hidden_ND.dtype, device=hidden_ND.device)
     losses_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
-    dhidden = torch.empty((N, D) if needs_dhidden else 0, dtype=hidden_ND.dtype, device=hidden_ND.device)
-    sum_dtype = dweight_dtype(N, V, hidden_ND.dtype, weight_VD.dtype)
-    dweight = torch.empty((V, D) if needs_dweight else 0, dtype=sum_dtype, device=hidden_ND.device)
+    dhidden, dweight = _empty_gradients(hidden_ND, weight_VD, needs_dhidden, needs_dweight)
     if N == 0:
         return losses_N.sum(), dhidden, dweight.zero_()
     for start in range(0, N, rows_at_once):
         rows = slice(start, min(start + rows_at_once, N))
         logits_CV = torch.mm(hidden_ND[rows], weight.T, out=logits[: rows.stop - start, :V])
-        _rewrite(
-            logits_CV,
-            targets_N[rows],
-            losses_N[rows],
-            z_loss,
-            softcap,
-            expected_dloss,
-            needs_dhidden or needs_dweight,
-        )
+        needs_any = needs_dhidden or needs_dweight
+        _rewrite(logits_CV, targets_N[rows], losses_N[rows], z_loss, expected_dloss, needs_any)
         if needs_dhidden:
             torch.mm(logits_CV, weight, out=dhidden[rows])
         if needs_dweight:
@@ -402,37 +279,36 @@ def linear_cross_entropy_fwd(
     return losses_N.sum(), dhidden, dweight
 
 
+def _empty_gradients(
+    hidden_ND: Tensor, weight_VD: Tensor, needs_dhidden: bool, needs_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    sum_dtype = dweight_dtype(len(hidden_ND), len(weight_VD), hidden_ND.dtype, weight_VD.dtype)
+    dhidden_shape = hidden_ND.shape if needs_dhidden else (0,)
+    dweight_shape = weight_VD.shape if needs_dweight else (0,)
+    return (
+        torch.empty(dhidden_shape, dtype=hidden_ND.dtype, device=hidden_ND.device),
+        torch.empty(dweight_shape, dtype=sum_dtype, device=hidden_ND.device),
+    )
+
+
 def _rewrite(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    losses_C: Tensor,
-    z_loss: float,
-    softcap: float | None,
-    dloss: float,
-    gradient: bool,
+    logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, z_loss: float, dloss: float, gradient: bool
 ) -> None:
-    """Fills losses_C and turns logits_CV into their gradient times `dloss`, in place; without `gradient` it leaves them."""
+    """Fills losses_C and, if `gradient`, turns logits_CV into their gradient times `dloss`, in place."""
     C, V = logits_CV.shape
-    flags = {"IGNORE_INDEX": IGNORE_INDEX, "HAS_SOFTCAP": softcap is not None, "GRADIENT": gradient}
-    scalars = (z_loss, 1.0 if softcap is None else softcap, dloss)
-    with torch.cuda.device_of(
-        logits_CV
-    ):  # Triton launches on the current device, which need not be that of the logits
+    config = tile_config(V, logits_CV.element_size())
+    with torch.cuda.device_of(logits_CV):  # Triton launches on the current device: it need not be the logits'
         _cross_entropy_kernel[(C,)](
-            logits_CV,
-            targets_C,
-            losses_C,
-            logits_CV.stride(0),
-            V,
-            *scalars,
-            **flags,
-            **tile_config(V, logits_CV.element_size()),
-        )
+            logits_CV, targets_C, losses_C, logits_CV.stride(0), V, z_loss, dloss,
+            IGNORE_INDEX=IGNORE_INDEX, GRADIENT=gradient, **config,
+        )  # fmt: skip
 
 
 def _accumulate(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor, first: bool) -> None:
-    """dweight += dlogits^T . hidden, the first chunk overwrites. 16-bit factors of a float32 product exist on CUDA only: elsewhere they
-    are widened."""
+    """dweight += dlogits^T . hidden; the first chunk overwrites.
+
+    Only CUDA has a product of 16-bit factors with a float32 result. Elsewhere the factors are widened.
+    """
     factors = (dlogits_CV.T, hidden_CD)
     if dlogits_CV.dtype == dweight_VD.dtype:
         torch.mm(*factors, out=dweight_VD) if first else torch.addmm(dweight_VD, *factors, out=dweight_VD)
@@ -441,23 +317,22 @@ def _accumulate(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor, first
     elif dweight_VD.device.type == "cuda":
         torch.addmm(dweight_VD, *factors, torch.float32, out=dweight_VD)
     else:
-        torch.addmm(
-            dweight_VD, *(factor.float() for factor in factors), beta=0 if first else 1, out=dweight_VD
-        )
+        wide = (factor.float() for factor in factors)
+        torch.addmm(dweight_VD, *wide, beta=0 if first else 1, out=dweight_VD)
 
 
 @cache
 def _max_programs(device: torch.device) -> int:
-    """Programs of `_rescale_kernel` at most: those that are resident together, so that returning at once costs nothing."""
-    return (
-        8 * torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else _INTERPRETER_PROGRAMS
-    )
+    """The most programs of `_rescale_kernel`: as many as are resident together, so that returning at once
+    costs nothing."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rescale(gradient: Tensor, dloss: Tensor, expected_dloss: float) -> None:
-    """gradient *= dloss / expected_dloss, in place; contiguous, any float dtype. Moves no data if they are equal."""
+    """gradient *= dloss / expected_dloss, in place; contiguous, any float dtype. Moves no data if they are
+    equal."""
     num_elements, config = gradient.numel(), rescale_config()
     num_programs = min(triton.cdiv(num_elements, config["BLOCK"]), _max_programs(gradient.device))
     if num_programs:
@@ -468,27 +343,9 @@ def rescale(gradient: Tensor, dloss: Tensor, expected_dloss: float) -> None:
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-@torch.library.custom_op("lumi::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy_op(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    z_loss: float,
-    softcap: float | None,
-    expected_dloss: float,
-    needs_dhidden: bool,
-    needs_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return linear_cross_entropy_fwd(
-        hidden_ND,
-        weight_VD,
-        targets_N.contiguous(),
-        z_loss,
-        softcap,
-        expected_dloss,
-        needs_dhidden,
-        needs_dweight,
-    )
+_linear_cross_entropy_op = torch.library.custom_op(
+    "lumi::linear_cross_entropy", linear_cross_entropy_fwd, mutates_args=()
+)
 
 
 @torch.library.custom_op("lumi::linear_cross_entropy_rescale", mutates_args=("gradient",))
@@ -497,20 +354,10 @@ def _rescale_op(gradient: Tensor, dloss: Tensor, expected_dloss: float) -> None:
 
 
 @_linear_cross_entropy_op.register_fake
-def _(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    z_loss: float,
-    softcap: float | None,
-    expected_dloss: float,
-    needs_dhidden: bool,
-    needs_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden = hidden_ND.new_empty(hidden_ND.shape if needs_dhidden else 0)
-    sum_dtype = dweight_dtype(len(hidden_ND), len(weight_VD), hidden_ND.dtype, weight_VD.dtype)
-    dweight = weight_VD.new_empty(weight_VD.shape if needs_dweight else 0, dtype=sum_dtype)
-    return hidden_ND.new_empty((), dtype=torch.float32), dhidden, dweight
+def _(hidden_ND: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, needs_dhidden, needs_dweight = rest
+    gradients = _empty_gradients(hidden_ND, weight_VD, needs_dhidden, needs_dweight)
+    return hidden_ND.new_empty((), dtype=torch.float32), *gradients
 
 
 @_rescale_op.register_fake
@@ -518,8 +365,8 @@ def _(gradient: Tensor, dloss: Tensor, expected_dloss: float) -> None:
     return None
 
 
-def _save(ctx, inputs, output) -> None:
-    _, weight_VD, _, _, _, ctx.expected_dloss, ctx.needs_dhidden, ctx.needs_dweight = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight_VD, _, _, ctx.expected_dloss, ctx.needs_dhidden, ctx.needs_dweight = inputs
     _, dhidden, dweight = output
     ctx.weight_dtype = weight_VD.dtype
     ctx.mark_non_differentiable(dhidden, dweight)
@@ -527,10 +374,10 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(dhidden, dweight)
 
 
-def _backward(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     dhidden, dweight = ctx.saved_tensors
     if dloss is None:
-        return (None,) * 8
+        return (None,) * 7
     if ctx.needs_dhidden:
         _rescale_op(dhidden, dloss, ctx.expected_dloss)
     if ctx.needs_dweight:
@@ -538,7 +385,7 @@ def _backward(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     return (
         dhidden if ctx.needs_dhidden else None,
         dweight.to(ctx.weight_dtype) if ctx.needs_dweight else None,
-        *(None,) * 6,
+        *(None,) * 5,
     )
 
 
@@ -553,56 +400,56 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     targets_N: Tensor,
     z_loss: float = 0.0,
-    softcap: float | None = None,
     expected_dloss: float = 1.0,
 ) -> Tensor:
-    """Sum of the cross-entropy losses of all rows with a target, without the logits of more than one chunk of rows at a time.
+    """Sum of the cross-entropy losses of all rows with a target. Only one chunk of rows has its logits in
+    memory at a time.
 
-    Args:
-        hidden_ND: final hidden states (N, D), float32 / bfloat16 / float16.
-        weight_VD: output projection (V, D), one of the same dtypes, 1 <= V; cast to the dtype of hidden, once. Its gradient is summed in
-            float32 and has its own dtype.
+    Args: hidden_ND: final hidden states (N, D), float32 / bfloat16 / float16. weight_VD: output projection
+        (V, D), one of the same dtypes, 1 <= V. It is cast to the dtype of `hidden_ND` once. Its
+            gradient is summed in float32 and has its own dtype.
         targets_N: (N,) int64 in [0, V), or -100 for a row that does not count.
         z_loss: weight of lse^2, at least 0; 0 leaves it out.
-        softcap: bound of the logits, above 0; None leaves them as they are.
-        expected_dloss: the gradient that the loss will get in backward: f, if the caller runs `(loss * f).backward()`. Backward then moves
-            no data (unless the loss itself is inside `torch.compile`, which copies what backward changes). Any other gradient is right as
-            well and costs a read and a write of both gradients: 8 * V * D bytes and 2 * N * D elements. It is multiplied in before the
-            gradient of the logits is rounded to the dtype of hidden: with float16, the place for loss scaling. 2^-100 to 2^100 in size.
+        expected_dloss: the gradient that the loss will get in backward: f, if the caller runs `(loss *
+            f).backward()`. Backward then moves no data. (Inside `torch.compile` it does: compile copies what
+            backward changes.) Any other gradient gives the right result too, and costs a read and a write of
+            both gradients: 8 * V * D bytes and 2 * N * D elements. The factor is multiplied in before the
+            gradient of the logits is rounded to the dtype of hidden. So with float16 this is the place for
+            loss scaling. 2^-100 to 2^100 in size.
 
-    Returns:
-        scalar, float32, in nats, not multiplied by `expected_dloss`. NaN if a target is out of range. Divide by the number of counted
-        targets of the whole step. Differentiable once, in `hidden_ND` and `weight_VD`, and backward runs once: it scales what the forward
-        left in place. Extra memory: `workspace_bytes`.
+    Returns: scalar, float32, in nats, not multiplied by `expected_dloss`. NaN if a target is out of range.
+        Divide by the number of counted targets of the whole step. Differentiable once, in `hidden_ND` and
+        `weight_VD`. Backward runs once: it scales the gradients that the forward left, in place. Extra
+        memory: `workspace_bytes`.
 
-    Raises:
-        ValueError: if shapes do not fit, devices differ, a dtype is none of the three, targets are not int64, or a number is out of range.
+    Raises: ValueError: if shapes do not fit, devices differ, a dtype is none of the three, targets are not
+        int64, or a number is out
+            of range.
 
     Source: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
     """
-    _check(hidden_ND, weight_VD, targets_N)
-    _check_numbers(z_loss, softcap, expected_dloss)
+    check_operands(hidden_ND, weight_VD, targets_N)
+    check_numbers(z_loss, expected_dloss)
     if len(weight_VD) == 0:
         raise ValueError(f"weight must have at least one row, got shape {tuple(weight_VD.shape)}")
     for name, tensor in (("hidden", hidden_ND), ("weight", weight_VD)):
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
     for name, tensor in (("weight", weight_VD), ("targets", targets_N)):
         if tensor.device != hidden_ND.device:
             raise ValueError(
                 f"{name} must be on the device of hidden, {hidden_ND.device}, got {tensor.device}"
             )
-    needs_dhidden, needs_dweight = (
-        torch.is_grad_enabled() and t.requires_grad for t in (hidden_ND, weight_VD)
-    )
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden_ND, weight_VD)]
     loss, _, _ = _linear_cross_entropy_op(
-        hidden_ND,
-        weight_VD,
-        targets_N,
-        float(z_loss),
-        softcap,
-        float(expected_dloss),
-        needs_dhidden,
-        needs_dweight,
+        hidden_ND, weight_VD, targets_N, float(z_loss), float(expected_dloss), *needs
     )
     return loss
+
+
+def __getattr__(name: str) -> Any:
+    if name == "chunk_rows":  # lumi/plan.py imports it from here; it lives in chunked_cross_entropy
+        from lumi.kernels.chunked_cross_entropy import chunk_rows
+
+        return chunk_rows
+    raise AttributeError(name)

@@ -1,4 +1,6 @@
-"""Several linears of one input, each with a low-rank adapter: q, k and v of attention, gate and up of the MLP, or a single one.
+"""Several linears of one input, each with a low-rank adapter.
+
+They are q, k and v of attention, gate and up of the MLP, or a single linear.
 
     y_i = x W_i^T + s_i (x A_i^T) B_i^T
 
@@ -7,18 +9,21 @@
 
 The W's are frozen and have no gradient. Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
-Shape letters: N rows (all leading dims flattened), I input features, O output features of one linear, R the ranks of all adapters together.
-Precision: products accumulate in float32 (float64 for the reference's float64) and are rounded to the dtype of `x`; the low-rank product
-is added to the frozen one by the same matrix product that computes it. Gradients of adapters are in the dtype of `x` until autograd casts
-them to theirs.
-Cost: nothing here is a kernel of our own: all of it is matrix products of the vendor's library. Taken as the formula stands, every linear
-reads x twice and makes three tensors of y's size besides y; backward makes one of dy's and two of dx's size for each linear, and adds
-the latter up. Here the A's are one product, forwards and backwards, and what is added is accumulated in place by the product that computes
-it. Only x and x A^T (N, R) are kept for backward, besides the matrices.
+Shape letters: N rows (all leading dims flattened), I input features, O output features of one linear, R the
+ranks of all adapters together.
+Precision: products accumulate in float32 (float64 for the reference's float64) and are rounded to the dtype
+of `x`. The matrix product that computes the low-rank part also adds it to the frozen part. Gradients of
+adapters are in the dtype of `x` until autograd casts them to theirs.
+Cost: no kernel here is our own; all of it is matrix products of the vendor's library. The formula as written
+reads x twice per linear and makes three tensors of y's size besides y; its backward makes one tensor of dy's
+size and two of dx's size per linear, and adds the latter up. Here the A's are one product, forward and
+backward, and every sum is accumulated in place by a product. Besides the matrices, only x and x A^T (N, R)
+are kept for backward.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +35,8 @@ from torch import Tensor
 def lora_linear_reference(
     x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float]
 ) -> list[Tensor]:
-    """y_i (..., O_i) from x (..., I), weights (O_i, I), As (R_i, I) and Bs (O_i, R_i), which are cast to the dtype of x."""
+    """y_i (..., O_i) from x (..., I), weights (O_i, I), As (R_i, I) and Bs (O_i, R_i); all are cast to x's
+    dtype."""
     ys = []
     for weight, A, B, scale in zip(weights, As, Bs, scales, strict=True):
         narrow = F.linear(x, A.to(x.dtype))
@@ -62,7 +68,8 @@ def lora_linear_bwd(
     scales: Sequence[float],
     needs_dx: bool,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Returns dx_NI, alone in a list that is empty where it is not needed, dA_RI of all adapters and every dB_OR. Writes to no input."""
+    """Returns [dx_NI] or, if it is not needed, []; dA_RI of all adapters; and every dB_OR. Writes to no
+    input."""
     dxa_NR = torch.empty_like(xa_NR)
     dBs_OR = []
     for dy_NO, B_OR, scale, xa, dxa in zip(
@@ -141,7 +148,7 @@ def _(
     )
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weights, A, Bs, scales = inputs
     _, xa = output
     ctx.mark_non_differentiable(xa)
@@ -151,7 +158,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(
-    ctx, dys: list[Tensor | None], _
+    ctx: Any, dys: list[Tensor | None], _: None
 ) -> tuple[Tensor | None, list[None], Tensor, list[Tensor], None]:
     x, xa, A, *rest = ctx.saved_tensors
     weights, Bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
@@ -175,21 +182,19 @@ def lora_linear(
 ) -> list[Tensor]:
     """The adapted linears of one input, with gradients of `x` and the adapters.
 
-    Args:
-        x: activations (..., I), float32 / bfloat16 / float16, any strides. 1 <= I.
-        weights: frozen matrices (O_i, I), at least one; device of `x`. Another dtype is cast to that of `x` in every call, and the cast
-            copy is kept for backward. 1 <= O_i.
+    Args: x: activations (..., I), float32 / bfloat16 / float16, any strides. 1 <= I. weights: frozen matrices
+        (O_i, I), at least one; device of `x`. 1 <= O_i. A matrix of another dtype than `x` is
+            cast in every call, and the cast copy is kept for backward.
         As: (R_i, I), one for each weight; device of `x`, any floating dtype, the same for all. 1 <= R_i.
         Bs: (O_i, R_i), one for each weight; as `As`.
         scales: s_i, one for each weight.
 
-    Returns:
-        One y_i (..., O_i) for each weight, dtype of `x`, contiguous. Differentiable once, in `x`, `As` and `Bs`, whose gradients have
-        their dtype.
+    Returns: One y_i (..., O_i) for each weight, dtype of `x`, contiguous. Differentiable once, in `x`, `As`
+        and `Bs`; each gradient has its tensor's dtype.
 
-    Raises:
-        ValueError: if there are no weights, the lists differ in length, shapes or devices do not fit, x's dtype is none of the three, or a
-            weight requires a gradient, which it would not get.
+    Raises: ValueError: if there are no weights, the lists differ in length, shapes or devices do not fit, x's
+        dtype is none
+            of the three, or a weight requires a gradient: it would get none.
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
@@ -200,18 +205,20 @@ def lora_linear(
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     if not len(weights) == len(As) == len(Bs) == len(scales) > 0:
         raise ValueError(
-            f"weights, As, Bs and scales must be equally many, and at least one, got {len(weights)}, {len(As)}, {len(Bs)} and {len(scales)}"
+            "weights, As, Bs and scales must be equally many, and at least one, "
+            f"got {len(weights)}, {len(As)}, {len(Bs)} and {len(scales)}"
         )
     for index, (weight, A, B) in enumerate(zip(weights, As, Bs, strict=True)):
         for name, letter, matrix in (("weights", "O", weight), ("As", "R", A)):
             if matrix.ndim != 2 or matrix.shape[0] == 0 or matrix.shape[1] != in_features:
                 raise ValueError(
-                    f"{name}[{index}] must have shape ({letter}, {in_features}), {letter} at least 1, to match x {tuple(x.shape)}, "
-                    f"got {tuple(matrix.shape)}"
+                    f"{name}[{index}] must have shape ({letter}, {in_features}), {letter} at least 1, "
+                    f"to match x {tuple(x.shape)}, got {tuple(matrix.shape)}"
                 )
         if B.shape != (weight.shape[0], A.shape[0]):
             raise ValueError(
-                f"Bs[{index}] must have shape {(weight.shape[0], A.shape[0])} to match its weight and A, got {tuple(B.shape)}"
+                f"Bs[{index}] must have shape {(weight.shape[0], A.shape[0])} to match its weight and A, "
+                f"got {tuple(B.shape)}"
             )
         for name, tensor in (("weights", weight), ("As", A), ("Bs", B)):
             if tensor.device != x.device:
@@ -220,13 +227,14 @@ def lora_linear(
                 )
         if A.dtype != As[0].dtype or B.dtype != As[0].dtype:
             raise ValueError(
-                f"As[{index}] and Bs[{index}] must have the dtype of As[0], {As[0].dtype}, got {A.dtype} and {B.dtype}"
+                f"As[{index}] and Bs[{index}] must have the dtype of As[0], {As[0].dtype}, "
+                f"got {A.dtype} and {B.dtype}"
             )
         if weight.requires_grad:
             raise ValueError(
                 f"weights[{index}] must be frozen (requires_grad=False), got one that requires a gradient"
             )
-    # The A's are joined and all are cast here, where autograd takes their gradients apart and casts them back.
+    # The A's are joined and everything is cast here: autograd then splits the gradients and casts them back.
     ys, _ = _lora_linear_op(
         x,
         [weight.to(x.dtype) for weight in weights],

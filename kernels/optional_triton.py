@@ -1,7 +1,8 @@
-"""Triton where there is one, and a stand-in that says so where there is none (macOS, Windows).
+"""Triton, or a stand-in that raises when a kernel is launched (macOS, Windows).
 
-Every kernel file holds its reference beside its Triton kernels, and the references must import anywhere. Without Triton, `@triton.jit`
-yields an object that raises when it is launched: nothing falls back to something slower without being asked to.
+Every kernel file holds its reference beside its Triton kernels, and the references must import anywhere.
+Without Triton, `@triton.jit` yields an object that raises at launch. Nothing falls back to something slower
+unasked.
 """
 
 from typing import Any

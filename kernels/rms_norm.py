@@ -8,13 +8,14 @@
 Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
 
 Shape letters: N rows (all leading dims flattened), D model dim, P programs of the backward.
-Precision: statistics and all arithmetic are float32 (the reference keeps float64 as float64); every output is cast once. Outputs take
-the dtype of `x`, the weight gradient the dtype of `weight`.
+Precision: statistics and all arithmetic are float32 (the reference keeps float64 as float64). Every output is
+cast once: to the dtype of `x`, or, for the weight's gradient, to the dtype of `weight`.
 Cost: forward reads x once and writes y once; backward reads x and dy once and writes dx once.
 """
 
 import math
 from functools import cache
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -26,25 +27,27 @@ MAX_D = 16_384  # the forward holds a row in registers
 _WIDE_D = 8192  # above this the backward's row does not fit in registers, and it walks the row in pieces
 _WIDE_BLOCK_D = 4096
 _TILE = 2048  # elements that a program should at least have to do: narrow rows share a program
-_INTERPRETER_PROGRAMS = 3  # few, so that the interpreter's tests walk the backward's loop more than once
+_INTERPRETER_PROGRAMS = 3  # few: in the interpreter's tests a program of the backward takes several tiles
 
 
 # --- reference: the definition. Slow, obvious, any device, any dtype. ---
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """y (..., D) from x (..., D), weight (D,), in float32 (float64 stays float64) and cast back once at the end."""
+    """y (..., D) from x (..., D) and weight (D,). Computed in float32 (float64 stays float64), cast once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide = x.to(wide)
     rstd = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)
     return (x_wide * rstd * weight.to(wide)).to(x.dtype)
 
 
-# --- Triton kernels: a tile of BLOCK_N whole rows at a time. Where `add_rms_norm` launches them they also read residual_ptr and write
-# total_ptr, or read dtotal_ptr; `rms_norm` passes None for these, which the compiler takes as a constant ---
+# --- Triton kernels: a tile of BLOCK_N whole rows at a time ---
+# For `add_rms_norm` they also read residual_ptr and write total_ptr, or read dtotal_ptr. `rms_norm` passes
+# None for these, which the compiler takes as a constant.
 
 
 @triton.jit(do_not_specialize=["N"])  # one compilation for every number of rows
+@no_type_check
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, total_ptr, y_ptr, rstd_ptr,
     stride_xn, stride_residualn, stride_yn,
@@ -58,14 +61,11 @@ def _rms_norm_fwd_kernel(
     x = tl.load(x_ptr + rows[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(
-            residual_ptr + rows[:, None] * stride_residualn + cols[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
+        residual_ptrs = residual_ptr + rows[:, None] * stride_residualn + cols[None, :]
+        residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
         total = (x + residual).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + rows[:, None] * stride_yn + cols[None, :], total, mask=mask)
-        x = total.to(
-            tl.float32
-        )  # what is normalised is the sum as it was stored, so that backward has it exactly
+        x = total.to(tl.float32)  # the norm is of the sum as it was stored, so that backward has it exactly
 
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
     y = x * rstd[:, None] * weight[None, :]
@@ -75,6 +75,7 @@ def _rms_norm_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "num_tiles"])
+@no_type_check
 def _rms_norm_bwd_kernel(
     dy_ptr, dtotal_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
     stride_dyn, stride_dtotaln, stride_xn, stride_dxn,
@@ -98,22 +99,23 @@ def _rms_norm_bwd_kernel(
         dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1) / D)[:, None])
         dweight += dy * x_hat
         if dtotal_ptr is not None:
-            dx += tl.load(
-                dtotal_ptr + rows[:, None] * stride_dtotaln + cols[None, :], mask=mask, other=0.0
-            ).to(tl.float32)
+            dtotal_ptrs = dtotal_ptr + rows[:, None] * stride_dtotaln + cols[None, :]
+            dx += tl.load(dtotal_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows[:, None] * stride_dxn + cols[None, :], dx, mask=mask)
 
     tl.store(dweight_partial_ptr + program * D + cols, tl.sum(dweight, axis=0), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["N"])
+@no_type_check
 def _rms_norm_bwd_wide_kernel(
     dy_ptr, dtotal_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
     stride_dyn, stride_dtotaln, stride_xn, stride_dxn,
     N, D,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Two walks over each row; the second finds x and dy in the L1 cache. dweight_partial starts as zeros and stays in the L2 cache.
+    # Two walks over each row; the second finds x and dy in the L1 cache. dweight_partial starts as zeros and
+    # stays in the L2 cache.
     program = tl.program_id(0).to(tl.int64)  # and with it `row`
     partial_ptr = dweight_partial_ptr + program * D
 
@@ -137,9 +139,8 @@ def _rms_norm_bwd_wide_kernel(
             tl.store(partial_ptr + cols, dweight + dy * x_hat, mask=cols < D)
             dx = rstd * (dy * weight - x_hat * mean)
             if dtotal_ptr is not None:
-                dx += tl.load(dtotal_ptr + row * stride_dtotaln + cols, mask=cols < D, other=0.0).to(
-                    tl.float32
-                )
+                dtotal_ptrs = dtotal_ptr + row * stride_dtotaln + cols
+                dx += tl.load(dtotal_ptrs, mask=cols < D, other=0.0).to(tl.float32)
             tl.store(dx_ptr + row * stride_dxn + cols, dx, mask=cols < D)
 
 
@@ -147,22 +148,25 @@ def _rms_norm_bwd_wide_kernel(
 
 
 def forward_config(D: int) -> dict[str, int]:
-    """BLOCK_N, BLOCK_D and num_warps for rows of D elements: 16 elements per thread, at least _TILE elements per program."""
+    """BLOCK_N, BLOCK_D and num_warps for rows of D elements: 16 per thread, at least _TILE per program."""
     block_d = triton.next_power_of_2(D)
     block_n = max(_TILE // block_d, 1)
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": block_n * block_d // 512}
 
 
 def backward_config(D: int) -> dict[str, int]:
-    """As `forward_config`; rows wider than _WIDE_D have no BLOCK_N and are for `_rms_norm_bwd_wide_kernel`."""
+    """As `forward_config`. Rows wider than _WIDE_D have no BLOCK_N: `_rms_norm_bwd_wide_kernel` takes
+    them."""
     return forward_config(D) if D <= _WIDE_D else {"BLOCK_D": _WIDE_BLOCK_D, "num_warps": 8}
 
 
 @cache
 def _max_programs(device: torch.device, num_warps: int) -> int:
-    """Programs of the backward at most: 16 warps on every SM, which are resident together at the 128 registers a thread may take.
+    """The most programs of the backward: 16 warps on every SM, which are resident together at the 128
+    registers that a thread may take.
 
-    Each program writes one row of dweight, so more would lengthen the second stage's sum and gain nothing.
+    Each program writes one row of dweight. More programs would lengthen the second stage's sum and gain
+    nothing.
     """
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
@@ -170,7 +174,10 @@ def _max_programs(device: torch.device, num_warps: int) -> int:
 
 
 def rms_norm_fwd(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns y_ND in x's dtype and rstd_N in float32. `x_ND` may have any row stride; within a row the stride is 1."""
+    """Returns y_ND in x's dtype and rstd_N in float32.
+
+    `x_ND` may have any row stride; within a row the stride is 1.
+    """
     N, D = x_ND.shape
     y_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
     rstd_N = torch.empty(N, dtype=torch.float32, device=x_ND.device)
@@ -185,7 +192,8 @@ def rms_norm_fwd(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Te
 def rms_norm_bwd(
     dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, dtotal_ND: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns dx_ND in x's dtype, with `dtotal_ND` added where there is one, and dweight_D in weight's dtype. Writes to no input."""
+    """Returns dx_ND in x's dtype and dweight_D in weight's dtype. Adds `dtotal_ND` to dx_ND. Writes to no
+    input."""
     N, D = x_ND.shape
     dx_ND = torch.empty(N, D, dtype=x_ND.dtype, device=x_ND.device)
     config = backward_config(D)
@@ -234,7 +242,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tens
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _ = inputs
     _, rstd = output
     ctx.mark_non_differentiable(rstd)
@@ -242,7 +250,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight, rstd)
 
 
-def _backward(ctx, dy: Tensor, _) -> tuple[Tensor, Tensor, None]:
+def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
     dx, dweight = _rms_norm_backward_op(dy, *ctx.saved_tensors)
     return dx, dweight, None
 
@@ -258,14 +266,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
     Args:
         x: activations (..., D), float32 / bfloat16 / float16, any strides. 1 <= D <= 16,384.
-        weight: gain (D,), float32 / bfloat16 / float16 (not necessarily the dtype of `x`), same device as `x`.
+        weight: gain (D,), float32 / bfloat16 / float16 (it may differ from the dtype of `x`), device of `x`.
         eps: added to mean(x^2) before the root; dimensionless.
 
     Returns:
         y (..., D), dtype of `x`, contiguous. Differentiable once, in `x` and `weight`.
 
-    Raises:
-        ValueError: if `weight` is not (D,), devices differ, a dtype is none of the three, or D is out of range.
+    Raises: ValueError: if `weight` is not (D,), devices differ, a dtype is none of the three, or D is out of
+        range.
 
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """

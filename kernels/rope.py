@@ -3,18 +3,20 @@
     q' = q * cos + rotate_half(q) * sin,   rotate_half((a, b)) = (-b, a)   with a, b the two halves of a head
     angle(position, i) = position * theta^(-2i / K),   i = 0 ... K/2 - 1, the same for both halves
 
-Su et al. 2021, https://arxiv.org/abs/2104.09864. The half-split order permutes the paper's interleaved pairs. Llama 3 slows the low
-frequencies down, so that longer texts than those of pre-training stay within angles that it knows (Llama team 2024, arXiv:2407.21783).
+Su et al. 2021, https://arxiv.org/abs/2104.09864. The half-split order permutes the paper's interleaved pairs.
+Llama 3 slows the low frequencies down: texts longer than those of pre-training then stay within angles that
+the model knows (Llama team 2024, https://arxiv.org/abs/2407.21783).
 
 Shape letters: B batch, T tokens, H query heads, G kv heads, K head dim.
-Precision: angles and rotation in float32 (float64 stays float64), cast once. Angles are rounded exactly as transformers'
-`LlamaRotaryEmbedding` rounds them, so logits of an exported model agree to float32 rounding.
-Cost: q and k are read and written once, in one launch; the first halves of cos and sin once for every 4 heads. The backward is the same
-rotation by the negative angle, and keeps nothing but the tables.
+Precision: angles and rotation in float32 (float64 stays float64), cast once. Angles are rounded exactly as
+transformers' `LlamaRotaryEmbedding` rounds them, so logits of an exported model agree to float32 rounding.
+Cost: q and k are read and written once, in one launch. The first halves of cos and sin are read once per 4
+heads. The backward is the same rotation by the negative angle; only the tables are kept for it.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch import Tensor
 from lumi.kernels.optional_triton import tl, triton
 
 _TILE = 1024  # elements of each half of a head that a program turns at a time
-_HEADS = 4  # heads that a program turns, one after the other, with the cosines and sines that it has loaded
+_HEADS = 4  # heads that a program turns, one after the other, with one load of cosines and sines
 _NUM_WARPS = 4
 
 
@@ -30,10 +32,11 @@ _NUM_WARPS = 4
 class RopeScaling:
     """Llama 3's slowing of low frequencies.
 
-    Args:
-        factor: how many times slower the lowest frequencies turn; at least 1.
-        low_freq_factor: what turns fewer times than this in `original_max_positions` tokens is slowed by all of `factor`; > 0.
-        high_freq_factor: what turns more often than this stays as it is, between them is interpolated; above `low_freq_factor`.
+    Args: factor: how many times slower the lowest frequencies turn; at least 1. low_freq_factor: frequencies
+        that turn fewer times than this in `original_max_positions` tokens are slowed by
+            all of `factor`; > 0.
+        high_freq_factor: frequencies that turn more often than this stay as they are; those between the two
+            are interpolated. Above `low_freq_factor`.
         original_max_positions: tokens that the model was pre-trained on.
     """
 
@@ -42,12 +45,13 @@ class RopeScaling:
     high_freq_factor: float
     original_max_positions: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.factor < math.inf:
             raise ValueError(f"factor must be at least 1, got {self.factor}")
         if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise ValueError(
-                f"low_freq_factor must be positive and below high_freq_factor = {self.high_freq_factor}, got {self.low_freq_factor}"
+                f"low_freq_factor must be positive and below high_freq_factor = {self.high_freq_factor}, "
+                f"got {self.low_freq_factor}"
             )
         if self.original_max_positions < 1:
             raise ValueError(f"original_max_positions must be at least 1, got {self.original_max_positions}")
@@ -84,7 +88,8 @@ def rope_table(
 
 
 def _slow_down(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Frequencies (K/2,) in radians per token, rounded in the order of operations of transformers' `llama3` rope type."""
+    """Frequencies (K/2,) in radians per token, rounded in the order of operations of transformers' `llama3`
+    rope type."""
     wavelengths, known = 2 * math.pi / frequencies, scaling.original_max_positions
     weight = (known / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -113,15 +118,16 @@ def rope_reference(q_BTHK: Tensor, k_BTGK: Tensor, cos_BTK: Tensor, sin_BTK: Ten
 
 
 @triton.jit(do_not_specialize=["N"])  # one compilation for every number of tokens
+@no_type_check
 def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_tn, stride_q_outn, stride_q_outh, stride_k_outn, stride_k_outh,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_tn,
+    stride_q_outn, stride_q_outh, stride_k_outn, stride_k_outh,
     N, H, G,
     SIGN: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(
-        0, BLOCK_N
-    )  # int64: N * H * K can exceed 2**31
+    # int64: N * H * K can exceed 2**31.
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_K)
     mask = (tokens < N)[:, None] & (cols < HALF)[None, :]
     cos = tl.load(cos_ptr + tokens[:, None] * stride_tn + cols[None, :], mask=mask, other=0.0)
@@ -131,27 +137,18 @@ def _rope_kernel(
         head = tl.program_id(1) * HEADS + index
         if head < H:
             q_ptrs = q_ptr + head * stride_qh + tokens[:, None] * stride_qn + cols[None, :]
-            _turn(
-                q_ptrs,
-                q_out_ptr + head * stride_q_outh + tokens[:, None] * stride_q_outn + cols[None, :],
-                cos,
-                sin,
-                mask,
-                HALF,
-            )
+            out_ptrs = q_out_ptr + head * stride_q_outh + tokens[:, None] * stride_q_outn + cols[None, :]
+            _turn(q_ptrs, out_ptrs, cos, sin, mask, HALF)
         elif head < H + G:
             k_ptrs = k_ptr + (head - H) * stride_kh + tokens[:, None] * stride_kn + cols[None, :]
-            _turn(
-                k_ptrs,
-                k_out_ptr + (head - H) * stride_k_outh + tokens[:, None] * stride_k_outn + cols[None, :],
-                cos,
-                sin,
-                mask,
-                HALF,
+            out_ptrs = (
+                k_out_ptr + (head - H) * stride_k_outh + tokens[:, None] * stride_k_outn + cols[None, :]
             )
+            _turn(k_ptrs, out_ptrs, cos, sin, mask, HALF)
 
 
 @triton.jit
+@no_type_check
 def _turn(x_ptrs, y_ptrs, cos, sin, mask, HALF: tl.constexpr):
     first = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -175,7 +172,8 @@ def tile_config(K: int) -> dict[str, int]:
 
 
 def _tokens(x_BTHK: Tensor) -> Tensor:
-    """(B, T, H, K) as (N, H, K) with unit stride inside a head: a view where one stride can walk the tokens, else a copy."""
+    """(B, T, H, K) as (N, H, K) with unit stride in a head: a view if one stride can walk the tokens, else a
+    copy."""
     x_NHK = x_BTHK.reshape(-1, *x_BTHK.shape[2:])
     return x_NHK if x_NHK.stride(2) == 1 else x_NHK.contiguous()
 
@@ -183,7 +181,10 @@ def _tokens(x_BTHK: Tensor) -> Tensor:
 def rope_launch(
     q_NHK: Tensor, k_NGK: Tensor, cos_NK: Tensor, sin_NK: Tensor, sign: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns q and k turned by `sign` times the angle, contiguous. Token and head strides are free, within a head the stride is 1."""
+    """Returns q and k turned by `sign` times the angle, contiguous.
+
+    Strides of tokens and heads are free; within a head the stride is 1.
+    """
     N, H, K = q_NHK.shape
     q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q_NHK, k_NGK))
     config = tile_config(K)
@@ -217,12 +218,12 @@ def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, cos, sin, ctx.sign = inputs
     ctx.save_for_backward(cos, sin)
 
 
-def _backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
     return (*_rope_op(dq, dk, *ctx.saved_tensors, -ctx.sign), None, None, None)
 
 
@@ -235,10 +236,9 @@ _rope_op.register_autograd(_backward, setup_context=_save)
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of their positions.
 
-    Args:
-        q: queries (B, T, H, K), float32 / bfloat16 / float16, any strides; K even.
-        k: keys (B, T, G, K), dtype and device of `q`.
-        cos, sin: (B, T, K) float32 as `rope_table` makes them, both halves of K alike: only the first is read.
+    Args: q: queries (B, T, H, K), float32 / bfloat16 / float16, any strides; K even. k: keys (B, T, G, K),
+        dtype and device of `q`. cos, sin: (B, T, K) float32 as `rope_table` makes them, both halves of K
+        alike: only the first is read.
 
     Returns:
         q and k turned, same shapes and dtype, contiguous. Differentiable in q and k.
@@ -248,16 +248,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
     """
-    if (
-        q.ndim != 4
-        or k.ndim != 4
-        or k.shape[:2] != q.shape[:2]
-        or k.shape[3] != q.shape[3]
-        or q.shape[3] % 2
-        or q.shape[3] == 0
-    ):
+    fits = q.ndim == k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
+    if not fits or q.shape[3] % 2 or q.shape[3] == 0:
         raise ValueError(
-            f"q and k must have shapes (B, T, H, K) and (B, T, G, K), K even, got {tuple(q.shape)} and {tuple(k.shape)}"
+            "q and k must have shapes (B, T, H, K) and (B, T, G, K), K even, "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if k.dtype != q.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
@@ -271,6 +266,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
             )
     if not q.device == k.device == cos.device == sin.device:
         raise ValueError(
-            f"q, k, cos and sin must be on one device, got {q.device}, {k.device}, {cos.device} and {sin.device}"
+            "q, k, cos and sin must be on one device, "
+            f"got {q.device}, {k.device}, {cos.device} and {sin.device}"
         )
     return _rope_op(q, k, cos, sin, 1)

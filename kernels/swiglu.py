@@ -8,9 +8,11 @@ Shazeer 2020, https://arxiv.org/abs/2002.05202.
 
 Shape letters: N rows (all leading dims flattened), F mlp dim.
 Precision: float32 inside (the reference keeps float64 as float64), cast once.
-Cost: forward reads gate and up once and writes y once; backward reads dy, gate and up once and writes dgate and dup once. Backward
-computes the sigmoid again: nothing is kept but the inputs.
+Cost: forward reads gate and up once and writes y once. Backward reads dy, gate and up once and writes dgate
+and dup once. It computes the sigmoid again, so only the inputs are kept.
 """
+
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["N"])  # one compilation for every number of rows
+@no_type_check
 def _swiglu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr,
     stride_gaten, stride_upn, stride_yn,
@@ -53,6 +56,7 @@ def _swiglu_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
+@no_type_check
 def _swiglu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
     stride_dyn, stride_gaten, stride_upn, stride_dgaten, stride_dupn,
@@ -80,7 +84,8 @@ def _swiglu_bwd_kernel(
 
 
 def tile_config(F: int) -> dict[str, int]:
-    """BLOCK_N, BLOCK_F and num_warps for rows of F elements: narrow rows share a program, wide ones are cut."""
+    """BLOCK_N, BLOCK_F and num_warps for rows of F elements. Narrow rows share a program; wide ones are
+    cut."""
     block_f = min(triton.next_power_of_2(F), _TILE)
     return {"BLOCK_N": _TILE // block_f, "BLOCK_F": block_f, "num_warps": _NUM_WARPS}
 
@@ -136,11 +141,11 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     return _swiglu_backward_op(dy, *ctx.saved_tensors)
 
 
@@ -160,7 +165,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         y (..., F), dtype of `gate`, contiguous. Differentiable once, in both.
 
     Raises:
-        ValueError: if shapes, dtypes or devices differ, a dtype is none of the three, or there is no last dimension.
+        ValueError: if shapes, dtypes or devices differ, a dtype is none of the three, or there is no last
+            dimension.
 
     Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
     """
@@ -168,7 +174,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise ValueError(f"gate must have a last dimension of at least 1, got shape {tuple(gate.shape)}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         raise ValueError(
-            f"up must have shape, dtype and device of gate, {tuple(gate.shape)}, {gate.dtype}, {gate.device}, "
+            "up must have shape, dtype and device of gate, "
+            f"{tuple(gate.shape)}, {gate.dtype}, {gate.device}, "
             f"got {tuple(up.shape)}, {up.dtype}, {up.device}"
         )
     if gate.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,8 +1,9 @@
 """Strict JSON <-> frozen dataclasses: every key is known, every value has the declared type.
 
-Each part of Lumi declares its dataclass beside its code; this file only loads, overrides and saves them.
-Supported field types: bool, int, float, str, None, Literal, `X | None`, `X | Literal`, `tuple[X, ...]`, `X | tuple[X, ...]`,
-`dict[str, X]`, a dataclass, and a union of dataclasses that tell themselves apart by a field `kind: Literal["..."]`.
+Each part of Lumi declares its dataclass beside its code. This file loads, overrides and saves them.
+Supported field types: bool, int, float, str, None, Literal, `X | None`, `X | Literal`, `tuple[X, ...]`,
+`X | tuple[X, ...]`, `dict[str, X]`, a dataclass, and a union of dataclasses with a field `kind: Literal["..."]`
+that names the right one.
 """
 
 import dataclasses
@@ -20,15 +21,15 @@ Config = TypeVar("Config")
 
 
 class UserError(ValueError):
-    """Something the user can mend. The command line shows it as one line, without a traceback, and exits with 2.
+    """A mistake that the user can mend. The command line shows one line without a traceback and exits with 2.
 
-    The line reads "SUBJECT EXPECTATION, got GOT; REMEDY". Its parts are attributes: whoever catches the error adds
-    a place (`within`) or another remedy (`replace`), and never cuts the text.
+    The line reads "SUBJECT EXPECTATION, got GOT; REMEDY". Its parts are attributes: code that catches the error
+    adds a place (`within`) or another remedy (`replace`). It never cuts the text.
 
     Args:
-        subject: what is wrong: an option, a config key, a file. Without an expectation it is the whole sentence.
+        subject: what is wrong: an option, a config key, a file; or, without an expectation, the whole sentence.
         expectation: "must be ...".
-        got: what came, as it is to be shown.
+        got: what came, as the message shows it.
         remedy: what to do.
     """
 
@@ -38,7 +39,7 @@ class UserError(ValueError):
         came = f", got {got}" if self.got else ""
         super().__init__(f"{statement}{came}{f'; {remedy}' if remedy else ''}")
 
-    def __reduce__(self) -> tuple[Any, ...]:  # it travels between processes
+    def __reduce__(self) -> tuple[Any, ...]:  # processes send it to each other
         return _rebuild_error, (type(self), self._parts())
 
     def replace(self, **parts: str) -> "UserError":
@@ -46,16 +47,11 @@ class UserError(ValueError):
         return _rebuild_error(type(self), self._parts() | parts)
 
     def within(self, place: str) -> "UserError":
-        """The same error, its subject after "PLACE: "."""
+        """The same error with "PLACE: " before its subject."""
         return self.replace(subject=f"{place}: {self.subject}")
 
     def _parts(self) -> dict[str, str]:
-        return {
-            "subject": self.subject,
-            "expectation": self.expectation,
-            "got": self.got,
-            "remedy": self.remedy,
-        }
+        return {part: getattr(self, part) for part in ("subject", "expectation", "got", "remedy")}
 
 
 def _rebuild_error(kind: type[UserError], parts: dict[str, str]) -> UserError:
@@ -66,7 +62,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
     """Build `cls` from a JSON file and dotted overrides such as `optimizer.peak_lr=3e-4`.
 
     Raises:
-        UserError: naming the file, the key, the value and, for an unknown key, the nearest known one.
+        UserError: it names the file, the key, the value and, for an unknown key, the nearest known one.
     """
     data = read_json(path)
     if not isinstance(data, dict):
@@ -77,8 +73,16 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
 
 
 def from_dict(cls: type[Config], data: dict[str, Any], where: str = "config") -> Config:
-    """Build the dataclass `cls` from plain JSON values; `where` starts every error message. Raises UserError."""
+    """Build the dataclass `cls` from plain JSON values; error messages start with `where`. Raises UserError."""
     return _build(cls, data, where, ())
+
+
+def derived() -> Any:
+    """The default of a field that `__post_init__` computes from other fields.
+
+    JSON may hold null for it. The object holds the computed value, so the field is declared without None.
+    """
+    return None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -87,12 +91,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two JSON objects, as "key.subkey was X, is Y now"; long values are cut."""
+    """What differs between two JSON objects, as "key.subkey was X, is Y now". Long values are cut."""
     flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
-    keys = [key for key in flat_old | flat_new if flat_old.get(key) != flat_new.get(key)]
-    return [
-        f"{key} was {_describe(flat_old.get(key))}, is {_describe(flat_new.get(key))} now" for key in keys
-    ]
+    pairs = {key: (flat_old.get(key), flat_new.get(key)) for key in flat_old | flat_new}
+    return [f"{key} was {_describe(a)}, is {_describe(b)} now" for key, (a, b) in pairs.items() if a != b]
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,9 +114,7 @@ def read_json(path: str | Path) -> Any:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"{path}: cannot be read: {reason}") from error
     try:
-        return json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
-        )
+        return _parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
 
@@ -122,11 +122,20 @@ def read_json(path: str | Path) -> Any:
 def write_json(path: str | Path, data: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
-    temporary.write_text(
-        json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _parse_json(text: str) -> Any:
+    """Raises ValueError for a duplicate key and for a number that is not finite."""
+    return json.loads(
+        text,
+        object_pairs_hook=_unique_keys,
+        parse_constant=_refuse_constant,
+        parse_float=_finite_float,
+    )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,9 +164,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise UserError(f"an override must look like key.subkey=value, got {override!r}")
     try:
-        value = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
-        )
+        value = _parse_json(text)
     except json.JSONDecodeError:
         value = text  # a bare word is a string: optimizer.kind=muon
     except ValueError as error:
@@ -174,9 +181,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             if not last and target.get(key) is None:
                 target[key] = {}
         else:
-            raise UserError(
-                f"override {override!r}: {'.'.join(keys[:depth])} holds {_describe(target)}, it has no keys"
-            )
+            parent = ".".join(keys[:depth])
+            raise UserError(f"override {override!r}: {parent} holds {_describe(target)}, it has no keys")
         if last:
             target[index] = value
         else:
@@ -185,22 +191,28 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _build(cls: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
     if not isinstance(value, dict):
-        raise _error(where, path, f"must be an object, got {_describe(value)}")
+        raise _error(where, path, "must be an object", value)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = typing.get_type_hints(cls)
     for key in value:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise _error(where, (*path, key), f"unknown key (value {json.dumps(value[key])[:60]}); {hint}")
+            unknown = _error(where, (*path, key), f"unknown key (value {json.dumps(value[key])[:60]})")
+            raise unknown.replace(remedy=hint)
     arguments = {}
     for name, field in fields.items():
         if name in value:
-            arguments[name] = _coerce(hints[name], value[name], where, (*path, name))
+            is_derived = value[name] is None and field.default is None
+            arguments[name] = None if is_derived else _coerce(hints[name], value[name], where, (*path, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise _error(where, (*path, name), "is required, but missing")
     try:
         return cls(**arguments)
+    except UserError as error:
+        if error.subject in fields:
+            raise error.replace(subject=_place(where, (*path, error.subject))) from error
+        raise error.replace(subject=f"{_place(where, path)} {error.subject}".lstrip()) from error
     except ValueError as error:
         raise _error(where, path, str(error)) from error
 
@@ -210,18 +222,16 @@ def _coerce(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
     if origin is Literal:
         if value in arguments and isinstance(value, type(arguments[arguments.index(value)])):
             return value
-        raise _error(
-            where, path, f"must be one of {', '.join(map(json.dumps, arguments))}, got {_describe(value)}"
-        )
+        raise _error(where, path, f"must be one of {', '.join(map(json.dumps, arguments))}", value)
     if origin in (Union, types.UnionType):
         return _coerce_union(arguments, value, where, path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise _error(where, path, f"must be a list, got {_describe(value)}")
+            raise _error(where, path, "must be a list", value)
         return tuple(_coerce(arguments[0], item, where, (*path, str(i))) for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise _error(where, path, f"must be an object, got {_describe(value)}")
+            raise _error(where, path, "must be an object", value)
         return {key: _coerce(arguments[1], item, where, (*path, key)) for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where, path)
@@ -229,7 +239,7 @@ def _coerce(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
         return float(value)
     if type(value) is hint:
         return value
-    raise _error(where, path, f"must be {_TYPE_NAMES.get(hint, hint.__name__)}, got {_describe(value)}")
+    raise _error(where, path, f"must be {_TYPE_NAMES.get(hint, hint.__name__)}", value)
 
 
 def _coerce_union(options: tuple[Any, ...], value: Any, where: str, path: tuple[str, ...]) -> Any:
@@ -247,20 +257,16 @@ def _coerce_union(options: tuple[Any, ...], value: Any, where: str, path: tuple[
         kind = value.get("kind") if isinstance(value, dict) else None
         if kind not in classes:
             raise _error(
-                where,
-                (*path, "kind"),
-                f"must be one of {', '.join(map(json.dumps, classes))}, got {_describe(kind)}",
+                where, (*path, "kind"), f"must be one of {', '.join(map(json.dumps, classes))}", kind
             )
         return _build(classes[kind], value, where, path)
     for option in options:
-        if type(value) is option or (
-            typing.get_origin(option) is Literal and value in typing.get_args(option)
-        ):
+        origin = typing.get_origin(option)
+        if type(value) is option or (origin is Literal and value in typing.get_args(option)):
             return value
-        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+        if origin is tuple and isinstance(value, list | tuple):
             return _coerce(option, value, where, path)
-    names = " or ".join(_describe_type(option) for option in options)
-    raise _error(where, path, f"must be {names}, got {_describe(value)}")
+    raise _error(where, path, f"must be {' or '.join(map(_describe_type, options))}", value)
 
 
 def _describe_type(option: Any) -> str:
@@ -272,9 +278,16 @@ def _describe_type(option: Any) -> str:
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
-def _error(where: str, path: tuple[str, ...], message: str) -> UserError:
-    prefix = f"{where}: " if where else ""
-    return UserError(f"{prefix}{'.'.join(path)}{' ' if path else ''}{message}")
+_NOTHING = object()
+
+
+def _error(where: str, path: tuple[str, ...], expectation: str, got: Any = _NOTHING) -> UserError:
+    return UserError(_place(where, path), expectation, got="" if got is _NOTHING else _describe(got))
+
+
+def _place(where: str, path: tuple[str, ...]) -> str:
+    key = ".".join(path)
+    return f"{where}: {key}".rstrip() if where else key
 
 
 def _describe(value: Any) -> str:

@@ -14,7 +14,8 @@ import lumi.configs
 from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.config import load_config, read_json
 from lumi.corpus import PrepareConfig, prepare, read_corpus
-from lumi.data.tokenization import TokenStore, tokenize
+from lumi.data.token_store import TokenStore
+from lumi.data.tokenization import tokenize
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.formats.export import merge
 from lumi.formats.pretrained import Pretrained, load_pretrained
@@ -25,8 +26,8 @@ from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 from lumi.training.metrics import human, read_metrics
+from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
-from lumi.training.trainer import train
 
 CONFIGS = Path(lumi.configs.__file__).parent / "demo"
 VALIDATION_FRACTION = 0.03

@@ -12,8 +12,8 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__f
 
 from lumi.command_line import add_config, parse, parser, run
 from lumi.config import UserError, load_config
+from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
-from lumi.training.trainer import train
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,7 @@
-"""Settings for all tests. The interpreter is chosen here because Triton reads the variable when a kernel is defined."""
+"""Settings for all tests.
+
+The interpreter is chosen here because Triton reads the variable when a kernel is defined.
+"""
 
 import json
 import os
@@ -42,7 +45,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_wanted(item, soak):
-    """`make test` leaves the tests marked soak out; `make soak` runs them alone, whole or in parts of stable members."""
+    """`make test` leaves the tests marked soak out; `make soak` runs them alone, whole or in parts of stable
+    members."""
     if soak is None or "soak" not in item.keywords:
         return (soak is None) == ("soak" not in item.keywords)
     if soak == "all":
@@ -100,8 +104,8 @@ def start(store_dir, tokenizer_dir, tmp_path):
     from runs import merged
 
     from lumi.config import from_dict
+    from lumi.training.run import train
     from lumi.training.run_config import Paths, TrainConfig
-    from lumi.training.trainer import train
 
     def start(name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, **changes):
         paths = Paths([str(d) for d in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume)
@@ -154,7 +158,10 @@ def command(store_dir, tokenizer_dir, tmp_path):
 
 @pytest.fixture
 def disk_of(tmp_path):
-    """Mount a disk of a size such as "1m"; returns its folder. Needs root: the test is skipped where that fails."""
+    """Mount a disk of a size such as "1m"; returns its folder.
+
+    Needs root: the test is skipped where that fails.
+    """
     folder = tmp_path / "disk"
 
     def disk_of(size):

@@ -1,4 +1,4 @@
-"""Tokenizers in the manner of Llama 2, trained here: a space before every text, <unk> <s> </s> and bytes first."""
+"""Small tokenizers in the manner of Llama 2: a space before every text; <unk>, <s>, </s>, bytes first."""
 
 import json
 
@@ -45,7 +45,7 @@ def write_config(folder, **changes):
 
 
 def write_json_twin(folder):
-    """`tokenizer.json` as it is published with Llama 2: the prefix by a normaliser, taken off again by the decoder."""
+    """`tokenizer.json` as published with Llama 2: a normaliser adds the prefix, the decoder removes it."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     twin = transformers_tokenizer(
         [model.id_to_piece(i) for i in range(len(model))], ("<unk>", "<s>", "</s>"), 259

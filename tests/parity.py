@@ -1,4 +1,5 @@
-"""Numerical parity: a kernel may be at most `slack` times worse than the same math in the same dtype, judged by float64."""
+"""Numerical parity: a kernel may be at most `slack` times worse than the same math in the same dtype, judged
+by float64."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Splits of token stores made by hand; document d holds 1000*d + 0, 1, 2 ... so that every token tells where it comes from."""
+"""Splits of token stores made by hand. Document d holds 1000*d + 0, 1, 2 ..., so a token tells its place."""
 
 import numpy as np
 
@@ -8,12 +8,8 @@ from lumi.data.token_store import Split
 def make_split(lengths, first=0):
     """Text: documents of the given lengths."""
     tokens = np.concatenate([1000 * d + first + np.arange(n) for d, n in enumerate(lengths)])
-    return Split(
-        tokens.astype(np.uint16),
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64),
-        None,
-        len(tokens),
-    )
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
+    return Split(tokens.astype(np.uint16), offsets, mask=None, num_bytes=len(tokens))
 
 
 def make_conversations(masks):

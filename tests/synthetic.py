@@ -4,21 +4,8 @@ import json
 import random
 from pathlib import Path
 
-_NOUNS = [
-    "river",
-    "stone",
-    "garden",
-    "letter",
-    "engine",
-    "window",
-    "teacher",
-    "forest",
-    "bridge",
-    "market",
-    "winter",
-    "signal",
-]
-_VERBS = ["finds", "carries", "opens", "measures", "follows", "paints", "repairs", "remembers"]
+_NOUNS = "river stone garden letter engine window teacher forest bridge market winter signal".split()
+_VERBS = "finds carries opens measures follows paints repairs remembers".split()
 _PLACES = [
     "near the harbour",
     "behind a wall",

@@ -4,7 +4,16 @@ from typing import Literal
 
 import pytest
 
-from lumi.config import UserError, differences, from_dict, load_config, read_json, to_dict, write_json
+from lumi.config import (
+    UserError,
+    derived,
+    differences,
+    from_dict,
+    load_config,
+    read_json,
+    to_dict,
+    write_json,
+)
 from lumi.host.storage import DamagedError
 
 
@@ -32,9 +41,29 @@ class Tree:
     circle: Circle = field(default_factory=Circle)
     names: str | tuple[str, ...] = "all"
 
+    area: int = derived()
+
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.area is None:
+            object.__setattr__(self, "area", self.steps**2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    number: int
+
+    def __post_init__(self):
+        if self.number < 1:
+            raise UserError("number", "must be at least 1", got=self.number, remedy="pass another one")
+        if self.number > 9:
+            raise UserError("number and others", "must be small")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    port: Port
 
 
 def load(tmp_path, text, overrides=()):
@@ -64,6 +93,27 @@ def test_round_trip():
     assert tree.ratio == 1.0
     assert isinstance(tree.ratio, float)
     assert from_dict(Tree, to_dict(tree)) == tree
+
+
+def test_null_for_a_derived_field_is_computed():
+    for data in ({"name": "x"}, {"name": "x", "area": None}):
+        assert from_dict(Tree, data).area == 9
+    assert from_dict(Tree, {"name": "x", "area": 5}).area == 5
+    with pytest.raises(UserError, match="steps must be an integer, got null"):
+        from_dict(Tree, {"name": "x", "steps": None})
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (0, "c: port.number must be at least 1, got 0; pass another one"),
+        (10, "c: port number and others must be small"),
+    ],
+)
+def test_an_error_that_names_a_field_gets_its_whole_key(number, message):
+    with pytest.raises(UserError) as raised:
+        from_dict(Server, {"port": {"number": number}}, "c")
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize(

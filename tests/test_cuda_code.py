@@ -1,4 +1,5 @@
-"""What nvcc made of csrc/*.cu, for GPUs that need not be here: the machine code inside the extension as it is installed is read."""
+"""What nvcc made of csrc/*.cu, for GPUs that need not be here: the machine code inside the extension as it is
+installed is read."""
 
 import re
 import shutil

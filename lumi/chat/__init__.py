@@ -1,1 +1,1 @@
-"""Conversations: messages, templates, and a conversation -> (token ids, loss mask)."""
+"""Conversations: messages, chat templates, and the rendering into (token ids, loss mask)."""

@@ -1,9 +1,10 @@
-"""A conversation -> (token ids, loss mask), both emitted together: no text is ever searched for where an answer begins or ends.
+"""A conversation -> (token ids, loss mask), both emitted together: no text is searched for an answer.
 
-A template (`lumi/chat/templates.py`) is walked part by part. Control tokens enter as ids, everything else through `Tokenizer.encode`,
-which never yields a control id: a user who writes "<|im_end|>" has written ten characters and ended no turn. Text without a
-control token in it is encoded in one piece (a header and the message behind it), except an answer, which is encoded by itself, as the
-model will generate it. Trained are an answer's tokens and the one that ends it.
+The renderer walks a template (`lumi/chat/templates.py`) part by part. Control tokens enter as ids, everything
+else through `Tokenizer.encode`, which never yields a control id: a user who writes "<|im_end|>" has written
+ten characters and ended no turn. Text between two control tokens, such as a header and its message, is
+encoded in one piece. An answer is encoded by itself, as the model will generate it. Its tokens, and the one
+that ends it, are trained.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,20 +16,9 @@ from lumi.chat.templates import TEMPLATES, Control, Template
 from lumi.config import UserError
 from lumi.host.text import utf8
 
-__all__ = [
-    "TEMPLATES",
-    "Rendered",
-    "Template",
-    "check_controls",
-    "prompt_ids",
-    "render",
-    "stop_ids",
-    "template_of",
-]
-
 
 class ChatTokenizer(Protocol):
-    """What rendering needs of a tokenizer; `lumi.tokenizer` has it."""
+    """What rendering needs of a tokenizer, such as `lumi.tokenizer.tokenizer.Tokenizer`."""
 
     control_ids: dict[str, int]
     bos_id: int
@@ -39,14 +29,17 @@ class ChatTokenizer(Protocol):
     chat_template: str | None
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """Ids of plain text, never a control id; `continues`: other tokens stand before it."""
+        """Ids of plain text, never a control id. `continues`: the text follows other tokens."""
         ...
 
 
 class Rendered(NamedTuple):
     """A conversation to train on.
 
-    ids: token ids, the last one ends an answer. mask: as many bools, whether each is trained. num_messages: how many are in it.
+    Attributes:
+        ids: token ids; the last one ends an answer.
+        mask: for each id, whether it is trained.
+        num_messages: how many messages of the conversation are in it.
     """
 
     ids: list[int]
@@ -60,14 +53,14 @@ def render(
     """A conversation as a training document.
 
     Args:
-        messages: in any order of roles; what follows the last answer is left out.
-        max_tokens: keeps whole turns from the start, up to the last answer whose end is within so many tokens.
+        messages: in any order of roles. What follows the last answer is left out.
+        max_tokens: keep whole turns from the start, up to the last answer that ends within so many tokens.
 
     Returns:
         None if there is no answer, or none within `max_tokens`.
 
     Raises:
-        UserError: the tokenizer lacks a control token of the template, or a lone surrogate in a message.
+        UserError: the tokenizer lacks a control token of the template, or a message holds a lone surrogate.
     """
     writer = _Writer(tokenizer, template)
     size = num_messages = 0
@@ -82,22 +75,20 @@ def render(
 
 
 def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
-    """The conversation so far and the header of the assistant's turn, in the template of `tokenizer.chat_template`.
+    """The conversation so far and the header of the next answer, in the tokenizer's chat template.
 
-    With one of Lumi's templates these are exactly the ids that stand before the answer in the training document; a template of another
-    origin is rendered by `foreign_template`.
+    With one of Lumi's templates these are exactly the ids before the answer in the training document.
+    `foreign_template` renders any other template.
 
     Raises:
-        UserError: the tokenizer has no chat template, lacks a control token of it, or the template refuses or mangles the conversation;
-            a message holds a lone surrogate.
+        UserError: the tokenizer has no chat template, or lacks a control token of it; the template refuses or
+            changes the conversation; a message holds a lone surrogate.
     """
     for number, message in enumerate(messages, start=1):
         try:
-            utf8(
-                message.content
-            )  # while the template does not yet stand around it: the place of an error is counted in the message
+            utf8(message.content)  # here, so that an error counts characters in the message alone
         except UserError as error:
-            raise UserError(f"message {number}: {error}") from error
+            raise error.within(f"message {number}") from error
     template = template_of(tokenizer)
     writer = _Writer(tokenizer, template)
     if template is not None:
@@ -109,21 +100,20 @@ def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[in
         for part in _foreign_parts(tokenizer, messages, add_generation_prompt=True):
             if isinstance(part, foreign_template.ControlPiece):
                 writer.control(tokenizer.control_ids[part.piece])
+            elif isinstance(part, foreign_template.Content):
+                writer.text(messages[part.place].content.strip())
             else:
-                writer.text(
-                    messages[part.place].content.strip()
-                    if isinstance(part, foreign_template.Content)
-                    else part
-                )
+                writer.text(part)
     writer.flush()
     return writer.ids
 
 
 def stop_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
-    """The ids that end an answer: EOS, and what the chat template puts behind an answer.
+    """The ids that end an answer: EOS, and the first control token after an answer in the chat template.
 
     Raises:
-        UserError: the tokenizer lacks a control token of its template, or the template fails on a question and its answer.
+        UserError: the tokenizer lacks a control token of its template, or the template fails on a question
+            and its answer.
     """
     ids = {tokenizer.eos_id}
     if (template := template_of(tokenizer)) is not None:
@@ -131,26 +121,20 @@ def stop_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
     elif tokenizer.chat_template:
         probe = [Message("user", "a question"), Message("assistant", "an answer")]
         parts = _foreign_parts(tokenizer, probe, add_generation_prompt=False)
-        behind = parts[parts.index(foreign_template.Content(1)) + 1 :]
-        ids.update(
-            [
-                tokenizer.control_ids[part.piece]
-                for part in behind
-                if isinstance(part, foreign_template.ControlPiece)
-            ][:1]
-        )
+        after_answer = parts[parts.index(foreign_template.Content(1)) + 1 :]
+        pieces = [part.piece for part in after_answer if isinstance(part, foreign_template.ControlPiece)]
+        ids.update(tokenizer.control_ids[piece] for piece in pieces[:1])
     return frozenset(ids)
 
 
 def template_of(tokenizer: ChatTokenizer) -> Template | None:
     """The one of `TEMPLATES` whose Jinja text is the tokenizer's chat template, or None."""
-    return next(
-        (template for template in TEMPLATES.values() if template.jinja == tokenizer.chat_template), None
-    )
+    same = (template for template in TEMPLATES.values() if template.jinja == tokenizer.chat_template)
+    return next(same, None)
 
 
 def check_controls(tokenizer: ChatTokenizer, template: Template) -> dict[Control, int]:
-    """The ids of a template's control tokens. Raises UserError if the tokenizer lacks one: which, and what templates it can use."""
+    """The ids of the control tokens. Raises UserError if the tokenizer lacks one that the template needs."""
     known = {
         Control.BOS: tokenizer.bos_id,
         Control.EOS: tokenizer.eos_id,
@@ -161,32 +145,37 @@ def check_controls(tokenizer: ChatTokenizer, template: Template) -> dict[Control
     if missing := sorted(control.name for control in template.controls - ids.keys()):
         usable = [other.name for other in TEMPLATES.values() if other.controls <= ids.keys()]
         raise UserError(
-            f"--template must need no control token that the tokenizer lacks, got {template.name}, which needs {' and '.join(missing)}; "
-            f"use {' or '.join(usable) or 'another tokenizer'}"
+            "--template",
+            "must need no control token that the tokenizer lacks",
+            got=f"{template.name}, which needs {' and '.join(missing)}",
+            remedy=f"use {' or '.join(usable) or 'another tokenizer'}",
         )
     return ids
 
 
 class _Writer:
-    """Ids and mask as they grow. Text waits until a control token, an answer or `flush`, so that it is encoded in one piece."""
+    """Ids and mask as they grow.
+
+    Text waits until a control token, an answer or `flush`, so that it is encoded in one piece.
+    """
 
     def __init__(self, tokenizer: ChatTokenizer, template: Template | None):
         self.tokenizer, self.template = tokenizer, template
         self.control_ids = check_controls(tokenizer, template) if template is not None else {}
         self.ids: list[int] = []
         self.mask: list[bool] = []
-        self.end_of_answer = 0  # number of tokens up to the end of the last answer
+        self.end_of_answer = 0  # tokens up to the end of the last answer
         self._waiting: list[str] = []
 
     def begin(self, messages: Sequence[Message]) -> None:
-        """BOS, and the template's own system message where there is no other."""
+        """BOS, and the template's default system message if the conversation brings none."""
         assert self.template is not None
         self.control(self.control_ids[Control.BOS])
         if self.template.default_system is not None and not (messages and messages[0].role == "system"):
             self.turn(Message("system", self.template.default_system))
 
     def turn(self, message: Message) -> None:
-        """A message with what stands before and after it."""
+        """A message and what the template puts around it."""
         assert self.template is not None
         before, after = self.template.turns[message.role]
         self.parts(before)
@@ -218,7 +207,7 @@ class _Writer:
         self._add([token_id], trained=False)
 
     def flush(self) -> None:
-        """Encode the text that waits."""
+        """Encode the waiting text."""
         if text := "".join(self._waiting):
             self._add(self.tokenizer.encode(text, continues=bool(self.ids)), trained=False)
         self._waiting = []
@@ -233,17 +222,17 @@ def _foreign_parts(
 ) -> tuple[foreign_template.Part, ...]:
     if not tokenizer.chat_template:
         raise UserError(
-            "the tokenizer must have a chat template, got none: the model was not made for conversations; continue a text with "
-            "`lumi generate --prompt`, or fine-tune the model on conversations"
+            "the tokenizer",
+            "must have a chat template",
+            got="none: the model was not made for conversations",
+            remedy="continue a text with `lumi generate --prompt`, or fine-tune the model on conversations",
         )
     spelling = {token_id: piece for piece, token_id in tokenizer.control_ids.items()}
-    variables = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     return foreign_template.parts(
         tokenizer.chat_template,
         messages,
         pieces=tuple(tokenizer.control_ids),
-        variables=tuple(
-            (name, spelling[token_id]) for name, token_id in variables.items() if token_id is not None
-        ),
+        variables=[(name, spelling[token_id]) for name, token_id in ids.items() if token_id is not None],
         add_generation_prompt=add_generation_prompt,
     )

@@ -1,8 +1,8 @@
-"""The layouts of a conversation as data: what stands before and after each role's messages, and the Jinja text that says the same.
+"""Layouts of a conversation as data: what stands before and after the messages of each role.
 
-The Jinja text is for other programs (transformers, vLLM, llama.cpp), which read it from `chat_template.jinja`
-beside a model. Lumi itself renders from the data (`lumi/chat/rendering.py`): a finished text no longer shows
-which part was a marker and which a user's words.
+The same layout as Jinja text is for other programs (transformers, vLLM, llama.cpp), which read it from
+`chat_template.jinja` beside a model. Lumi renders from the data (`lumi/chat/rendering.py`): a finished text
+no longer shows which part was a marker and which a user's words.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ class Control(Enum):
 Parts = tuple[str | Control, ...]
 
 
-class Turn(NamedTuple):
-    """What stands before and after a message; an assistant's `after` begins with the token that ends its turn."""
+class TurnLayout(NamedTuple):
+    """What stands around a message. The assistant's `after` begins with the token that ends its turn."""
 
     before: Parts
     after: Parts
@@ -33,25 +33,23 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A layout of conversations.
+    """A layout of conversations. Every conversation begins with BOS.
 
     Attributes:
-        name: what it is called on the command line and in manifests.
-        turns: for each role what encloses its messages; the assistant's `before` is also what asks for an answer.
-        default_system: the system message of a conversation that has none; None: there is no such message then.
-
-    Every conversation begins with BOS.
+        name: on the command line and in manifests.
+        turns: for each role what stands around its messages. The assistant's `before` also asks for an
+            answer.
+        default_system: the system message of a conversation that brings none; None: it stays without one.
     """
 
     name: str
-    turns: Mapping[str, Turn]
+    turns: Mapping[str, TurnLayout]
     default_system: str | None = None
 
-    def __post_init__(self):
-        if not isinstance(self.turns["assistant"].after[0], Control):
-            raise ValueError(
-                f"turns['assistant'].after must begin with a control token, got {self.turns['assistant'].after!r}"
-            )
+    def __post_init__(self) -> None:
+        after = self.turns["assistant"].after
+        if not isinstance(after[0], Control):
+            raise ValueError(f"turns['assistant'].after must begin with a control token, got {after!r}")
 
     @property
     def end_of_turn(self) -> Control:
@@ -72,21 +70,18 @@ class Template:
         lines = ["{{- bos_token }}"]
         if self.default_system is not None:
             system = self.turns["system"]
+            default = _expression((*system.before, self.default_system, *system.after))
             lines.append("{%- if not messages or messages[0]['role'] != 'system' %}")
-            lines.append(
-                f"    {{{{- {_expression((*system.before, self.default_system, *system.after))} }}}}"
-            )
+            lines.append(f"    {{{{- {default} }}}}")
             lines.append("{%- endif %}")
         lines.append("{%- for message in messages %}")
         for number, (role, turn) in enumerate(self.turns.items()):
             around = [_expression(turn.before), "message['content']", _expression(turn.after)]
             lines.append(f"    {{%- {'elif' if number else 'if'} message['role'] == '{role}' %}}")
             lines.append(f"        {{{{- {' + '.join(filter(None, around))} }}}}")
-        known = ", ".join(self.turns)
+        refusal = f"'role must be one of {', '.join(self.turns)}, got ' + message['role']"
         lines.append("    {%- else %}")
-        lines.append(
-            f"        {{{{- raise_exception('role must be one of {known}, got ' + message['role']) }}}}"
-        )
+        lines.append(f"        {{{{- raise_exception({refusal}) }}}}")
         lines += ["    {%- endif %}", "{%- endfor %}", "{%- if add_generation_prompt %}"]
         lines.append(f"    {{{{- {_expression(self.turns['assistant'].before)} }}}}")
         return "\n".join([*lines, "{%- endif %}\n"])
@@ -94,41 +89,42 @@ class Template:
 
 def _expression(parts: Parts) -> str:
     terms = (part.value if isinstance(part, Control) else _quote(part) for part in parts)
-    return " + ".join(terms).replace(
-        "' + '", ""
-    )  # neighbouring literals as one; a quote within one has a backslash before it
+    # Neighbouring literals become one. A quote inside a literal has a backslash before it, and is not
+    # touched.
+    return " + ".join(terms).replace("' + '", "")
 
 
 def _quote(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-# OpenAI's "chat markup language" as Qwen, SmolLM and many others use it, behind a BOS
+# OpenAI's "chat markup language" as Qwen, SmolLM and many others use it, after a BOS.
 CHATML = Template(
     name="chatml",
     turns={
-        role: Turn((Control.IM_START, f"{role}\n"), (Control.IM_END, "\n"))
+        role: TurnLayout((Control.IM_START, f"{role}\n"), (Control.IM_END, "\n"))
         for role in ("system", "user", "assistant")
     },
 )
 
-# Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca, continued after EOS for further turns
+# Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca; further turns follow after EOS.
 ALPACA = Template(
     name="alpaca",
     turns={
-        "system": Turn((), ("\n\n",)),
-        "user": Turn(("### Instruction:\n",), ("\n\n",)),
-        "assistant": Turn(("### Response:\n",), (Control.EOS, "\n\n")),
+        "system": TurnLayout((), ("\n\n",)),
+        "user": TurnLayout(("### Instruction:\n",), ("\n\n",)),
+        "assistant": TurnLayout(("### Response:\n",), (Control.EOS, "\n\n")),
     },
-    default_system="Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    default_system="Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
 )
 
 PLAIN = Template(
     name="plain",
     turns={
-        "system": Turn((), ("\n\n",)),
-        "user": Turn(("User:\n",), ("\n\n",)),
-        "assistant": Turn(("Assistant:\n",), (Control.EOS, "\n\n")),
+        "system": TurnLayout((), ("\n\n",)),
+        "user": TurnLayout(("User:\n",), ("\n\n",)),
+        "assistant": TurnLayout(("Assistant:\n",), (Control.EOS, "\n\n")),
     },
 )
 

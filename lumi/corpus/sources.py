@@ -16,7 +16,7 @@ from lumi.corpus.conversations import (
 from lumi.corpus.oasst import OasstFormat, OasstMessagesFormat
 from lumi.corpus.python_docs import LAYOUT_VERSION, installed_versions
 from lumi.corpus.python_questions import PHRASING_VERSION
-from lumi.host.storage import check_patterns, matching_files
+from lumi.host.file_patterns import check_patterns, matching_files
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -1,1 +1,1 @@
-"""Stage `tokenize`, and what training reads: the token store, rows, batches as functions of (seed, step)."""
+"""Stage `tokenize`, and what training reads: token stores, rows, batches as functions of (seed, step)."""

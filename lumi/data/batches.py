@@ -1,9 +1,11 @@
 """Token stores -> training batches, as pure functions of (seed, step).
 
-The rows of each store (`lumi.data.rows`) are interleaved by the stores' weights. No state but the step is needed to resume, with any number
-of processes. Pre-training and fine-tuning take the same path from here on: they differ in which targets count.
+The rows of each store (`lumi.data.rows`) are interleaved by the stores' weights. A run resumes from the step
+alone, with any number of processes. From here on pre-training and fine-tuning take the same path; they differ
+in which targets are trained.
 
-Documents in a row never see each other: `cu_seqlens` marks where each begins, positions restart there, and no target crosses it.
+Documents in a row never see each other: `cu_seqlens` marks where each begins, positions restart there, and no
+target crosses the mark.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,38 +18,42 @@ import torch
 from torch import Tensor
 
 from lumi.config import UserError
-from lumi.data.rows import Row, make_rows, validation_rows
+from lumi.data.rows import TokenRow, make_rows, validation_rows
 from lumi.data.token_store import Split
 
-IGNORE = -100  # a target that is not trained; torch's and the kernels' ignore_index
-_WEIGHT_UNITS = (
-    1_000_000  # mixing weights are rounded to millionths, so that interleaving is exact integer arithmetic
-)
-
+IGNORE = -100  # a target that is not trained: `ignore_index` in torch and in the kernels
+# Mixing weights are rounded to millionths, so that interleaving is exact integer arithmetic.
+_WEIGHT_UNITS = 1_000_000
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Sizes of a batch. `batch_tokens` counts the tokens of one optimizer step over all processes."""
+    """Sizes of a batch.
+
+    Args:
+        sequence_length: tokens of a row, at least 2.
+        batch_tokens: tokens of one optimizer step, over all processes.
+        micro_batch_size: rows that one process holds at a time; "auto": as many as fit into memory.
+    """
 
     sequence_length: int = 1024
     batch_tokens: int = 65_536
-    micro_batch_size: int | Literal["auto"] = (
-        8  # rows that one process holds at a time; "auto": as many as fit into memory
-    )
+    micro_batch_size: int | Literal["auto"] = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sequence_length < 2:
-            raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
+            raise UserError("sequence_length", "must be at least 2", got=self.sequence_length)
         rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
         if rows < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
-        if self.batch_tokens < 1 or self.batch_tokens % (self.sequence_length * rows):
-            raise ValueError(
-                f"batch_tokens must be a multiple of sequence_length x micro_batch_size = {self.sequence_length * rows}, "
-                f"got {self.batch_tokens}"
+            raise UserError("micro_batch_size", "must be at least 1", got=self.micro_batch_size)
+        multiple = self.sequence_length * rows
+        if self.batch_tokens < 1 or self.batch_tokens % multiple:
+            raise UserError(
+                "batch_tokens",
+                f"must be a multiple of sequence_length x micro_batch_size = {multiple}",
+                got=self.batch_tokens,
             )
 
     @property
@@ -57,25 +63,40 @@ class BatchConfig:
 
     @property
     def micro_batch_rows(self) -> int:
-        """The micro-batch size, which `lumi.training.preflight` has chosen where it was "auto"."""
+        """The micro-batch size as a number. `lumi.training.preflight` has replaced "auto" by then."""
         assert self.micro_batch_size != "auto"
         return self.micro_batch_size
 
     def micro_steps(self, data_size: int) -> int:
-        """Micro-batches that a process runs in a step, where `data_size` of them (or groups of them) read different rows. Raises
-        UserError where they do not come out even."""
+        """Micro-batches that each process runs in one step.
+
+        Args:
+            data_size: number of processes, or groups of processes, that read different rows.
+
+        Raises:
+            UserError: the rows of a step do not divide evenly.
+        """
         if self.rows % (self.micro_batch_rows * data_size):
+            sizes = f"{self.sequence_length} x {self.micro_batch_rows} x {data_size}"
             raise UserError(
-                f"batches.batch_tokens must be a multiple of sequence_length x micro_batch_size x processes = "
-                f"{self.sequence_length} x {self.micro_batch_rows} x {data_size}, got {self.batch_tokens}"
+                "batches.batch_tokens",
+                f"must be a multiple of sequence_length x micro_batch_size x processes = {sizes}",
+                got=self.batch_tokens,
             )
         return self.rows // (self.micro_batch_rows * data_size)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens. Tensors: `tokens`, `targets` (IGNORE where untrained), `positions` (B, T) int64; `cu_seqlens` int32, the
-    offsets of the documents in the B*T flattened tokens, from 0 to B*T, every row's start among them."""
+    """B rows of T tokens.
+
+    Attributes:
+        tokens: (B, T) int64.
+        targets: (B, T) int64, IGNORE where untrained.
+        positions: (B, T) int64, from 0 in every document.
+        cu_seqlens: (documents + 1,) int32, offsets of the documents in the B*T flattened tokens, from 0 to
+            B*T. Every row begins a document.
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -89,41 +110,35 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(
-            *(
-                t.to(device, non_blocking=True)
-                for t in (self.tokens, self.targets, self.positions, self.cu_seqlens)
-            )
-        )
+        tensors = (self.tokens, self.targets, self.positions, self.cu_seqlens)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 class Batches:
-    """The training batches of a run: `batches[step]` is one whole optimizer step, `batches.rows(step, a, b)` a part of it.
+    """The batches of a run: `batches[step]` is one optimizer step, `batches.rows(step, a, b)` a part of it.
 
     Args:
         splits: one per `--data-dirs`.
-        weights: share of the rows that each gets; normalised here. None: in proportion to the tokens.
+        weights: share of the rows for each split; normalised here. None: in proportion to the tokens.
         config: sizes.
         seed: of the shuffling.
     """
 
     def __init__(
         self, splits: Sequence[Split], weights: Sequence[float] | None, config: BatchConfig, seed: int
-    ):
+    ) -> None:
         self.config = config
         self.stores = [
             make_rows(split, config.sequence_length, seed + index) for index, split in enumerate(splits)
         ]
-        sizes = [float(rows.num_tokens) for rows in self.stores]
-        weights = sizes if weights is None else list(weights)
+        weights = [float(rows.num_tokens) for rows in self.stores] if weights is None else list(weights)
         if len(weights) != len(splits):
-            raise UserError(
-                f"--data-weights must name one weight per data folder, got {len(weights)} for {len(splits)}"
-            )
+            got = f"{len(weights)} for {len(splits)}"
+            raise UserError("--data-weights", "must name one weight per data folder", got=got)
         if any(not 0 < weight < float("inf") for weight in weights):
-            raise UserError(f"--data-weights must be positive numbers, got {weights}")
+            raise UserError("--data-weights", "must be positive numbers", got=weights)
         units = [max(1, round(weight / sum(weights) * _WEIGHT_UNITS)) for weight in weights]
-        units[int(np.argmax(units))] += _WEIGHT_UNITS - sum(units)
+        units[int(np.argmax(units))] += _WEIGHT_UNITS - sum(units)  # what rounding left over
         self.units = np.array(units, dtype=np.int64)
 
     @property
@@ -140,10 +155,9 @@ class Batches:
         return collate([self.stores[store].row(row) for store, row in self._rows(step, start, stop)])
 
     def documents(self, step: int, start: int, stop: int) -> list[tuple[int, list[int]]]:
-        """Which (store index, document ids) the rows [start, stop) of a step are made of; names a bad batch."""
-        return [
-            (store, self.stores[store].row(row).documents) for store, row in self._rows(step, start, stop)
-        ]
+        """(store index, document ids) of each of the rows [start, stop) of a step, to name a bad batch."""
+        rows = self._rows(step, start, stop)
+        return [(store, self.stores[store].row(row).documents) for store, row in rows]
 
     def mix(self, step: int) -> list[float]:
         """The share of the rows that each store has had after `step` steps."""
@@ -152,23 +166,23 @@ class Batches:
 
     def _rows(self, step: int, start: int, stop: int) -> list[tuple[int, int]]:
         if step < 1 or not 0 <= start < stop <= self.config.rows:
-            raise ValueError(
-                f"rows must lie in step >= 1, 0 <= start < stop <= {self.config.rows}, got {step}, {start}, {stop}"
-            )
+            bounds = f"step >= 1, 0 <= start < stop <= {self.config.rows}"
+            raise ValueError(f"rows must lie in {bounds}, got {step}, {start}, {stop}")
         first = (step - 1) * self.config.rows
         return interleave(self.units, first + start, first + stop)
 
 
 def interleave(units: np.ndarray, start: int, stop: int) -> list[tuple[int, int]]:
-    """Which row of which store stands at the places [start, stop) of the mixed sequence.
+    """The (store, row) at each of the places [start, stop) of the mixed sequence.
 
-    Row k of a store with weight w stands at time (k + 1/2) / w; the sequence is the rows of all stores in order of time. So after
-    any number of rows every store is within one row or so of its share, and any part of the sequence costs the same to compute.
+    Row k of a store with weight w has time (k + 1/2) / w, and the sequence is the rows of all stores in order
+    of time. So after any number of rows every store is within about one row of its share, and every part of
+    the sequence costs the same to compute.
 
     Args:
         units: (stores,) int64, weights in millionths, adding up to a million.
     """
-    before = max(0, start - len(units))  # at time t between t - stores/2 and t + stores/2 rows have passed
+    before = max(0, start - len(units))  # at time t, between t - stores/2 and t + stores/2 rows have passed
     counts = _counts_at(units, before)
     last = _counts_at(units, stop + len(units))
     stores = np.repeat(np.arange(len(units)), last - counts)
@@ -193,9 +207,15 @@ def _counts_before(units: np.ndarray, place: int) -> list[int]:
 def validation_batches(
     split: Split, config: BatchConfig, rank: int, size: int, max_tokens: int | None
 ) -> Iterator[Batch]:
-    """One process's share of a split, in a fixed order, without wrapping round; what fills the last rows is not trained. `max_tokens`
-    bounds what all processes read together. All `size` of them get the same number of batches, for a sharded model is called by all
-    together: one that has no row left gets one without targets."""
+    """One process's share of a split, once, in a fixed order. The padding of the last rows is not trained.
+
+    All processes get the same number of batches, because they must call a sharded model together. A process
+    without rows left gets a batch without targets.
+
+    Args:
+        rank, size: of this process among those that read different rows.
+        max_tokens: about how many tokens all processes may read together. None: the whole split.
+    """
     count, read = validation_rows(split, config.sequence_length, max_tokens)
     mine = range(rank, count, size)
     for first in range(0, -(-count // size), config.micro_batch_rows):
@@ -207,7 +227,7 @@ def validation_batches(
 
 
 def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tuple[int, Result]]:
-    """(step, load(step)) for every step; the next one is loaded by a thread while this one is used."""
+    """(step, load(step)) for every step. A thread loads the next one while the caller uses this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting: list[tuple[int, Future[Result]]] = []
         for step in steps:
@@ -219,14 +239,14 @@ def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tu
             yield ready, result.result()
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Rows of T + 1 tokens -> a batch of (B, T); this is where targets are shifted and masked, once."""
+def collate(rows: Sequence[TokenRow]) -> Batch:
+    """Rows of T + 1 tokens -> a batch of (B, T). Targets are shifted and masked here and nowhere else."""
     tokens_BU = np.stack([row.tokens for row in rows])
     starts_BU = np.stack([row.starts for row in rows])
     trained_BU = np.stack([row.trained for row in rows])
     targets = np.where(starts_BU[:, 1:] | ~trained_BU[:, 1:], IGNORE, tokens_BU[:, 1:])
     starts = starts_BU[:, :-1].copy()
-    starts[:, 0] = True  # a document that began in an earlier row begins anew here
+    starts[:, 0] = True  # the rest of a document from an earlier row is a document of its own
     offsets = np.flatnonzero(starts)
     flat = np.arange(starts.size)
     positions = flat - offsets[np.cumsum(starts.reshape(-1)) - 1]

@@ -17,8 +17,8 @@ import torch
 import lumi
 import lumi.configs
 from lumi.config import UserError, to_dict, write_json
+from lumi.data.token_cache import open_or_tokenize
 from lumi.data.token_store import Split
-from lumi.data.tokenization import open_or_tokenize
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions
 from lumi.evaluation.perplexity import (
     Document,

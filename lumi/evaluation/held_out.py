@@ -11,16 +11,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 
-from lumi.config import UserError
 from lumi.data.batches import IGNORE, BatchConfig, validation_batches
 from lumi.data.token_store import Split
 from lumi.model.transformer import Transformer
-from lumi.parallel.world import World, attempt
+from lumi.parallel.world import World
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,21 @@ def held_out_loss(
     config: BatchConfig,
     world: World,
     max_tokens: int | None = None,
-    stopping: Callable[[str | None], bool] | None = None,
+    stopping: Callable[[], bool] | None = None,
 ) -> HeldOut | None:
     """Loss over whole splits, shared among the processes, which call this together.
 
     Args:
         token_bytes: (V,) int, the UTF-8 bytes that each token stands for.
         max_tokens: of each split; None: all.
-        stopping: asked before each batch, by all processes together, which must get the same answer; it is told why this process cannot
-            read the batch, if so. None: nothing stops it but such an error.
+        stopping: asked before each batch by all processes together; they must get the same answer. None: nothing
+            cuts it short.
 
     Returns:
         None where `stopping` ended it.
 
     Raises:
-        UserError: data cannot be read, and there is no `stopping` to end it.
+        UserError: a process cannot read its data; as `World.fail_together`.
     """
     bytes_V = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(world.device)
     nats, tokens, num_bytes = 0.0, 0, 0
@@ -63,11 +61,10 @@ def held_out_loss(
         for split in splits:
             batches = validation_batches(split, config, world.data_rank, world.layout.data, max_tokens)
             while True:
-                batch, fault = attempt(partial(next, batches, None))
-                if stopping is not None and stopping(fault):
+                with world.fail_together():
+                    batch = next(batches, None)
+                if stopping is not None and stopping():
                     return None
-                if fault is not None:
-                    raise UserError(fault)
                 if batch is None:
                     break
                 batch = batch.to(world.device)

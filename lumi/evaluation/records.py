@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lumi.config import UserError
-from lumi.host.storage import check_patterns, matching_files
+from lumi.host.file_patterns import check_patterns, matching_files
 from lumi.host.text import utf8
 
 Record = dict[str, Any]

@@ -66,7 +66,7 @@ def load_pretrained(
         and (template := adapter / TEMPLATE_FILE).is_file()
     ):
         tokenizer = tokenizer.with_chat_template(template.read_text(encoding="utf-8"))
-    model = load_model(folder, select("auto", chosen, read_shape(folder).per_head), dtype, tokenizer)
+    model = load_model(folder, select("auto", chosen, read_shape(folder).head_dim), dtype, tokenizer)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)

@@ -1,1 +1,1 @@
-"""The machine: files that are whole or absent, signals, workers, progress, devices."""
+"""The machine: files, folders that are whole or absent, locks, signals, workers, progress, devices."""

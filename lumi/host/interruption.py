@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a run is at work."""
+"""SIGTERM and SIGINT during a run."""
 
 import contextlib
 import os
@@ -8,24 +8,30 @@ from collections.abc import Iterator
 
 
 class Interrupted(BaseException):
-    """A signal came during work that has nothing to save. Like KeyboardInterrupt no Exception: nobody's `except Exception` swallows it.
+    """A signal came during work that has nothing to save.
 
-    `number` is the signal's.
+    Like KeyboardInterrupt it is no Exception, so that no `except Exception` swallows it.
+
+    Attributes:
+        number: the signal's.
     """
 
-    def __init__(self, number: int):
+    def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int]]:  # processes tell each other of it
+        return Interrupted, (self.number,)
+
 
 class StopSignal:
-    """The two signals, within a `with` block of the main thread, which lasts as long as the run.
+    """Handles both signals within a `with` block of the main thread, which lasts as long as the run.
 
-    The first one sets `received`, a flag that a loop reads between steps; within `interrupting` it also ends the work at once. A second
-    one ends the process.
+    The first signal sets `received`, a flag that a loop reads between steps. Within `interrupting` it also
+    ends the work at once. A second signal ends the process.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received, self.time = 0, 0.0
         self._depth = 0  # of `interrupting` blocks
 
@@ -41,10 +47,11 @@ class StopSignal:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within the block, whose work has nothing to save and cleans up behind an exception, a signal raises Interrupted.
+        """Within the block a signal raises Interrupted; at its start, so does a signal that came before.
 
-        So does one that came before. For the main thread's own work, such as reading and tokenizing: not for what other processes wait
-        for, as in a collective of torch, which would never come to its end. Blocks may be nested.
+        The block's work has nothing to save and cleans up when an exception passes through it: reading,
+        tokenizing. It must not be work that other processes wait for, such as a collective of torch: they
+        would wait for ever. Blocks nest.
 
         Raises:
             Interrupted: in the main thread, at any place in the block.
@@ -53,7 +60,7 @@ class StopSignal:
         try:
             self._raise_if_received()
             yield
-            self._raise_if_received()  # Python prints and forgets what is raised within a `__del__`, and a signal may come there
+            self._raise_if_received()  # a signal may come in a `__del__`, whose exceptions Python drops
         finally:
             self._depth -= 1
 
@@ -67,7 +74,6 @@ class StopSignal:
             self.received, self.time = number, now
             if self._depth:
                 raise Interrupted(number)
-        elif (
-            now - self.time > 1.0
-        ):  # torchrun hands Ctrl-C on to processes that the terminal has already told: that is not a second one
+        # The terminal sends Ctrl-C to every process, and torchrun repeats it: that is no second signal.
+        elif now - self.time > 1.0:
             os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""Safetensors files: written with their hash and fsynced, and read."""
+"""Safetensors files: written with their SHA-256 and fsynced, and read."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from torch import Tensor
 from lumi.config import UserError
 
 _CHUNK_BYTES = 2**28  # written, synced and reported at a time: minutes on the slowest disks
+
 SAFETENSORS_TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -34,23 +35,47 @@ def save_tensors(
     metadata: dict[str, str] | None = None,
     moved: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write tensors as safetensors and fsync the file.
+    """Write a safetensors file and fsync it.
 
-    The library would neither hash the bytes as they pass nor release Python to other threads meanwhile.
+    Unlike the library, this hashes the bytes as it writes them, and other threads run meanwhile.
 
     Args:
-        metadata: beside `{"format": "pt"}`, which other readers expect.
-        moved: called from time to time, as long as the writing advances.
+        metadata: added to `{"format": "pt"}`, which other readers expect.
+        moved: called after every chunk that is written.
 
     Returns:
-        the file's record, as `lumi.host.storage.file_record`.
+        the file's record, as `lumi.host.storage.file_record` gives it.
     """
-    # Wide types first, so that all are aligned.
+    # Wide types come first, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    prefix = _header({name: tensors[name] for name in names}, metadata or {})
+    digest, size, unsynced = hashlib.sha256(prefix), len(prefix), 0
+    with open(path, "wb") as file:
+        file.write(prefix)
+        for name in names:
+            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            size += len(data)
+            for start in range(0, len(data), _CHUNK_BYTES):
+                chunk = data[start : start + _CHUNK_BYTES]
+                digest.update(chunk)
+                file.write(chunk)
+                unsynced += len(chunk)
+                # Without this, memory takes the whole file at once, and the last fsync blocks for hours.
+                if unsynced >= _CHUNK_BYTES:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    unsynced = 0
+                moved()
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """How the file begins: the header's length and the header, JSON with each tensor's type, shape, place."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name in names:
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": SAFETENSORS_TYPES[tensor.dtype],
@@ -59,25 +84,7 @@ def save_tensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    prefix = len(text).to_bytes(8, "little") + text
-    digest, unsynced = hashlib.sha256(prefix), 0
-    with open(path, "wb") as file:
-        file.write(prefix)
-        for name in names:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            for start in range(0, len(data), _CHUNK_BYTES):
-                chunk = data[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
-                file.write(chunk)
-                unsynced += len(chunk)
-                if unsynced >= _CHUNK_BYTES:  # else memory takes everything, and the last fsync takes hours
-                    file.flush()
-                    os.fsync(file.fileno())
-                    unsynced = 0
-                moved()
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": len(prefix) + end, "sha256": digest.hexdigest()}
+    return len(text).to_bytes(8, "little") + text
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
-"""Work in other processes or threads: a function over items, results in the items' order, a bounded number in memory.
+"""A function over many items in processes or threads: results in the items' order, few in memory at a time.
 
-Processes are spawned, not forked: this one has threads (Arrow, progress, torch), and a forked child would inherit their locks.
+Processes are spawned, not forked: this process has threads (Arrow, progress, torch), and a forked child would
+inherit their locks.
 """
 
 import multiprocessing
@@ -21,20 +22,23 @@ Result = TypeVar("Result")
 
 
 class Workers(Generic[Item, Result]):
-    """`num_workers` processes, or threads, that call `function(shared, item)`; with one, it is called right here.
+    """`num_workers` processes, or threads, that call `function(shared, item)`. One is the calling thread.
+
+    Workers start at the first `map` and end with the `with` block.
 
     Args:
-        function: a module's function; its module is imported in every process, so it should import little.
+        function: defined in a module, which each process imports; the module should import little.
         shared: sent to each process once.
-        num_workers: at least 1. They start when they are first needed and end with the `with` block.
-        threads: for functions that spend their time outside the interpreter's lock: threads start at once and copy nothing.
+        num_workers: at least 1.
+        threads: use threads, for a function that releases the interpreter's lock. They start at once and copy
+            nothing.
     """
 
     def __init__(
         self, function: Callable[[Any, Item], Result], shared: Any, num_workers: int, *, threads: bool = False
-    ):
+    ) -> None:
         if num_workers < 1:
-            raise UserError(f"--num-workers must be at least 1, got {num_workers}")
+            raise UserError("--num-workers", "must be at least 1", got=num_workers)
         self.function, self.shared, self.num_workers, self.threads = function, shared, num_workers, threads
         self._pool: Executor | None = None
 
@@ -46,7 +50,7 @@ class Workers(Generic[Item, Result]):
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
-        """The results in order, at most `num_workers` + 2 of them in memory at once. Raises UserError if a worker process dies."""
+        """The results in order, at most `num_workers` + 2 in memory. Raises UserError if a process dies."""
         if self.num_workers == 1:
             for item in items:
                 yield self.function(self.shared, item)
@@ -56,14 +60,17 @@ class Workers(Generic[Item, Result]):
         pending: deque[Future[Result]] = deque()
         try:
             for item in items:
-                pending.append(self._submit(item))
+                pending.append(self._submit(self._pool, item))
                 if len(pending) >= self.num_workers + 2:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"--num-workers must leave each process enough memory, got {self.num_workers}: a worker process died; use fewer workers"
+                "--num-workers",
+                "must leave each process enough memory",
+                got=f"{self.num_workers}: a worker process died",
+                remedy="use fewer workers",
             ) from error
         finally:
             for future in pending:
@@ -73,17 +80,13 @@ class Workers(Generic[Item, Result]):
         if self.threads:
             return ThreadPoolExecutor(self.num_workers)
         spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(
-            self.num_workers, spawn, initializer=_start, initargs=(self.function, self.shared)
-        )
+        shared = (self.function, self.shared)
+        return ProcessPoolExecutor(self.num_workers, spawn, initializer=_start, initargs=shared)
 
-    def _submit(self, item: Item) -> Future[Result]:
-        assert self._pool is not None
-        return (
-            self._pool.submit(self.function, self.shared, item)
-            if self.threads
-            else self._pool.submit(_call, item)
-        )
+    def _submit(self, pool: Executor, item: Item) -> Future[Result]:
+        if self.threads:
+            return pool.submit(self.function, self.shared, item)
+        return pool.submit(_call, item)
 
 
 def num_cores() -> int:
@@ -91,18 +94,16 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_work: tuple[Callable[[Any, Any], Any], Any] | None = None  # of a worker process: set once, when it starts
+_work: tuple[Callable[[Any, Any], Any], Any] | None = None  # of a worker process, set once when it starts
 
 
 def _start(function: Callable[[Any, Any], Any], shared: Any) -> None:
     global _work
     _work = function, shared
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers itself
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # A parent that was killed cannot end its workers, which would wait for work for ever.
+    # A parent that is killed cannot end its workers: they would wait for work for ever.
     threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
 
 

@@ -46,7 +46,7 @@ class LayerCache:
     """Keys and values of one layer, at their positions in a tensor of fixed size."""
 
     def __init__(self, batch: int, length: int, model: Transformer, device: torch.device):
-        shape = (batch, length, model.config.kv_heads, model.config.per_head)
+        shape = (batch, length, model.config.num_kv_heads, model.config.head_dim)
         self.k_BSGK, self.v_BSGK = (
             torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in range(2)
         )

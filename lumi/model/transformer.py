@@ -8,7 +8,7 @@ Shape letters: B batch, T tokens, D model_dim, H query heads, G kv heads, K head
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lumi.config import UserError, derived
 from lumi.kernels.bundle import Ops
 from lumi.kernels.rope import RopeScaling, rope_table
 
@@ -29,8 +30,8 @@ class ModelConfig:
     model_dim: int
     num_heads: int
     mlp_dim: int
-    num_kv_heads: int | None = None  # None: as many as num_heads
-    head_dim: int | None = None  # None: model_dim / num_heads
+    num_kv_heads: int = derived()  # null: num_heads
+    head_dim: int = derived()  # null: model_dim / num_heads
     max_positions: int = 2048
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -38,51 +39,34 @@ class ModelConfig:
     tied_embeddings: bool = False
     qk_norm: bool = False
 
-    def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "model_dim",
-            "num_heads",
-            "mlp_dim",
-            "num_kv_heads",
-            "head_dim",
-            "max_positions",
-        ):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.head_dim is None and self.model_dim % self.num_heads:
-            raise ValueError(
-                f"model_dim must be a multiple of num_heads = {self.num_heads}, got {self.model_dim}"
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type is int and (value := getattr(self, field.name)) is not None and value < 1:
+                raise UserError(field.name, "must be at least 1", got=value)
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            if self.model_dim % self.num_heads:
+                raise UserError(
+                    "model_dim", f"must be a multiple of num_heads = {self.num_heads}", got=self.model_dim
+                )
+            object.__setattr__(self, "head_dim", self.model_dim // self.num_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                "num_heads", f"must be a multiple of num_kv_heads = {self.num_kv_heads}", got=self.num_heads
             )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads = {self.kv_heads}, got {self.num_heads}"
-            )
-        if self.per_head % 2:
-            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.per_head}")
-        if self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise ValueError(
-                f"rope_theta and norm_eps must be positive, got {self.rope_theta} and {self.norm_eps}"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        """Key-value heads, resolved."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def per_head(self) -> int:
-        """Width of a head, resolved."""
-        return self.head_dim or self.model_dim // self.num_heads
+        if self.head_dim % 2:
+            raise UserError("head_dim", "must be even (rotary positions turn pairs)", got=self.head_dim)
+        for name in ("rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise UserError(name, "must be positive", got=getattr(self, name))
 
     @property
     def num_parameters(self) -> int:
         """Parameters, by arithmetic."""
         embeddings = self.vocab_size * self.model_dim * (1 if self.tied_embeddings else 2)
-        attention = (
-            2 * self.model_dim * self.per_head * (self.num_heads + self.kv_heads)
-            + 2 * self.per_head * self.qk_norm
+        attention = 2 * self.model_dim * self.head_dim * (self.num_heads + self.num_kv_heads) + (
+            2 * self.head_dim if self.qk_norm else 0
         )
         layer = attention + 3 * self.model_dim * self.mlp_dim + 2 * self.model_dim
         return embeddings + self.num_layers * layer + self.model_dim
@@ -93,7 +77,7 @@ class ModelConfig:
         matrices = self.num_parameters - self.vocab_size * self.model_dim * (not self.tied_embeddings)
         return (
             4 if frozen else 6
-        ) * matrices + 6 * self.num_layers * self.num_heads * self.per_head * context
+        ) * matrices + 6 * self.num_layers * self.num_heads * self.head_dim * context
 
 
 class LayerCache(Protocol):
@@ -143,17 +127,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
-        self.ops, self.per_head, self.project = ops, config.per_head, apply_each
-        self.q_proj = Linear(config.model_dim, config.num_heads * config.per_head)
-        self.k_proj = Linear(config.model_dim, config.kv_heads * config.per_head)
-        self.v_proj = Linear(config.model_dim, config.kv_heads * config.per_head)
-        self.o_proj = Linear(config.num_heads * config.per_head, config.model_dim)
-        self.q_norm = RMSNorm(config.per_head, config, ops) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.per_head, config, ops) if config.qk_norm else None
+        self.ops, self.head_dim, self.project = ops, config.head_dim, apply_each
+        self.q_proj = Linear(config.model_dim, config.num_heads * config.head_dim)
+        self.k_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim)
+        self.v_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.model_dim)
+        self.q_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
 
     def forward(self, x_BTD: Tensor, context: "Context") -> Tensor:
         projected = self.project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
-        q_BTHK, k_BTGK, v_BTGK = (heads.unflatten(-1, (-1, self.per_head)) for heads in projected)
+        q_BTHK, k_BTGK, v_BTGK = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         q_BTHK, k_BTGK = self.ops.rope(q_BTHK, k_BTGK, context.cos, context.sin)
@@ -286,7 +270,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
         cos, sin = rope_table(
-            positions, self.config.per_head, self.config.rope_theta, self.config.rope_scaling
+            positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
         plan = self.ops.attention_plan(cu_seqlens, batch, length, tokens.device) if cache is None else None
         context = Context(positions, cos, sin, plan, None)

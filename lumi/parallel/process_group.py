@@ -15,7 +15,7 @@ from lumi.host.devices import choose_device
 from lumi.host.interruption import StopSignal
 from lumi.parallel.layout import Layout, ParallelConfig
 from lumi.parallel.rendezvous import fresh_store
-from lumi.parallel.world import World, attempt
+from lumi.parallel.world import World
 
 
 @contextlib.contextmanager
@@ -30,28 +30,31 @@ def process_group(
     Args:
         device: "cpu", "cuda", or "auto": CUDA where there is one.
         parallel: how the processes share the work; None: each has the whole model.
-        stop: tells of signals; None: nothing does.
-        timeout_seconds: how long processes may wait for each other in a step; the groups' own limit is well above it, so that
-            `lumi.parallel.watchdog`, which knows who is late, speaks first.
+        stop: knows of signals; None: nothing does.
+        timeout_seconds: how long processes may wait for each other in a step. The groups' own limit is well
+            above it: `lumi.parallel.watchdog`, which knows who is late, speaks first.
 
     Raises:
-        UserError: if CUDA is asked for and absent, a node starts more processes than it has GPUs, or `parallel` does not fit their number.
+        UserError: CUDA is asked for and absent, a node starts more processes than it has GPUs, or `parallel`
+            does not fit their number.
     """
     device = choose_device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun --nproc-per-node must be at most {torch.cuda.device_count()} (GPUs here), got {local_rank + 1}"
+                f"torchrun --nproc-per-node must be at most {torch.cuda.device_count()} (GPUs here), "
+                f"got {local_rank + 1}"
             )
         torch.cuda.set_device(local_rank)
     backend, limit = "nccl" if device == "cuda" else "gloo", timedelta(seconds=2 * timeout_seconds + 60)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    layout, fault = attempt(lambda: (parallel or ParallelConfig()).layout(size))
-    if layout is None:
+    try:
+        layout = (parallel or ParallelConfig()).layout(size)
+    except UserError as error:
         if rank:
-            raise SystemExit(2)  # one message is enough
-        raise UserError(fault or "")
+            raise SystemExit(2) from error  # one message is enough
+        raise
     store = fresh_store() if "RANK" in os.environ else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
@@ -64,9 +67,12 @@ def process_group(
 
 
 def _mesh(device: str, backend: str, layout: Layout, limit: timedelta) -> DeviceMesh:
-    """The mesh; its groups get the run's time limit, which they would not take over from the group of all."""
+    """The mesh.
+
+    Its groups get the run's time limit: they do not inherit it from the group of all processes.
+    """
     override: dict[int | str, Any] = {}
-    for side in Layout._fields:  # each its own, which torch writes the group's name and members into
+    for side in Layout._fields:  # one for each: torch writes the group's name and members into it
         group: Any = dist.ProcessGroupNCCL if backend == "nccl" else dist.ProcessGroupGloo
         options = group.Options() if backend == "nccl" else group._Options()
         options._timeout = limit

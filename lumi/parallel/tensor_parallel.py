@@ -37,7 +37,7 @@ def check_tensor_parallel(config: ModelConfig, sequence_length: int, size: int, 
         return
     shared = {
         "model.num_heads": config.num_heads,
-        "model.num_kv_heads": config.kv_heads,
+        "model.num_kv_heads": config.num_kv_heads,
         "model.mlp_dim": config.mlp_dim,
         "model.model_dim": config.model_dim,
         "batches.sequence_length": sequence_length,

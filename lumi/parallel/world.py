@@ -1,8 +1,9 @@
-"""This process among the others: what they say to each other, and how they end together."""
+"""This process among the others: what they tell each other, and how they end together."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,18 +18,22 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """This process among the others. All processes call its methods together.
+
+    Attributes:
+        patient: a group on the CPU without the time limit of a step, for what takes one process hours.
+        saving: another one, for the threads that write checkpoints.
+        mesh: of the layout's sides, by their names; None for one process.
+    """
 
     rank: int
     size: int
     device: torch.device
-    patient: (
-        dist.ProcessGroup
-    )  # on the CPU, without the time limit of a step: for what takes the main process hours
-    saving: dist.ProcessGroup  # likewise, for the threads that write checkpoints
+    patient: dist.ProcessGroup
+    saving: dist.ProcessGroup
     stop: StopSignal
     layout: Layout
-    mesh: DeviceMesh | None  # of the layout's sides, by their names; None for one process
+    mesh: DeviceMesh | None
 
     @property
     def data_rank(self) -> int:
@@ -40,85 +45,53 @@ class World:
         """True for the one process that prints and writes."""
         return self.rank == 0
 
+    @contextlib.contextmanager
+    def fail_together(self, *, interruptible: bool = False) -> Iterator[None]:
+        """A block of work that ends all processes if it fails on one of them.
+
+        The work itself exchanges nothing with other processes, or fails on all of them alike. For work of one
+        process:
+
+            with world.fail_together(interruptible=True):
+                if world.is_main:
+                    work()
+
+        Args:
+            interruptible: a signal ends the block at once, on all processes. For long work that has nothing
+                to save and that no other thread waits for.
+
+        Raises:
+            UserError: on the main process: the first process's UserError or OSError.
+            SystemExit: with code 2 on the others: one message is enough.
+            Interrupted: on all processes, if a signal came to one of them.
+        """
+        fault: UserError | Interrupted | None = None
+        try:
+            with self.stop.interrupting() if interruptible else contextlib.nullcontext():
+                yield
+        except (UserError, Interrupted) as error:
+            fault = error
+        except OSError as error:
+            fault = UserError(str(error))
+        if self._any(fault is not None):
+            fault = next(fault for fault in self.gather(fault) if fault is not None)
+            if self.is_main or isinstance(fault, Interrupted):
+                raise fault
+            raise SystemExit(2)
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes, by rank. They may be any objects that pickle."""
+        values = [value] * self.size
+        dist.all_gather_object(values, value, group=self.patient)
+        return values
+
     def sum(self, *values: float) -> list[float]:
         """The sums over all processes, as float64: exact for counts below 2^53."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def on_main(self, work: Callable[[], None]) -> None:
-        """Do something in the main process while the others wait, however long it takes. A signal ends it, on all.
-
-        Raises:
-            UserError: what `work` raised, or the disk's error. The others then leave with exit code 2: one message is enough.
-            Interrupted: a signal came to the main process.
-        """
-        outcome: str | int | None = None
-        if self.is_main:
-            try:
-                with self.stop.interrupting():
-                    _, outcome = attempt(work)
-            except Interrupted as interrupted:
-                outcome = interrupted.number
-        outcome = self.from_main(outcome)
-        if isinstance(outcome, int):
-            raise Interrupted(outcome)
-        if outcome is not None:
-            self.refuse(outcome)
-
-    def signal(self) -> int:
-        """The signal that a process was told to stop by; 0 where none was."""
-        signals: list[int] = [0] * self.size
-        dist.all_gather_object(signals, self.stop.received, group=self.patient)
-        return max(signals)
-
-    def first(self, message: str | None) -> str | None:
-        """The first of all processes' messages, on all of them, which call this together; None where none has one."""
-        messages: list[str | None] = [None] * self.size
-        dist.all_gather_object(messages, message, group=self.patient)
-        return next((message for message in messages if message is not None), None)
-
-    def agreed(self, work: Callable[[], Value]) -> Value:
-        """Do something in every process, without exchange among them. Where it fails on any, all end with the first message: `refuse`."""
-        result, fault = attempt(work)
-        self.refuse_first(fault)
-        return cast(Value, result)
-
-    def refuse_first(self, fault: str | None) -> None:
-        """Where any process has a fault, end the run on all with the first: all call this together. Raises as `refuse`."""
-        if fault := self.first(fault):
-            self.refuse(fault)
-
-    def alike(self, work: Callable[[], Value]) -> Value:
-        """Do what fails on all processes alike, if it does: then one message is enough. Raises as `refuse`."""
-        try:
-            return work()
-        except UserError as error:
-            self.refuse(str(error))
-
-    def refuse(self, message: str) -> NoReturn:
-        """End the run on all processes, which call this together. Raises UserError in the main one, SystemExit(2) in the others."""
-        if self.is_main:
-            raise UserError(message)
-        raise SystemExit(2)
-
-    def from_main(self, value: Value) -> Value:
-        """The main process's value, on all."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.patient)
-        return values[0]
-
-    def least(self, value: float) -> float:
-        """The least of all processes' values."""
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
-        return tensor.item()
-
-
-def attempt(work: Callable[[], Value]) -> tuple[Value | None, str | None]:
-    """What `work` returns, or the message of the error of the user or of the disk that it raises: for `World.first`, where all are to hear
-    of it."""
-    try:
-        return work(), None
-    except (UserError, OSError) as error:
-        return None, str(error)
+    def _any(self, value: bool) -> bool:
+        count = torch.tensor([int(value)])
+        dist.all_reduce(count, group=self.patient)
+        return bool(count.item())

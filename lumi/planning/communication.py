@@ -91,7 +91,7 @@ def _of_tensors(config: TrainConfig, model: ModelConfig, layout: Layout) -> list
     embeddings = narrow * matrices * model.vocab_size * model.model_dim
     norms, norm_values = 2 * model.num_layers, 2 * model.num_layers * model.model_dim
     if model.qk_norm:
-        norms, norm_values = 2 * norms, norm_values + 2 * model.num_layers * model.per_head
+        norms, norm_values = 2 * norms, norm_values + 2 * model.num_layers * model.head_dim
     layers_norms = norm_values * (wide if micro_steps > 1 else narrow)
     norm_bytes = layers_norms + micro_steps * narrow * model.model_dim
     return [

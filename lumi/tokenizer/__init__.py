@@ -1,1 +1,1 @@
-"""Stage `tokenizer`: SentencePiece BPE made, read and applied."""
+"""Stage `tokenizer`: SentencePiece BPE models, made, read and applied."""

@@ -1,6 +1,9 @@
-"""Stage 2: text <-> token ids. SentencePiece BPE with byte fallback (Sennrich et al. 2016, arXiv:1508.07909; Kudo and Richardson 2018,
-arXiv:1808.06226): Lumi's own recipe, which SentencePiece, transformers' LlamaTokenizer and llama.cpp all read the same way, and the
-tokenizers of Llama 2 and its relatives, which put a space before every text."""
+"""Text <-> token ids: SentencePiece BPE with byte fallback.
+
+Sennrich et al. 2016, arXiv:1508.07909; Kudo and Richardson 2018, arXiv:1808.06226. Two kinds of models are
+read: Lumi's own, whose ids SentencePiece, transformers' LlamaTokenizer and llama.cpp agree on, and those of
+Llama 2 and its relatives, which put a space before every text.
+"""
 
 import codecs
 import copy
@@ -18,67 +21,50 @@ from lumi.tokenizer import files as tokenizer_files
 from lumi.tokenizer.files import Surroundings
 
 MODEL_FILE = "tokenizer.model"
-
-
-TRAIN_COMMAND = (
-    "lumi tokenizer --config configs/tokenizer/32k.json --corpus-dirs CORPUS --output-dir TOKENIZER"
+_MAKE_ONE = (
+    "make a tokenizer with `lumi tokenizer --config configs/tokenizer/32k.json --corpus-dirs CORPUS "
+    "--output-dir TOKENIZER`"
 )
 
-
-SPECIAL_PIECES = (
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<|im_start|>",
-    "<|im_end|>",
-)  # ids 0 to 5 of Lumi's recipe
-
-
+# The recipe: ids 0 to 5, then the 256 bytes, then what was learned.
+SPECIAL_PIECES = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
 UNK_ID, BOS_ID, EOS_ID, PAD_ID, IM_START_ID, IM_END_ID = range(6)
-
-
 FIRST_BYTE_ID = len(SPECIAL_PIECES)
-
-
 FIRST_LEARNED_ID = FIRST_BYTE_ID + 256
 
-
-_SPACE = "▁".encode()  # U+2581, as which SentencePiece sees a space
-
-
+_SPACE = "▁".encode()  # U+2581, which SentencePiece writes for a space
 _PROBE = "  a\tb \r\n\n é e\u0301 ﬁ ½ ① ｶﾞ \u00a0\u3000\ufeff 12 "  # what the usual normalisations change
-
-
-# Appended to a model, it replaces one field: protocol buffers merge a message (3, the normaliser) that comes again, field by field
-# (3, add_dummy_prefix: false). The space before a text is then ours to put, and no longer put behind a prompt or a chat marker.
+# Appended to a model, this sets one field, `add_dummy_prefix: false` (3) of the normaliser (3): a protocol
+# buffer merges repeated messages field by field. Lumi then puts the space before a text itself, and not after
+# a prompt or a chat marker.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer:
     """Text <-> token ids; `decode(encode(text)) == text` for every text.
 
-    `encode` takes plain text: "<s>" or "<|im_start|>" in it is spelt out like any other characters, and control ids come only from
-    code that asks for them. (transformers' tokenizers, by design, do read such markers out of the text.)
+    `encode` takes plain text: "<s>" or "<|im_start|>" in it is spelt out like any other characters, and
+    control ids come only from code that asks for them. (transformers' tokenizers, by design, do read such
+    markers out of the text.)
 
     Attributes:
         vocab_size: number of token ids.
         bos_id, eos_id, unk_id: the special ids.
-        pad_id, im_start_id, im_end_id: those that an imported tokenizer may lack; then None.
+        pad_id, im_start_id, im_end_id: None where an imported tokenizer lacks them.
         control_ids: id of every control piece, by name.
         fingerprint: SHA-256 of the model's bytes, in hexadecimal.
-        token_bytes: (vocab_size,) int32, UTF-8 bytes that each token stands for; 0 for special ids.
-        chat_template: the Jinja template that is saved beside the model; None where there is none, as beside a model that was never
-            trained on conversations. A new tokenizer of Lumi's has ChatML's.
+        token_bytes: (vocab_size,) int32, number of UTF-8 bytes of each token; 0 for special ids.
+        chat_template: the Jinja template that is saved beside the model. A new tokenizer of Lumi's has
+            ChatML's; None where there is none, as beside a base model of others.
     """
 
-    def __init__(self, model: bytes, *, where: str = "tokenizer", surroundings: Surroundings | None = None):
+    def __init__(
+        self, model: bytes, *, where: str = "tokenizer", surroundings: Surroundings | None = None
+    ) -> None:
         is_new, surroundings = surroundings is None, surroundings or Surroundings()
         self._model, self._where, self._surroundings = model, where, surroundings
-        original, self._processor = (
-            _load_processor(model, where),
-            _load_processor(model + _NO_DUMMY_PREFIX, where),
-        )
+        original = _load_processor(model, where)
+        self._processor = _load_processor(model + _NO_DUMMY_PREFIX, where)
         self._prefix = b" " if original.normalize("a") != self._processor.normalize("a") else b""
         self._pieces = [original.id_to_piece(i) for i in range(original.vocab_size())]
         self._is_own = not self._prefix and _is_of_the_recipe(original, self._pieces, surroundings)
@@ -88,15 +74,13 @@ class Tokenizer:
         self._bytes += [b""] * (self.vocab_size - len(self._bytes))
         self._byte_ids = {self._bytes[i]: i for i in range(len(self._pieces)) if original.is_byte(i)}
         if reason := self._unfit():
-            raise UserError(
-                f"{where}: must be a SentencePiece BPE model with byte fallback that keeps every text as it is, but {reason}; "
-                f"make a tokenizer with `{TRAIN_COMMAND}`"
-            )
+            kind = "a SentencePiece BPE model with byte fallback that keeps every text as it is"
+            raise UserError(f"{where}:", f"must be {kind}, but {reason}", remedy=_MAKE_ONE)
         self.token_bytes = np.array([len(data) for data in self._bytes], dtype=np.int32)
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.chat_template = (
-            tokenizer_files.CHAT_TEMPLATE if is_new and self._is_own else surroundings.chat_template
-        )
+        self.chat_template = surroundings.chat_template
+        if is_new and self._is_own:
+            self.chat_template = tokenizer_files.CHAT_TEMPLATE
         self.unk_id = original.unk_id()
         self.bos_id = self._required_id("bos", original.bos_id())
         self.eos_id = self._required_id("eos", original.eos_id())
@@ -104,17 +88,15 @@ class Tokenizer:
         self.im_start_id, self.im_end_id = self.control_id("<|im_start|>"), self.control_id("<|im_end|>")
 
     def _unfit(self) -> str | None:
-        """Why this model cannot be used, if so."""
+        """Why this model cannot be used, or None."""
         model, size = self._processor, len(self._pieces)
         if len(self._byte_ids) < 256:
             return f"it has {len(self._byte_ids)} of the 256 byte pieces"
         special = [model.is_unknown(i) or model.is_control(i) or model.is_byte(i) for i in range(size)]
         scores = [model.get_score(i) for i in range(size) if not special[i]]
-        if any(
-            score % 1 for score in scores
-        ):  # BPE numbers its merges; unigram has logarithms of probabilities
+        if any(score % 1 for score in scores):  # BPE numbers its merges, unigram has log probabilities
             return "it is a unigram model"
-        if scores.count(0.0) > 1:  # only the first merge, and pieces that were prescribed
+        if scores.count(0.0) > 1:  # the score of the first merge, and of user-defined pieces
             return "it has user-defined pieces, which would be read out of a user's text"
         if self.decode(self.encode(_PROBE)) != _PROBE:
             return "it normalises"
@@ -127,16 +109,17 @@ class Tokenizer:
         named = self.control_ids | {self._pieces[self.unk_id]: self.unk_id}  # Llama 2 pads with <unk>
         if name not in named:
             raise UserError(
-                f"{self._where}: {role}_token in tokenizer_config.json must be one of the control pieces {', '.join(self.control_ids)}, "
-                f"got {name!r}; correct it there"
+                f"{self._where}: {role}_token in tokenizer_config.json",
+                f"must be one of the control pieces {', '.join(self.control_ids)}",
+                got=repr(name),
+                remedy="correct it there",
             )
         return named[name]
 
     def _required_id(self, role: str, default: int) -> int:
         if (found := self._named_id(role, default)) is None:
-            raise UserError(
-                f"{self._where}: must have a {role} token, got none; name one as {role}_token in tokenizer_config.json"
-            )
+            remedy = f"name one as {role}_token in tokenizer_config.json"
+            raise UserError(f"{self._where}:", f"must have a {role} token", got="none", remedy=remedy)
         return found
 
     @classmethod
@@ -144,25 +127,21 @@ class Tokenizer:
         """Load a tokenizer folder, or its model file.
 
         Raises:
-            UserError: nothing there, a corrupt model, one that cannot be imported; says which command makes a tokenizer.
+            UserError: nothing there, a corrupt model, or one that cannot be imported. It names the command
+                that makes one.
         """
         path = Path(path)
         folder, file = (path, path / MODEL_FILE) if path.is_dir() else (path.parent, path)
         if not file.is_file():
-            if (folder / "tokenizer.json").is_file():
-                raise UserError(
-                    f"{path}: must hold a {MODEL_FILE}, got tokenizer.json alone; only SentencePiece tokenizers can be imported"
-                )
-            what = f"the folder holds no {MODEL_FILE}" if path.is_dir() else "there is no such file or folder"
-            raise UserError(
-                f"{path}: must be a tokenizer folder or its {MODEL_FILE}, but {what}; make one with `{TRAIN_COMMAND}`"
-            )
+            raise _no_model(path, folder)
         model, surroundings = file.read_bytes(), tokenizer_files.read_surroundings(folder)
-        expected = surroundings.fingerprint
-        if expected is not None and expected != (got := hashlib.sha256(model).hexdigest()):
+        expected, got = surroundings.fingerprint, hashlib.sha256(model).hexdigest()
+        if expected not in (None, got):
             raise UserError(
-                f"{file}: SHA-256 must be {expected} (see tokenizer_config.json), got {got}: the file is corrupt or was replaced; "
-                f"copy it again, or make a tokenizer with `{TRAIN_COMMAND}`"
+                f"{file}: SHA-256",
+                f"must be {expected} (see tokenizer_config.json)",
+                got=f"{got}: the file is corrupt or was replaced",
+                remedy=f"copy it again, or {_MAKE_ONE}",
             )
         return cls(model, where=str(file), surroundings=surroundings)
 
@@ -177,18 +156,19 @@ class Tokenizer:
         return self.control_ids.get(piece)
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        """Token ids of a text; never a special id, no BOS.
+        """Token ids of a text, never a special id, without BOS.
 
         Args:
-            continues: the text goes on behind other tokens. It matters to imported tokenizers alone, which put a space before a text.
+            continues: the text follows other tokens. Only imported tokenizers differ then: they put a space
+                before a text that stands alone.
 
         Raises:
-            UserError: naming the place of a lone surrogate.
+            UserError: the text holds a lone surrogate; names its place.
         """
         return self.encode_utf8(utf8(text), continues)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, as `encode` gives them. Raises UserError naming the place of a lone surrogate."""
+        """Token ids of each text, as `encode` gives them. Raises UserError with a lone surrogate's place."""
         return [self.encode_utf8(utf8(text)) for text in texts]
 
     def encode_utf8(self, data: bytes, continues: bool = False) -> list[int]:
@@ -206,10 +186,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], continues: bool = False) -> str:
-        """The text of token ids; special ids stand for nothing, and bytes that are not UTF-8 become U+FFFD.
+        """The text of token ids. Special ids stand for nothing, bytes that are not UTF-8 become U+FFFD.
 
         Args:
-            continues: the ids go on behind others, as what a model writes goes on behind its prompt: their first space is their own.
+            continues: the ids follow others, as a model's answer follows its prompt. Their first space then
+                belongs to them.
 
         Raises:
             UserError: an id outside [0, vocab_size).
@@ -218,17 +199,16 @@ class Tokenizer:
         return (data if continues else data.removeprefix(self._prefix)).decode("utf-8", errors="replace")
 
     def piece_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for, possibly a part of a character. Raises UserError for an id outside [0, vocab_size)."""
+        """The bytes of a token, possibly part of a character. Raises UserError for an impossible id."""
         if not 0 <= token_id < self.vocab_size:
-            raise UserError(
-                f"a token id must be between 0 and {self.vocab_size - 1}, got {token_id}: was it made by another tokenizer?"
-            )
+            got = f"{token_id}: was it made by another tokenizer?"
+            raise UserError("a token id", f"must be between 0 and {self.vocab_size - 1}", got=got)
         return self._bytes[token_id]
 
     def save(self, folder: str | Path) -> None:
-        """Write the model and what transformers needs beside it into `folder`, which may hold other files (a run's `final/`).
+        """Write the model and what transformers needs beside it into `folder`, which may hold other files.
 
-        What stood beside an imported model is written as it was; where the chat template is another, it alone makes way.
+        Imported tokenizer files are copied unchanged. A different chat template replaces only the template.
 
         Raises:
             UserError: `folder` holds another tokenizer.
@@ -237,9 +217,9 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / MODEL_FILE
         if file.exists() and (other := hashlib.sha256(file.read_bytes()).hexdigest()) != self.fingerprint:
-            raise UserError(
-                f"{folder}: holds another tokenizer (fingerprint {other}, to be saved {self.fingerprint}); choose another folder"
-            )
+            fingerprints = f"fingerprint {other}, to be saved {self.fingerprint}"
+            subject = f"{folder}: holds another tokenizer ({fingerprints})"
+            raise UserError(subject, remedy="choose another folder")
         file.write_bytes(self._model)
         if self.chat_template is not None:
             (folder / tokenizer_files.TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
@@ -247,40 +227,47 @@ class Tokenizer:
             for name, data in self._surroundings.files_with(self.chat_template).items():
                 (folder / name).write_bytes(data)
             return
-        compact = json.dumps(
-            tokenizer_files.transformers_tokenizer(self._pieces, SPECIAL_PIECES, FIRST_LEARNED_ID),
-            ensure_ascii=False,
-        )
-        (folder / "tokenizer.json").write_text(compact, encoding="utf-8")
+        twin = tokenizer_files.transformers_tokenizer(self._pieces, SPECIAL_PIECES, FIRST_LEARNED_ID)
+        (folder / "tokenizer.json").write_text(json.dumps(twin, ensure_ascii=False), encoding="utf-8")
         write_json(folder / "tokenizer_config.json", tokenizer_files.transformers_config(self.fingerprint))
 
 
 class StreamDecoder:
-    """Decodes ids one by one: what `feed` and `flush` return, joined, is `tokenizer.decode(ids, continues=True)` of all the ids."""
+    """Decodes ids one by one; the texts, joined, are `tokenizer.decode(ids, continues=True)`."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
-        """The whole characters that this token completes; possibly none."""
+        """The characters that this token completes, possibly none."""
         return self._decoder.decode(self._tokenizer.piece_bytes(token_id))
 
     def flush(self) -> str:
-        """U+FFFD if the ids ended inside a character, otherwise nothing; the decoder then starts anew."""
+        """U+FFFD if the ids ended inside a character, otherwise nothing. The decoder then starts anew."""
         return self._decoder.decode(b"", final=True)
+
+
+def _no_model(path: Path, folder: Path) -> UserError:
+    if (folder / "tokenizer.json").is_file():
+        got = "tokenizer.json alone"
+        remedy = "only SentencePiece tokenizers can be imported"
+        return UserError(f"{path}:", f"must hold a {MODEL_FILE}", got=got, remedy=remedy)
+    what = f"the folder holds no {MODEL_FILE}" if path.is_dir() else "there is no such file or folder"
+    expectation = f"must be a tokenizer folder or its {MODEL_FILE}, but {what}"
+    return UserError(f"{path}:", expectation, remedy=_MAKE_ONE)
 
 
 def _is_of_the_recipe(
     model: sentencepiece.SentencePieceProcessor, pieces: Sequence[str], surroundings: Surroundings
 ) -> bool:
-    """Whether Lumi made the model, and nobody changed what stands beside it: its files can be made anew."""
+    """Whether Lumi made the model and nobody changed the files beside it, so that they can be made again."""
+    byte_ids = [i for i in range(len(pieces)) if model.is_byte(i)]
     return (
         tuple(pieces[:FIRST_BYTE_ID]) == SPECIAL_PIECES
         and model.is_unknown(UNK_ID)
         and all(model.is_control(i) for i in range(1, FIRST_BYTE_ID))
-        and [i for i in range(len(pieces)) if model.is_byte(i)]
-        == list(range(FIRST_BYTE_ID, FIRST_LEARNED_ID))
+        and byte_ids == list(range(FIRST_BYTE_ID, FIRST_LEARNED_ID))
         and surroundings.names.items() <= {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}.items()
         and surroundings.added.keys() <= set(SPECIAL_PIECES)
     )
@@ -289,15 +276,18 @@ def _is_of_the_recipe(
 def _control_ids(
     model: sentencepiece.SentencePieceProcessor, pieces: Sequence[str], added: dict[str, int], where: str
 ) -> dict[str, int]:
-    """The control pieces of the model, and those that the files beside it add behind its pieces."""
+    """The control pieces of the model, and those that the files beside it add after its pieces."""
     ids = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
-    beyond = {name: i for name, i in added.items() if not (0 <= i < len(pieces) and pieces[i] == name)}
-    if sorted(beyond.values()) != list(range(len(pieces), len(pieces) + len(beyond))) or beyond.keys() & set(
-        pieces
-    ):
+    size = len(pieces)
+    beyond = {name: i for name, i in added.items() if not (0 <= i < size and pieces[i] == name)}
+    follow_on = sorted(beyond.values()) == list(range(size, size + len(beyond)))
+    if not follow_on or beyond.keys() & set(pieces):
         raise UserError(
-            f"{where}: tokens that the files beside it add must have the ids from {len(pieces)} on, without a gap, and new names, "
-            f"got {beyond}; remove them from tokenizer_config.json and added_tokens.json if the model does not need them"
+            f"{where}: tokens that the files beside it add",
+            f"must have the ids from {size} on, without a gap, and new names",
+            got=beyond,
+            remedy="remove them from tokenizer_config.json and added_tokens.json "
+            "if the model does not need them",
         )
     return ids | beyond
 
@@ -318,7 +308,5 @@ def _load_processor(model: bytes, where: str) -> sentencepiece.SentencePieceProc
     except RuntimeError:
         loaded = False
     if not loaded:
-        raise UserError(
-            f"{where}: must be a SentencePiece model, but cannot be parsed; make a tokenizer with `{TRAIN_COMMAND}`"
-        )
+        raise UserError(f"{where}:", "must be a SentencePiece model, but cannot be parsed", remedy=_MAKE_ONE)
     return processor

@@ -1,4 +1,4 @@
-"""Stage 2: corpus folders -> a tokenizer folder."""
+"""Stage `tokenizer`: corpus folders -> a tokenizer folder."""
 
 import hashlib
 import heapq
@@ -38,12 +38,12 @@ _RECIPE: dict[str, Any] = {
     "allow_whitespace_only_pieces": True,  # indentation in few tokens
     "hard_vocab_limit": True,
     "max_sentence_length": 16_384,
-    "num_threads": 16,  # fixed, because it is stored in the model: another value would be another fingerprint
+    "num_threads": 16,  # fixed: the model stores it, so another value would be another fingerprint
 }
 _CHUNK_CHARACTERS = 4096  # at most 16,384 bytes of UTF-8: SentencePiece drops longer sentences
-_RESERVED = re.compile(
-    "[\0▁▅]+"
-)  # ends of C strings, SentencePiece's space, its unknown mark: it drops sentences with the last
+# The end of a C string, SentencePiece's space, and its mark for the unknown: it drops a sentence with the
+# last.
+_RESERVED = re.compile("[\0▁▅]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,10 @@ class TokenizerConfig:
     """How to train a tokenizer.
 
     Args:
-        vocab_size: pieces in all, the 6 special and the 256 byte pieces among them.
-        character_coverage: share of the sampled characters that get a piece of their own, 0.98 to 1; the others are spelt in bytes.
-        max_training_bytes: UTF-8 bytes of text to learn from; of a larger corpus, an evenly spread sample.
+        vocab_size: pieces in all, including the 6 special and the 256 byte pieces.
+        character_coverage: share of the sampled characters that get a piece of their own, 0.98 to 1. The
+            others are spelt in bytes.
+        max_training_bytes: UTF-8 bytes of text to learn from. A larger corpus gives an evenly spread sample.
         seed: chooses the sample, 0 to 2**63 - 1.
     """
 
@@ -62,70 +63,73 @@ class TokenizerConfig:
     max_training_bytes: int = 200_000_000
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vocab_size <= FIRST_LEARNED_ID:
-            raise ValueError(
-                f"vocab_size must be more than the {FIRST_LEARNED_ID} special and byte pieces, got {self.vocab_size}"
-            )
+            expectation = f"must be more than the {FIRST_LEARNED_ID} special and byte pieces"
+            raise UserError("vocab_size", expectation, got=self.vocab_size)
         if not 0.98 <= self.character_coverage <= 1:
-            raise ValueError(f"character_coverage must be between 0.98 and 1, got {self.character_coverage}")
+            got = self.character_coverage
+            raise UserError("character_coverage", "must be between 0.98 and 1", got=got)
         if self.max_training_bytes < 1:
-            raise ValueError(f"max_training_bytes must be at least 1, got {self.max_training_bytes}")
+            raise UserError("max_training_bytes", "must be at least 1", got=self.max_training_bytes)
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+            raise UserError("seed", "must be between 0 and 2**63 - 1", got=self.seed)
 
 
 def train_tokenizer(
     config: TokenizerConfig, corpus_dirs: Sequence[str | Path], output_dir: str | Path
 ) -> Tokenizer:
-    """Learn a tokenizer from corpus folders and write its folder; the same corpora and config give the same bytes.
+    """Train a tokenizer on corpus folders and write its folder. Equal corpora and configs give equal bytes.
 
     Raises:
-        UserError: too little text for `vocab_size`, `vocab_size` too small for the characters, or `output_dir` holds something else.
+        UserError: too little text for `vocab_size`; `vocab_size` too small for the characters; `output_dir`
+            holds something else.
     """
     output_dir = Path(output_dir)
     existing = _existing_tokenizer(output_dir)
     readers = [read_corpus(folder) for folder in corpus_dirs]
     texts = (text for reader in readers for text in reader.iter_texts())
     progress = progress_bar("sampling", " documents", iterable=texts)
-    sample = sample_chunks(
-        (chunk for text in progress for chunk in split_chunks(text)), config.max_training_bytes, config.seed
-    )
+    chunks = (chunk for text in progress for chunk in split_chunks(text))
+    sample = sample_chunks(chunks, config.max_training_bytes, config.seed)
     tokenizer = Tokenizer(_train_model(config, sample), where=str(output_dir))
-    if existing is not None:
-        if existing.fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"{output_dir}: holds another tokenizer (fingerprint {existing.fingerprint}, this one is {tokenizer.fingerprint}); "
-                f"choose another --output-dir or remove that folder"
-            )
-        print(
-            f"{output_dir}: already holds this tokenizer (fingerprint {tokenizer.fingerprint})",
-            file=sys.stderr,
+    fingerprint = tokenizer.fingerprint
+    if existing is None:
+        trained_on = [line for reader in readers for line in _describe_sources(reader)]
+        with atomic_folder(output_dir) as folder:
+            tokenizer.save(folder)
+            card = _card(tokenizer, config, trained_on, sample)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    elif existing.fingerprint == fingerprint:
+        print(f"{output_dir}: already holds this tokenizer (fingerprint {fingerprint})", file=sys.stderr)
+    else:
+        fingerprints = f"fingerprint {existing.fingerprint}, this one is {fingerprint}"
+        raise UserError(
+            f"{output_dir}: holds another tokenizer ({fingerprints})",
+            remedy="choose another --output-dir or remove that folder",
         )
-        return tokenizer
-    measured = sample[:: len(sample) // 500 + 1]
-    num_tokens = sum(map(len, tokenizer.encode_batch(measured)))
-    card = tokenizer_files.card(
-        fingerprint=tokenizer.fingerprint,
-        recipe=to_dict(config) | _RECIPE,
-        trained_on=[
-            source
-            for folder, reader in zip(corpus_dirs, readers, strict=True)
-            for source in _describe_sources(folder, reader)
-        ],
-        sampled_bytes=sum(len(chunk.encode()) for chunk in sample),
-        bytes_per_token=sum(len(chunk.encode()) for chunk in measured) / num_tokens,
-    )
-    with atomic_folder(output_dir) as folder:
-        tokenizer.save(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
     return tokenizer
 
 
-def split_chunks(text: str) -> Iterator[str]:
-    """Cut a text into sentences that SentencePiece accepts: all of it but the three characters that it reserves.
+def _card(
+    tokenizer: Tokenizer, config: TokenizerConfig, trained_on: Sequence[str], sample: Sequence[str]
+) -> str:
+    measured = sample[:: len(sample) // 500 + 1]
+    num_tokens = sum(map(len, tokenizer.encode_batch(measured)))
+    return tokenizer_files.card(
+        fingerprint=tokenizer.fingerprint,
+        recipe=to_dict(config) | _RECIPE,
+        trained_on=trained_on,
+        sampled_bytes=_num_bytes(sample),
+        bytes_per_token=_num_bytes(measured) / num_tokens,
+    )
 
-    Cuts fall before a newline or else before a space, so that no word is torn, except in runs of 4096 characters without either.
+
+def split_chunks(text: str) -> Iterator[str]:
+    """Cut a text into sentences that SentencePiece accepts. Only the three reserved characters are lost.
+
+    Cuts fall before a newline or else before a space, so that they tear no word. Only a run of 4096
+    characters without either is cut anywhere.
     """
     for part in _RESERVED.split(text):
         start = 0
@@ -141,13 +145,12 @@ def split_chunks(text: str) -> Iterator[str]:
 
 
 def sample_chunks(chunks: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """At most `max_bytes` of UTF-8, spread evenly over the chunks and in their order; a pure function of the chunks and the seed.
+    """At most `max_bytes` of UTF-8, spread evenly over the chunks and in their order.
 
-    Every chunk has a pseudo-random rank, from its content; those of the lowest ranks stay. One pass, memory for the sample alone.
+    A pure function of the chunks and the seed. Every chunk has a pseudo-random rank, a keyed hash of its
+    content, and the lowest ranks stay. It takes one pass, and memory for the sample alone.
     """
-    kept: list[
-        tuple[int, int, int, str]
-    ] = []  # a heap with the highest rank on top: (-rank, index, bytes, chunk)
+    kept: list[tuple[int, int, int, str]] = []  # a heap, highest rank on top: (-rank, index, bytes, chunk)
     total, limit = 0, 2**64
     key = seed.to_bytes(8, "little")
     for index, chunk in enumerate(chunks):
@@ -164,11 +167,12 @@ def sample_chunks(chunks: Iterable[str], max_bytes: int, seed: int) -> list[str]
 
 
 def _train_model(config: TokenizerConfig, sample: Sequence[str]) -> bytes:
-    num_bytes = sum(len(chunk.encode()) for chunk in sample)
     if not sample:
+        limit = f"max_training_bytes = {config.max_training_bytes}"
         raise UserError(
-            f"the sample must hold text, but no piece of the corpus fits in max_training_bytes = {config.max_training_bytes}; "
-            f"raise it, or check that --corpus-dirs hold documents"
+            "the sample",
+            f"must hold text, but no piece of the corpus fits in {limit}",
+            remedy="raise it, or check that --corpus-dirs hold documents",
         )
     model = io.BytesIO()
     try:
@@ -190,31 +194,47 @@ def _train_model(config: TokenizerConfig, sample: Sequence[str]) -> bytes:
             **_RECIPE,
         )
     except RuntimeError as error:
-        if found := re.search(r"Vocabulary size too high.*value <= (\d+)", str(error)):
-            raise UserError(
-                f"vocab_size must be at most {found[1]}, the pieces that this text supports ({num_bytes:,} bytes), got "
-                f"{config.vocab_size}; lower vocab_size or add text"
-            ) from error
-        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            raise UserError(
-                f"vocab_size must be at least {found[1]}, one piece for each character besides the special and byte pieces, got "
-                f"{config.vocab_size}; raise vocab_size or lower character_coverage ({config.character_coverage})"
-            ) from error
+        if (explained := _explain(error, config, sample)) is not None:
+            raise explained from error
         raise
     return model.getvalue()
+
+
+def _explain(error: RuntimeError, config: TokenizerConfig, sample: Sequence[str]) -> UserError | None:
+    """A vocabulary that does not suit the text. SentencePiece has no other way to say so than its message."""
+    if found := re.search(r"Vocabulary size too high.*value <= (\d+)", str(error)):
+        supported = f"the pieces that this text supports ({_num_bytes(sample):,} bytes)"
+        return UserError(
+            "vocab_size",
+            f"must be at most {found[1]}, {supported}",
+            got=config.vocab_size,
+            remedy="lower vocab_size or add text",
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        required = "one piece for each character besides the special and byte pieces"
+        return UserError(
+            "vocab_size",
+            f"must be at least {found[1]}, {required}",
+            got=config.vocab_size,
+            remedy=f"raise vocab_size or lower character_coverage ({config.character_coverage})",
+        )
+    return None
 
 
 def _existing_tokenizer(output_dir: Path) -> Tokenizer | None:
     if (output_dir / MODEL_FILE).is_file():
         return Tokenizer.load(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(
-            f"--output-dir must be new, empty or a tokenizer folder, got {output_dir}, which holds something else"
-        )
+        got = f"{output_dir}, which holds something else"
+        raise UserError("--output-dir", "must be new, empty or a tokenizer folder", got=got)
     return None
 
 
-def _describe_sources(folder: str | Path, reader: CorpusReader) -> Iterator[str]:
-    yield f"the corpus folder `{Path(folder).name}`, {len(reader):,} documents"
+def _num_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def _describe_sources(reader: CorpusReader) -> Iterator[str]:
+    yield f"the corpus folder `{reader.folder.name}`, {len(reader):,} documents"
     for source in reader.manifest.get("sources", []):
         yield f"  of these {source['kept']:,} from {source['name']} ({source['origin']})"

@@ -1,26 +1,28 @@
-"""Losses far above those before them: the mark of a bad batch, or of a run that is about to diverge. Chowdhery et al. (2022,
-arXiv:2204.02311, section 5.1) skip the batches of spikes; here the step is skipped as it happens.
-
-A loss is a spike beyond the median + k standard deviations of the last ones. While the loss falls its fall counts as deviation, and
-the median lies above the newest: that errs towards silence.
+"""Loss spikes: the mark of a bad batch, or of a run that is about to diverge.
+ Chowdhery et al. (2022, arXiv:2204.02311, section 5.1) skip the batches of spikes after the fact; Lumi skips
+the step as it happens. A loss is a spike beyond median + k standard deviations of the last losses. A falling
+loss widens the deviation and keeps the median above the newest loss, so the test rather misses a spike than
+invents one.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
 
-_LEAST_DEVIATION = 1e-3  # of the median: among losses that are nearly equal, rounding is no spike
+_LEAST_DEVIATION = 1e-3  # as a share of the median: among nearly equal losses rounding is no spike
 
 
 class LossSpikes:
-    """Tells spikes, from the losses of the last `window` steps. Pure arithmetic: equal on all processes that are given equal losses.
+    """Recognises spikes by the losses of the last `window` steps. Processes with equal losses get equal
+    answers.
 
-    A spike is recorded as the highest loss that is none. So it widens what comes to be allowed a little, and what goes on is soon no
-    spike any more: a loss that has risen for good, or one step in ten of harder data.
+    A spike is recorded as the highest loss that is none. So each spike raises the limit a little: a loss that
+    has risen for good, or one step in ten of harder data, is soon no spike any more.
 
     Args:
-        max_sigmas: standard deviations above the median from which a loss is a spike; above 0. None: no loss is.
-        window: steps, at least 2. Nothing is a spike before so many are recorded.
+        max_sigmas: standard deviations above the median from which a loss is a spike; above 0. None: no loss
+            is one.
+        window: steps, at least 2. Nothing is a spike before that many are recorded.
 
     Raises:
         ValueError: an argument out of range.
@@ -36,7 +38,7 @@ class LossSpikes:
 
     @property
     def limit(self) -> float:
-        """The highest loss of the next step that is not a spike, in nats; infinite where none can be told yet."""
+        """The highest loss of the next step that is no spike, in nats; infinite before `window` steps."""
         if self.max_sigmas is None or len(self._losses) < self.window:
             return math.inf
         median = statistics.median(self._losses)
@@ -45,11 +47,11 @@ class LossSpikes:
         return median + self.max_sigmas * max(math.sqrt(variance), _LEAST_DEVIATION * abs(median))
 
     def is_spike(self, loss: float) -> bool:
-        """Whether the loss of the next step, in nats, is a spike; one that is not finite is for others to see."""
+        """Whether the loss of the next step, in nats, is a spike. A loss that is not finite is none."""
         return loss > self.limit
 
     def record(self, loss: float) -> None:
-        """Take in the finite loss of a step, also of one that was skipped as a spike."""
+        """Take in the finite loss of a step, skipped as a spike or not."""
         if not math.isfinite(loss):
             raise ValueError(f"loss must be finite, got {loss}")
         if self.max_sigmas is not None:

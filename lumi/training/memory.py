@@ -187,11 +187,8 @@ class MemoryEstimate:
     def _kept_per_token(self) -> int:
         """Bytes that backward finds of one token of a micro-batch on this process."""
         model, tensor = self.model, self.layout.tensor
-        heads, dim, mlp = (
-            2 * (model.num_heads + model.kv_heads) * model.per_head,
-            model.model_dim,
-            model.mlp_dim,
-        )
+        dim, mlp = model.model_dim, model.mlp_dim
+        heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
         wide = model.num_heads + 2 if self.kernels == "triton" else 6 * dim + heads + 3 * mlp
         whole = 2 * dim if tensor > 1 else 0
         shared = self.compute_bytes * (4 * dim - whole + heads + 3 * mlp) + 4 * wide

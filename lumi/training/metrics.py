@@ -16,19 +16,20 @@ from lumi.config import UserError
 def human(value: float, unit: str = "") -> str:
     """1234567 -> '1.23M'; three digits and a decimal prefix."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:  # what would be rounded up to 1000 of the smaller unit
+        if abs(value) >= 0.9995 * size:  # would be rounded up to 1000 of the smaller unit
             return f"{value / size:.3g} {prefix}{unit}" if unit else f"{value / size:.3g}{prefix}"
     return f"{value:.3g} {unit}".rstrip()
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, each with `step` and `kind` ("train", "validation" or "checkpoint")."""
+    """`metrics.jsonl`: one JSON object a line. Its `kind` is "train", "validation" or "checkpoint"."""
 
     def __init__(self, path: Path, resume_step: int = 0):
         """
         Args:
-            resume_step: the records up to this step are kept, the rest is done over. Lines that are no records are dropped: a run does
-                not fail for its log.
+            resume_step: records up to this step stay; later steps are done again. Lines that are no records
+                are
+                dropped: a run does not fail for its log.
         """
         self.path = path
         if path.exists():
@@ -37,12 +38,13 @@ class MetricsLog:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(temporary, path)
-        self.file = path.open(
-            "ab", buffering=0
-        )  # a line that could not be written is not tried again when the file is closed
+        self.file = path.open("ab", buffering=0)  # closing the file must not write a failed line again
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """Append a record; floats that are not finite become null, for JSON has none. Raises UserError where it cannot be written."""
+        """Append a record.
+
+        Floats that are not finite become null: JSON has none. Raises UserError if it cannot be written.
+        """
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
@@ -50,17 +52,17 @@ class MetricsLog:
         line = json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False).encode() + b"\n"
         start = os.fstat(self.file.fileno()).st_size
         try:
-            if self.file.write(line) < len(line):  # so much room there was
+            if self.file.write(line) < len(line):  # the disk took only the beginning
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            with contextlib.suppress(
-                OSError
-            ):  # on a disk that fails altogether, half a line may stay: it is dropped on resuming
-                os.ftruncate(
-                    self.file.fileno(), start
-                )  # or the next line would begin in the middle of this one
+            # The next line must not begin in the middle of this one. If that fails too, half a line stays,
+            # and a
+            # resumed run drops it.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file.fileno(), start)
             raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume-from-checkpoint auto"
+                f"{self.path}: cannot be written: {error.strerror}",
+                remedy="make room, and go on with --resume-from-checkpoint auto",
             ) from error
 
     def close(self) -> None:
@@ -69,7 +71,10 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line that a kill cut short is left out. Raises UserError for any other bad line."""
+    """The records of a `metrics.jsonl`, without a last line that a kill cut short.
+
+    Raises UserError for any other bad line.
+    """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
@@ -122,8 +127,8 @@ class Meter:
 
 
 def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
-    """`metrics.jsonl` -> a PNG: training loss (thin: every step; thick: smoothed) and validation loss, nats per token."""
-    import matplotlib.figure  # here, because it takes longer to import than everything else
+    """`metrics.jsonl` -> a PNG of training loss (thin: every step; thick: smoothed) and validation loss."""
+    import matplotlib.figure  # here: it takes longer to import than everything else
 
     records = read_metrics(metrics)
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]

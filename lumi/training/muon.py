@@ -1,15 +1,22 @@
-"""Muon (Jordan et al. 2024) for matrices that FSDP2 or tensor parallelism hold in parts.
+"""Muon (Jordan et al. 2024): momentum whose direction is made orthogonal.
 
-An update is orthogonal only as a whole matrix. Momentum stays where its part is; the processes take turns in owning a matrix: its parts
-are gathered in bfloat16, in which it is orthogonalised anyway, its owner does the work, and every process gets its part of the result.
-They work at the same time, on as many matrices as there are processes, and none holds more than two whole. Moved: 2 bytes for each
-element there and back.
+The update is that of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`: Nesterov momentum, five
+Newton-Schulz steps, decoupled weight decay, and a size that matches AdamW's (Liu et al. 2025,
+arXiv:2502.16982).
 
-With the same gradients the update is that of `torch.optim.Muon`, whose settings these are.
+Whole matrices of one shape are stacked and orthogonalised together, tall ones as their transpose. A GPU
+then runs a few large products instead of many small ones.
+
+A matrix in parts is a DTensor of FSDP2 or tensor parallelism. Only a whole matrix can be made orthogonal,
+so the processes take turns in owning one. Momentum stays in parts. The parts of the direction are gathered
+in the compute dtype, the owner orthogonalises the whole, and every process receives the result. As many
+matrices as processes are in work at the same time, and no process holds more than two of them whole. Each
+element is sent once there and once back.
 """
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,62 +24,102 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from lumi.host.devices import fast_bfloat16
 from lumi.parallel.tensor_pieces import piece
 
-_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of Jordan's quintic, which brings singular values near 1 in five turns
-_TURNS = 5
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic
+_NUM_STEPS = 5
+_EPS = 1e-7  # the least norm that a matrix is divided by
+_STACK_ELEMENTS = (
+    2**24
+)  # of one stack at most: enough to keep a GPU busy, and below 256 MiB of temporary memory
 
 
-class ShardedMuon(torch.optim.Optimizer):
-    """Muon over DTensors, scaled to AdamW's update size (Liu et al. 2025, arXiv:2502.16982); all processes step together."""
+class Muon(torch.optim.Optimizer):
+    """Muon over matrices, plain tensors or DTensors. With DTensors, all processes step together."""
 
-    def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float, momentum: float):
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        """
+        Args:
+            params: at least one matrix, all on one device.
+            compute_dtype: the dtype that directions are orthogonalised and sent in. None: bfloat16 where
+                the device multiplies it in hardware, float32 elsewhere.
+        """
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        if compute_dtype is None:
+            compute_dtype = torch.bfloat16 if fast_bfloat16(params[0].device) else torch.float32
+        self.compute_dtype = compute_dtype
+        for parameter in params:  # with the name and the zeros of torch.optim.Muon
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        size = dist.get_world_size()
+        """Update every parameter that has a gradient. It never waits for the device."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for first in range(0, len(parameters), size):
-                self._round(parameters[first : first + size], group)
+            for stack in _stacks([p for p in parameters if not isinstance(p, DTensor)]):
+                self._update_whole(stack, group)
+            in_parts = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+            size = dist.get_world_size() if in_parts else 1
+            for first in range(0, len(in_parts), size):
+                self._update_parts(in_parts[first : first + size], group)
 
-    def _round(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update as many matrices as there are processes: all work at the same time, each on one."""
+    def _update_whole(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update the matrices of one stack."""
+        gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+        means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, means, group["momentum"])
+        num_wide = sum(not _is_tall(parameter) for parameter in parameters)  # they come first
+        halves = [torch.stack(half) for half in (directions[:num_wide], directions[num_wide:]) if half]
+        del directions
+        stack = torch.cat([_as_wide(half).to(self.compute_dtype) for half in halves])
+        stack = orthogonalize(stack).to(parameters[0].dtype)
+        updates = [*stack[:num_wide].unbind(), *stack[num_wide:].mT.contiguous().unbind()]
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"] * _size_of_adamw(parameters[0].shape))
+
+    def _update_parts(self, parameters: list[DTensor], group: dict[str, Any]) -> None:
+        """Update one matrix in parts for each process: process i owns the i-th."""
         own = None
         for owner, parameter in enumerate(parameters):
             whole = gathered(self._direction(parameter, group["momentum"]))
             if owner == dist.get_rank():
                 own = whole
-        if own is not None:  # after all are gathered: nobody waits for another's products
-            own = orthogonalize(own)
+        if own is not None:  # only now, after the last gather, so that nobody waits for another's products
+            own = orthogonalize(own[None])[0].contiguous()
         for owner, parameter in enumerate(parameters):
-            if owner != dist.get_rank() or own is None:
-                whole = torch.empty(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
-            else:
+            if owner == dist.get_rank() and own is not None:
                 whole = own
+            else:
+                whole = torch.empty(parameter.shape, dtype=self.compute_dtype, device=parameter.device)
             dist.broadcast(whole, src=owner)
             held = piece(parameter)
             held.local.mul_(1 - group["lr"] * group["weight_decay"])
-            held.local.add_(held.part_of(whole), alpha=-group["lr"] * 0.2 * math.sqrt(max(whole.shape)))
+            held.local.add_(held.part_of(whole), alpha=-group["lr"] * _size_of_adamw(whole.shape))
 
-    def _direction(self, parameter: Tensor, momentum: float) -> DTensor:
-        """Nesterov's, from the gradient and the momentum, which takes it in."""
-        mean, grad = self.state[parameter]["momentum_buffer"], parameter.grad
-        assert grad is not None
-        mean.lerp_(grad, 1 - momentum)
-        direction = grad.lerp(mean, momentum).bfloat16()
+    def _direction(self, parameter: DTensor, momentum: float) -> DTensor:
+        """Nesterov's direction in the compute dtype, after the momentum has taken in the gradient."""
+        mean, gradient = self.state[parameter]["momentum_buffer"], parameter.grad
+        assert gradient is not None
+        mean.lerp_(gradient, 1 - momentum)
+        direction = gradient.lerp(mean, momentum).to(self.compute_dtype)
         assert isinstance(direction, DTensor)
         return direction
 
 
 def gathered(tensor: DTensor) -> Tensor:
-    """All of a DTensor on every process, one side of the mesh after the other: FSDP2 has cut what tensor parallelism had cut before."""
+    """The whole of a DTensor, on every process.
+
+    FSDP2 cuts what tensor parallelism has cut before, so the sides of the mesh are gathered one by one.
+    """
     placements = list(tensor.placements)
     for side in range(len(placements)):
         placements[side] = Replicate()
@@ -80,20 +127,45 @@ def gathered(tensor: DTensor) -> Tensor:
     return tensor.to_local()
 
 
-def orthogonalize(matrix: Tensor, eps: float = 1e-7) -> Tensor:
-    """The nearest matrix, roughly, whose singular values are one: five Newton-Schulz turns.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Move every singular value close to one, by five Newton-Schulz steps.
+
+    They end at about 0.7 - 1.2, and the singular vectors stay. A matrix of zeros stays zero.
 
     Args:
-        matrix: (rows, columns).
+        matrices: (count, rows, columns), in the dtype to compute in.
 
     Returns:
-        contiguous bfloat16 of the same shape.
+        the same shape and dtype.
     """
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(_TURNS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).contiguous()
+    x = _as_wide(matrices)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=_EPS)
+    for _ in range(_NUM_STEPS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if _is_tall(matrices) else x
+
+
+def _stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices to orthogonalise together: of one shape up to transposition, the tall ones last."""
+    alike: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+    for parameter in sorted(parameters, key=_is_tall):
+        alike[tuple(sorted(parameter.shape))].append(parameter)
+    for shape, members in alike.items():
+        count = max(1, _STACK_ELEMENTS // math.prod(shape))
+        yield from (members[first : first + count] for first in range(0, len(members), count))
+
+
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[-2] > matrix.shape[-1]
+
+
+def _as_wide(matrices: Tensor) -> Tensor:
+    """Transposed where there are more rows than columns, so that the products of rows with rows are small."""
+    return matrices.mT if _is_tall(matrices) else matrices
+
+
+def _size_of_adamw(shape: Sequence[int]) -> float:
+    """The factor that gives an orthogonal update the root mean square of AdamW's."""
+    return 0.2 * math.sqrt(max(shape))

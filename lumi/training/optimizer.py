@@ -1,6 +1,7 @@
-"""Parameter groups, AdamW, Muon (torch's own), gradient clipping, and the learning rate as a function of the step.
+"""Parameter groups, AdamW, and gradient clipping; the optimizers of one model behind one `step`.
 
-Parameters are plain tensors or, in parts on several processes, DTensors; then all processes call everything here together.
+Parameters are plain tensors, or DTensors whose parts lie on several processes. With DTensors, all processes
+call everything here together.
 """
 
 import math
@@ -17,18 +18,21 @@ from torch.distributed.tensor import DTensor
 from lumi.kernels.adamw import adamw
 from lumi.kernels.global_norm import global_norm
 from lumi.kernels.native import native_device
-from lumi.training.muon import ShardedMuon
+from lumi.training.muon import Muon
 from lumi.training.schedule import CosineSchedule, WarmupStableDecay
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """`adamw` (Loshchilov & Hutter 2019, arXiv:1711.05101) for everything, or `muon` (Jordan et al. 2024) for the matrices of the
-    layers, scaled to AdamW's update size (Liu et al. 2025, arXiv:2502.16982), and AdamW for the rest."""
+    """The optimizer and its learning rate.
+
+    `adamw` (Loshchilov & Hutter 2019, arXiv:1711.05101) trains all parameters. `muon` (`lumi.training.muon`)
+    trains the matrices of the layers, and AdamW the rest.
+    """
 
     kind: Literal["adamw", "muon"] = "adamw"
     peak_lr: float = 1e-3
-    weight_decay: float = 0.1  # on matrices only; norms have none
+    weight_decay: float = 0.1  # of matrices; vectors have none
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -36,7 +40,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     schedule: CosineSchedule | WarmupStableDecay = field(default_factory=CosineSchedule)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("peak_lr", "eps", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -48,8 +52,10 @@ class OptimizerConfig:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW by `lumi.kernels.adamw`: all parameters in one operator, gradients clipped as they are read. Its states bear the names of
-    torch's AdamW; `step` is on the CPU, where the bias corrections are made."""
+    """AdamW by `lumi.kernels.adamw`: one operator updates all parameters and clips gradients as it reads.
+
+    The states have the names of torch's AdamW. `step` is on the CPU, where the bias corrections are computed.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
@@ -63,8 +69,11 @@ class AdamW(torch.optim.Optimizer):
         max_norm: float = math.inf,
         loss_scale: float = 1.0,
     ) -> None:
-        """One update of every parameter that has a gradient, clipped by `norm`, `max_norm` and `loss_scale` as `adamw` has them. Groups
-        may differ in weight decay alone."""
+        """Update every parameter that has a gradient. Groups may differ in nothing but weight decay.
+
+        Args:
+            norm, max_norm, loss_scale: what clips the gradients, as in `lumi.kernels.adamw`.
+        """
         members = [
             (p, self.state[p], group["weight_decay"])
             for group in self.param_groups
@@ -78,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
         for member in members:
             by_step.setdefault(int(member[1]["step"]), []).append(member)
         group = self.param_groups[0]
-        for number, alike in by_step.items():  # one, unless some parameters had no gradient in some steps
+        for number, alike in by_step.items():  # one, unless a parameter had no gradient in some step
             parameters, states, weight_decays = zip(*alike, strict=True)
             adamw(
                 _own(parameters),
@@ -97,98 +106,103 @@ class AdamW(torch.optim.Optimizer):
             )
 
 
+@dataclass(frozen=True)
+class Clip:
+    """The gradients of one step as `measure_gradients` found them, for the `step` that clips them.
+
+    Args:
+        scaled_norm: their joint L2 norm, still times the loss scale; float64 scalar on their device.
+        loss_scale: the factor that the loss had in backward.
+        norm: the joint L2 norm without the loss scale; not finite where a gradient is not.
+    """
+
+    scaled_norm: Tensor
+    loss_scale: float
+    norm: float
+
+    def factor(self, max_norm: float) -> Tensor:
+        """What to multiply the gradients with: a float32 scalar on their device, which nobody waits for."""
+        shrinking = (max_norm / (self.scaled_norm / self.loss_scale)).clamp(max=1.0)
+        return (shrinking / self.loss_scale).float()
+
+
 class Optimizer:
-    """The optimizers of one model behind one `step`; their states have names, so that a checkpoint needs no pickle."""
+    """The optimizers of one model behind one `step`.
+
+    Every state tensor has a name, so that a checkpoint needs no pickle.
+    """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig):
         self.config = config
-        self.measured: tuple[Tensor, float, float] | None = (
-            None  # the gradients' norm, their loss scale, the norm without it
-        )
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.named:
             raise ValueError("model must have parameters that require gradients, got none")
-        matrices = {name: p for name, p in self.named.items() if p.ndim >= 2}
-        vectors = [p for p in self.named.values() if p.ndim < 2]
-        hidden = (
-            {name: p for name, p in matrices.items() if name.startswith("layers.")}
-            if config.kind == "muon"
-            else {}
-        )
-        rest = [p for name, p in matrices.items() if name not in hidden]
+        in_muon = {name for name, p in self.named.items() if config.kind == "muon" and _is_hidden(name, p)}
+        rest = [p for name, p in self.named.items() if name not in in_muon]
         groups = [
-            {"params": rest, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        groups = [group for group in groups if group["params"]]
         self.optimizers: list[torch.optim.Optimizer] = []
-        if groups:
-            # What compiled code cannot take (a GPU without ours, another dtype) gets torch's fused kernel on every device: the plain-torch
-            # definition of ours would be many launches.
-            native = native_device(_own(list(self.named.values()))) is not None
-            adamw_class = AdamW if native else partial(torch.optim.AdamW, fused=True)
-            self.optimizers.append(
-                adamw_class(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), eps=config.eps)
-            )
-        if hidden:
-            sharded = any(isinstance(p, DTensor) for p in hidden.values())
-            muon_class: Any = (
-                ShardedMuon if sharded else partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-            )
-            settings = {
-                "lr": config.peak_lr,
-                "weight_decay": config.weight_decay,
-                "momentum": config.muon_momentum,
-            }
-            self.optimizers.append(muon_class(list(hidden.values()), **settings))
-        for optimizer in self.optimizers:
-            _allocate_states(optimizer)
+        if rest:
+            self.optimizers.append(self._adamw([group for group in groups if group["params"]]))
+        if in_muon:
+            matrices = [p for name, p in self.named.items() if name in in_muon]
+            self.optimizers.append(Muon(matrices, config.peak_lr, config.weight_decay, config.muon_momentum))
 
-    def clip_gradients(self, loss_scale: float = 1.0) -> float:
-        """Have the next `step` take `loss_scale` out of all gradients and scale them so that their joint L2 norm is at most
-        `max_grad_norm`. It does so as it reads them: until then they stay as they are.
+    def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Our AdamW where compiled code takes all parameters, else torch's fused one; states are allocated.
 
-        Returns:
-            The norm before clipping; where it is not finite the next `step` does nothing.
+        The plain-torch definition of ours would take many launches on a GPU.
+        """
+        lr, betas, eps = self.config.peak_lr, (self.config.beta1, self.config.beta2), self.config.eps
+        native = native_device(_own(list(self.named.values()))) is not None
+        make = AdamW if native else partial(torch.optim.AdamW, fused=True)
+        optimizer: torch.optim.Optimizer = make(groups, lr=lr, betas=betas, eps=eps)
+        # Zeros, as the first step would make them. They take their memory at once, and a checkpoint of any
+        # step has the same tensors.
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            state = optimizer.state[parameter]
+            state["step"] = torch.zeros((), device="cpu" if native else parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        return optimizer
+
+    def measure_gradients(self, loss_scale: float = 1.0) -> Clip:
+        """Measure the joint L2 norm of all gradients, and wait for it. The gradients stay as they are.
+
+        Args:
+            loss_scale: the factor that the loss had in backward.
         """
         norm = _whole_norm([p.grad for p in self.named.values() if p.grad is not None])
-        self.measured = norm, loss_scale, float(norm) / loss_scale
-        return self.measured[2]
+        return Clip(norm, loss_scale, float(norm) / loss_scale)
 
-    def step(self, lr: float) -> None:
-        """One update with learning rate `lr`, on gradients as they are or, after `clip_gradients`, clipped."""
-        clip: dict[str, Any] = {}
-        factor = 1.0
-        if self.measured is not None:
-            norm, loss_scale, value = self.measured
-            self.measured = None
-            if not math.isfinite(value):
-                return
-            clip = {"norm": norm, "max_norm": self.config.max_grad_norm, "loss_scale": loss_scale}
-            factor = min(1.0, self.config.max_grad_norm / value if value > 0 else 1.0) / loss_scale
+    def step(self, lr: float, clip: Clip | None = None) -> None:
+        """Make one update with learning rate `lr`.
+
+        Args:
+            clip: takes the loss scale out of the gradients and limits their norm to `max_grad_norm`. A norm
+                that is not finite updates nothing. None: gradients are used as they are.
+        """
+        if clip is not None and not math.isfinite(clip.norm):
+            return
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if isinstance(optimizer, AdamW):
-                optimizer.step(**clip)
-                continue
-            if factor != 1.0:
-                torch._foreach_mul_(
-                    _own(
-                        [
-                            p.grad
-                            for group in optimizer.param_groups
-                            for p in group["params"]
-                            if p.grad is not None
-                        ]
-                    ),
-                    factor,
+            if isinstance(optimizer, AdamW) and clip is not None:
+                optimizer.step(
+                    norm=clip.scaled_norm, max_norm=self.config.max_grad_norm, loss_scale=clip.loss_scale
                 )
+                continue
+            if clip is not None:
+                parameters = (p for group in optimizer.param_groups for p in group["params"])
+                gradients = _own([p.grad for p in parameters if p.grad is not None])
+                if gradients:
+                    torch._foreach_mul_(gradients, clip.factor(self.config.max_grad_norm))
             optimizer.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.measured = None
         for parameter in self.named.values():
             parameter.grad = None
 
@@ -202,20 +216,9 @@ class Optimizer:
         }
 
 
-def _allocate_states(optimizer: torch.optim.Optimizer) -> None:
-    """Zeros, as the first step would make them: memory is taken at once, and a checkpoint of any step has the same tensors."""
-    moments = (
-        ("exp_avg", "exp_avg_sq")
-        if isinstance(optimizer, AdamW | torch.optim.AdamW)
-        else ("momentum_buffer",)
-    )
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        state = optimizer.state[parameter]
-        if "exp_avg" in moments:
-            state["step"] = torch.zeros(
-                (), device="cpu" if isinstance(optimizer, AdamW) else parameter.device
-            )
-        state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments}
+def _is_hidden(name: str, parameter: Tensor) -> bool:
+    """Whether Muon may train it: a matrix of the layers."""
+    return parameter.ndim >= 2 and name.startswith("layers.")
 
 
 def _own(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -224,7 +227,7 @@ def _own(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _whole_norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm of all gradients, of which each process may have parts: float64 scalar on their device, the same on all."""
+    """The L2 norm of all gradients, whole or in parts: a float64 scalar, the same everywhere."""
     shared: dict[int, list[Tensor]] = {}  # by the number of processes that hold the same part
     for gradient in gradients:
         if not isinstance(gradient, DTensor):

@@ -1,11 +1,12 @@
-"""What fine-tuning is about to train, made visible before it is trained."""
+"""What fine-tuning is about to train, shown before it begins."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from lumi.data.rows import ConversationRows
-from lumi.data.token_store import Split, SplitManifest
+from lumi.data.store_manifest import SplitManifest
+from lumi.data.token_store import Split
 from lumi.tokenizer.tokenizer import Tokenizer
 
 OPEN, CLOSE = "[[", "]]"
@@ -14,7 +15,7 @@ OPEN, CLOSE = "[[", "]]"
 def marked_example(
     split: Split, document: int, length: int, tokenizer: Tokenizer, max_tokens: int = 400
 ) -> str:
-    """The first `length` tokens of a conversation as the model sees them, control tokens spelt out, what is trained between [[ and ]]."""
+    """The first `length` tokens of a conversation: control tokens spelt out, trained ones in [[ and ]]."""
     begin = int(split.offsets[document])
     end = begin + length
     ids, trained = split.tokens[begin:end][:max_tokens].tolist(), split.loss_mask(begin, end)[:max_tokens]
@@ -38,16 +39,19 @@ def _spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 def describe_conversations(
     name: str, rows: ConversationRows, stored: SplitManifest, tokenizer: Tokenizer
 ) -> str:
-    """What of a store is trained: its share of the tokens, what was and is left out, and the first conversation with the mask marked."""
+    """What a run trains of a store: the share of its tokens, what is left out, and a marked example."""
     padding = 1 - rows.num_tokens / (rows.rows_per_epoch * rows.capacity)
     dropped = "".join(
         f"; {count:,} {reason} left out by tokenize" for reason, count in stored.dropped.items()
     )
     first = int(np.flatnonzero(rows.lengths)[0])
     return (
-        f"{name}: {len(rows.lengths) - rows.num_dropped:,} conversations in {rows.rows_per_epoch:,} rows ({padding:.1%} padding)\n"
-        f"  trained: {rows.num_trained:,} of {rows.num_tokens:,} tokens ({rows.num_trained / rows.num_tokens:.1%})\n"
-        f"  longer than a row: {rows.num_cut:,} end at an earlier answer, {rows.num_dropped:,} left out{dropped}\n"
+        f"{name}: {len(rows.lengths) - rows.num_dropped:,} conversations in {rows.rows_per_epoch:,} rows "
+        f"({padding:.1%} padding)\n"
+        f"  trained: {rows.num_trained:,} of {rows.num_tokens:,} tokens "
+        f"({rows.num_trained / rows.num_tokens:.1%})\n"
+        f"  longer than a row: {rows.num_cut:,} end at an earlier answer, "
+        f"{rows.num_dropped:,} left out{dropped}\n"
         f"  an example, what is trained between {OPEN} and {CLOSE}:\n"
         f"{marked_example(rows.split, first, int(rows.lengths[first]), tokenizer)}"
     )

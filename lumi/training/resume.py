@@ -1,11 +1,12 @@
-"""Going on with a run: what must be the same, and what a checkpoint's values go back into."""
+"""Going on with a run: what must be the same."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lumi.checkpoint.checkpoint import Checkpoint
-from lumi.config import UserError, differences, to_dict
+from lumi.config import UserError, differences, from_dict, to_dict
+from lumi.model.transformer import ModelConfig
 from lumi.training.run_config import TrainConfig
 from lumi.training.run_data import RunData
 from lumi.training.run_model import start_fingerprint
@@ -25,29 +26,34 @@ def run_identity(config: TrainConfig, start: Path | None, data: RunData) -> dict
     }
 
 
-def resumed_state(
+def check_resumable(
     checkpoint: Checkpoint, identity: dict[str, Any], config: TrainConfig, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """The state of a checkpoint that this run may go on from; `say` is told what has changed in the config.
+) -> None:
+    """Check that a run may go on from a checkpoint; `say` is told what has changed in the config.
 
     Raises:
         UserError: the identity is another one, or the run was to end before the checkpoint's step.
     """
-    state = dict(checkpoint.state)
-    if changed := differences(state.pop("identity"), identity):
+    state = checkpoint.state
+    saved_identity, saved_config = (
+        _resolved(state[name], str(checkpoint.path)) for name in ("identity", "config")
+    )
+    if changed := differences(saved_identity, identity):
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        changes = f"{'; '.join(changed[:3])}{more}"
         raise UserError(
-            f"{checkpoint.path}: cannot go on from here: {'; '.join(changed[:3])}{more}; use what the run began with"
+            f"{checkpoint.path}: cannot go on from here: {changes}", remedy="use what the run began with"
         )
     if state["step"] > config.num_steps:
         raise UserError(
             f"num_steps must be at least the checkpoint's step {state['step']}, got {config.num_steps}"
         )
-    for change in differences(state.pop("config"), to_dict(config)):
+    for change in differences(saved_config, to_dict(config)):
         say(f"changed since the checkpoint: {change}")
-    return state
 
 
-def micro_batch_before(checkpoint: Checkpoint | None) -> int | None:
-    """The micro-batch that a run had when the checkpoint was saved; None where there is none."""
-    return None if checkpoint is None else checkpoint.state["config"]["batches"]["micro_batch_size"]
+def _resolved(saved: dict[str, Any], where: str) -> dict[str, Any]:
+    """Saved values with the numbers of `model` that follow from others: older checkpoints hold null for them."""
+    if saved["model"] is None:
+        return saved
+    return saved | {"model": to_dict(from_dict(ModelConfig, saved["model"], where))}

@@ -16,38 +16,48 @@ from lumi.training.optimizer import OptimizerConfig
 class TrainConfig:
     """A whole run. Paths are not in it: they come from the command line."""
 
-    model: ModelConfig | None = None  # null: that of --model-path
-    lora: LoraConfig | None = None  # null: every parameter is trained
+    # The model's shape; null: that of --model-path.
+    model: ModelConfig | None = None
+    # Adapters to train instead of the model; null: every parameter is trained.
+    lora: LoraConfig | None = None
+    # How rows and batches are made of the data.
     batches: BatchConfig = field(default_factory=BatchConfig)
+    # The optimizer and its schedule.
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    # How processes share the work.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    # Optimizer steps of the whole run.
     num_steps: int
+    # Decides new weights, the order of the data, and what a step draws.
     seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] = (
-        "bfloat16"  # of activations and products; master weights are float32
-    )
+    # Of activations and products; master weights are float32.
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    # The operators; "auto": Triton on GPUs that it fits, the reference elsewhere.
     kernels: Literal["auto", "reference", "triton"] = "auto"
+    # Keep only each layer's input for backward and compute the rest again: less memory, a third more time.
     gradient_checkpointing: bool = False
+    # Compile each layer with torch.compile.
     compile: bool = False
+    # Steps between validations.
     validate_every: int = 250
-    validation_tokens: int | None = 1_000_000  # of each data folder; null: the whole split
+    # Of each data folder in one validation; null: the whole split.
+    validation_tokens: int | None = 1_000_000
+    # Steps between checkpoints.
     save_every: int = 1000
-    keep_last: int = 2  # checkpoints; the best one is kept beside them
-    final: Literal["last", "best"] = (
-        "last"  # which weights final/ holds; "best": of the checkpoint of the lowest validation loss
-    )
-    max_loss_sigmas: float | None = (
-        None  # a step whose loss is this many deviations above those before it is skipped; null: none is
-    )
-    max_skipped_steps: int = (
-        5  # in a row, for a loss or gradient that is not finite or a spike, before the run stops
-    )
-    step_timeout_seconds: float = (
-        600.0  # what a process may take between two marks of a step before all are stopped
-    )
-    preflight: bool = True  # before step 1: time a micro-step, and rehearse an evaluation and a save
+    # The newest checkpoints that stay; the best one stays beside them.
+    keep_last: int = 2
+    # Which weights final/ holds; "best": those of the saved step with the lowest validation loss.
+    final: Literal["last", "best"] = "last"
+    # Skip a step whose loss lies more deviations than this above those before it; null: skip none.
+    max_loss_sigmas: float | None = None
+    # Skipped steps in a row (not finite, or a spike) after which the run stops.
+    max_skipped_steps: int = 5
+    # The longest that a process may take between two marks of a step; then all processes are stopped.
+    step_timeout_seconds: float = 600.0
+    # Before step 1, time a micro-step, and rehearse a validation and a save.
+    preflight: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             "num_steps",
             "validate_every",
@@ -77,8 +87,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Paths:
-    """What the command line says. `model_path`: the model that a run begins with; None: random weights. `resume`: None, "auto", or a
-    checkpoint folder."""
+    """What the command line says.
+
+    Attributes:
+        resume: None, "auto", or a checkpoint folder.
+        model_path: the model that a run begins with; None: random weights.
+    """
 
     data_dirs: Sequence[str]
     tokenizer_dir: str

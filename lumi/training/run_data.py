@@ -1,16 +1,34 @@
-"""The data of a run: its token stores, the batches they give, and the tokenizer in the template of their conversations."""
+"""The data of a run: token stores, batches, and the tokenizer with the template of the conversations."""
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lumi.chat.rendering import TEMPLATES
 from lumi.config import UserError
-from lumi.data.batches import Batches
+from lumi.data.batches import Batch, Batches, prefetch
 from lumi.data.rows import ConversationRows, make_rows, validation_rows
-from lumi.data.tokenization import TokenStore, open_or_tokenize
+from lumi.data.token_cache import open_or_tokenize
+from lumi.data.token_store import TokenStore
 from lumi.parallel.world import World
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.training.preview import describe_conversations
 from lumi.training.run_config import Paths, TrainConfig
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """The micro-batches of one process in one step, or the fault that kept it from reading them."""
+
+    step: int
+    loaded: Sequence[Batch]
+    fault: UserError | OSError | None
+
+    def batches(self) -> Sequence[Batch]:
+        """The micro-batches. Raises the fault, if there is one."""
+        if self.fault is not None:
+            raise self.fault
+        return self.loaded
 
 
 class RunData:
@@ -21,10 +39,14 @@ class RunData:
 
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
         self.folders = paths.data_dirs
-        tokenizer = world.agreed(lambda: Tokenizer.load(paths.tokenizer_dir))
+        with world.fail_together():
+            tokenizer = Tokenizer.load(paths.tokenizer_dir)
         stores: list[TokenStore] = []
-        world.on_main(lambda: stores.extend(open_or_tokenize(folder, tokenizer) for folder in self.folders))
-        world.agreed(lambda: self._open(config, paths, tokenizer, stores))
+        with world.fail_together(interruptible=True):
+            if world.is_main:
+                stores += [open_or_tokenize(folder, tokenizer) for folder in self.folders]
+        with world.fail_together():
+            self._open(config, paths, tokenizer, stores)
 
     def _open(
         self, config: TrainConfig, paths: Paths, tokenizer: Tokenizer, stores: list[TokenStore]
@@ -45,6 +67,21 @@ class RunData:
             raise UserError(
                 'config.final must be "last" where no data folder has a validation split, got "best"'
             )
+
+    def inputs(self, steps: Iterable[int], rows: Sequence[tuple[int, int]]) -> Iterator[StepInput]:
+        """The inputs of steps. A thread reads the next one while the loop computes this one.
+
+        Args:
+            rows: [start, stop) of each micro-batch within a step.
+        """
+
+        def read(step: int) -> tuple[list[Batch], UserError | OSError | None]:
+            try:
+                return [self.batches.rows(step, *span) for span in rows], None
+            except (UserError, OSError) as error:
+                return [], error
+
+        return (StepInput(step, *loaded) for step, loaded in prefetch(read, steps))
 
     def identity(self) -> dict[str, Any]:
         """What decides which data a step sees."""
@@ -89,21 +126,24 @@ class RunData:
         )
 
     def _check_rows(self, length: int) -> None:
-        """Make the rows of every split once, so that one without any is named before the first step and not at the first validation."""
+        """Make the rows of every split once, to name a split without rows before the first step."""
         for folder, store in zip(self.folders, self.stores, strict=True):
             for name, split in store.splits.items():
                 try:
                     make_rows(split, length, 0) if name == "train" else validation_rows(split, length, None)
                 except UserError as error:
-                    raise UserError(f"{folder}, {name} split: {error}") from error
+                    raise error.within(f"{folder}, {name} split") from error
 
     def _in_template(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer as it goes into `final/`: with the chat template of the stores' conversations, or none where they are texts."""
+        """The tokenizer for `final/`, with the chat template of the stores' conversations if there are any."""
         names = sorted(
             {store.manifest.template for store in self.stores if store.manifest.template is not None}
         )
         if len(names) > 1:
             raise UserError(
-                f"--data-dirs must hold conversations of one template, got {', '.join(names)}; tokenize again with --template"
+                "--data-dirs",
+                "must hold conversations of one template",
+                got=", ".join(names),
+                remedy="tokenize again with --template",
             )
         return tokenizer.with_chat_template(TEMPLATES[names[0]].jinja if names else None)

@@ -1,4 +1,9 @@
-"""The folder of one run: `config.json`, `status.json`, `metrics.jsonl`, `loss.png`, `checkpoints/`, `final/`; `.lock` of whom it is."""
+"""The folder of one run.
+
+config.json  status.json  metrics.jsonl  loss.png     what was asked, how it stands, what it measured
+checkpoints/ final/                                   what it saved
+.lock                                                 records the owning process
+"""
 
 import math
 import os
@@ -16,20 +21,23 @@ from lumi.checkpoint.checkpoint import (
     step_of,
 )
 from lumi.config import UserError
-from lumi.host.storage import DamagedError, discard_folders, lock_file, make_folder, sweep_temporaries
-from lumi.parallel.world import World, attempt
+from lumi.host.locks import lock_file
+from lumi.host.storage import DamagedError, discard_folders, make_folder, sweep_temporaries
+from lumi.parallel.world import World
 
-LOCK_WAIT_SECONDS = 30  # the processes of a run that was killed may need a moment to go
-_OUR_TEMPORARY = re.compile(
-    r"(config|status)\.json\.tmp-\d+|metrics\.jsonl\.tmp"
-)  # of `write_json` and the log
-# Checkpoints that make way, until a new one is whole: renamed from the first name to the second when all of them are inside.
+LOCK_WAIT_SECONDS = 30  # the processes of a killed run may need a moment to end
+# What `write_json` and the log leave behind when they are killed.
+_OUR_TEMPORARY = re.compile(r"(config|status)\.json\.tmp-\d+|metrics\.jsonl\.tmp")
+# A folder for checkpoints that are set aside. It gets the second name when all of them are inside.
 _ABANDONING, _ABANDONED = ".abandoning-after-step-", ".abandoned-after-step-"
 _STEP = "[0-9]" * 8  # a glob pattern
 
 
 class RunFolder:
-    """Where a run keeps what it makes; one run to a folder. As a context it is released at the end, if it was claimed."""
+    """Where a run keeps what it makes.
+
+    One folder holds one run. The context releases a claimed folder at its end.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -47,17 +55,18 @@ class RunFolder:
         self.release()
 
     def claim(self, resume: str | None, say: Callable[[str], None] = print) -> list[str]:
-        """Check that the folder is this run's to write to, lock it, and sweep what an interrupted one left half written.
+        """Check that this run may write to the folder, lock it, and sweep what an interrupted run left half
+        written.
 
         Args:
             resume: None, "auto", or the path of a checkpoint.
-            say: is told where another process still has the folder and is waited for, and of checkpoints that are put back.
+            say: hears of a wait for another process, and of checkpoints that are put back.
 
         Returns:
             What was swept, for a line in the log.
 
         Raises:
-            UserError: the folder holds a run, and this is not its continuation; or another process is at work there.
+            UserError: the folder holds another run, or another process is at work there.
         """
         for folder in (self.path, self.checkpoints):
             if folder.exists() and not folder.is_dir():
@@ -67,21 +76,21 @@ class RunFolder:
             self._lock = lock_file(self.path / ".lock", LOCK_WAIT_SECONDS, say)
         except BlockingIOError as error:
             raise UserError(
-                f"--output-dir must be a folder that no run is at work in, got {self.path}, which {error.strerror} is writing to; "
-                f"end that one, or choose another folder"
+                f"--output-dir must be a folder that no run is at work in, got {self.path}, "
+                f"which {error.strerror} is writing to; end that one, or choose another folder"
             ) from error
         try:
             self._refuse_foreign(resume)
             make_folder(self.checkpoints)
             for name in self._put_back():
-                say(f"{name}: put back; a run that was interrupted had begun to go on from before it")
+                say(f"{name}: put back; an interrupted run had set it aside")
             return self._sweep()
         except BaseException:
             self.release()
             raise
 
     def release(self) -> None:
-        """Let others have the folder; nothing where it was not claimed. The end of the process does the same."""
+        """Unlock a claimed folder. The end of the process does the same."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -104,62 +113,70 @@ class RunFolder:
         return [str(path) for path in swept]
 
     def find(self, resume: str | None, world: World, say: Callable[[str], None]) -> Checkpoint | None:
-        """The checkpoint to go on from: that of a path, or for "auto" the newest whole one of this run; None where there is none.
+        """The checkpoint to go on from: that of a path, or for "auto" the newest whole one of this run.
 
-        All processes call this together, each checks its share of the bytes, and all get the same checkpoint.
+        All processes call this together. Each checks its share of the bytes, and all get the same checkpoint.
 
         Args:
+            resume: None, "auto", or the path of a checkpoint.
             say: is told of every newer checkpoint that is damaged.
 
+        Returns:
+            None where there is nothing to go on from.
+
         Raises:
-            UserError: the checkpoint of a path, or every one of this run, is damaged; or one cannot be read now, or not by this version
-                of Lumi: an older one is no answer to that. (SystemExit on other processes than the main one.)
+            UserError: the checkpoint of a path, or every one of this run, is damaged; or one cannot be read
+                now, or
+                not by this version of Lumi: then an older one is no answer. As `World.fail_together`.
         """
         if resume is None:
             return None
-        listed, fault = attempt(lambda: self._candidates(resume)) if world.is_main else (None, None)
-        world.refuse_first(fault)
-        damages: list[str] = []
-        for path in world.from_main(listed or []):
-            checkpoint, damage, fault = self._examine(path, world)
-            world.refuse_first(fault)
-            if (damage := world.first(damage)) is None:
+        listed: list[Path] = []
+        with world.fail_together():
+            if world.is_main:
+                newest_first = reversed(list_checkpoints(self.checkpoints))
+                listed = list(newest_first) if resume == "auto" else [Path(resume)]
+        damages: list[UserError] = []
+        for path in world.gather(listed)[0]:
+            with world.fail_together():
+                checkpoint, damage = self._examine(path, world)
+            damage = next(filter(None, world.gather(damage)), None)
+            if damage is None:
                 return checkpoint
             if resume != "auto":
-                world.refuse(damage)
-            damages.append(damage.removesuffix(f"; {REMEDY}"))
+                with world.fail_together():
+                    raise damage
+            damages.append(damage.replace(remedy=""))
             say(f"{damages[-1]}; trying the checkpoint before it")
-        if damages:
-            world.refuse(
-                f"{self.checkpoints}: none of {len(damages)} checkpoints is whole; the newest: {damages[0]}; restore one"
-            )
+        with world.fail_together():
+            if damages:
+                none_is_whole = f"{self.checkpoints}: none of {len(damages)} checkpoints is whole"
+                raise UserError(f"{none_is_whole}; the newest: {damages[0]}", remedy="restore one")
         return None
 
-    def _candidates(self, resume: str) -> list[Path]:
-        return list(reversed(list_checkpoints(self.checkpoints))) if resume == "auto" else [Path(resume)]
-
-    def _examine(self, path: Path, world: World) -> tuple[Checkpoint | None, str | None, str | None]:
-        """A checkpoint, or what is damaged in it, or why that cannot be told."""
+    def _examine(self, path: Path, world: World) -> tuple[Checkpoint | None, UserError | None]:
+        """A checkpoint, or what is damaged in it. Raises UserError where that cannot be told."""
         try:
-            return self.load(path, world.rank, world.size), None, None
+            return self.load(path, world.rank, world.size), None
         except DamagedError as error:
-            return None, str(error), None
-        except UserError as error:
-            return None, None, str(error)
+            return None, error
         except OSError as error:
-            return (
-                None,
-                None,
-                f"{error.filename or path}: cannot be read: {error.strerror}; mend that and start again, nothing was changed",
-            )
+            raise UserError(
+                f"{error.filename or path}: cannot be read: {error.strerror}; "
+                f"mend that and start again, nothing was changed"
+            ) from error
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of `step`, whether or not there is one."""
         return self.checkpoints / f"step-{step:08d}"
 
     def load(self, path: Path, part: int = 0, parts: int = 1) -> Checkpoint:
-        """Open a checkpoint, and check this process's share of its bytes. Its best is forgotten where that is not here: of another run, or
-        pruned since for a better one. Raises as `open_checkpoint`, and UserError where its step and best are no run's."""
+        """Open a checkpoint, and check this process's share of its bytes.
+
+        Its best is forgotten if that checkpoint is not here: it belongs to another run, or a better one
+            replaced it.
+        Raises as `open_checkpoint`, and UserError where step or best cannot be a run's.
+        """
         checkpoint = open_checkpoint(path)
         checkpoint.verify(part, parts)
         _check_state(checkpoint)
@@ -169,8 +186,11 @@ class RunFolder:
         return checkpoint
 
     def abandon_after(self, step: int) -> list[str]:
-        """Set this run's checkpoints of later steps aside: it was resumed from before them and will write them anew. They go when the
-        first new one is whole (`prune`); if the run ends before that, the next one's `claim` puts them back. Returns their names."""
+        """Set the checkpoints of later steps aside: the run resumes from before them and writes them anew.
+
+        `prune` deletes them when the first new one is whole. If the run ends before that, the next `claim`
+        puts them back. Returns their names.
+        """
         later = [path for path in list_checkpoints(self.checkpoints) if step_of(path) > step]
         if later:
             unfinished = self.checkpoints / f"{_ABANDONING}{step:08d}"
@@ -181,12 +201,14 @@ class RunFolder:
         return [path.name for path in later]
 
     def _put_back(self) -> list[str]:
-        """Undo `abandon_after` of a run that saved nothing since; returns the names of the checkpoints."""
+        """Undo `abandon_after` of a run that has saved nothing since.
+
+        Returns the names of the checkpoints.
+        """
         for folder in self.checkpoints.glob(_ABANDONED + _STEP):
             step = folder.name.removeprefix(_ABANDONED)
-            if any(
-                step_of(path) > int(step) for path in list_checkpoints(self.checkpoints)
-            ):  # the run had saved, and died before it pruned
+            newer = [path for path in list_checkpoints(self.checkpoints) if step_of(path) > int(step)]
+            if newer:  # the run saved, and died before it pruned
                 discard_folders(self.checkpoints, [folder.name])
             else:
                 os.rename(folder, folder.with_name(f"{_ABANDONING}{step}"))
@@ -199,11 +221,14 @@ class RunFolder:
         return names
 
     def prune(self, keep_last: int, best: int | None) -> list[str]:
-        """Remove all checkpoints but the newest `keep_last` and that of step `best`, and those that were set aside. Call it when a new one
-        is whole.
+        """Delete old checkpoints, and those that were set aside. Call it when a new one is whole.
+
+        Args:
+            keep_last: how many of the newest stay.
+            best: the step of one that stays too.
 
         Returns:
-            a line for everything that could not be removed: the next call tries again.
+            a line for everything that could not be deleted; the next call tries again.
         """
         try:
             faults = discard_folders(
@@ -223,16 +248,15 @@ class RunFolder:
 
 
 def _check_state(checkpoint: Checkpoint) -> None:
-    """Raises UserError unless the state has a step, that of the folder's name, and a best: null, or its step and loss."""
+    """Raises UserError unless the state has the folder's step, and as its best null or a step and a loss."""
     state, path = checkpoint.state, checkpoint.path
     step = state.get("step") if isinstance(state, dict) else None
     if not _is_step(step):
         raise UserError(f"{path / 'state.json'}: step must be a whole number from 0, got {step!r}; {REMEDY}")
     named = re.fullmatch(r"step-(\d+)", path.name)
     if named and int(named[1]) != step:
-        raise UserError(
-            f"{path / 'state.json'}: step must be {int(named[1])}, as the folder's name says, got {step}; {REMEDY}"
-        )
+        expectation = f"step must be {int(named[1])}, as the folder's name says"
+        raise UserError(f"{path / 'state.json'}:", expectation, got=step, remedy=REMEDY)
     best = state.get("best", "nothing")
     if best is not None and not (
         isinstance(best, dict)

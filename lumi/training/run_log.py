@@ -1,40 +1,44 @@
-"""What a run says while it is at work: `metrics.jsonl`, `loss.png`, the progress line and lines for people, by its main process alone.
-
-A disk without room for them ends no step half done: the fault is kept, and the run ends with it where all processes agree.
+"""What a run says while it works: `metrics.jsonl`, `loss.png`, the progress line, and lines for people.
+ Only the main process writes. A full disk ends no step half done: the log keeps the fault, and `check` raises
+it where all processes can end together.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
+from lumi.config import UserError
 from lumi.host.progress import progress_bar
-from lumi.parallel.world import attempt
 from lumi.training.metrics import Meter, MetricsLog, draw_loss, human
 from lumi.training.run_folder import RunFolder
+from lumi.training.train_state import StepOutcome
 
 
 class RunLog:
-    """The log of one run in its folder. Other processes than the main one may call it too, and nothing is said.
+    """The log of one run in its folder. All processes may call it; only the main one says anything.
 
-    `fault` is why something could not be written, None as long as all could; `meter` measures steps.
+    `meter` measures steps.
     """
 
     def __init__(self, folder: RunFolder, is_main: bool):
         self.folder, self.is_main = folder, is_main
-        self.fault: str | None = None
+        self._fault: UserError | OSError | None = None
         self.metrics: MetricsLog | None = None
         self.meter = Meter()
 
     def begin(self, step: int) -> None:
-        """Go on with `metrics.jsonl` after `step`; of the main process. Raises UserError or OSError where it cannot be written."""
+        """Go on with `metrics.jsonl` after `step`, on the main process.
+
+        Raises UserError or OSError if it cannot be written.
+        """
         self.metrics = MetricsLog(self.folder.metrics, step)
 
     @contextmanager
     def progress(self, step: int, num_steps: int) -> Iterator[None]:
-        """Show the progress from `step` to `num_steps` as long as the block lasts; `metrics.jsonl` is closed at its end."""
+        """Show the progress from `step` to `num_steps`; close `metrics.jsonl` at the end."""
         try:
             with progress_bar(
                 "train", "step", total=num_steps, initial=step, disable=not self.is_main
@@ -55,15 +59,30 @@ class RunLog:
             self._try(partial(self.metrics.write, step, kind, **values))
 
     def step(
-        self, step: int, tokens: int, loss: float, values: dict[str, Any], flops_share: float | None
+        self,
+        outcome: StepOutcome,
+        skipped_steps: int,
+        mix: Sequence[float] | None,
+        tokens: int,
+        flops_share: float | None,
     ) -> None:
         """The record of a training step, and the progress.
 
         Args:
+            skipped_steps: of the whole run.
+            mix: each data folder's share of the rows so far; None where there is one folder.
             tokens: of one step.
-            values: to stand beside `loss` and the times.
-            flops_share: of the devices' peak, for each token in a second; None where it is not known.
+            flops_share: of the devices' peak that one token a second takes; None where the peak is not known.
         """
+        values: dict[str, Any] = {
+            "loss": outcome.loss,
+            "gradient_norm": outcome.gradient_norm,
+            "lr": outcome.lr,
+            "targets": outcome.num_targets,
+            "skipped": not outcome.accepted,
+        }
+        values |= {"skipped_steps": skipped_steps} if skipped_steps else {}
+        values |= {"mix": [round(share, 6) for share in mix]} if mix is not None else {}
         self.meter.add(tokens)
         seconds, waited, rate = self.meter.read()
         times = {
@@ -72,8 +91,8 @@ class RunLog:
             "data_wait_seconds": round(waited, 4),
         }
         mfu = {} if flops_share is None else {"mfu": rate * flops_share}
-        self.write(step, "train", loss=loss, **values, **times, **mfu, tokens=step * tokens)
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {human(rate)} tokens/s", refresh=False)
+        self.write(outcome.step, "train", **values, **times, **mfu, tokens=outcome.step * tokens)
+        self.bar.set_postfix_str(f"loss {outcome.loss:.3f}, {human(rate)} tokens/s", refresh=False)
         self.bar.update()
 
     def draw(self) -> None:
@@ -83,6 +102,13 @@ class RunLog:
                 lambda: draw_loss(self.folder.metrics, self.folder.picture, f"{self.folder.path.name}: loss")
             )
 
+    def check(self) -> None:
+        """Raise the first error of writing, if there was one."""
+        if self._fault is not None:
+            raise self._fault
+
     def _try(self, work: Callable[[], None]) -> None:
-        _, fault = attempt(work)
-        self.fault = self.fault or fault
+        try:
+            work()
+        except (UserError, OSError) as error:
+            self._fault = self._fault or error

@@ -1,75 +1,40 @@
 """The model of a run: what it begins with, and what it leaves in `final/`."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lumi.checkpoint.checkpoint import Checkpoint
-from lumi.config import UserError, to_dict
-from lumi.formats.adapter_format import is_adapter, save_adapter, weights_fingerprint
-from lumi.formats.hf_format import load_model, read_shape, save_model_tensors
-from lumi.formats.pretrained import locate
+from lumi.config import UserError
+from lumi.formats.adapter_format import save_adapter, weights_fingerprint
+from lumi.formats.hf_format import load_model, save_model_tensors
 from lumi.kernels.bundle import Ops
 from lumi.model.lora import add_lora
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.training.run_config import TrainConfig
 
-FINAL_SHARD_BYTES = (
-    5 * 10**9
-)  # of one weights file in final/, which is all that is in memory of a model while it is written
-
-
-def resolve(config: TrainConfig, model_path: Path | None) -> tuple[TrainConfig, ModelConfig, Path | None]:
-    """The config with its `model` filled in, that model, and the folder of the weights that it begins with.
-
-    Raises:
-        UserError: there is neither a model in the config nor a `model_path`, or both and they differ; LoRA without a `model_path`.
-    """
-    if model_path is None:
-        if config.model is None:
-            raise UserError(
-                "config.model must give the shape of the model where --model-path gives no model, got null"
-            )
-        if config.lora is not None:
-            raise UserError("config.lora needs a model to adapt: pass --model-path, or take lora out")
-        return config, config.model, None
-    folder = locate(model_path)
-    if is_adapter(folder):
-        raise UserError(
-            f"--model-path must be a whole model to train, got the adapter {folder}; `lumi merge` makes one of it and its base"
-        )
-    shape = read_shape(folder)
-    if config.model is not None and (ours := _resolved(config.model)) != (theirs := _resolved(shape)):
-        key = next(key for key in theirs if ours[key] != theirs[key])
-        raise UserError(
-            f"config.model must be null, or that of --model-path {folder}: {key} must be {theirs[key]}, got {ours[key]}"
-        )
-    try:
-        return dataclasses.replace(config, model=shape), shape, folder
-    except ValueError as error:
-        raise UserError(f"--model-path {folder}: {error}") from error
-
-
-def _resolved(shape: ModelConfig) -> dict[str, Any]:
-    return to_dict(dataclasses.replace(shape, num_kv_heads=shape.kv_heads, head_dim=shape.per_head))
+# of one weights file in final/. While final/ is written, memory holds one such file.
+FINAL_SHARD_BYTES = 5 * 10**9
 
 
 def build(
     config: TrainConfig, shape: ModelConfig, start: Path | None, tokenizer: Tokenizer, ops: Ops
 ) -> Transformer:
-    """The model: with the weights of `start`, frozen under adapters where the config has `lora`, on the CPU; or on the "meta" device, for
-    random ones.
+    """The model to train.
+
+    With a `start`: its weights on the CPU, frozen under adapters if the config has `lora`. Without one: on
+        the "meta"
+    device, which holds no values; `parallelize` fills in random weights.
 
     Raises:
         UserError: the vocabulary is too small for the tokenizer; and what `load_model` and `add_lora` raise.
     """
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
-            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size} pieces, got {shape.vocab_size}"
+            f"model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size} pieces, "
+            f"got {shape.vocab_size}"
         )
     dtype = getattr(torch, config.dtype)
     if start is None:
@@ -104,8 +69,11 @@ def save_final(
     fingerprint: str | None,
     tokenizer: Tokenizer,
 ) -> None:
-    """Write `final/` from a checkpoint: the model, or its adapter, which names the weights `start` that had this fingerprint when the run
-    began. `model` says what the tensors are; its own values, of which this process may have a part only, are not read."""
+    """Write `final/` from a checkpoint: the model, or its adapter.
+
+    An adapter names the weights `start`, and the fingerprint that they had when the run began. `model` tells
+    what the tensors are; its values are not read, because this process may hold only a part of them.
+    """
     if config.lora is None:
         save_model_tensors(
             folder, model.config, checkpoint.tensors("model"), tokenizer, max_shard_bytes=FINAL_SHARD_BYTES

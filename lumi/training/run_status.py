@@ -1,6 +1,6 @@
 """`status.json` in a run's folder: how the run stands, for whoever started it.
-
-torchrun exits with 1 also when a signal ended a run that saved all it had; a scheduler's script reads here whether to go on with it.
+ torchrun exits with 1 even when a signal ended a run that saved everything. A scheduler's script reads here
+whether the run can go on.
 """
 
 import socket
@@ -36,7 +36,8 @@ def write_status(folder: str | Path, status: Status, step: int, **more: Any) -> 
 
 
 def read_status(folder: str | Path) -> dict[str, Any] | None:
-    """The status of the run in `folder` (`status`, `step`, `time` in ISO 8601 UTC, `host`, and more); None where none was written.
+    """The status of the run in `folder`: `status`, `step`, `time` (ISO 8601, UTC), `host`, and more. None:
+    there is none.
 
     Raises:
         UserError: the file is damaged.
@@ -47,6 +48,8 @@ def read_status(folder: str | Path) -> dict[str, Any] | None:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("status") not in get_args(Status):
         raise UserError(
-            f"{path}: must hold a status, one of {', '.join(get_args(Status))}, got {str(data)[:60]}; remove the file"
+            f"{path}: must hold a status, one of {', '.join(get_args(Status))}",
+            got=str(data)[:60],
+            remedy="remove the file",
         )
     return data

@@ -7,26 +7,32 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
-    """Linear warm-up, then half a cosine down to `final_lr_ratio` (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
+    """Linear warm-up, then half a cosine down to `final_lr_ratio` of the peak.
+
+    Loshchilov & Hutter 2017, arXiv:1608.03983.
+    """
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: int = 100
     final_lr_ratio: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_schedule(self.warmup_steps, self.final_lr_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
-    """Linear warm-up, a plateau, then linear decay over the last `decay_fraction` of the steps (Hu et al. 2024, arXiv:2404.06395)."""
+    """Linear warm-up, a plateau, then linear decay over the last `decay_fraction` of the steps.
+
+    Hu et al. 2024, arXiv:2404.06395.
+    """
 
     kind: Literal["wsd"] = "wsd"
     warmup_steps: int = 100
     decay_fraction: float = 0.2
     final_lr_ratio: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_schedule(self.warmup_steps, self.final_lr_ratio)
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")

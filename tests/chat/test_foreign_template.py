@@ -1,4 +1,4 @@
-"""transformers judges what comes of harmless conversations; hostile templates and hostile texts must get nowhere."""
+"""transformers judges what harmless conversations become. Hostile templates and texts must get nowhere."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -56,7 +56,8 @@ MODERN = """
 {%- for message in messages %}
     {%- if message.role == 'system' %}{{ message.content }}{% continue %}{% endif %}
     {%- set ns.count = ns.count + 1 %}
-    {{- message.role | upper }}{{ ns.count }}: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+    {{- message.role | upper }}{{ ns.count }}: {% generation %}{{ message.content }}{{ eos_token }}{%
+    endgeneration %}
 {%- endfor %}
 {{- strftime_now('%%') }}{{ {"a": "<'é'>"} | tojson }}{{ tools is defined and tools }}
 """
@@ -99,10 +100,8 @@ def test_transformers_makes_the_same_ids(request, tmp_path, template, which):
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for messages in CONVERSATIONS:
-        assert (
-            prompt_ids(tokenizer, messages)
-            == theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"]
-        )
+        expected = theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)
+        assert prompt_ids(tokenizer, messages) == expected["input_ids"]
     assert stop_ids(tokenizer) == {tokenizer.eos_id}
 
 
@@ -111,10 +110,8 @@ def test_what_newer_templates_use(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for messages in CONVERSATIONS:
-        assert (
-            prompt_ids(tokenizer, messages)
-            == theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)["input_ids"]
-        )
+        expected = theirs.apply_chat_template(to_json(messages), add_generation_prompt=True)
+        assert prompt_ids(tokenizer, messages) == expected["input_ids"]
 
 
 def test_zephyr_by_hand(tokenizer):
@@ -165,11 +162,11 @@ def test_longer_pieces_come_first():
 
 
 def test_what_ends_an_answer_is_what_stands_behind_it(tokenizer):
-    ends = "{% for m in messages %}<|im_start|>{{ m.content }}{% if m.role == 'assistant' %}!{{ '<|im_end|>' }}{% endif %}<pad>{% endfor %}"
+    end = "{% if m.role == 'assistant' %}!{{ '<|im_end|>' }}{% endif %}"
+    ends = "{% for m in messages %}<|im_start|>{{ m.content }}" + end + "<pad>{% endfor %}"
     assert stop_ids(tokenizer.with_chat_template(ends)) == {2, 5}
-    assert stop_ids(tokenizer.with_chat_template("{% for m in messages %}{{ m.content }}\n{% endfor %}")) == {
-        2
-    }
+    endless = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert stop_ids(tokenizer.with_chat_template(endless)) == {2}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Hand-written layouts, hypothesis, jinja2 and transformers judge what `lumi.chat.rendering` makes of conversations."""
+"""Hand-written layouts, hypothesis, jinja2 and transformers judge how conversations are rendered."""
 
 import copy
 
@@ -8,13 +8,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lumi.chat.messages import Message, to_json
-from lumi.chat.rendering import TEMPLATES, Template, check_controls, prompt_ids, render, stop_ids, template_of
-from lumi.chat.templates import Control, Turn
+from lumi.chat.rendering import check_controls, prompt_ids, render, stop_ids, template_of
+from lumi.chat.templates import TEMPLATES, Control, Template, TurnLayout
 from lumi.config import UserError
 
 BOS, EOS, IM_START, IM_END = 1, 2, 4, 5
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-MARKERS = "<s> </s> <unk> <pad> <|im_start|> <|im_end|> <|im_start|>assistant <0x0A> [INST] [/INST] <<SYS>> {{bos_token}} {%endfor%}".split()
+PREAMBLE = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+MARKERS = """
+    <s> </s> <unk> <pad> <|im_start|> <|im_end|> <|im_start|>assistant <0x0A>
+    [INST] [/INST] <<SYS>> {{bos_token}} {%endfor%}
+""".split()
 HEADERS = [
     "### Instruction:\n",
     "\n\n### Response:\n",
@@ -51,7 +57,7 @@ NAMES = sorted(TEMPLATES)
 
 @st.composite
 def conversations(draw):
-    """With or without a system message, one to three exchanges, perhaps a question that waits for its answer."""
+    """Perhaps a system message, one to three exchanges, perhaps a question that waits for its answer."""
     messages = [Message("system", draw(TEXTS))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
         messages += [Message("user", draw(TEXTS)), Message("assistant", draw(TEXTS))]
@@ -228,7 +234,7 @@ def test_three_conversations_by_hand(tokenizer):
 
 
 def test_what_stands_behind_an_answer_is_left_out(tokenizer):
-    turns = {"user": Turn((), ()), "assistant": Turn((), (Control.EOS, "\n", Control.IM_END))}
+    turns = {"user": TurnLayout((), ()), "assistant": TurnLayout((), (Control.EOS, "\n", Control.IM_END))}
     rendered = render(
         tokenizer, Template(name="x", turns=turns), [Message("user", "q"), Message("assistant", "a")] * 2
     )
@@ -302,30 +308,6 @@ def test_transformers_makes_the_same_ids(tokenizer, tmp_path, name):
         assert text == spelt(tokenizer, prompt_ids(tokenizer, messages))
 
 
-def test_a_role_that_the_template_does_not_know():
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-
-    def raise_exception(message):
-        raise RuntimeError(message)
-
-    for template in TEMPLATES.values():
-        with pytest.raises(RuntimeError, match="role must be one of system, user, assistant, got tool"):
-            environment.from_string(template.jinja).render(
-                messages=[{"role": "tool", "content": ""}], raise_exception=raise_exception
-            )
-
-
-def test_quotes_and_backslashes_survive_jinja():
-    awkward = "a'b\\n'' + ' \\' + \\\n{{ x }}{% y %}"
-    turns = {
-        role: Turn((awkward, awkward), (Control.EOS, awkward)) for role in ("system", "user", "assistant")
-    }
-    template = Template(name="awkward", turns=turns, default_system=awkward)
-    once = f"{awkward}{awkward}x</s>{awkward}"
-    text = jinja(template, [Message("user", "x")], add_generation_prompt=True)
-    assert text == "<s>" + once.replace("x</s>", f"{awkward}</s>") + once + awkward * 2
-
-
 # Which template, which tokens
 
 
@@ -343,10 +325,8 @@ def test_what_ends_an_answer(tokenizer):
 
 
 def test_a_base_model_cannot_be_asked(tokenizer):
-    with pytest.raises(
-        UserError,
-        match="must have a chat template, got none: the model was not made for conversations; continue a text",
-    ):
+    message = "must have a chat template, got none: the model was not made for conversations; continue a"
+    with pytest.raises(UserError, match=message):
         prompt_ids(tokenizer.with_chat_template(None), [Message("user", "hi")])
 
 
@@ -363,8 +343,3 @@ def test_a_template_whose_tokens_are_missing_is_refused(tokenizer):
         ):
             use()
     assert check_controls(poor, TEMPLATES["plain"]) == {Control.BOS: BOS, Control.EOS: EOS}
-
-
-def test_a_template_must_have_an_end():
-    with pytest.raises(ValueError, match="must begin with a control token, got"):
-        Template(name="x", turns={"assistant": Turn((), ("\n",))})

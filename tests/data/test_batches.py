@@ -5,15 +5,17 @@ from splits import make_conversations, make_split
 
 from lumi.config import UserError
 from lumi.data.batches import IGNORE, BatchConfig, Batches, collate, interleave, validation_batches
-from lumi.data.rows import Row
+from lumi.data.rows import TokenRow
 
 CONFIG = BatchConfig(sequence_length=4, batch_tokens=16, micro_batch_size=2)
 
 
 def test_collate_by_hand():
     rows = [
-        Row(np.array([1, 5, 6, 2, 1]), np.array([1, 0, 0, 0, 1], dtype=bool), np.ones(5, dtype=bool), [0, 1]),
-        Row(
+        TokenRow(
+            np.array([1, 5, 6, 2, 1]), np.array([1, 0, 0, 0, 1], dtype=bool), np.ones(5, dtype=bool), [0, 1]
+        ),
+        TokenRow(
             np.array([7, 2, 1, 8, 9]),
             np.array([0, 0, 1, 0, 0], dtype=bool),
             np.array([1, 1, 1, 0, 1], dtype=bool),
@@ -45,9 +47,8 @@ def test_targets_are_the_next_token_of_the_same_document():
     for step in range(1, 12):
         batch = batches[step]
         trained = batch.targets != IGNORE
-        assert torch.equal(
-            batch.targets[trained], batch.tokens[trained] + 1
-        )  # t+1, and never across documents
+        # t+1, and never across documents.
+        assert torch.equal(batch.targets[trained], batch.tokens[trained] + 1)
         assert batch.cu_seqlens[0] == 0
         assert batch.cu_seqlens[-1] == 16
 
@@ -95,16 +96,9 @@ def test_validation_of_conversations_reads_each_answer_once_whatever_the_process
     split = make_conversations(["..++", ".+", "..+..+", "...++"])
 
     def targets(world, max_tokens=None):
+        config = BatchConfig(sequence_length=6, batch_tokens=12, micro_batch_size=1)
         batches = [
-            b
-            for rank in range(world)
-            for b in validation_batches(
-                split,
-                BatchConfig(sequence_length=6, batch_tokens=12, micro_batch_size=1),
-                rank,
-                world,
-                max_tokens,
-            )
+            b for rank in range(world) for b in validation_batches(split, config, rank, world, max_tokens)
         ]
         return sorted(t for b in batches for t in b.targets.flatten().tolist() if t != IGNORE)
 

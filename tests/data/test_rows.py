@@ -16,9 +16,8 @@ def test_an_epoch_reads_every_target_once():
         everything = split.tokens.tolist()
         assert len(targets) == 32
         assert all(targets.count(token) <= everything.count(token) for token in targets)
-        assert (
-            sum(row.starts[1:].sum() for row in rows) == len(lengths) - 1
-        )  # all but the first, which is no target
+        # Every document's start is a target once, except that of the epoch's first one.
+        assert sum(row.starts[1:].sum() for row in rows) == len(lengths) - 1
         assert {document for row in rows for document in row.documents} == set(range(len(lengths)))
     assert [row.tokens.tolist() for row in epochs[0]] != [row.tokens.tolist() for row in epochs[1]]
     again = TextRows(split, length=4, seed=3)
@@ -75,7 +74,8 @@ def test_a_packed_row_by_hand():
 def test_a_conversation_longer_than_a_row_ends_behind_its_last_answer_that_fits():
     masks = ["..++..++..++", "......++", "..++++", ".++..", "...."]
     rows = ConversationRows(make_conversations(masks), length=5, seed=0)
-    # capacity 6: the first keeps one answer; the second has none that fits; the third fills a row; the last trains nothing
+    # capacity 6: the first keeps one answer; the second has none that fits; the third fills a row; the last
+    # trains nothing
     assert rows.lengths.tolist() == [4, 0, 6, 5, 0]
     assert (rows.num_cut, rows.num_dropped, rows.num_tokens) == (1, 2, 15)
     assert rows.num_trained == 8
@@ -112,9 +112,8 @@ def test_validation_rows_are_bounded():
     ]
     assert validation_rows(make_split([6, 5, 3]), 4, 9)[0] == 2
     assert validation_rows(make_conversations(["..+"] * 40), 5, None)[0] == 20
-    assert (
-        validation_rows(make_conversations(["..+"] * 40), 7, None)[0] == 20
-    )  # a quarter of each row is padding
+    # With 7, a quarter of each row is padding.
+    assert validation_rows(make_conversations(["..+"] * 40), 7, None)[0] == 20
     assert validation_rows(make_conversations(["..+"] * 40), 5, 12)[0] == 3
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 
@@ -46,9 +47,8 @@ def test_a_file_that_shrinks_while_it_is_open(path):
             match=r"values: must be 40000 bytes, got 20002: the file was truncated while .*; copy it again",
         ):
             array[places]
-    path.write_bytes(
-        np.arange(10_000, dtype="<u4").tobytes() + b"more"
-    )  # and one that grows is read as far as it was known
+    # A file that grows is read as far as it was known.
+    path.write_bytes(np.arange(10_000, dtype="<u4").tobytes() + b"more")
     assert array[:].tolist() == list(range(10_000))
 
 
@@ -64,18 +64,19 @@ def test_a_file_that_is_replaced_or_removed_is_read_as_it_was(path):
 def test_what_cannot_be_read_at_all(tmp_path, path):
     with pytest.raises(FileNotFoundError):
         stored(tmp_path / "nothing")
-    array = StoredArray(
-        tmp_path, np.dtype("<u4"), 10, remedy="copy it again"
-    )  # pread of a folder: EISDIR, like a failing disk's EIO
+    # Reading a folder fails with EISDIR, as a failing disk does with EIO.
+    array = StoredArray(tmp_path, np.dtype("<u4"), 10, remedy="copy it again")
     with pytest.raises(UserError, match=r"cannot be read: Is a directory; copy it again"):
         array[0:1]
 
 
 def test_the_file_is_closed_with_the_array(path):
     def open_files():
-        return [
-            os.readlink(link.path) for link in os.scandir("/proc/self/fd") if os.path.exists(link.path)
-        ].count(str(path))
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # that of listdir itself
+                found.append(os.readlink(f"/proc/self/fd/{name}"))
+        return found.count(str(path))
 
     if not os.path.exists("/proc/self/fd"):
         pytest.skip("needs Linux's /proc")

@@ -1,3 +1,4 @@
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -12,7 +13,11 @@ from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.layout import Layout
 
 WORLD = SimpleNamespace(
-    data_rank=0, layout=Layout(1, 1, 1), device=torch.device("cpu"), sum=lambda *values: list(values)
+    data_rank=0,
+    layout=Layout(1, 1, 1),
+    device=torch.device("cpu"),
+    sum=lambda *values: list(values),
+    fail_together=contextlib.nullcontext,
 )
 
 
@@ -51,7 +56,7 @@ def test_bits_per_byte_by_hand():
 
 
 def test_every_byte_of_the_text_is_counted(store_dir, tokenizer):
-    from lumi.data.tokenization import TokenStore
+    from lumi.data.token_store import TokenStore
 
     split = TokenStore.open(store_dir).split("validation")
     model = Transformer(

@@ -178,7 +178,7 @@ def test_wikitext_is_measured_on_the_file_and_read_as_text(tokenizer, tmp_path):
 
 
 def test_the_documents_of_a_store(store_dir, tokenizer):
-    from lumi.data.tokenization import TokenStore
+    from lumi.data.token_store import TokenStore
 
     split = TokenStore.open(store_dir).split("validation")
     documents = list(store_documents(split, tokenizer))

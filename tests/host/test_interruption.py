@@ -9,9 +9,9 @@ import sys
 import time
 
 import pytest
+from corpora import write_corpus
 from synthetic import document
 
-from lumi.corpus.folder import CorpusWriter
 from lumi.host.interruption import Interrupted, StopSignal
 
 
@@ -89,8 +89,8 @@ def test_a_signal_that_python_forgets_ends_the_work_with_the_block():
     assert done == ["all of it"]
 
 
-# Tokenizing, with signals at random moments: a process that is told to tokenize again and again, and says what became of it.
-
+# A process that tokenizes again and again when it is told to, and says what came of it; signals reach it at
+# random moments.
 TOKENIZING = """
 import json, signal, sys, threading, time
 from pathlib import Path
@@ -108,7 +108,8 @@ def attempt(output, num_workers):
         print(json.dumps("ready"), flush=True)
         try:
             with stop.interrupting():
-                tokenize([corpus], Tokenizer.load(tokenizer_dir), output, validation_fraction=0.1, num_workers=num_workers)
+                tokenizer = Tokenizer.load(tokenizer_dir)
+                tokenize([corpus], tokenizer, output, validation_fraction=0.1, num_workers=num_workers)
         except Interrupted as interruption:
             return interruption.number
         return 0
@@ -124,14 +125,8 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def large_corpus(tmp_path_factory):
-    """About 4 MB of text, which take a second or so."""
-    folder = tmp_path_factory.mktemp("large") / "corpus"
-    with CorpusWriter(folder, 1 << 20) as writer:
-        for seed in range(8_000):
-            text = document(seed)
-            writer.add(text, "synthetic", len(text.encode()))
-        writer.commit({"documents": 8_000, "sources": []}, "a card")
-    return folder
+    """About 2 MB of text, which take half a second or so."""
+    return write_corpus(tmp_path_factory.mktemp("large"), [document(seed) for seed in range(4_000)])
 
 
 @pytest.fixture
@@ -139,13 +134,7 @@ def start(large_corpus, tokenizer_dir, tmp_path):
     """Starts processes of TOKENIZING; what they make goes into `tmp_path / "stores"`."""
     (tmp_path / "stores").mkdir()
     (tmp_path / "tokenizing.py").write_text(TOKENIZING)
-    command = [
-        sys.executable,
-        str(tmp_path / "tokenizing.py"),
-        str(large_corpus),
-        str(tokenizer_dir),
-        str(tmp_path / "stores"),
-    ]
+    command = [sys.executable, tmp_path / "tokenizing.py", large_corpus, tokenizer_dir, tmp_path / "stores"]
     processes = []
 
     def start():
@@ -164,7 +153,8 @@ def start(large_corpus, tokenizer_dir, tmp_path):
 def attempt(process, output, num_workers, delay=None, signal_number=signal.SIGTERM):
     """Tokenize, and send a signal after `delay` seconds.
 
-    Returns the signal that ended it or 0, the seconds it took, the names in its folder, the number of its threads; None if it died.
+    Returns the signal that ended the work or 0, the seconds it took, the names in the folder of stores, and
+    the number of threads; None if the process died.
     """
     print(json.dumps([str(output), num_workers]), file=process.stdin, flush=True)
     assert json.loads(process.stdout.readline()) == "ready"
@@ -175,15 +165,15 @@ def attempt(process, output, num_workers, delay=None, signal_number=signal.SIGTE
     return json.loads(answer) if answer else None
 
 
-def test_tokenizing_stops_at_any_moment_and_a_rerun_goes_on(start, tmp_path):
+@pytest.mark.parametrize("num_stops", [5, pytest.param(15, marks=pytest.mark.soak)])
+def test_tokenizing_stops_at_any_moment_and_a_rerun_goes_on(start, tmp_path, num_stops):
     stores, rng, process = tmp_path / "stores", random.Random(0), start()
     number, seconds, names, num_threads = attempt(process, stores / "straight", 2)
     assert (number, names) == (0, ["straight"])
     stopped, deadline = 0, time.monotonic() + 120
-    while stopped < 15 and time.monotonic() < deadline:
-        number, took, names, num_left = attempt(
-            process, stores / "stopped", 1 + stopped % 3, rng.uniform(0, seconds)
-        )
+    while stopped < num_stops and time.monotonic() < deadline:
+        delay = rng.uniform(0, seconds)
+        number, took, names, num_left = attempt(process, stores / "stopped", 1 + stopped % 3, delay)
         assert number in (0, signal.SIGTERM)
         assert num_left <= num_threads
         if names == ["straight"]:
@@ -192,7 +182,7 @@ def test_tokenizing_stops_at_any_moment_and_a_rerun_goes_on(start, tmp_path):
             assert names == ["stopped", "straight"]
             shutil.rmtree(stores / "stopped")
             seconds = min(seconds, took)
-    assert stopped == 15
+    assert stopped == num_stops
     if attempt(process, stores / "stopped", 2, seconds / 2, signal.SIGKILL) is None:
         assert process.wait(timeout=60) == -signal.SIGKILL
     assert attempt(start(), stores / "stopped", 2)[::2] == [0, ["stopped", "straight"]]

@@ -1,11 +1,22 @@
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lumi.config import UserError
-from lumi.host.storage import atomic_folder, check_file, file_record, sha256_file, sweep_temporaries
+from lumi.host.storage import (
+    DamagedError,
+    atomic_folder,
+    check_file,
+    discard_folders,
+    file_record,
+    remove_folder,
+    sha256_file,
+    sweep_dead,
+    sweep_temporaries,
+)
 
 
 def test_a_folder_appears_whole(tmp_path):
@@ -129,6 +140,70 @@ def test_sweep_puts_back_what_was_moved_aside_for_a_folder_that_never_came(tmp_p
     assert (tmp_path / "f-1" / "x").read_text() == "old"
 
 
+@pytest.fixture
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(timeout=60)
+    return process.pid
+
+
+def test_sweep_dead_takes_what_dead_processes_left_of_this_folder(tmp_path, dead_pid):
+    litter = tmp_path / f".tmp-f-{dead_pid}"
+    kept = [
+        f".tmp-f-{os.getppid()}",  # of a live process
+        f".tmp-f-{os.getpid()}",
+        f".tmp-other-{dead_pid}",
+        f".tmp-f-g-{dead_pid}",
+        ".tmp-f-notes",
+        "f",
+    ]
+    for name in (litter.name, *kept):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    sweep_dead(tmp_path / "f")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_folder_that_is_removed_is_gone_at_once(tmp_path, monkeypatch):
+    folder = tmp_path / "f"
+    (folder / "inside").mkdir(parents=True)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [f".tmp-f-{os.getpid()}"]
+    monkeypatch.undo()
+    folder.mkdir()
+    (tmp_path / f".tmp-f-{os.getpid()}" / "inside").rmdir()
+    (tmp_path / f".tmp-f-{os.getpid()}").rmdir()
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_discard_names_what_cannot_be_deleted_and_tries_it_again(tmp_path, monkeypatch):
+    for name in ("a", "b", "kept"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    real = shutil.rmtree
+
+    def stuck(path):
+        if "-b-" in Path(path).name:
+            raise OSError(5, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(shutil, "rmtree", stuck)
+    faults = discard_folders(tmp_path, ["a", "b", "nowhere"])
+    assert faults == [
+        f"{tmp_path / 'nowhere'}: cannot be removed: No such file or directory",
+        f"{tmp_path / '.tmp-b-discarded'}: cannot be removed: Input/output error",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-b-discarded", "kept"]
+    monkeypatch.undo()
+    assert discard_folders(tmp_path, []) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 def test_check_file(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"hello")
@@ -138,13 +213,15 @@ def test_check_file(tmp_path):
     check_file(path, record, remedy="mend it")
     path.write_bytes(b"hellp")
     check_file(path, record, remedy="mend it", check_hash=False)
-    with pytest.raises(UserError, match=r"x: SHA-256 must be 2cf24.*, got .*: the file is corrupt; mend it"):
+    with pytest.raises(
+        DamagedError, match=r"x: SHA-256 must be 2cf24.*, got .*: the file is corrupt; mend it"
+    ):
         check_file(path, record, remedy="mend it")
     path.write_bytes(b"hell")
     with pytest.raises(
-        UserError, match=r"x: must be 5 bytes, got 4: the file is truncated or was changed; mend it"
+        DamagedError, match=r"x: must be 5 bytes, got 4: the file is truncated or was changed; mend it"
     ):
         check_file(path, record, remedy="mend it", check_hash=False)
     path.unlink()
-    with pytest.raises(UserError, match=r"x: is missing; mend it"):
+    with pytest.raises(DamagedError, match=r"x: is missing; mend it"):
         check_file(path, record, remedy="mend it")

@@ -6,7 +6,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
-    """Fill torch.empty and torch.empty_like with NaN, so that a kernel that leaves part of its output unwritten fails."""
+    """Fill torch.empty and torch.empty_like with NaN, so that a kernel that leaves part of its output
+    unwritten fails."""
     real_empty, real_empty_like = torch.empty, torch.empty_like
 
     def poisoned(tensor):

@@ -33,7 +33,8 @@ def decays(shapes):
 
 
 def truth(lists, weight_decays, factor=1.0):
-    """AdamW by the paper's Algorithm 2, in float64, element by element (its schedule multiplier times alpha is our lr)."""
+    """AdamW by the paper's Algorithm 2, in float64, element by element (its schedule multiplier times alpha
+    is our lr)."""
     lr, beta1, beta2, eps, step = (NUMBERS[name] for name in ("lr", "beta1", "beta2", "eps", "step"))
     results = []
     for param, grad, m, v, decay in zip(
@@ -48,7 +49,8 @@ def truth(lists, weight_decays, factor=1.0):
 
 
 def assert_is_a_step(lists, actual, factor=1.0, copies=None, **clip):
-    """`actual` are params, exp_avgs and exp_avg_sqs after a step from `lists`: as good as the reference in float32."""
+    """`actual` are params, exp_avgs and exp_avg_sqs after a step from `lists`: as good as the reference in
+    float32."""
     weight_decays = decays([t.shape for t in lists[0]])
     same = clone(lists)
     adamw_reference(*same, weight_decays=weight_decays, **NUMBERS, **clip)
@@ -140,7 +142,8 @@ def test_nothing_is_written_where_the_norm_is_not_finite(native, bad, implementa
 
 
 def test_copies_round_to_nearest_even_and_keep_nan(native):
-    """Every upper half of a float32 with lower halves below, at and above the middle; lr 0 leaves finite parameters as they are."""
+    """Every upper half of a float32 with lower halves below, at and above the middle; lr 0 leaves finite
+    parameters as they are."""
     upper = torch.arange(1 << 16, dtype=torch.int32) << 16
     param = (
         torch.cat([upper | lower for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
@@ -169,7 +172,8 @@ def test_copies_round_to_nearest_even_and_keep_nan(native):
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 @pytest.mark.parametrize("which", range(5))
 def test_addresses_of_any_alignment(native, offset, which):
-    """One of the five lists starts `offset` elements after a 16-byte boundary. The numbers must not change by a bit."""
+    """One of the five lists starts `offset` elements after a 16-byte boundary. The numbers must not change by
+    a bit."""
     size = 8192 + 77
     lists = tensors([(size,)], native)
     copy = torch.empty(size, dtype=torch.bfloat16, device=native)
@@ -291,19 +295,23 @@ def test_nothing(device):
         ),
         (
             {"grads": [torch.ones(2)]},
-            r"grads\[0\] must be torch.float32 of shape \(3,\) on cpu, got torch.float32 of shape \(2,\) on cpu",
+            r"grads\[0\] must be torch.float32 of shape \(3,\) on cpu, "
+            r"got torch.float32 of shape \(2,\) on cpu",
         ),
         (
             {"exp_avgs": [torch.ones(3).double()]},
-            r"exp_avgs\[0\] must be torch.float32 of shape \(3,\) on cpu, got torch.float64 of shape \(3,\) on cpu",
+            r"exp_avgs\[0\] must be torch.float32 of shape \(3,\) on cpu, "
+            r"got torch.float64 of shape \(3,\) on cpu",
         ),
         (
             {"exp_avg_sqs": [torch.ones(3, device="meta")]},
-            r"exp_avg_sqs\[0\] must be torch.float32 of shape \(3,\) on cpu, got torch.float32 of shape \(3,\) on meta",
+            r"exp_avg_sqs\[0\] must be torch.float32 of shape \(3,\) on cpu, "
+            r"got torch.float32 of shape \(3,\) on meta",
         ),
         (
             {"copies": [torch.ones(3)]},
-            r"copies\[0\] must be torch.bfloat16 of shape \(3,\) on cpu, got torch.float32 of shape \(3,\) on cpu",
+            r"copies\[0\] must be torch.bfloat16 of shape \(3,\) on cpu, "
+            r"got torch.float32 of shape \(3,\) on cpu",
         ),
         ({"copies": []}, "copies must be one for each of 1 parameters, got 0"),
         (
@@ -409,7 +417,8 @@ def test_queued_on_the_current_stream(native):
 
 @pytest.mark.gpu
 def test_captured_into_a_graph(native):
-    """The addresses travel as arguments, which a graph keeps: a replay works on the same memory with its contents of then."""
+    """The addresses travel as arguments, which a graph keeps: a replay works on the same memory with its
+    contents of then."""
     lists, others = tensors(SHAPES, native), tensors(SHAPES, native, seed=1)
     expected, actual, settings = (
         clone(others),

@@ -59,7 +59,8 @@ def test_the_most_work_comes_first():
 
 
 def test_unchecked_offsets_never_lead_out_of_a_row(monkeypatch):
-    """On a GPU the offsets are not read back. Whatever they hold, every interval holds its token and stays in the token's row."""
+    """On a GPU the offsets are not read back. Whatever they hold, every interval holds its token and stays in
+    the token's row."""
     monkeypatch.setattr("lumi.kernels.attention_plan._check", lambda *_: None)
     torch.manual_seed(0)
     row = torch.arange(20) // 10 * 10

@@ -70,7 +70,7 @@ def test_rejects_shapes_that_do_not_fit():
 # --- pages, and the Triton kernels ---
 
 # The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
 def truth(q, k_cache, v_cache, positions):
@@ -97,7 +97,8 @@ def case(B, T, H, G, K, S, device, dtype=torch.float32):
 
 
 def in_pages(k_cache, v_cache, positions, page_size=16):
-    """The used slots of both caches in pages of random order among unused ones; all that must not be read is NaN, or leads nowhere."""
+    """The used slots of both caches in pages of random order among unused ones; all that must not be read is
+    NaN, or leads nowhere."""
     B, S = k_cache.shape[:2]
     per_row = -(-S // page_size)
     order = torch.randperm(B * per_row + 3, device=k_cache.device)[: B * per_row].view(B, per_row)
@@ -130,7 +131,9 @@ def test_pages_are_the_same_cache(page_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("slots", [1, 17, 63, 64, 65, 129])
+@pytest.mark.parametrize(
+    "slots", [1, 17, 65, *(pytest.param(n, marks=pytest.mark.soak) for n in (63, 64, 129))]
+)
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim"),
     [(1, 4, 1, 64), (1, 3, 3, 96), (5, 4, 2, 128), (17, 2, 1, 64)],

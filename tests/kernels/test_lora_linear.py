@@ -52,7 +52,8 @@ def run(function, x, weights, As, Bs, scales, dys, dtype=None):
 
 
 def assert_all_parity(*cases):
-    """Parity of everything over all cases together: the rounding error of a handful of numbers is luck, not a budget."""
+    """Parity of everything over all cases together: the rounding error of a handful of numbers is luck, not a
+    budget."""
     exact = [run(truth, *case, dtype=torch.float64) for case in cases]
     same_dtype, actual = (
         [run(function, *case) for case in cases] for function in (lora_linear_reference, lora_linear)
@@ -65,7 +66,9 @@ def assert_all_parity(*cases):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 17, 63, 64, 65, 129])
+@pytest.mark.parametrize(
+    "rows", [1, 17, 65, *(pytest.param(n, marks=pytest.mark.soak) for n in (63, 64, 129))]
+)
 @pytest.mark.parametrize(
     ("width", "outputs", "ranks"),
     [(32, THREE, None), (17, (5,), [3]), (65, (33, 33), [16, 1])],
@@ -294,7 +297,8 @@ def test_rejects_what_does_not_fit(device):
         lora_linear(x, weights, [As[0], As[1].to("meta")], Bs, scales)
     with pytest.raises(
         ValueError,
-        match=r"As\[1\] and Bs\[1\] must have the dtype of As\[0\], torch.float32, got torch.float32 and .*16",
+        match=r"As\[1\] and Bs\[1\] must have the dtype of As\[0\], torch.float32, "
+        "got torch.float32 and .*16",
     ):
         lora_linear(x, weights, As, [Bs[0], Bs[1].half()], scales)
     with pytest.raises(ValueError, match=r"weights\[1\] must be frozen .*, got one that requires a gradient"):

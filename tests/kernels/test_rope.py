@@ -55,7 +55,8 @@ def test_table_is_transformers_table_to_the_bit(llama, head_dim, theta, scaling)
 
 
 def test_scaling_by_hand():
-    """theta 4096, head_dim 6: wavelengths of 2 pi (1, 16, 256) tokens against 80 / 2 and 80 / 0.5: kept, between, slowed."""
+    """theta 4096, head_dim 6: wavelengths of 2 pi (1, 16, 256) tokens against 80 / 2 and 80 / 0.5: kept,
+    between, slowed."""
     scaling = RopeScaling(factor=4.0, low_freq_factor=0.5, high_freq_factor=2.0, original_max_positions=80)
     cos, _ = rope_table(torch.tensor([[1]]), 6, 4096.0, scaling)
     weight = (80 / (2 * math.pi * 16) - 0.5) / 1.5
@@ -140,7 +141,7 @@ def test_rejects(positions, head_dim, message):
 # --- the Triton kernel ---
 
 # The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
 def turned(q, k, cos, sin):
@@ -179,7 +180,9 @@ def case(batch, tokens, heads, kv_heads, head_dim, device, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 17, 63, 64, 65, 129])
+@pytest.mark.parametrize(
+    "tokens", [1, 17, 65, *(pytest.param(n, marks=pytest.mark.soak) for n in (63, 64, 129))]
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(4, 4, 64), (4, 2, 96), (3, 1, 128), (5, 5, 2)], ids=str
 )

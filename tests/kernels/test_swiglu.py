@@ -5,7 +5,7 @@ from parity import assert_parity
 from lumi.kernels.swiglu import _swiglu_backward_op, _swiglu_op, swiglu, swiglu_reference
 
 # The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
 def written_out(gate, up):
@@ -64,7 +64,9 @@ def assert_all_parity(*cases):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 17, 63, 64, 65, 129])
+@pytest.mark.parametrize(
+    "rows", [1, 17, 65, *(pytest.param(n, marks=pytest.mark.soak) for n in (63, 64, 129))]
+)
 @pytest.mark.parametrize("width", [1, 8, 96, 1000, 1500])
 def test_parity(rows, width, dtype, device):
     torch.manual_seed(0)

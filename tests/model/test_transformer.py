@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from lumi.config import UserError, from_dict, to_dict
 from lumi.data.batches import IGNORE, collate
-from lumi.data.rows import Row
+from lumi.data.rows import TokenRow
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
 
@@ -101,7 +102,7 @@ def test_trained_on_counting_it_predicts_the_next_number(tied):
         starts = torch.randint(0, 61, (16, 1), generator=generator)
         sequences = ((starts + torch.arange(17)) % 61).numpy()
         no_starts = torch.zeros(17, dtype=torch.bool).numpy()
-        batch = collate([Row(row, no_starts, ~no_starts, []) for row in sequences])
+        batch = collate([TokenRow(row, no_starts, ~no_starts, []) for row in sequences])
         loss = model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens) / batch.num_targets
         loss.backward()
         optimizer.step()
@@ -173,6 +174,16 @@ def test_the_seed_makes_the_weights():
     assert wide.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
 
 
+def test_null_means_what_follows_from_the_other_numbers():
+    config = from_dict(ModelConfig, TINY | {"num_kv_heads": None, "head_dim": None})
+    assert (config.num_kv_heads, config.head_dim) == (4, 8)
+    assert config == ModelConfig(**TINY) == from_dict(ModelConfig, to_dict(config))
+    given = ModelConfig(**TINY | {"num_kv_heads": 2, "head_dim": 16})
+    assert (given.num_kv_heads, given.head_dim) == (2, 16)
+    with pytest.raises(UserError, match=r"config: num_layers must be an integer, got null"):
+        from_dict(ModelConfig, TINY | {"num_layers": None})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -180,7 +191,9 @@ def test_the_seed_makes_the_weights():
         ({"num_heads": 5}, "model_dim must be a multiple of num_heads = 5, got 32"),
         ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads = 3, got 4"),
         ({"head_dim": 7}, "head_dim must be even .* got 7"),
-        ({"rope_theta": 0.0}, "must be positive"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
+        ({"rope_theta": 0.0}, r"rope_theta must be positive, got 0\.0"),
+        ({"norm_eps": -1.0}, r"norm_eps must be positive, got -1\.0"),
     ],
 )
 def test_refuses(changes, message):

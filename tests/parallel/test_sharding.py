@@ -18,7 +18,7 @@ from runs import merged
 
 from lumi.checkpoint.checkpoint import open_checkpoint
 from lumi.data.batches import BatchConfig, Batches, validation_batches
-from lumi.data.tokenization import TokenStore
+from lumi.data.token_store import TokenStore
 from lumi.formats.hf_format import load_model, save_model
 from lumi.host.tensor_files import load_tensors
 from lumi.kernels.bundle import REFERENCE

@@ -1,5 +1,7 @@
-"""Trainings to be hurt. `Forks` starts them as processes of their own in no time, forks of one process that has torch imported; what is
-to happen at an exact place inside of one is a line of `faults`. `python fault_processes.py` is that one process."""
+"""Trainings to be hurt. `Forks` starts them as processes of their own in no time, forks of one process that
+has torch imported; what is to happen at an exact place inside of one is a line of `faults`. `python
+fault_processes.py` is that one process.
+"""
 
 import hashlib
 import importlib
@@ -76,7 +78,8 @@ class Forks:
 
         Args:
             logs: the folder for what the processes print.
-            processes: None for one without the environment of torchrun; otherwise their number, with what torchrun would tell each.
+            processes: None for one without the environment of torchrun; otherwise their number, with what
+                torchrun would tell each.
             faults: (rank, name of a function below, its arguments).
         """
         logs.mkdir(exist_ok=True)
@@ -143,8 +146,9 @@ def at_step(step, phase, action, *arguments):
 
 
 def kill_at_file_operation(count, place=None):
-    """SIGKILL before (even) or after (odd) the count/2-th call that puts or takes something on the disk, in whatever thread it comes;
-    counted from the first call of the function at `place`, or from the start."""
+    """SIGKILL before (even) or after (odd) the count/2-th call that puts or takes something on the disk, in
+    whatever thread it comes; counted from the first call of the function at `place`, or from the start.
+    """
     operations, counting = itertools.count(), [place is None]
 
     def replacement(real, *values, **named):
@@ -193,16 +197,15 @@ def leave_out_updates(steps):
 
     real, calls = Optimizer.step, []
 
-    def step(self, lr):
+    def step(self, *arguments):
         calls.append(1)
         if len(calls) not in steps:
-            real(self, lr)
+            real(self, *arguments)
 
     Optimizer.step = step
 
 
 def short_spike_window(window):
-    import lumi.train
     import lumi.training.trainer
 
     real = lumi.training.trainer.LossSpikes
@@ -211,10 +214,9 @@ def short_spike_window(window):
 
 def leave_fingerprint(path):
     """At the run's end, the SHA-256 of all weights that this process holds."""
-    import lumi.train
     import lumi.training.trainer
 
-    real = lumi.training.trainer.Trainer.run
+    real = lumi.training.trainer.Trainer.run_to_the_end
 
     def run(self):
         finished = real(self)
@@ -224,7 +226,7 @@ def leave_fingerprint(path):
         Path(path).write_text(digest.hexdigest())
         return finished
 
-    lumi.training.trainer.Trainer.run = run
+    lumi.training.trainer.Trainer.run_to_the_end = run
 
 
 def kill():
@@ -259,7 +261,6 @@ ACTIONS = {
 
 def run_child(job):
     import lumi.train
-    import lumi.training.trainer
     from lumi.command_line import run
 
     signal.alarm(DEADLINE_SECONDS)  # nobody is left over
@@ -275,7 +276,9 @@ def run_child(job):
 def serve():
     """A line of JSON asks for a process, or how one ended; a line answers."""
     import torch
-    import torch._dynamo  # a run imports it when it makes the model, and what draws when it draws: here once, before the forks
+
+    # a run imports it when it makes the model, and what draws when it draws: here once, before the forks
+    import torch._dynamo
 
     import lumi.train  # noqa: F401
     from lumi.training.metrics import MetricsLog, draw_loss

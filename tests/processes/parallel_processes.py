@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumi.train
+import lumi.training.run
 import lumi.training.run_log
 import lumi.training.trainer
 from lumi.command_line import run
@@ -50,11 +51,11 @@ class Collectives(TorchDispatchMode):
 class ObservedTrainer(Trainer):
     """Counts the collectives of every micro-step of step 3: in step 2 DDP still rearranges its buckets."""
 
-    def _forward_backward(self, batch, dloss, last):
-        if self.state["step"] != 2:
-            return super()._forward_backward(batch, dloss, last)
+    def forward_backward(self, batch, dloss, last):
+        if self.state.step != 2:
+            return super().forward_backward(batch, dloss, last)
         with Collectives() as counted:
-            nats = super()._forward_backward(batch, dloss, last)
+            nats = super().forward_backward(batch, dloss, last)
         observed["collectives"].append(counted.counts)
         return nats
 
@@ -62,15 +63,15 @@ class ObservedTrainer(Trainer):
 class ObservedOptimizer(Optimizer):
     """Puts the gradients of three steps together by torch's own means, and measures them in float64."""
 
-    def clip_gradients(self, loss_scale=1.0):
-        norm = super().clip_gradients(loss_scale)
+    def measure_gradients(self, loss_scale=1.0):
+        clip = super().measure_gradients(loss_scale)
         if len(observed["norms"]) < 3:
             gradients = {name: whole(p.grad) for name, p in self.named.items() if p.grad is not None}
             exact = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
             if not observed["norms"]:
                 self._describe(gradients)
-            observed["norms"].append((norm, exact / loss_scale))
-        return norm
+            observed["norms"].append((clip.norm, exact / loss_scale))
+        return clip
 
     def _describe(self, gradients):
         values = [gradient.flatten() for gradient in gradients.values()]
@@ -94,7 +95,7 @@ def train(rank, size, folder, arguments):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}.{name}-{rank}", os.O_WRONLY | os.O_CREAT, 0o644), number)
-    lumi.training.trainer.Trainer, lumi.training.trainer.Optimizer = ObservedTrainer, ObservedOptimizer
+    lumi.training.run.Trainer, lumi.training.trainer.Optimizer = ObservedTrainer, ObservedOptimizer
     lumi.training.run_log.draw_loss = lambda *_: None  # a picture costs as much as ten steps
     try:
         code = run(lumi.train.main, [*arguments, "--output-dir", str(folder)])

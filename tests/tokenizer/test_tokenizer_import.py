@@ -1,4 +1,4 @@
-"""Tokenizers of others, in the manner of Llama 2: a space before every text, <unk> <s> </s> and bytes first, no padding, no markers."""
+"""Tokenizers of others, in the manner of Llama 2: a space before every text, no padding, no chat markers."""
 
 import json
 import shutil
@@ -61,9 +61,8 @@ def test_ids_are_those_of_sentencepiece_and_of_the_published_json(tokenizer, fol
     for text in texts():
         ids = tokenizer.encode(text)
         assert ids == model.encode(text)
-        if (
-            text and "</s>" not in text
-        ):  # which that library reads as a marker, and where it puts a space before nothing
+        # The library reads "</s>" as a marker, and puts a space before an empty text.
+        if text and "</s>" not in text:
             assert ids == published.encode(text, add_special_tokens=False).ids
             assert tokenizer.decode(ids) == published.decode(ids) == text
         assert tokenizer.decode(ids) == text
@@ -79,9 +78,8 @@ def test_transformers_reads_the_same_ids(tokenizer, copied, reader, source):
         )
         (copied / "tokenizer.json").unlink()
     theirs = reader.from_pretrained(copied)
-    plain = [
-        text for text in texts() if not text.startswith(" ") and "</s>" not in text
-    ]  # transformers 5 loses a first space
+    # transformers 5 loses a first space.
+    plain = [text for text in texts() if not text.startswith(" ") and "</s>" not in text]
     assert len(plain) > 200
     for text in plain:
         ids = tokenizer.encode(text)
@@ -113,7 +111,8 @@ def test_decode_gives_back_every_text(tokenizer, text):
     for continues in (False, True):
         ids = tokenizer.encode(text, continues)
         assert tokenizer.decode(ids, continues) == text
-        assert sum(tokenizer.token_bytes[ids]) == len(text.encode()) + (bool(text) and not continues)
+        prefix = "" if continues or not text else " "
+        assert sum(tokenizer.token_bytes[ids]) == len(f"{prefix}{text}".encode())
     decoder = StreamDecoder(tokenizer)
     assert "".join(map(decoder.feed, ids)) + decoder.flush() == text
     assert (
@@ -142,14 +141,8 @@ def test_special_ids_elsewhere_and_from_the_config(tmp_path):
         tmp_path, unk_id=3, bos_id=2, eos_id=0, pad_id=1, control_symbols=["<|im_start|>", "<|im_end|>"]
     )
     bare = Tokenizer.load(tmp_path)
-    assert (bare.unk_id, bare.bos_id, bare.eos_id, bare.pad_id, bare.im_start_id, bare.im_end_id) == (
-        3,
-        2,
-        0,
-        1,
-        4,
-        5,
-    )
+    assert (bare.unk_id, bare.bos_id, bare.eos_id, bare.pad_id) == (3, 2, 0, 1)
+    assert (bare.im_start_id, bare.im_end_id) == (4, 5)
     assert bare.decode(bare.encode("a river▁ ")) == "a river▁ "
     write_config(tmp_path, eos_token="<|im_end|>", pad_token="<unk>")
     assert (Tokenizer.load(tmp_path).eos_id, Tokenizer.load(tmp_path).pad_id) == (5, 3)
@@ -160,23 +153,16 @@ def test_special_ids_elsewhere_and_from_the_config(tmp_path):
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "added_tokens.json"])
 def test_markers_added_behind_the_model_are_control_pieces(copied, place):
-    decoder = {
-        str(i): {"content": name, "special": True} for name, i in ({"<s>": 1, "</s>": 2} | MARKERS).items()
-    }
-    write_config(
-        copied,
-        pad_token="<|im_end|>",
-        **({"added_tokens_decoder": decoder} if place == "tokenizer_config.json" else {}),
-    )
-    if place == "added_tokens.json":
+    if place == "tokenizer_config.json":
+        ids = {"<s>": 1, "</s>": 2} | MARKERS
+        decoder = {str(i): {"content": name, "special": True} for name, i in ids.items()}
+        write_config(copied, pad_token="<|im_end|>", added_tokens_decoder=decoder)
+    else:
+        write_config(copied, pad_token="<|im_end|>")
         (copied / place).write_text(json.dumps(MARKERS))
     tokenizer = Tokenizer.load(copied)
-    assert (tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.pad_id, tokenizer.vocab_size) == (
-        420,
-        421,
-        421,
-        422,
-    )
+    assert (tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.pad_id) == (420, 421, 421)
+    assert tokenizer.vocab_size == 422
     assert tokenizer.token_bytes.shape == (422,)
     ids = [420, *tokenizer.encode("user\nhi", continues=True), 421]
     assert tokenizer.decode(ids) == "user\nhi"

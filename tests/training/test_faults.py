@@ -1,4 +1,5 @@
-"""What may happen to a run, done to it: after each fault it goes on by itself, and ends as the one that nothing happened to, bit for bit.
+"""What may happen to a run, done to it: after each fault it goes on by itself, and ends as the one that
+nothing happened to, bit for bit.
 
 Processes are killed, signalled, held up and starved in earnest; `fault_processes.py` starts them.
 """
@@ -31,6 +32,11 @@ from lumi.training.run_status import read_status
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and finds processes in /proc")
 CHANGES = {"batches": {"batch_tokens": 384, "micro_batch_size": 4}, "validate_every": 5}  # 3 micro-steps
 TERMINATED = 128 + signal.SIGTERM
+
+
+def more(*values):
+    """Cases that prove the same once more: for the soak."""
+    return pytest.param(*values, marks=pytest.mark.soak)
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +158,13 @@ def error_lines(*logs):
 # kill -9
 
 
-def test_killed_at_fifty_moments_of_one_run(runs, uninterrupted):
-    """Half of the moments are drawn in time, half among what the run does to files. All hit one run, which must bear them one by one."""
-    changes = {"num_steps": 150, "save_every": 1}
+@pytest.mark.parametrize(("kills", "num_steps", "least_in_a_save"), [(10, 40, 1), more(50, 150, 5)])
+def test_killed_at_many_moments_of_one_run(kills, num_steps, least_in_a_save, runs, uninterrupted):
+    """Half of the moments are drawn in time, half among what the run does to files. All hit the same run."""
+    changes = {"num_steps": num_steps, "save_every": 1}
     folder, rng = runs.folder / "run", random.Random(0)
     checkpoints, litter, kills_in_a_save = folder / "checkpoints", set(), 0
-    for moment in range(50):
+    for moment in range(kills):
         before = losses(folder) if (folder / "metrics.jsonl").exists() else []
         if moment % 2:
             operation = 5 * (moment // 2) + rng.randrange(5) if moment > 1 else 0
@@ -180,15 +187,15 @@ def test_killed_at_fifty_moments_of_one_run(runs, uninterrupted):
             assert not left & litter
         litter = left
         kills_in_a_save += any(not name.endswith("-discarded") for name in left)
-    assert kills_in_a_save >= 5
-    assert newest < 150
+    assert kills_in_a_save >= least_in_a_save
+    assert newest < num_steps
     runs.end("run", **changes)
     assert_same(folder, uninterrupted(**changes))
 
 
-@pytest.mark.parametrize("operation", [1, 8, 17, 26])
+@pytest.mark.parametrize("operation", [more(1), 8, more(17), 26])
 def test_killed_while_final_is_written(operation, runs, uninterrupted):
-    faults = [(0, "kill_at_file_operation", operation, "lumi.training.trainer:save_final")]
+    faults = [(0, "kill_at_file_operation", operation, "lumi.training.run_checkpoints:save_final")]
     runs.end("run", faults=faults, expect=-signal.SIGKILL)
     assert "resumed from" in runs.end("run")[0]
     assert_same(runs.folder / "run", uninterrupted())
@@ -204,7 +211,7 @@ def test_killed_in_the_middle_of_accumulation_loses_that_step(runs, uninterrupte
     assert_same(runs.folder / "run", uninterrupted(**changes))
 
 
-@pytest.mark.parametrize(("rank", "operation"), [(0, 7), (0, 18), (1, 0), (1, 3)])
+@pytest.mark.parametrize(("rank", "operation"), [(0, 7), more(0, 18), more(1, 0), (1, 3)])
 def test_one_of_two_is_killed_in_a_save(rank, operation, runs, uninterrupted):
     """The other one ends too, and does not wait for it for ever."""
     faults = [(rank, "kill_at_file_operation", operation, "lumi.checkpoint.saver:Saver._write")]
@@ -282,7 +289,8 @@ def test_a_rank_that_hangs_is_named_and_all_end(runs, uninterrupted):
     assert [process.wait() for process in hung] == [EXIT_HUNG] * 2
     (line,) = error_lines(*(process.log for process in hung))
     assert re.search(
-        rf"error: step 5: rank 1 \(host .*, pid {hung[1].pid}\) has not gone on for .* at step 5, waiting for data, in ",
+        rf"error: step 5: rank 1 \(host .*, pid {hung[1].pid}\) has not gone on for .* "
+        r"at step 5, waiting for data, in ",
         line,
     )
     assert "Traceback" not in hung[0].log + hung[1].log
@@ -324,8 +332,8 @@ def test_a_save_that_hangs_is_named(runs):
         (["at_step", 6, "optimizer"], 6),
         (["before", "lumi.checkpoint.saver:Saver._write", 2], None),  # behind the loop's back
         (["before", "lumi.checkpoint.saver:seal_checkpoint", 1], None),
-        (["before", "lumi.training.trainer:Trainer._save", 3], 12),
-        (["before", "lumi.training.trainer:save_final", 1], 12),
+        (["before", "lumi.training.trainer:Trainer.save", 3], 12),
+        (["before", "lumi.training.run_checkpoints:save_final", 1], 12),
         (["before", "lumi.formats.hf_format:_save_weights", 1], 12),
         (["before", "lumi.training.trainer:Optimizer", 1], 0),
     ],
@@ -369,15 +377,14 @@ def test_sigterm_in_the_rehearsal(runs, uninterrupted):
 
 @pytest.mark.parametrize(("processes", "rank"), [(None, 0), (2, 0), (2, 1)])
 def test_sigterm_while_a_corpus_is_tokenized(processes, rank, runs, uninterrupted, corpus_dir, tmp_path):
-    """The first process stops at once; where another one is told, they stop together before the first step."""
+    """The first process stops at once; where another one is told, they stop together before the first
+    step."""
     own = tmp_path / "corpus"
     shutil.copytree(corpus_dir, own, ignore=shutil.ignore_patterns(".tokens"))
-    place = (
-        "lumi.data.tokenization:StoreWriter.append" if rank == 0 else "lumi.parallel.world:World.from_main"
-    )
-    runs.end(
-        "run", processes, faults=[(rank, "before", place, 1 + rank, "terminate")], expect=TERMINATED, data=own
-    )
+    place = "lumi.data.store_writer:StoreWriter.append", 1
+    if rank == 1:
+        place = "lumi.parallel.world:World._any", 8  # it waits for the first process
+    runs.end("run", processes, faults=[(rank, "before", *place, "terminate")], expect=TERMINATED, data=own)
     assert runs.status("run") == {"status": "preempted", "step": 0, "signal": "SIGTERM"}
     assert bool(list(own.rglob("train.tokens"))) == (rank == 1)
     assert not list(own.rglob(".tmp-*"))
@@ -520,8 +527,7 @@ def small_disk(disk_of):
     return disk_of("3m")
 
 
-@pytest.mark.parametrize("processes", [None, 2])
-@pytest.mark.parametrize("room", [0, 200_000])
+@pytest.mark.parametrize(("processes", "room"), [(None, 0), more(2, 0), more(None, 200_000), (2, 200_000)])
 def test_a_full_disk_ends_the_run_and_not_its_checkpoint(room, processes, small_disk, runs, uninterrupted):
     """Not even the log can be written; or all but the next checkpoint."""
     folder, filler = small_disk / "run", small_disk / "of somebody else"
@@ -572,9 +578,10 @@ def test_a_data_file_that_shrinks_ends_both(runs, store, tmp_path):
 # N = k + rest
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("kind", ["muon", more("adamw")])
 def test_stopped_at_every_step(kind, runs, uninterrupted):
-    """Across an epoch's end, a skipped step and a spike, a run stopped after any step is the one that was not."""
+    """Across an epoch's end, a skipped step and a spike, a run stopped after any step is the one that was
+    not."""
     changes = {
         "optimizer": {"kind": kind},
         "num_steps": 8,

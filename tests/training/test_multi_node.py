@@ -1,4 +1,5 @@
-"""Several nodes: torchrun agents that meet on loopback addresses, one of them lost; the Slurm script, with Slurm's part played here."""
+"""Several nodes: torchrun agents that meet on loopback addresses, one of them lost; the Slurm script, with
+Slurm's part played here."""
 
 import contextlib
 import os
@@ -62,7 +63,8 @@ def children(pid):
 
 
 def kill_node(torchrun):
-    """As a machine does that loses power: neither torchrun's process nor its workers, in sessions of their own, are told."""
+    """As a machine does that loses power: neither torchrun's process nor its workers, in sessions of their
+    own, are told."""
     for pid in (torchrun, *children(torchrun)):
         os.kill(pid, signal.SIGKILL)
 
@@ -77,7 +79,8 @@ def end(process, seconds=120):
 
 
 def test_a_node_is_lost_and_another_takes_its_place(options, uninterrupted, tmp_path):
-    """The survivor's torchrun waits for the new one, and both go on from the newest checkpoint, bit for bit."""
+    """The survivor's torchrun waits for the new one, and both go on from the newest checkpoint, bit for
+    bit."""
     run, endpoint = tmp_path / "run", f"127.0.0.1:{free_port()}"
 
     def agent(node, log):
@@ -120,7 +123,8 @@ def test_a_node_is_lost_and_another_takes_its_place(options, uninterrupted, tmp_
     assert final_weights(run) == final_weights(uninterrupted)
 
 
-# Slurm's part. srun: one task a node, here two on this machine, each an address; a task is the process that a signal goes to.
+# Slurm's part. srun: one task a node, here two on this machine, each an address; a task is the process that a
+# signal goes to.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 rm -f "$PLAY/tasks"
@@ -146,7 +150,8 @@ esac
 
 @pytest.fixture
 def slurm(options, tmp_path):
-    """Start the Slurm script as sbatch would: `start(run)`; `requeued()` counts how often the job was sent back to the queue."""
+    """Start the Slurm script as sbatch would: `start(run)`; `requeued()` counts how often the job was sent
+    back to the queue."""
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
@@ -256,7 +261,10 @@ def test_a_slurm_job_that_is_cancelled_is_not_requeued(slurm, tmp_path):
 def test_a_slurm_job_whose_save_outlasts_its_time_is_requeued(slurm, tmp_path):
     write_status(tmp_path / "run", "running", 7)
     told, end = tmp_path / "told", tmp_path / "end"
-    saves = "trap 'touch $PLAY/told' TERM; echo $$ >$PLAY/tasks; until [[ -e $PLAY/end ]]; do sleep 0.1; done; say preempted; exit 1"
+    saves = (
+        "trap 'touch $PLAY/told' TERM; echo $$ >$PLAY/tasks; "
+        "until [[ -e $PLAY/end ]]; do sleep 0.1; done; say preempted; exit 1"
+    )
     (tmp_path / "commands" / "srun").write_text(TASK + saves)
     job = slurm.start(tmp_path / "run")
     try:

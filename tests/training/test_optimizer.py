@@ -7,9 +7,8 @@ import torch
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import LoraConfig, add_lora
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.training.loss_scale import LossScale
-from lumi.training.optimizer import AdamW, Optimizer, OptimizerConfig
-from lumi.training.schedule import CosineSchedule, WarmupStableDecay, lr_at
+from lumi.training.muon import Muon
+from lumi.training.optimizer import AdamW, Clip, Optimizer, OptimizerConfig
 
 MODEL = ModelConfig(vocab_size=17, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24)
 
@@ -30,36 +29,6 @@ def load_states(optimizer, values):
     assert states.keys() == values.keys()
     for name, state in states.items():
         state.copy_(values[name])
-
-
-def test_cosine_by_hand():
-    config = OptimizerConfig(peak_lr=2.0, schedule=CosineSchedule(warmup_steps=4, final_lr_ratio=0.1))
-    assert [lr_at(step, 12, config.peak_lr, config.schedule) for step in (1, 2, 4)] == [0.5, 1.0, 2.0]
-    assert lr_at(8, 12, config.peak_lr, config.schedule) == pytest.approx(2 * (0.1 + 0.9 * 0.5))
-    assert lr_at(6, 12, config.peak_lr, config.schedule) == pytest.approx(
-        2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    )
-    assert lr_at(12, 12, config.peak_lr, config.schedule) == pytest.approx(0.2)
-
-
-def test_warmup_stable_decay_by_hand():
-    config = OptimizerConfig(
-        peak_lr=1.0, schedule=WarmupStableDecay(warmup_steps=2, decay_fraction=0.4, final_lr_ratio=0.0)
-    )
-    assert [lr_at(step, 10, config.peak_lr, config.schedule) for step in range(1, 11)] == pytest.approx(
-        [0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
-    )
-
-
-@pytest.mark.parametrize("schedule", [CosineSchedule(warmup_steps=9), WarmupStableDecay(warmup_steps=9)])
-def test_a_run_shorter_than_its_warmup_only_warms_up(schedule):
-    config = OptimizerConfig(peak_lr=1.0, schedule=schedule)
-    assert [lr_at(step, 4, config.peak_lr, config.schedule) for step in (1, 2, 3, 4)] == [
-        0.25,
-        0.5,
-        0.75,
-        1.0,
-    ]
 
 
 def test_weight_decay_reaches_matrices_only():
@@ -123,9 +92,7 @@ def step_on(kind, gradients, clip=None, **changes):
     model, optimizer = build(kind=kind, **changes)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = gradient.clone()
-    if clip is not None:
-        optimizer.clip_gradients(clip)
-    optimizer.step(0.1)
+    optimizer.step(0.1, None if clip is None else optimizer.measure_gradients(clip))
     return model
 
 
@@ -136,13 +103,13 @@ def test_clipping_equals_a_step_on_scaled_gradients(kind, max_norm, loss_scale):
     fill_gradients(model, 3)
     gradients, exact = [p.grad for p in model.parameters()], gradient_norm(model)
     before = [gradient.clone() for gradient in gradients]
-    assert optimizer.clip_gradients(loss_scale) == pytest.approx(exact / loss_scale, rel=1e-6)
+    assert optimizer.measure_gradients(loss_scale).norm == pytest.approx(exact / loss_scale, rel=1e-6)
     assert all(map(torch.equal, gradients, before))
     factor = min(1.0, max_norm / (exact / loss_scale)) / loss_scale
     settings = {
         "max_grad_norm": max_norm,
         "eps": 0.1,
-    }  # an eps that large makes the update depend on the gradients' size
+    }  # with a large eps the update depends on the gradients' size
     actual = step_on(kind, gradients, loss_scale, **settings)
     expected = step_on(kind, [gradient * factor for gradient in gradients], **settings)
     for a, b in zip(actual.parameters(), expected.parameters(), strict=True):
@@ -150,32 +117,25 @@ def test_clipping_equals_a_step_on_scaled_gradients(kind, max_norm, loss_scale):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_clipping_is_for_one_step(kind):
+def test_clipping_is_for_the_step_that_gets_it(kind):
     """What was measured must not scale the gradients of later steps."""
     model, optimizer = build(kind=kind, max_grad_norm=0.5, eps=0.1)
-    other, other_optimizer = build(kind=kind, max_grad_norm=0.5, eps=0.1)
-    for m, o in ((model, optimizer), (other, other_optimizer)):
-        fill_gradients(m, 1, scale=100.0)
-        o.clip_gradients()
-        o.zero_grad() if m is other else o.step(0.0)
-        fill_gradients(m, 2)
-        expected = [p.grad.clone() for p in m.parameters()]
-        o.step(0.1)
-        assert all(
-            torch.equal(p.grad, gradient) for p, gradient in zip(m.parameters(), expected, strict=True)
-        )
+    fill_gradients(model, 1, scale=100.0)
+    optimizer.step(0.0, optimizer.measure_gradients())
+    fill_gradients(model, 2)
+    expected = [p.grad.clone() for p in model.parameters()]
+    optimizer.measure_gradients()
+    optimizer.step(0.1)
+    assert all(map(torch.equal, (p.grad for p in model.parameters()), expected))
 
 
-def test_loss_scale():
-    scale = LossScale("float16", patience=3)
-    seen = []
-    for finite in (False, False, True, True, True, True, True, False, True, True, True):
-        scale.update(finite)
-        seen.append(math.log2(scale.value))
-    assert seen == [14, 13, 13, 13, 14, 14, 14, 13, 13, 13, 14]
-    other = LossScale("bfloat16")
-    other.update(False)
-    assert other.value == 1.0
+def test_the_clip_factor_is_a_tensor():
+    """By hand; a norm of zero, as of no gradients, changes nothing but the loss scale."""
+    cases = [(8.0, 2.0, 1.0, 0.125), (8.0, 2.0, 100.0, 0.5), (0.0, 4.0, 1.0, 0.25)]
+    for scaled_norm, loss_scale, max_norm, expected in cases:
+        norm = torch.tensor(scaled_norm, dtype=torch.float64)
+        factor = Clip(norm, loss_scale, scaled_norm / loss_scale).factor(max_norm)
+        assert (factor.dtype, factor.shape, factor.item()) == (torch.float32, (), expected)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -190,8 +150,9 @@ def test_a_step_on_what_is_not_finite_does_nothing(bad, kind):
         **{k: v.clone() for k, v in model.state_dict().items()},
         **{k: v.clone() for k, v in optimizer.state_tensors().items()},
     }
-    assert not math.isfinite(optimizer.clip_gradients())
-    optimizer.step(0.1)
+    clip = optimizer.measure_gradients()
+    assert not math.isfinite(clip.norm)
+    optimizer.step(0.1, clip)
     after = {**model.state_dict(), **optimizer.state_tensors()}
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
@@ -205,8 +166,7 @@ def test_a_parameter_without_a_gradient_keeps_its_own_count():
         if seed == 1:
             frozen.grad = None
             before = frozen.detach().clone()
-        optimizer.clip_gradients()
-        optimizer.step(0.1)
+        optimizer.step(0.1, optimizer.measure_gradients())
         if seed == 1:
             assert torch.equal(frozen.detach(), before)
     assert optimizer.state_tensors()["final_norm.weight/step"] == 2
@@ -225,10 +185,11 @@ def test_on_a_gpu_as_on_the_cpu(kind):
             b.grad = a.grad.cuda()
         if seed == 2:
             load_states(other_optimizer, {k: v.cpu() for k, v in other_optimizer.state_tensors().items()})
-        assert other_optimizer.clip_gradients(4.0) == pytest.approx(optimizer.clip_gradients(4.0), rel=1e-12)
-        for o in (optimizer, other_optimizer):
-            o.step(0.01)
-    tolerance = 1e-5 if kind == "adamw" else 1e-2  # Muon's iteration is in bfloat16
+        clips = [o.measure_gradients(4.0) for o in (optimizer, other_optimizer)]
+        assert clips[1].norm == pytest.approx(clips[0].norm, rel=1e-12)
+        for o, clip in zip((optimizer, other_optimizer), clips, strict=True):
+            o.step(0.01, clip)
+    tolerance = 1e-5 if kind == "adamw" else 1e-2  # Muon computes in bfloat16
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=tolerance, atol=tolerance)
 
@@ -236,14 +197,15 @@ def test_on_a_gpu_as_on_the_cpu(kind):
 def test_no_gradients_no_step():
     model, optimizer = build()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert optimizer.clip_gradients() == 0
-    optimizer.step(0.1)
+    clip = optimizer.measure_gradients()
+    assert clip.norm == 0
+    optimizer.step(0.1, clip)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(state.any() for state in optimizer.state_tensors().values())
 
 
 def test_states_and_updates_are_those_of_torch():
-    """A checkpoint of one may go on in the other: same names, shapes and dtypes, and the same numbers but for rounding."""
+    """A checkpoint of one resumes in the other: same names, shapes and dtypes, same numbers but for rounding."""
     model, optimizer = build(weight_decay=0.1)
     other, other_optimizer = build(weight_decay=0.1)
     config = other_optimizer.config
@@ -265,8 +227,7 @@ def test_states_and_updates_are_those_of_torch():
             load_states(other_optimizer, ours)
         for m, o in ((model, optimizer), (other, other_optimizer)):
             fill_gradients(m, seed)
-            o.clip_gradients(loss_scale=4.0)
-            o.step(0.01)
+            o.step(0.01, o.measure_gradients(loss_scale=4.0))
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -276,8 +237,7 @@ def test_without_native_code_for_the_device_torch_updates(monkeypatch):
     model, optimizer = build(max_grad_norm=0.5)
     assert type(optimizer.optimizers[0]) is torch.optim.AdamW
     fill_gradients(model, 3)
-    optimizer.clip_gradients()
-    optimizer.step(0.1)
+    optimizer.step(0.1, optimizer.measure_gradients())
     assert gradient_norm(model) == pytest.approx(0.5, rel=1e-5)
 
 
@@ -307,7 +267,7 @@ def test_sharded_parameters_are_clipped_and_updated_as_whole_ones(mesh):
     settings = {
         "max_grad_norm": 0.5,
         "eps": 0.1,
-    }  # an eps that large makes the update depend on the gradients' size
+    }  # with a large eps the update depends on the gradients' size
     model, optimizer = build(**settings)
     sharded = build()[0]
     shard = lambda t: distribute_tensor(t.detach(), mesh, [Shard(0)])
@@ -323,11 +283,10 @@ def test_sharded_parameters_are_clipped_and_updated_as_whole_ones(mesh):
         fill_gradients(model, seed)
         for a, b in zip(model.parameters(), sharded.parameters(), strict=True):
             b.grad = shard(a.grad)
-        assert sharded_optimizer.clip_gradients(4.0) == pytest.approx(
-            optimizer.clip_gradients(4.0), rel=1e-12
-        )
-        for o in (optimizer, sharded_optimizer):
-            o.step(0.1)
+        clips = [o.measure_gradients(4.0) for o in (optimizer, sharded_optimizer)]
+        assert clips[1].norm == pytest.approx(clips[0].norm, rel=1e-12)
+        for o, clip in zip((optimizer, sharded_optimizer), clips, strict=True):
+            o.step(0.1, clip)
     for a, b in zip(model.parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(a, b.full_tensor(), rtol=1e-5, atol=1e-6)
 
@@ -338,12 +297,11 @@ def test_adapters_alone(kind):
     model = Transformer(MODEL, REFERENCE).init_weights(0)
     add_lora(model, LoraConfig(rank=2))
     optimizer = Optimizer(model, OptimizerConfig(kind=kind))
-    assert [type(o) for o in optimizer.optimizers] == [torch.optim.Muon if kind == "muon" else AdamW]
+    assert [type(o) for o in optimizer.optimizers] == [Muon if kind == "muon" else AdamW]
     before = {name: p.detach().clone() for name, p in optimizer.named.items()}
     for parameter in optimizer.named.values():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.clip_gradients()
-    optimizer.step(0.1)
+    optimizer.step(0.1, optimizer.measure_gradients())
     assert not [name for name, p in optimizer.named.items() if torch.equal(p, before[name])]
     again = Optimizer(model, OptimizerConfig(kind=kind))
     load_states(again, optimizer.state_tensors())
@@ -359,9 +317,10 @@ def test_a_model_without_trained_parameters_is_refused():
 def test_no_norm_outlives_its_step():
     model, optimizer = build()
     fill_gradients(model, 3)
-    optimizer.clip_gradients()
-    norm = weakref.ref(optimizer.measured[0])
-    optimizer.step(0.1)
+    clip = optimizer.measure_gradients()
+    norm = weakref.ref(clip.scaled_norm)
+    optimizer.step(0.1, clip)
+    del clip
     assert norm() is None
 
 
@@ -406,9 +365,6 @@ def test_states_are_there_from_the_start():
         (lambda: OptimizerConfig(peak_lr=0.0), "peak_lr must be positive, got 0.0"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "weight_decay must be at least 0, got -1.0"),
         (lambda: OptimizerConfig(beta2=1.0), r"beta2 must be in \[0, 1\), got 1.0"),
-        (lambda: CosineSchedule(warmup_steps=-1), "warmup_steps must be at least 0, got -1"),
-        (lambda: CosineSchedule(final_lr_ratio=1.5), r"final_lr_ratio must be in \[0, 1\], got 1.5"),
-        (lambda: WarmupStableDecay(decay_fraction=0.0), r"decay_fraction must be in \(0, 1\], got 0.0"),
     ],
 )
 def test_refuses(build_it, message):

@@ -5,7 +5,8 @@ from splits import make_conversations
 from lumi.chat.messages import Message
 from lumi.chat.rendering import TEMPLATES, render
 from lumi.data.rows import ConversationRows
-from lumi.data.token_store import Split, SplitManifest
+from lumi.data.store_manifest import SplitManifest
+from lumi.data.token_store import Split
 from lumi.training.preview import describe_conversations, marked_example
 
 
@@ -69,7 +70,8 @@ def test_the_counts_by_hand(tokenizer):
         sources={},
     )
     text = describe_conversations("store", ConversationRows(split, 4, seed=0), stored, tokenizer)
-    # rows of 5 tokens: the second keeps its first answer, the third has none that fits; no two fit into one row
+    # rows of 5 tokens: the second keeps its first answer, the third has none that fits; no two fit into one
+    # row
     assert "store: 3 conversations in 3 rows (26.7% padding)" in text
     assert "trained: 5 of 11 tokens (45.5%)" in text
     assert (

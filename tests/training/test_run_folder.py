@@ -1,4 +1,5 @@
-"""Who may write to a run's folder, what an interrupted run left there, and which checkpoint a run goes on from."""
+"""Who may write to a run's folder, what an interrupted run left there, and which checkpoint a run goes on
+from."""
 
 import contextlib
 import json
@@ -65,7 +66,8 @@ def rewrite_state(path, state):
 
 
 def test_claim_sweeps_what_is_ours_alone(folder):
-    """A kill in the rehearsal, in a save, in writing the config, the status and the log; and a template of the user's."""
+    """A kill in the rehearsal, in a save, in writing the config, the status and the log; and a template of
+    the user's."""
     (folder.checkpoints / ".tmp-rehearsal" / ".tmp-step-00000000-9").mkdir(parents=True)
     (folder.checkpoints / ".tmp-step-00000016-9").mkdir()
     ours = ["config.json.tmp-12", "status.json.tmp-3", "metrics.jsonl.tmp"]
@@ -99,7 +101,8 @@ def test_auto_falls_back_for_wrong_content(folder):
     (folder.checkpoint(4) / "model-00000.safetensors").unlink()
     with pytest.raises(
         UserError,
-        match=r"none of 3 checkpoints is whole; the newest: .*step-00000012/model-00000\.safetensors: SHA-256 must",
+        match=r"none of 3 checkpoints is whole; the newest: "
+        r".*step-00000012/model-00000\.safetensors: SHA-256 must",
     ):
         find(folder)
     with pytest.raises(
@@ -109,7 +112,8 @@ def test_auto_falls_back_for_wrong_content(folder):
 
 
 def test_auto_does_not_fall_back_for_anything_else(folder, monkeypatch):
-    """A disk that fails for a moment, another version of Lumi, values that no run writes: an older checkpoint is no answer to them."""
+    """A disk that fails for a moment, another version of Lumi, values that no run writes: an older checkpoint
+    is no answer to them."""
     manifest = folder.checkpoint(12) / "manifest.json"
     whole = manifest.read_text()
     manifest.write_text(whole.replace('"format": 2', '"format": 3'))
@@ -284,7 +288,8 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_has_ended(folder,
         said = []
         with pytest.raises(
             UserError,
-            match=rf"no run is at work in, got .*run, which host .*, pid {holder.pid} is writing to; end that one",
+            match=rf"no run is at work in, got .*run, which host .*, pid {holder.pid} is writing to; "
+            r"end that one",
         ):
             folder.claim("auto", said.append)
         assert len(said) == 1

@@ -16,6 +16,7 @@ from synthetic import sentence
 import lumi.data.rows
 import lumi.train
 import lumi.training.trainer
+import lumi.training.validation
 from lumi.chat.messages import Message
 from lumi.chat.rendering import TEMPLATES, prompt_ids, stop_ids
 from lumi.checkpoint.checkpoint import open_checkpoint
@@ -24,7 +25,10 @@ from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
 from lumi.corpus.conversations import MessagesFormat
 from lumi.data.batches import BatchConfig, Batches
 from lumi.data.rows import ConversationRows
-from lumi.data.tokenization import StoreWriter, TokenStore, tokenize
+from lumi.data.store_manifest import Counts
+from lumi.data.store_writer import StoreWriter
+from lumi.data.token_store import TokenStore
+from lumi.data.tokenization import tokenize
 from lumi.formats.hf_format import load_model, save_model
 from lumi.formats.pretrained import load_pretrained
 from lumi.host.tensor_files import load_tensors, save_tensors
@@ -32,8 +36,8 @@ from lumi.inference.generation import SamplingConfig, generate_ids
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.training.metrics import read_metrics
+from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
-from lumi.training.trainer import train
 
 NOUNS = ["river", "stone", "garden", "letter"]
 PLACES = ["at noon", "in silence", "near the harbour", "under the old roof"]
@@ -137,7 +141,8 @@ def test_the_tuned_model_answers_and_stops_by_itself(lora, start, capsys):
     before, *_, after = curve(folder, "validation")
     assert after < 0.25 * before
     printed = capsys.readouterr().out
-    first = f"<s><|im_start|>user\n{question('river')}<|im_end|>\n<|im_start|>assistant\n[[{ANSWERS['river']}<|im_end|>]]\n"
+    asked = f"<s><|im_start|>user\n{question('river')}<|im_end|>\n"
+    first = f"{asked}<|im_start|>assistant\n[[{ANSWERS['river']}<|im_end|>]]\n"
     assert first in printed
     assert printed.index(first) < printed.index("step 0: validation loss")
     assert (folder / "final" / "adapter_model.safetensors").exists() == (lora is not None)
@@ -145,7 +150,8 @@ def test_the_tuned_model_answers_and_stops_by_itself(lora, start, capsys):
 
 
 def test_with_the_mask_inverted_it_does_not(start, monkeypatch):
-    """What the test above would say if the mask were wrong: the questions are learned, the answers and their end are not."""
+    """What the test above would say if the mask were wrong: the questions are learned, the answers and their
+    end are not."""
     mask = lumi.data.rows.Split.loss_mask
     monkeypatch.setattr(lumi.data.rows.Split, "loss_mask", lambda split, begin, end: ~mask(split, begin, end))
     answers = ask(start(num_steps=100))
@@ -267,9 +273,9 @@ def validations(monkeypatch):
     """Make the validation losses of a run what a test says."""
 
     def validations(losses):
-        values, real = iter(losses), lumi.training.trainer.held_out_loss
+        values, real = iter(losses), lumi.training.validation.held_out_loss
         monkeypatch.setattr(
-            lumi.training.trainer,
+            lumi.training.validation,
             "held_out_loss",
             lambda *rest: dataclasses.replace(real(*rest), loss=float(next(values))),
         )
@@ -392,7 +398,8 @@ def test_a_split_that_fits_no_row_is_named_before_the_first_step(bad, start, tok
     for split in ("train", "validation"):
         size = 40 if split == bad else 10
         mask = np.arange(size) >= size - 3
-        writer.append(split, np.full(size, 300), np.array([size]), {"made": (1, size, 3)}, mask)
+        counts = Counts(documents=1, tokens=size, bytes=3)
+        writer.append(split, np.full(size, 300), np.array([size]), {"made": counts}, mask)
     writer.finish({}, "chatml")
     with pytest.raises(
         UserError,

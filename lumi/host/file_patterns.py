@@ -1,0 +1,33 @@
+"""Paths and glob patterns in a config -> files."""
+
+import glob
+import os
+from collections.abc import Sequence
+
+from lumi.config import UserError
+
+
+def check_patterns(paths: Sequence[str]) -> None:
+    """Check a config's field `paths`: at least one path or glob pattern, none empty. Raises UserError."""
+    if not paths or "" in paths:
+        raise UserError("paths", "must hold at least one path or glob pattern", got=list(paths))
+
+
+def matching_files(paths: Sequence[str]) -> list[str]:
+    """The files that paths and glob patterns match, in their order; one pattern's are sorted, none repeats.
+
+    Raises:
+        UserError: a path or pattern matches no file.
+    """
+    found: dict[str, None] = {}
+    for pattern in paths:
+        matches = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+        if not matches:
+            raise UserError(
+                "paths",
+                "must match at least one file",
+                got=f"{pattern!r} (looked from {os.getcwd()})",
+                remedy="mend the path, or take it out",
+            )
+        found |= dict.fromkeys(matches)
+    return list(found)

@@ -1,0 +1,95 @@
+"""The micro-batch of a run: the largest that fits into the memory that is free."""
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from lumi.config import UserError
+from lumi.parallel.layout import Layout
+from lumi.training.memory import memory_of
+from lumi.training.run_config import TrainConfig
+
+USABLE = (
+    0.9  # of the memory that is free: the estimate knows nothing of torch's own, fragments and peaks between
+)
+
+
+# The two generations of control groups: folder, limit, use, and the pages of files within it, which make way.
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that one process may take; None where the system does not say.
+
+    On a GPU: what is free on it. On a CPU: its share of what the machine, or its container, has left.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free: list[int] = []
+    with contextlib.suppress(OSError):
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    for folder, limit, use, pages in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+            held = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            cached = sum(int(held.get(kind, 0)) for kind in pages)
+            free.append(int(Path(folder, limit).read_text()) - int(Path(folder, use).read_text()) + cached)
+    return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if free else None
+
+
+def choose_micro_batch(
+    config: TrainConfig,
+    layout: Layout,
+    device_type: str,
+    kernels: str,
+    free: int,
+    num_trained: int | None,
+    before: int | None = None,
+) -> TrainConfig:
+    """The config with the largest micro-batch that fits. The batch stays as it is: larger micro-batches are
+    fewer.
+
+    Args:
+        kernels: the name of the operators in use.
+        free: bytes of the process that has the fewest, before the model is built; 0: not known.
+        num_trained: parameters of the adapters where the rest is frozen; None: every parameter is trained.
+        before: the micro-batch that the run had until now. The run keeps it where it fits: another one rounds
+            differently.
+
+    Raises:
+        UserError: `batch_tokens` does not come out even, the free memory is unknown, or not even one row
+            fits.
+    """
+    rows = with_micro_batch(config, 1).batches.micro_steps(layout.data)  # of one process in a step
+    sizes = [size for size in (before or 0, *range(rows, 0, -1)) if size and rows % size == 0]
+    candidates = [with_micro_batch(config, size) for size in sizes]
+    if not free:
+        raise UserError(
+            "batches.micro_batch_size must be a number on this system, "
+            'which does not say how much memory is free, got "auto"'
+        )
+    for candidate in candidates:
+        needed = memory_of(candidate, layout, device_type, kernels, num_trained)["total"]
+        if needed <= USABLE * free:
+            return candidate
+    raise UserError(
+        f"a process needs about {needed / 2**20:,.0f} MiB for micro-batches of one row, "
+        f"and has {USABLE * free / 2**20:,.0f} MiB ({USABLE:.0%} of what is free); "
+        f"set gradient_checkpointing, a larger parallel.shard, or a smaller model"
+    )
+
+
+def with_micro_batch(config: TrainConfig, size: int) -> TrainConfig:
+    """The config with a micro-batch of `size` rows."""
+    return dataclasses.replace(config, batches=dataclasses.replace(config.batches, micro_batch_size=size))

@@ -1,0 +1,39 @@
+"""The held-out loss of a run, as the loop asks for it."""
+
+from lumi.evaluation import HeldOut, held_out_loss
+from lumi.model.transformer import Transformer
+from lumi.parallel.sharding import reshard
+from lumi.parallel.watchdog import Watchdog
+from lumi.parallel.world import World
+from lumi.training.run_config import TrainConfig
+from lumi.training.run_data import RunData
+
+
+class Validation:
+    """Measures the validation splits of a run's data."""
+
+    def __init__(
+        self, config: TrainConfig, data: RunData, model: Transformer, world: World, watchdog: Watchdog
+    ):
+        self.config, self.data, self.model, self.world, self.watchdog = config, data, model, world, watchdog
+
+    def measure(self, step: int) -> HeldOut | None:
+        """The loss over `validation_tokens` of each split; None: a signal cut it short."""
+
+        def stopping() -> bool:
+            self.watchdog.mark(step, "validation")
+            return self.world.sum(self.world.stop.received)[0] > 0
+
+        splits, token_bytes = self.data.validation, self.data.tokenizer.token_bytes
+        batches, max_tokens = self.config.batches, self.config.validation_tokens
+        result = held_out_loss(self.model, splits, token_bytes, batches, self.world, max_tokens, stopping)
+        reshard(self.model)
+        return result
+
+    def rehearse(self) -> None:
+        """Measure one batch, for its time and its memory."""
+        batches = self.config.batches
+        one_batch = self.world.layout.data * batches.micro_batch_rows * batches.sequence_length
+        splits, token_bytes = self.data.validation[:1], self.data.tokenizer.token_bytes
+        held_out_loss(self.model, splits, token_bytes, batches, self.world, one_batch)
+        reshard(self.model)

@@ -1,0 +1,56 @@
+"""Corpus folders of texts and conversations that a test chooses, and some to choose from."""
+
+import json
+
+from lumi.chat.messages import Message, to_json
+from lumi.corpus.folder import CorpusWriter
+
+PROSE = (
+    "The quick brown fox jumps over the lazy dog, and 1234 other things happen on Monday.\n\n"
+    "Another paragraph follows here."
+)
+CODE = """\
+def total(values):
+    result = 0
+    for value in values:
+        if value:
+            result += value
+    return result
+"""
+
+TEXTS = [f"Document {i} says:\n    héllo, world number {i * i}.\n" * (1 + i % 5) for i in range(200)]
+SOURCES = ["books" if i % 3 else "web" for i in range(200)]
+
+CHATS = [
+    [
+        Message("user", f"What is {i} times {i}?"),
+        Message("assistant", f"It is {i * i}."),
+        Message("user", "Sure?"),
+        Message("assistant", "é!"),
+    ]
+    for i in range(120)
+]
+CHATS[7] = [Message("system", "</s> <|im_end|>"), *CHATS[7], Message("user", "waits")]
+CHATS[9] = [Message("user", "silence")]  # `prepare` lets no such thing through
+
+
+def write_corpus(folder, texts, sources=None):
+    """A corpus folder of texts; their sources are "prose" if not given."""
+    return _write(folder, texts, sources or ["prose"] * len(texts), conversations=False)
+
+
+def write_chats(folder, chats, sources=None):
+    """A corpus folder of conversations; their sources are the first of `sources`, or "chats"."""
+    return _write(folder, chats, (sources or ["chats"] * len(chats))[: len(chats)], conversations=True)
+
+
+def _write(folder, documents, sources, conversations):
+    with CorpusWriter(folder, 1 << 20, conversations=conversations) as writer:
+        for document, source in zip(documents, sources, strict=True):
+            text = json.dumps(to_json(document)) if conversations else document
+            writer.add(text, source, len(text.encode()))
+        kept = [
+            {"name": name, "origin": "made up", "kept": sources.count(name)} for name in sorted(set(sources))
+        ]
+        writer.commit({"documents": len(documents), "sources": kept}, "a card")
+    return folder

@@ -1,0 +1,49 @@
+"""Checkpoints from before a model's derived numbers were computed: they hold null for `num_kv_heads` and `head_dim`."""
+
+import pytest
+
+from lumi.checkpoint.checkpoint import Checkpoint
+from lumi.config import UserError, from_dict, to_dict
+from lumi.training.resume import check_resumable
+from lumi.training.run_config import TrainConfig
+
+SHAPE = {"vocab_size": 384, "num_layers": 2, "model_dim": 32, "num_heads": 2, "mlp_dim": 64}
+NULLS = {"num_kv_heads": None, "head_dim": None}
+CONFIG = from_dict(
+    TrainConfig,
+    {
+        "model": SHAPE,
+        "batches": {"sequence_length": 32, "batch_tokens": 256, "micro_batch_size": 2},
+        "optimizer": {"kind": "adamw", "peak_lr": 0.01, "schedule": {"kind": "cosine", "warmup_steps": 4}},
+        "num_steps": 12,
+    },
+)
+
+
+def identity():
+    return {"model": to_dict(CONFIG.model), "start": None, "seed": 0}
+
+
+def older(tmp_path, **changes):
+    """A checkpoint as it was written then."""
+    model = to_dict(CONFIG.model) | NULLS | changes
+    state = {
+        "step": 4,
+        "identity": identity() | {"model": model},
+        "config": to_dict(CONFIG) | {"model": model},
+    }
+    return Checkpoint(tmp_path, state, {}, {})
+
+
+def test_an_older_checkpoint_is_resumed_in_silence(tmp_path):
+    said = []
+    checkpoint = older(tmp_path)
+    check_resumable(checkpoint, identity(), CONFIG, said.append)
+    assert said == []
+    assert checkpoint.state["identity"]["model"]["head_dim"] is None  # what was read stays as it was
+
+
+def test_another_model_is_refused_all_the_same(tmp_path):
+    with pytest.raises(UserError, match=r"go on from here: model\.num_heads was 4, is 2 now") as raised:
+        check_resumable(older(tmp_path, num_heads=4), identity(), CONFIG, print)
+    assert "null" not in str(raised.value)

@@ -1,0 +1,43 @@
+"""What a run's config refuses, before anything is read."""
+
+import pytest
+
+from lumi.config import UserError, from_dict
+from lumi.training.run_config import TrainConfig
+
+MODEL = {
+    "vocab_size": 384,
+    "num_layers": 2,
+    "model_dim": 32,
+    "num_heads": 2,
+    "mlp_dim": 64,
+    "max_positions": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernels": "tritn"}, 'kernels must be one of "auto", "reference", "triton", got "tritn"'),
+        ({"seed": -1}, "seed must be between 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
+        ({"validation_tokens": 0}, "validation_tokens must be at least 1, got 0"),
+        ({"max_loss_sigmas": 0.0}, r"max_loss_sigmas must be positive, got 0\.0"),
+        ({"step_timeout_seconds": -1.0}, r"step_timeout_seconds must be positive, got -1\.0"),
+        (
+            {"batches": {"sequence_length": 256, "batch_tokens": 512, "micro_batch_size": 1}},
+            r"sequence_length must be at most model\.max_positions = 128, got 256",
+        ),
+    ],
+    ids=str,
+)
+def test_refuses(changes, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(TrainConfig, {"model": MODEL, "num_steps": 3} | changes)
+
+
+def test_the_tokens_of_a_run():
+    batches = {"sequence_length": 32, "batch_tokens": 256, "micro_batch_size": 2}
+    config = from_dict(TrainConfig, {"model": MODEL, "num_steps": 3, "batches": batches})
+    assert config.num_tokens == 768

@@ -1,0 +1,57 @@
+"""The model that a run begins with."""
+
+import pytest
+import torch
+
+from lumi.config import UserError, from_dict
+from lumi.kernels.bundle import REFERENCE
+from lumi.training.run_config import TrainConfig
+from lumi.training.run_model import build, start_fingerprint
+
+MODEL = {
+    "vocab_size": 384,
+    "num_layers": 2,
+    "model_dim": 32,
+    "num_heads": 2,
+    "mlp_dim": 64,
+    "max_positions": 128,
+}
+
+ROWS = {"sequence_length": 32, "batch_tokens": 64, "micro_batch_size": 2}
+
+
+def built(tokenizer, start=None, **changes):
+    config = from_dict(
+        TrainConfig, {"model": MODEL, "batches": ROWS, "num_steps": 1, "dtype": "float32"} | changes
+    )
+    return build(config, config.model, start, tokenizer, REFERENCE)
+
+
+def test_a_new_model_holds_no_values_yet(tokenizer):
+    model = built(tokenizer, gradient_checkpointing=True)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert (model.compute_dtype, model.gradient_checkpointing, model.training) == (torch.float32, True, True)
+    assert start_fingerprint(None) is None
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tokenizer):
+    with pytest.raises(
+        UserError, match=r"model\.vocab_size must be at least the tokenizer's 384 pieces, got 300"
+    ):
+        built(tokenizer, model=MODEL | {"vocab_size": 300})
+
+
+def test_rows_of_pieces_that_are_no_control_pieces_are_refused(tokenizer, start):
+    folder = start(num_steps=1) / "final"
+    with pytest.raises(UserError, match=r"lora\.tokens must be control pieces .*<\|im_end\|>.*, got 'the'"):
+        built(tokenizer, folder, lora={"tokens": ["the"]})
+
+
+def test_adapters_freeze_the_weights_that_a_run_begins_with(tokenizer, start):
+    folder = start(num_steps=1) / "final"
+    model = built(tokenizer, folder, lora={"rank": 2, "targets": ["q_proj"]})
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [
+        f"layers.{layer}.attention.q_proj.lora_{matrix}" for layer in range(2) for matrix in ("A", "B")
+    ]
+    assert len(start_fingerprint(folder)) == 64
