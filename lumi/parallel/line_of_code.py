@@ -6,9 +6,13 @@ import sysconfig
 import threading
 from types import FrameType
 
+import torch
+
 import lumi
 
-_FOREIGN = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_LIBRARIES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_LIBRARIES.append(os.path.dirname(os.path.dirname(torch.__file__)))  # others may lie elsewhere, beside torch
+_FOREIGN = tuple(folder + os.sep for folder in _LIBRARIES)
 _LUMI = os.path.dirname(os.path.abspath(lumi.__file__)) + os.sep  # may lie in a folder of libraries
 _WATCHING = __file__, os.path.join(os.path.dirname(__file__), "watchdog.py")  # not what the thread works on
 
