@@ -386,7 +386,7 @@ def _add_export(arguments: argparse.ArgumentParser) -> None:
 def plan(argv: list[str]) -> int:
     """memory, communication, time and checkpoints of a config on many GPUs, on paper"""
     from lumi.host.devices import GPUS
-    from lumi.planning.scale import Cluster
+    from lumi.planning.cluster import Cluster
     from lumi.planning.scale_report import describe_scale
     from lumi.training.run_config import TrainConfig
 

@@ -1,7 +1,9 @@
-"""Checkpoints written behind the training loop's back: it waits for a copy in host memory, a thread of each process does the rest.
+"""Checkpoints written behind the training loop's back.
 
-All processes write their pieces into one temporary folder, tell each other how it went, and the first one makes a checkpoint of it. What
-fails anywhere fails everywhere, and leaves the earlier checkpoints as they are.
+The loop only waits for a copy in host memory; a thread of each process does the rest. All processes write
+their pieces into one temporary folder and tell each other how it went. Then the first process makes a
+checkpoint of the folder. What fails on any process fails on all, and leaves the earlier checkpoints as they
+are.
 """
 
 import atexit
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumi.checkpoint.checkpoint import describe, seal_checkpoint, tensor_file
+from lumi.checkpoint.manifest import describe_tensor, seal_checkpoint, tensor_file
 from lumi.config import UserError
 from lumi.host.storage import atomic_folder
 from lumi.host.tensor_files import save_tensors
@@ -29,15 +31,18 @@ Description = dict[str, dict[str, dict[str, Any]]]  # by group and tensor name
 
 
 class Saver:
-    """Saves checkpoints of one run, one at a time. Used as a context, or closed: then no save is lost at the program's end."""
+    """Saves checkpoints of one run, one at a time.
+
+    Use it as a context or call `close`, so that no save is lost at the program's end.
+
+    Args:
+        folder: where `step-XXXXXXXX` appear; on a disk that all processes share.
+        rank, size: of the default process group.
+        group: of the same processes, on gloo, for the saver alone; its time limit must be longer than a save.
+            None for one process.
+    """
 
     def __init__(self, folder: Path, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None):
-        """
-        Args:
-            folder: where `step-XXXXXXXX` appear; on a disk that all processes share.
-            rank, size: of the default process group.
-            group: of the same processes, on gloo, for the saver alone; None for one process. Its time limit must be longer than a save.
-        """
         self.folder, self.rank, self.size, self.group = Path(folder), rank, size, group
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._running: Future[None] | None = None
@@ -52,12 +57,14 @@ class Saver:
         state: dict[str, Any],
         finish: Callable[[Path], None] = lambda path: None,
     ) -> float:
-        """Begin to save `step-XXXXXXXX`, on all processes together; waits for the save before it. Tensors may change as soon as it returns.
+        """Begin to save `step-XXXXXXXX`; all processes call it together. It waits for the save before it.
+
+        Tensors may change as soon as it returns.
 
         Args:
-            tensors: by group and name: DTensors on a mesh of all processes, or plain ones that are the same on all.
+            tensors: by group and name: DTensors on a mesh of all processes, or plain ones, equal on all.
             state: plain JSON values.
-            finish: called with the checkpoint's path when it is whole, on rank 0, in the saver's thread.
+            finish: called on rank 0 with the checkpoint's path when it is whole, in the saver's thread.
 
         Returns:
             seconds that the caller was stalled.
@@ -67,35 +74,27 @@ class Saver:
         """
         start = time.perf_counter()
         self.wait()
-        own = own_pieces(
-            {(group, name): tensor for group in tensors for name, tensor in tensors[group].items()},
-            self.rank,
-            self.size,
-        )
-        groups = {
-            group: {name: describe(tensor) for name, tensor in named.items()}
-            for group, named in tensors.items()
-        }
-        values = json.loads(
-            json.dumps({**state, "step": step}, allow_nan=False)
-        )  # a copy, and refused here if it is not JSON
-        pieces = self._stage(own)
-        self._running = self._executor.submit(
-            self._save, self.folder / f"step-{step:08d}", pieces, groups, values, finish
-        )
+        flat = {(group, name): tensor for group in tensors for name, tensor in tensors[group].items()}
+        groups: Description = {group: {} for group in tensors}
+        for (group, name), tensor in flat.items():
+            groups[group][name] = describe_tensor(tensor)
+        # A copy; what is not JSON is refused here.
+        values = json.loads(json.dumps({**state, "step": step}, allow_nan=False))
+        pieces, path = self._stage(own_pieces(flat, self.rank, self.size)), self.folder / f"step-{step:08d}"
+        self._running = self._executor.submit(self._save, path, pieces, groups, values, finish)
         return time.perf_counter() - start
 
     @property
     def progress(self) -> tuple[int, int]:
-        """The parts of saves that this process has done, and the chunks that it has written.
+        """The parts of saves that this process has completed, and the chunks that it has written.
 
-        `lumi.parallel.watchdog` reads them: a save that moves is no hang.
+        `lumi.parallel.watchdog` reads them: a save that advances is not a hang.
         """
         return self._parts, self._chunks
 
     @property
     def failed(self) -> bool:
-        """Whether the last save is known to have failed; `wait` says why. For a moment it may differ between processes."""
+        """Whether the last save is known to have failed; `wait` says why. Processes may learn of it apart."""
         return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def wait(self) -> None:
@@ -120,11 +119,14 @@ class Saver:
         try:
             self.close()
         except UserError:
-            if kind is None:  # otherwise what ended the block has been said
+            if kind is None:  # otherwise the exception that ended the block matters more
                 raise
 
     def _stage(self, own: dict[Key, Piece]) -> dict[Key, Piece]:
-        """Copy pieces to host memory, which is kept for the next save: pinned for CUDA, so that copies run at the bus's full speed."""
+        """Copy pieces to host memory, which is kept for the next save.
+
+        For CUDA the memory is pinned, so that copies run at the full speed of the bus.
+        """
         staging, self._staging = self._staging, {}
         staged = {}
         for key, (local, offset, shape) in own.items():
@@ -145,39 +147,37 @@ class Saver:
         state: dict[str, Any],
         finish: Callable[[Path], None],
     ) -> None:
-        """What the thread does: make the folder, write, seal and rename it, finish; all processes go from one to the next together."""
+        """The work of the thread: make the folder, write, seal and rename it, finish.
+
+        All processes take each of these steps together.
+        """
         failure = f"{path}: cannot be written"
         with contextlib.ExitStack() as unfinished:
 
             def make_folder() -> str | None:
-                return (
-                    unfinished.enter_context(atomic_folder(path, replace=True)).name
-                    if self.rank == 0
-                    else None
-                )
+                if self.rank:
+                    return None
+                return unfinished.enter_context(atomic_folder(path, replace=True)).name
 
             temporary = path.parent / self._together(failure, make_folder)[0]
             written = self._together(failure, lambda: self._write(temporary, pieces))
 
             def complete() -> None:
-                if self.rank == 0:
-                    for _, entries in written:
-                        for (group, name), entry in entries.items():
-                            groups[group][name]["pieces"].append(entry)
-                    seal_checkpoint(
-                        temporary,
-                        state,
-                        groups,
-                        {file: record for records, _ in written for file, record in records.items()},
-                    )
-                    unfinished.close()
+                if self.rank:
+                    return
+                records: dict[str, dict[str, Any]] = {}
+                for its_records, entries in written:
+                    records |= its_records
+                    for (group, name), entry in entries.items():
+                        groups[group][name]["pieces"].append(entry)
+                seal_checkpoint(temporary, state, groups, records)
+                unfinished.close()
 
             self._together(failure, complete)
-        remedy = "the checkpoint is whole, resume from it"
         self._together(
             f"{path}: was saved, but not what follows",
             lambda: finish(path) if self.rank == 0 else None,
-            remedy,
+            remedy="the checkpoint is whole, resume from it",
         )
 
     def _write(
@@ -185,9 +185,8 @@ class Saver:
     ) -> tuple[dict[str, dict[str, Any]], dict[Key, dict[str, Any]]]:
         """Write this process's files. Returns their records, and where the pieces lie."""
         if not temporary.is_dir():
-            raise UserError(
-                "the folder must be on a disk that all processes share, got one that only the first can see"
-            )
+            got = "one that only the first can see"
+            raise UserError("the folder", "must be on a disk that all processes share", got=got)
         records, entries = {}, {}
         for group in sorted({group for group, _ in pieces}):
             file = tensor_file(group, self.rank)
@@ -211,7 +210,7 @@ class Saver:
         work: Callable[[], Any],
         remedy: str = "earlier checkpoints are intact, resume from them",
     ) -> list[Any]:
-        """Do a part of a save. Returns what it returned on every process, when all are done.
+        """Do a part of a save, and wait for the other processes to do theirs. Returns the result of each.
 
         Raises:
             UserError: the same on all, if it failed on any.
@@ -220,7 +219,9 @@ class Saver:
         try:
             result, fault = work(), ""
         except (OSError, ValueError) as error:
-            fault = (isinstance(error, OSError) and error.strerror) or str(error)
+            fault = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                fault = error.strerror
         finally:  # whatever happened, nobody is left waiting
             self._parts += 1
             outcomes: list[Any] = [(result, fault)] * self.size
@@ -229,5 +230,5 @@ class Saver:
         for rank, (_, fault) in enumerate(outcomes):
             if fault:
                 where = f"rank {rank}: " if self.size > 1 else ""
-                raise UserError(f"{failure}: {where}{fault}; {remedy}")
+                raise UserError(f"{failure}: {where}{fault}", remedy=remedy)
         return [result for result, _ in outcomes]

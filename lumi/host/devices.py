@@ -69,8 +69,8 @@ def choose_device(name: str) -> str:
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware.
 
-    True for CUDA from capability 8.0 (A100) and for CPUs with AVX512-BF16 or AMX-BF16. False where it is unknown.
-    A CPU without these instructions emulates the product, many times slower than in float32.
+    True for CUDA from capability 8.0 (A100) and for CPUs with AVX512-BF16 or AMX-BF16; False where it is
+    unknown. A CPU without these instructions emulates the product, many times slower than in float32.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -82,8 +82,6 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     try:
         flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:  # not Linux
-        get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # newer torch
-        return (
-            {name for name, has in get_capabilities().items() if has is True} if get_capabilities else set()
-        )
+        ask_torch = getattr(torch.cpu, "get_capabilities", None)  # newer versions have it
+        return {name for name, has in ask_torch().items() if has is True} if ask_torch else set()
     return set(flags[1].split()) if flags else set()

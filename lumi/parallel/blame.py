@@ -1,4 +1,4 @@
-"""Which process a run that hangs is waiting for, from what all of them have last told, and one sentence about it."""
+"""Which process a hanging run waits for, judged by the last beats of all processes; a sentence on it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a process tells of itself. `count` grows while it lives; `still_seconds` is how long its loop has made no mark.
+    """What a process tells of itself.
 
-    `parts` and `idle_seconds` are of the work behind its loop, in a patient phase: how much the process has done of what all do together,
-    and for how long it has done nothing; 0 where nobody knows.
+    `count` grows while the process lives; `still_seconds` is how long its loop has made no mark. `parts` and
+    `idle_seconds` describe the work behind its loop in a patient phase: how much of the common work the
+    process has done, and for how long it has done nothing; 0 where that is unknown.
     """
 
     rank: int
@@ -24,7 +25,7 @@ class Beat:
     patient: bool
     still_seconds: float
     where: str  # the line of code
-    left: Literal["", "finished", "failed"] = ""  # the loop ended: as it should, or with an exception
+    left: Literal["", "finished", "failed"] = ""  # how the loop ended: normally, or with an exception
     parts: int = 0
     idle_seconds: float = 0.0
 
@@ -32,9 +33,11 @@ class Beat:
 class Blame(NamedTuple):
     """Who holds the run up.
 
-    `failed`: left with an error, but still there. `mute`: no sign of life. `behind`: the others have gone on to a later mark. `unsaved`:
-    all are patient, and the others have done more of what they do together behind their loops. `apart`: all stand at one mark, these few on
-    another line than most. `together`: nobody can be told from the rest.
+    `failed`: the process left with an error, but still exists. `mute`: it gives no sign of life. `behind`:
+    the others have reached a later mark. `unsaved`: all are patient, and the others have done more of the
+    common work behind their loops.
+    `apart`: all stand at one mark, these few on another line of code than most. `together`: no process
+    differs from the rest.
     """
 
     kind: Literal["failed", "mute", "behind", "unsaved", "apart", "together"]
@@ -49,8 +52,8 @@ def find_blame(beats: Sequence[Beat], mute: set[int], limit_seconds: float) -> B
         mute: the ranks whose beats have stopped.
 
     Returns:
-        None as long as those that the rest waits for are at work: at a mark younger than the limit; or in a patient phase, while any
-        process does something behind its loop, or nobody knows whether.
+        None while the processes that the rest waits for are at work: their mark is younger than the limit; or
+        they are patient, and some process does something behind its loop or may do so.
     """
     if failed := [beat.rank for beat in beats if beat.left == "failed"]:
         return Blame("failed", failed)
@@ -78,30 +81,30 @@ def find_blame(beats: Sequence[Beat], mute: set[int], limit_seconds: float) -> B
 
 
 def describe(blame: Blame, beats: Sequence[Beat]) -> str:
-    """One sentence about a blame, for the user: the ranks, their hosts and process ids, where each stands, and what the others do."""
+    """One sentence for the user: the blamed ranks, where each stands, and what the others do."""
     blamed = [beats[rank] for rank in blame.ranks]
     others = [beat for beat in beats if beat.rank not in blame.ranks]
     one = len(blamed) == 1
     still = max(beat.still_seconds for beat in blamed)
     stand = _stand(blamed)
-    text = f"step {max(beat.step for beat in beats)}: "
+    step, who, have = f"step {max(beat.step for beat in beats)}", _names(blamed), "has" if one else "have"
     if blame.kind == "failed":
-        return text + f"{_names(blamed)} left with an error but did not end; the last mark: {stand}"
+        return f"{step}: {who} left with an error but did not end; the last mark: {stand}"
     if blame.kind == "mute":
         gives = "gives no sign of life: the process is" if one else "give no sign of life: the processes are"
-        return text + f"{_names(blamed)} {gives} stopped, dead or cut off; last seen: {stand}"
+        return f"{step}: {who} {gives} stopped, dead or cut off; last seen: {stand}"
     if blame.kind == "together":
-        text += f"no process has gone on for {still:.0f} s: {stand}"
+        text = f"no process has gone on for {still:.0f} s: {stand}"
     elif blame.kind == "unsaved":
         idle = min(beat.idle_seconds for beat in blamed)
-        text += f"{_names(blamed)} {'has' if one else 'have'} written nothing for {idle:.0f} s, and all wait for it: {stand}"
+        text = f"{who} {have} written nothing for {idle:.0f} s, and all wait for it: {stand}"
     else:
-        text += f"{_names(blamed)} {'has' if one else 'have'} not gone on for {still:.0f} s: {stand}; {_waiting(others)}"
-    return text + "; if it only needs longer, raise step_timeout_seconds"
+        text = f"{who} {have} not gone on for {still:.0f} s: {stand}; {_waiting(others)}"
+    return f"{step}: {text}; if it only needs longer, raise step_timeout_seconds"
 
 
 def _names(beats: Sequence[Beat]) -> str:
-    """Ranks with host and process id, as long as they are few."""
+    """Ranks with host and process id, if they are few; otherwise ranks and hosts."""
     if len(beats) <= 4:
         return ", ".join(f"rank {beat.rank} (host {beat.host}, pid {beat.pid})" for beat in beats)
     return f"{_ranks(beats)} (hosts {', '.join(sorted({beat.host for beat in beats}))})"
@@ -120,7 +123,7 @@ def _ranks(beats: Sequence[Beat]) -> str:
 
 
 def _stand(beats: Sequence[Beat]) -> str:
-    """Where each stands, those at one place together."""
+    """Where each process stands; those at one place are named together."""
     places: dict[str, list[Beat]] = {}
     for beat in beats:
         places.setdefault(f"at step {beat.step}, {beat.phase}, in {beat.where}", []).append(beat)

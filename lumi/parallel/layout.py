@@ -8,7 +8,7 @@ from lumi.config import UserError
 
 
 class Layout(NamedTuple):
-    """How many processes there are along each side of the mesh; the product is all of them."""
+    """How many processes there are along each side of the mesh; their product is all processes."""
 
     replicate: int
     shard: int
@@ -19,18 +19,25 @@ class Layout(NamedTuple):
         """Groups of processes that read different rows."""
         return self.replicate * self.shard
 
+    def describe(self) -> str:
+        """Such as "replicate 2 x shard 4 x tensor 1"."""
+        return " x ".join(f"{name} {side}" for name, side in self._asdict().items())
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the processes share the work; -1, in one place at most, is all that the others leave.
+    """How processes share the work. At most one side may be -1: it takes the remaining processes.
 
-    `replicate`: whole copies of the model (or of its shards), which read different rows. `shard`: processes that hold a copy's weights,
-    gradients and optimizer states in parts, and read different rows too (FSDP, Zhao et al. 2023, arXiv:2304.11277). `tensor`: processes
-    that share every layer's products and read the same rows (Shoeybi et al. 2019, arXiv:1909.08053, with sequence-parallel norms,
-    Korthikanti et al. 2022, arXiv:2205.05198). Processes of one `tensor` group stand next to each other in rank, then those of `shard`.
+    `replicate`: whole copies of the model (or of its shards), which read different rows.
+    `shard`: processes that hold the weights, gradients and optimizer states of one copy in parts, and read
+    different rows too (FSDP, Zhao et al. 2023, arXiv:2304.11277).
+    `tensor`: processes that share the products of every layer and read the same rows (Shoeybi et al. 2019,
+    arXiv:1909.08053, with sequence-parallel norms, Korthikanti et al. 2022, arXiv:2205.05198).
+    The processes of one `tensor` group have consecutive ranks, then those of `shard`.
 
-    `reduce_dtype`: of gradients between processes, where the run computes in bfloat16 (elsewhere float32). Under FSDP2 the micro-steps of
-    a step add up in it too: with many of them float32 is more exact, and costs twice the bytes.
+    `reduce_dtype`: the dtype in which processes sum gradients, if the run computes in bfloat16; otherwise it
+    is float32. With FSDP2 the micro-steps of a step also add up in it: float32 is more exact over many of
+    them, and twice the bytes.
     """
 
     replicate: int = -1
@@ -38,33 +45,27 @@ class ParallelConfig:
     tensor: int = 1
     reduce_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
-    def __post_init__(self):
-        sides = self.replicate, self.shard, self.tensor
-        for name, side in zip(Layout._fields, sides, strict=True):
+    def __post_init__(self) -> None:
+        sides = self._sides()
+        for name, side in sides._asdict().items():
             if side < 1 and side != -1:
-                raise ValueError(f"{name} must be at least 1, or -1 for the rest, got {side}")
+                raise UserError(name, "must be at least 1, or -1 for the rest", got=side)
         if sides.count(-1) > 1:
-            raise ValueError(
-                f"must leave the rest to one side at most, got replicate, shard, tensor = {', '.join(map(str, sides))}"
-            )
+            got = f"{', '.join(Layout._fields)} = {', '.join(map(str, sides))}"
+            raise UserError("", "must leave the rest to one side at most", got=got)
 
     def layout(self, num_processes: int) -> Layout:
-        """The sides of the mesh for a number of processes. Raises UserError where they do not come out even."""
-        sides = [self.replicate, self.shard, self.tensor]
+        """The sides of the mesh for a number of processes. Raises UserError where they do not fit it."""
+        sides = self._sides()
         given = math.prod(side for side in sides if side != -1)
-        shown = " x ".join(f"{name} {side}" for name, side in zip(Layout._fields, sides, strict=True))
         if num_processes % given or (-1 not in sides and given != num_processes):
-            wanted = (
-                f"divide the {num_processes} processes"
-                if -1 in sides
-                else f"be the {num_processes} processes"
-            )
+            verb = "divide" if -1 in sides else "be"
             raise UserError(
-                f"parallel: {shown} = {given} must {wanted} of this run; mend the config, or torchrun --nproc-per-node"
+                f"parallel: {sides.describe()} = {given}",
+                f"must {verb} the {num_processes} processes of this run",
+                remedy="mend the config, or torchrun --nproc-per-node",
             )
         return Layout(*(num_processes // given if side == -1 else side for side in sides))
 
-
-def describe_layout(layout: Layout) -> str:
-    """The sides of the mesh in words."""
-    return " x ".join(f"{name} {side}" for name, side in zip(Layout._fields, layout, strict=True))
+    def _sides(self) -> Layout:
+        return Layout(self.replicate, self.shard, self.tensor)

@@ -1,9 +1,10 @@
-"""Where the processes of a run meet: a store that only those of this start share.
+"""Where the processes of a run meet: a store that only the processes of this start share.
 
-torchrun serves one store for all its starts. Processes that it starts again, after one was killed, would read there the addresses that
-the dead ones had left, and wait for them. So each process leaves a word of its own, the first one names all that it finds, until every
-process has found itself among them; the name of the start is the first one's word. (torchrun's count of restarts cannot be the name:
-a machine that joins later has counted fewer.)
+torchrun serves one store for all its starts. After one process was killed it starts all of them again, and
+they would read in the store the addresses of the dead ones, and wait for them. So each process leaves a
+random word of its own. The first process publishes all words that it finds, until every process has found its
+own among them. The word of the first process names the start. (The restart count of torchrun cannot name it:
+a machine that joins later has counted fewer restarts.)
 """
 
 import json
@@ -16,24 +17,21 @@ import torch.distributed as dist
 
 from lumi.config import UserError
 
-_SECONDS = 0.05  # between two looks
-_MOST_SECONDS = 300.0  # that processes of one start may be apart
+_POLL_SECONDS = 0.05
+_MOST_SECONDS = 300.0  # that the processes of one start may be apart
 
 
 def fresh_store() -> dist.Store:
-    """The store of torchrun that the environment describes, behind a prefix for this start. All processes call this together.
+    """The store of the environment, behind a prefix for this start. All processes call it together.
 
     Raises:
-        UserError: some of the others do not come within five minutes; names them.
+        UserError: some processes do not come within five minutes; names them.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    served = (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    )  # by torchrun; otherwise by the first process
-    is_master = rank == 0 and not served
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_master, wait_for_workers=False
-    )
+    served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = rank == 0 and not served_by_torchrun
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=is_master, wait_for_workers=False)
     word = secrets.token_hex(8)
     store.set(f"lumi/word/{rank}", word)
     start = _name_start(store, word, size) if rank == 0 else _find_start(store, word, rank)
@@ -41,7 +39,7 @@ def fresh_store() -> dist.Store:
 
 
 def _name_start(store: dist.Store, word: str, size: int) -> str:
-    """The first process: publish the words, which may be of an earlier start, until each other process has found its own."""
+    """The first process publishes all words, also those of an earlier start, until each found its own."""
     missing = list(range(1, size))
     for _ in _looks():
         known = [rank for rank in range(size) if rank == 0 or store.check([f"lumi/word/{rank}"])]
@@ -51,9 +49,8 @@ def _name_start(store: dist.Store, word: str, size: int) -> str:
         if not missing:
             return word
     ranks = ", ".join(map(str, missing))
-    raise UserError(
-        f"all {size} processes must come within {_MOST_SECONDS:.0f} s of each other, got nothing of rank {ranks}"
-    )
+    expectation = f"must come within {_MOST_SECONDS:.0f} s of each other"
+    raise UserError(f"all {size} processes", expectation, got=f"nothing of rank {ranks}")
 
 
 def _find_start(store: dist.Store, word: str, rank: int) -> str:
@@ -62,9 +59,8 @@ def _find_start(store: dist.Store, word: str, rank: int) -> str:
         if words.get(str(rank)) == word:
             store.set(f"lumi/{start}/found/{rank}", "")
             return start
-    raise UserError(
-        f"all processes must come within {_MOST_SECONDS:.0f} s of each other, got no word of rank 0 to rank {rank}"
-    )
+    expectation = f"must come within {_MOST_SECONDS:.0f} s of each other"
+    raise UserError("all processes", expectation, got=f"no word of rank 0 to rank {rank}")
 
 
 def _looks() -> Iterator[None]:
@@ -72,4 +68,4 @@ def _looks() -> Iterator[None]:
     end = time.monotonic() + _MOST_SECONDS
     while time.monotonic() < end:
         yield
-        time.sleep(_SECONDS)
+        time.sleep(_POLL_SECONDS)

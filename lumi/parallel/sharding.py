@@ -22,15 +22,18 @@ def parallelize(
     reduce_dtype: str = "bfloat16",
     weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> nn.Module:
-    """Share a model among the processes, in place. All of them call the result together, and a gradient is the mean over `layout.data`.
+    """Share a model among the processes, in place. All of them call the result together.
 
-    FSDP2 keeps float32 shards of the weights, gathers each layer's in the model's compute dtype when it is their turn, and sums gradients
-    in the reduce dtype; where that is the compute dtype the gradients of inner micro-steps add up in it too.
+    A gradient is the mean over the `layout.data` groups. FSDP2 keeps float32 shards of the weights, gathers
+    those of each layer in the model's compute dtype when its turn comes, and sums gradients in the reduce
+    dtype. If that is the compute dtype, the gradients of inner micro-steps also add up in it.
 
     Args:
         model: whole, the same on all processes; or on the "meta" device, without values.
-        reduce_dtype: "bfloat16" or "float32", of gradients between processes; float32 unless the model computes in bfloat16.
-        weights: of a model without values, by the parameters' names: no process ever holds more than its own part and one of these.
+        reduce_dtype: "bfloat16" or "float32", for sums of gradients between processes; float32 unless the
+            model computes in bfloat16.
+        weights: for a model without values: by the parameters' names. No process ever holds more than its own
+            part and one of these tensors.
 
     Returns:
         what to call: the model itself, or DDP around it.
@@ -68,7 +71,7 @@ def _shard(model: Transformer, world: World, reduce_dtype: torch.dtype) -> None:
 
 
 def _reduce_in_bfloat16(num_processes: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's hook for the mean of a bucket of gradients; torch's own of this kind is for NCCL alone."""
+    """DDP's hook for the mean of a bucket of gradients; torch has one for NCCL only."""
     gradients = bucket.buffer()
     sent = (gradients / num_processes).bfloat16()
     future = dist.all_reduce(sent, async_op=True).get_future()
@@ -85,6 +88,6 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward without a backward has gathered, so that the parameters are this process's parts again."""
+    """Free what a forward without a backward gathered; the parameters are this process's parts again."""
     if isinstance(model, FSDPModule):
         model.reshard()

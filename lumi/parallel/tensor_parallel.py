@@ -1,13 +1,18 @@
-"""Tensor parallelism with sequence-parallel norms, on torch's DTensor (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022,
-arXiv:2205.05198).
+"""Tensor parallelism with sequence-parallel norms, on torch's DTensor.
 
-A group of t processes reads the same rows. Between the layers each holds T/t tokens of the residual stream; norms, embedding and loss
-work on those alone. Attention and MLP gather the tokens, multiply by their share of the heads and of `mlp_dim`, and scatter the sums:
+Papers: Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198.
 
-    x (B, T/t, D) -> all-gather -> (B, T, D) -> columns of q k v gate up -> rows of o down -> reduce-scatter -> (B, T/t, D)
+A group of t processes reads the same rows. Between the layers each process holds T/t tokens of the residual
+stream; norms, embedding and loss work on these alone. Attention and MLP gather the tokens, multiply by their
+share of the heads and of `mlp_dim`, and scatter the sums:
 
-Parameters are DTensors, so that the optimizer, FSDP2 and checkpoints know their whole shapes. The model's own code never sees one: a
-forward is called with this process's part of every parameter in its place, so every operator, compiled or Triton, works as it is.
+    x (B, T/t, D) -> all-gather -> (B, T, D) -> columns of q k v gate up -> rows of o down -> reduce-scatter
+    -> (B, T/t, D)
+
+Parameters are DTensors, so that the optimizer, FSDP2 and checkpoints know their whole shapes. The model's own
+code never
+sees a DTensor: its forward is called with this process's part of every parameter. So every operator works
+unchanged, compiled or Triton.
 """
 
 from collections.abc import Callable
@@ -21,14 +26,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from lumi.config import UserError
 from lumi.model.transformer import ModelConfig, Transformer
 
-_COLUMNS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "gate_proj",
-    "up_proj",
-)  # each process computes some of their outputs
-_ROWS = ("o_proj", "down_proj")  # each process has some of their inputs
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # each process computes some outputs
+_ROWS = ("o_proj", "down_proj")  # each process has some of the inputs
 _SEQUENCE_DIM = 1
 
 
@@ -45,24 +44,23 @@ def check_tensor_parallel(config: ModelConfig, sequence_length: int, size: int, 
     }
     for name, value in shared.items():
         if value % size:
-            raise UserError(f"parallel.tensor must divide {name} = {value}, got {size}")
+            raise UserError("parallel.tensor", f"must divide {name} = {value}", got=size)
     if dora:
-        raise UserError(
-            f"parallel.tensor must be 1 with lora.dora (lengths of rows that no process has whole), got {size}"
-        )
+        expectation = "must be 1 with lora.dora (lengths of rows that no process has whole)"
+        raise UserError("parallel.tensor", expectation, got=size)
 
 
 def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
-    """Share a model among the processes of a one-dimensional mesh, in place. Each then calls it with the same batch; its loss is that of
-    its own T/t tokens, and the sum over the mesh is the batch's."""
+    """Share a model among the processes of a one-dimensional mesh, in place.
+
+    Each process then calls it with the same batch. The loss is that of its own T/t tokens; the sum over the
+    mesh is the loss of the batch.
+    """
     for name, parameter in list(model.named_parameters()):
         path, _, attribute = name.rpartition(".")
         whole = parameter.detach()
-        shared = nn.Parameter(
-            distribute_tensor(whole, mesh, [_placement(name, whole)], src_data_rank=None),
-            parameter.requires_grad,
-        )
-        setattr(model.get_submodule(path), attribute, shared)
+        shared = distribute_tensor(whole, mesh, [_placement(name, whole)], src_data_rank=None)
+        setattr(model.get_submodule(path), attribute, nn.Parameter(shared, parameter.requires_grad))
     for layer in model.layers:
         for module in map(layer.get_submodule, ("attention", "mlp")):
             module.register_forward_pre_hook(lambda _, inputs: (_gather(inputs[0], mesh), *inputs[1:]))
@@ -75,7 +73,7 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
 
 
 def _placement(name: str, parameter: Tensor) -> Placement:
-    """Where a parameter lies. Matrices of tokens lie in columns, for FSDP2 cuts them into rows; they are gathered for use."""
+    """How a parameter is cut: token matrices into columns, for FSDP2 cuts rows; they are gathered for use."""
     *_, module, kind = name.split(".")
     if not name.startswith("layers."):
         return Shard(1) if parameter.ndim == 2 and kind != "rows" else Replicate()
@@ -87,7 +85,10 @@ def _placement(name: str, parameter: Tensor) -> Placement:
 
 
 def _on_local_parameters(module: nn.Module, names: dict[str, bool]) -> Callable[..., Any]:
-    """The module's forward with plain tensors in the place of the DTensors `names`: this process's part, or (True) the whole gathered."""
+    """The module's forward, with plain tensors in place of the DTensors `names`.
+
+    The value of a name tells what replaces it: this process's part (False) or the whole, gathered (True).
+    """
     body = _Body(module)
 
     def forward(*inputs: Any) -> Any:
@@ -98,7 +99,7 @@ def _on_local_parameters(module: nn.Module, names: dict[str, bool]) -> Callable[
 
 
 class _Body(nn.Module):
-    """A module under another roof: a call is that module's own `forward`, without its hooks."""
+    """A wrapper whose call is the module's own `forward`, without its hooks."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -109,13 +110,15 @@ class _Body(nn.Module):
 
 
 def _local(parameter: Tensor, whole: bool) -> Tensor:
-    """A parameter as the products take it. The gradient of one that all processes hold whole is a part of the sum over them."""
+    """A parameter as the products take it.
+
+    If all processes hold it whole, the gradient of each is one term of the sum over them.
+    """
     assert isinstance(parameter, DTensor)
     if whole:
         parameter = parameter.redistribute(placements=[Replicate()])
-    return parameter.to_local(
-        grad_placements=[Partial() if p.is_replicate() else p for p in parameter.placements]
-    )
+    placements = [Partial() if each.is_replicate() else each for each in parameter.placements]
+    return parameter.to_local(grad_placements=placements)
 
 
 def _own_tokens(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -123,15 +126,10 @@ def _own_tokens(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def _gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    whole = DTensor.from_local(x, mesh, [Shard(_SEQUENCE_DIM)], run_check=False).redistribute(
-        placements=[Replicate()]
-    )
-    return whole.to_local(grad_placements=[Partial()])
+    part = DTensor.from_local(x, mesh, [Shard(_SEQUENCE_DIM)], run_check=False)
+    return part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
 def _scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    return (
-        DTensor.from_local(x, mesh, [Partial()], run_check=False)
-        .redistribute(placements=[Shard(_SEQUENCE_DIM)])
-        .to_local()
-    )
+    terms = DTensor.from_local(x, mesh, [Partial()], run_check=False)
+    return terms.redistribute(placements=[Shard(_SEQUENCE_DIM)]).to_local()

@@ -1,7 +1,8 @@
-"""The piece of a tensor that each process holds: where it lies in the whole, who writes it, and how it is read back from other pieces.
+"""The piece of a tensor that each process holds: where it lies, who writes it, how it is read back.
 
-A plain tensor is whole, and the same, on every process. A DTensor is cut by its placements into boxes; processes along a replicated
-side of its mesh hold the same one. Saved pieces are boxes too, so a tensor can be read under another mesh than it was saved under.
+A plain tensor is whole, and the same, on every process. The placements of a DTensor cut it into boxes;
+processes along a replicated side of its mesh hold the same box. Saved pieces are boxes too, so a tensor that
+was saved under one mesh can be read under another.
 """
 
 import math
@@ -29,7 +30,7 @@ class Box(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What this process holds of a tensor of shape `shape`: the plain tensor `local`, which begins at `offset`."""
+    """What this process holds of a tensor of shape `shape`: the plain tensor `local`, from `offset` on."""
 
     local: Tensor
     offset: tuple[int, ...]
@@ -37,18 +38,15 @@ class Piece(NamedTuple):
 
     def part_of(self, whole: Tensor) -> Tensor:
         """The same part of a plain tensor of shape `shape`."""
-        return whole[
-            tuple(
-                slice(start, start + size) for start, size in zip(self.offset, self.local.shape, strict=True)
-            )
-        ]
+        sides = zip(self.offset, self.local.shape, strict=True)
+        return whole[tuple(slice(start, start + length) for start, length in sides)]
 
 
 def piece(tensor: Tensor) -> Piece:
     """This process's part of a tensor, plain or DTensor; shares its memory.
 
     Raises:
-        ValueError: the tensor is a sum that was not reduced yet, its part is no box, or its mesh is without this process.
+        ValueError: the tensor is a sum not yet reduced, its part is no box, or its mesh lacks this process.
     """
     whole = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
@@ -63,11 +61,11 @@ def piece(tensor: Tensor) -> Piece:
         chunk = math.ceil(shape[dim] / mesh.size(side))  # as torch.chunk: the last may be smaller, or empty
         start = min(chunk * coordinate[side], shape[dim])
         offset[dim], shape[dim] = offset[dim] + start, min(chunk, shape[dim] - start)
-    if tuple(local.shape) != tuple(shape) and (
-        local.numel() or math.prod(shape)
-    ):  # FSDP2 gives empty parts other shapes
+    empty = not local.numel() and not math.prod(shape)  # FSDP2 gives empty parts other shapes
+    if tuple(local.shape) != tuple(shape) and not empty:
         raise ValueError(
-            f"the local part of a tensor {whole}, {tensor.placements}, must have shape {tuple(shape)}, got {tuple(local.shape)}"
+            f"the local part of a tensor {whole}, {tensor.placements}, "
+            f"must have shape {tuple(shape)}, got {tuple(local.shape)}"
         )
     return Piece(local, tuple(offset), whole)
 
@@ -75,18 +73,16 @@ def piece(tensor: Tensor) -> Piece:
 def _cuts(tensor: DTensor) -> list[int]:
     """The sides of the mesh that cut the tensor, in the order of the cuts.
 
-    From left to right, but FSDP2 cuts what tensor parallelism, further right, has cut already: that is what `_StridedShard` says.
+    They cut from left to right, with one exception: FSDP2 cuts what tensor parallelism, further right, has
+    already cut. `_StridedShard` says so.
     """
     placements, mesh = tensor.placements, tensor.device_mesh
     plain: list[int] = []
     strided: list[int] = []
     for side, placement in enumerate(placements):
         if isinstance(placement, _StridedShard):  # a kind of Shard in some versions of torch
-            right = [
-                other
-                for other in range(side + 1, mesh.ndim)
-                if getattr(placements[other], "dim", None) == placement.dim
-            ]
+            others = range(side + 1, mesh.ndim)
+            right = [other for other in others if getattr(placements[other], "dim", None) == placement.dim]
             if math.prod(mesh.size(other) for other in right) != placement.split_factor:
                 raise ValueError(f"the parts of a tensor to save must be boxes, got {placements} on {mesh}")
             strided.append(side)
@@ -98,10 +94,11 @@ def _cuts(tensor: DTensor) -> list[int]:
 
 
 def own_pieces(tensors: Mapping[Key, Tensor], rank: int, size: int) -> dict[Key, Piece]:
-    """The pieces that this process writes. Every process must call it with the same names; each comes to the same division by itself.
+    """The pieces that this process writes.
 
-    Every piece of every tensor is written once. The largest first, each goes to the one of its holders that has the least to write so
-    far, so that replicas share the work. Pieces without elements are left out.
+    All processes must call it with the same names; each computes the same division by itself. Every piece of
+    every tensor is written once, the largest first, by the holder that has the least to write so far:
+    replicas share the work. Pieces without elements are left out.
 
     Args:
         tensors: by name. A DTensor's mesh must hold all processes.
@@ -111,9 +108,8 @@ def own_pieces(tensors: Mapping[Key, Tensor], rank: int, size: int) -> dict[Key,
     written = np.zeros(size)
     layouts: dict[Any, np.ndarray] = {}
     holders = {name: _holders(tensor, size, layouts) for name, tensor in tensors.items()}
-    bytes_each = {
-        name: tensor.numel() * tensor.element_size() / len(holders[name]) for name, tensor in tensors.items()
-    }
+    num_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    bytes_each = {name: num_bytes[name] / len(holders[name]) for name in tensors}
     for name in sorted(tensors, key=lambda name: (-bytes_each[name], name)):
         least = written[holders[name]].argmin(axis=1)  # the first of equals
         writers = holders[name][np.arange(len(least)), least]
@@ -134,26 +130,23 @@ def _holders(tensor: Tensor, size: int, layouts: dict[Any, np.ndarray]) -> np.nd
             raise ValueError(f"a tensor to save must be on a mesh of all {size} processes, got {mesh}")
         ranks = mesh.mesh.numpy()
         replicated = [side for side in range(mesh.ndim) if side not in cut]
-        layouts[mesh, cut] = ranks.transpose(*cut, *replicated).reshape(
-            math.prod(ranks.shape[side] for side in cut), -1
-        )
+        pieces = math.prod(ranks.shape[side] for side in cut)
+        layouts[mesh, cut] = ranks.transpose(*cut, *replicated).reshape(pieces, -1)
     return layouts[mesh, cut]
 
 
 def check_cover(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
-    """Raises ValueError unless the boxes make up a tensor of `shape`, without a hole and without an overlap."""
+    """Raises ValueError unless the boxes make up a tensor of `shape`, without holes and overlaps."""
     for box in boxes:
-        if not len(box.offset) == len(box.shape) == len(shape) or not all(
-            0 <= start < end <= length for start, end, length in zip(box.offset, box.end, shape, strict=True)
-        ):
-            raise ValueError(
-                f"a piece must lie inside shape {shape} and not be empty, got offset {box.offset}, shape {box.shape}"
-            )
-    if (covered := sum(math.prod(box.shape) for box in boxes)) != math.prod(shape):
+        if not _is_inside(box, shape):
+            got = f"offset {box.offset}, shape {box.shape}"
+            raise ValueError(f"a piece must lie inside shape {shape} and not be empty, got {got}")
+    if (covered := sum(math.prod(box.shape) for box in boxes)) != (elements := math.prod(shape)):
         raise ValueError(
-            f"the pieces must hold the {math.prod(shape)} elements of shape {shape} once each, got {covered}"
+            f"the pieces must hold the {elements} elements of shape {shape} once each, got {covered}"
         )
-    reached: list[Box] = []  # what the first dimension, in which nearly everything is cut, has not passed yet
+    # Nearly everything is cut in the first dimension: sorted by it, a box overlaps only those that reach it.
+    reached: list[Box] = []
     for box in sorted(boxes) if shape else ():
         reached = [other for other in reached if other.end[0] > box.offset[0]]
         if overlapping := [other for other in reached if _overlap(box, other) is not None]:
@@ -161,14 +154,21 @@ def check_cover(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
         reached.append(box)
 
 
+def _is_inside(box: Box, shape: tuple[int, ...]) -> bool:
+    if not len(box.offset) == len(box.shape) == len(shape):
+        return False
+    sides = zip(box.offset, box.end, shape, strict=True)
+    return all(0 <= start < end <= length for start, end, length in sides)
+
+
 def fill(
     target: Tensor, boxes: Sequence[Box], read_slice: Callable[[int, tuple[slice, ...]], Tensor]
 ) -> None:
-    """Write what this process holds of `target`, in place, from saved pieces of any shape that cover the whole.
+    """Write the part of `target` that this process holds, in place, from saved pieces that cover the whole.
 
     Args:
         boxes: where the saved pieces lie in the whole tensor.
-        read_slice: reads a part of piece number i; called for what is needed alone.
+        read_slice: reads a part of piece number i; it is called only for what is needed.
     """
     local, offset, _ = piece(target)
     ours = Box(offset, tuple(local.shape))
@@ -185,7 +185,5 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 def _inside(part: Box, box: Box) -> tuple[slice, ...]:
     """The slices that cut `part` out of `box`."""
-    return tuple(
-        slice(start - origin, end - origin)
-        for start, end, origin in zip(part.offset, part.end, box.offset, strict=True)
-    )
+    sides = zip(part.offset, part.end, box.offset, strict=True)
+    return tuple(slice(start - origin, end - origin) for start, end, origin in sides)

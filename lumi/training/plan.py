@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from lumi.parallel.layout import describe_layout
+from lumi.model.transformer import ModelConfig
+from lumi.parallel.layout import Layout
 from lumi.training.memory import memory_of
 from lumi.training.run_config import TrainConfig
 
@@ -31,36 +32,53 @@ def describe_plan(
     model, batches, layout = config.model, config.batches, config.parallel.layout(num_processes)
     assert model is not None
     flops = model.flops_per_token(batches.sequence_length, frozen=num_trained is not None) * config.num_tokens
-    memory = memory_of(config, layout, device.type, kernels, num_trained)
-    other = replace(config, gradient_checkpointing=not config.gradient_checkpointing)
-    activations = memory_of(other, layout, device.type, kernels, num_trained)["activations"] / 2**20
-    otherwise = f"{'with' if other.gradient_checkpointing else 'without'} checkpointing activations {activations:,.0f} MiB"
-    trained = (
-        ""
-        if num_trained is None
-        else f"; {num_trained:,} of adapters are trained ({num_trained / model.num_parameters:.2%})"
-    )
-    readers = ("group", "groups") if layout.tensor > 1 else ("process", "processes")
-    processes = f"{layout.data} {readers[layout.data > 1]}"
-    shares = f"{processes} x {batches.micro_steps(layout.data)} micro-steps x {batches.micro_batch_rows} rows x {batches.sequence_length}"
-    epochs = [
-        f"{name}: {w:.1%} of the rows, {n:,} tokens, {w * config.num_tokens / n:.2f} epochs"
-        for name, w, n in data
-    ]
+    hours = f", {flops / peak_flops / 3600:.2f} h at peak" if peak_flops else ""
     rows = {
-        "model": f"{model.num_parameters:,} parameters, {model.num_layers} layers of {model.model_dim}{trained}",
+        "model": _model(model, num_trained),
         "device": f"{num_processes} x {device.type}, {config.dtype}, {kernels} kernels",
-        **({"layout": describe_layout(layout)} if num_processes > 1 else {}),
+        "layout": layout.describe(),
         "tokens": f"{config.num_tokens:,} ({config.num_tokens / model.num_parameters:.1f} per parameter)",
-        "steps": f"{config.num_steps:,} of {batches.batch_tokens:,} tokens: {shares}",
-        "compute": f"{flops:.3g} FLOPs"
-        + (f", {flops / peak_flops / 3600:.2f} h at peak" if peak_flops else ""),
-        "memory": ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in memory.items())
-        + f" (a process, estimated; {otherwise})",
-        "data": "; ".join(epochs),
-        "validation": f"{num_validation_tokens:,} tokens"
-        if num_validation_tokens
-        else "none: no validation split",
+        "steps": f"{config.num_steps:,} of {batches.batch_tokens:,} tokens: {_shares(config, layout)}",
+        "compute": f"{flops:.3g} FLOPs{hours}",
+        "memory": _memory(config, layout, device.type, kernels, num_trained),
+        "data": "; ".join(_epochs(config, *folder) for folder in data),
+        "validation": "none: no validation split",
     }
+    if num_processes == 1:
+        del rows["layout"]
+    if num_validation_tokens:
+        rows["validation"] = f"{num_validation_tokens:,} tokens"
     width = max(map(len, rows))
     return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows.items())
+
+
+def _model(model: ModelConfig, num_trained: int | None) -> str:
+    text = f"{model.num_parameters:,} parameters, {model.num_layers} layers of {model.model_dim}"
+    if num_trained is None:
+        return text
+    return f"{text}; {num_trained:,} of adapters are trained ({num_trained / model.num_parameters:.2%})"
+
+
+def _shares(config: TrainConfig, layout: Layout) -> str:
+    """What each process reads in a step."""
+    batches = config.batches
+    one, several = ("group", "groups") if layout.tensor > 1 else ("process", "processes")
+    readers = f"{layout.data} {one if layout.data == 1 else several}"
+    rows = f"{batches.micro_batch_rows} rows x {batches.sequence_length}"
+    return f"{readers} x {batches.micro_steps(layout.data)} micro-steps x {rows}"
+
+
+def _memory(
+    config: TrainConfig, layout: Layout, device_type: str, kernels: str, num_trained: int | None
+) -> str:
+    memory = memory_of(config, layout, device_type, kernels, num_trained)
+    other = replace(config, gradient_checkpointing=not config.gradient_checkpointing)
+    activations = memory_of(other, layout, device_type, kernels, num_trained)["activations"] / 2**20
+    how = "with" if other.gradient_checkpointing else "without"
+    parts = ", ".join(f"{part} {size / 2**20:,.0f} MiB" for part, size in memory.items())
+    return f"{parts} (a process, estimated; {how} checkpointing activations {activations:,.0f} MiB)"
+
+
+def _epochs(config: TrainConfig, name: str, share: float, num_tokens: int) -> str:
+    epochs = share * config.num_tokens / num_tokens
+    return f"{name}: {share:.1%} of the rows, {num_tokens:,} tokens, {epochs:.2f} epochs"

@@ -1,32 +1,18 @@
-"""Saving behind the loop's back, in processes and on disks that really fail; `saver_processes.py` is what runs in them."""
+"""Saving behind the loop's back, in real processes (`saver_processes.py`) and on disks that really fail."""
 
 import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from case_server import run_case
 from saver_processes import LAYOUTS, whole
 
 from lumi.checkpoint.checkpoint import list_checkpoints, open_checkpoint, prune_checkpoints
 from lumi.checkpoint.saver import Saver
 from lumi.config import UserError
 
-
-def run(case, folder, timeout_seconds=240):
-    script = Path(__file__).parents[1] / "processes" / "saver_processes.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), case, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stderr
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
 def assert_equals_the_truth(path):
@@ -41,9 +27,10 @@ def assert_equals_the_truth(path):
     return checkpoint
 
 
+@forks
 def test_saved_under_any_layout_and_read_under_any_other(tmp_path):
-    """Four processes save under each layout and read each other's; two read them all; and here one does, whole tensors."""
-    run("layouts", tmp_path)
+    """Four processes save and read every layout; two processes and then one read all that was saved."""
+    run_case("saver_processes", "layouts", tmp_path, log=tmp_path / "log")
     found = {}
     for path in list_checkpoints(tmp_path / "checkpoints"):
         checkpoint = assert_equals_the_truth(path)
@@ -52,38 +39,39 @@ def test_saved_under_any_layout_and_read_under_any_other(tmp_path):
     assert [
         path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.startswith("step-")
     ] == []
-    strided = found["fsdp x tp"].groups["model"][
-        "even"
-    ]  # 12 rows: rank 0 has the first 3, rank 1 those from 6, rank 2 those from 3
+    # Of 12 rows rank 0 has the first 3, rank 1 those from 6 on, rank 2 those from 3 on.
+    strided = found["fsdp x tp"].groups["model"]["even"]
     rows = {file: box.offset[0] for file, box in zip(strided.files, strided.boxes, strict=True)}
     assert rows == {f"model-0000{rank}.safetensors": start for rank, start in enumerate([0, 6, 3, 9])}
-    shared = [sum(tensor.nbytes for group in whole().values() for tensor in group.values()) / 4] * 4
+    num_bytes = sum(tensor.nbytes for group in whole().values() for tensor in group.values())
     for layout in ("ddp", "hsdp", "hsdp x tp"):
         written = [0] * 4
-        for file in found[layout].records:
-            written[int(file[-17:-12])] += (found[layout].path / file).stat().st_size - header_bytes(
-                found[layout].path / file
-            )
-        assert sum(written) == sum(shared)  # each piece once
-        assert (
-            max(written) - min(written) <= whole()["model"]["even"].nbytes
-        )  # shared out to the size of the largest tensor
+        for name in found[layout].records:
+            file = found[layout].path / name
+            written[int(name[-17:-12])] += file.stat().st_size - header_bytes(file)
+        assert sum(written) == num_bytes  # each piece once
+        # The work is shared out to the size of the largest tensor.
+        assert max(written) - min(written) <= whole()["model"]["even"].nbytes
 
 
 def header_bytes(file):
     return 8 + int.from_bytes(file.read_bytes()[:8], "little")
 
 
+@forks
 def test_a_failure_on_one_process_is_everybodys(tmp_path):
-    run("faults", tmp_path)
+    run_case("saver_processes", "faults", tmp_path, log=tmp_path / "log")
 
 
-def test_kill_at_any_moment(tmp_path):
-    run("kills", tmp_path)
+@forks
+@pytest.mark.parametrize("times", [10, pytest.param(50, marks=pytest.mark.soak)])
+def test_kill_at_any_moment(times, tmp_path):
+    run_case("saver_processes", "kills", tmp_path, times, log=tmp_path / "log")
 
 
+@forks
 def test_a_program_that_ends_while_saving(tmp_path):
-    said = run("end", tmp_path)
+    said = run_case("saver_processes", "end", tmp_path, log=tmp_path / "log")
     open_checkpoint(tmp_path / "whole" / "step-00000001").verify()
     assert "step-00000001: cannot be written: File too large" in said
     assert list((tmp_path / "failed").iterdir()) == []
@@ -165,10 +153,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk):
         saver.begin(1, make(1, 20_000), {})
         saver.wait()
         saver.begin(2, make(2, 200_000), {})
-        with pytest.raises(
-            UserError,
-            match=r"step-00000002: cannot be written: No space left on device; earlier checkpoints are intact",
-        ):
+        message = r"step-00000002: cannot be written: No space left on device; earlier checkpoints are intact"
+        with pytest.raises(UserError, match=message):
             saver.begin(3, make(3), {})  # where the loop learns of it
         assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
         checkpoint = open_checkpoint(small_disk / "step-00000001")

@@ -46,6 +46,13 @@ def test_the_library_reads_what_is_written(tensors, tmp_path, monkeypatch, chunk
             assert torch.equal(read[name], tensor)
 
 
+def test_it_is_written_as_the_library_does(tensors, tmp_path):
+    """Byte by byte. (The library's order of several metadata is not defined.)"""
+    save_tensors(tmp_path / "x", tensors)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert (tmp_path / "x").read_bytes() == safetensors.torch.save(contiguous, {"format": "pt"})
+
+
 def test_every_tensor_is_aligned(tensors, tmp_path):
     save_tensors(tmp_path / "x", tensors)
     data = (tmp_path / "x").read_bytes()

@@ -95,27 +95,31 @@ def test_who_is_to_blame(name):
     assert find_blame(beats, mute, LIMIT) == blame
 
 
+LONGER = "; if it only needs longer, raise step_timeout_seconds"
+READING = "at step 7, waiting for data, in train.py:10 train"
+
+
 def test_what_is_said():
     beats = [beat(0), beat(1, step=6, mark=2, where="rows.py:3 row"), beat(2)]
+    stands = "it stands at step 6, optimizer, in rows.py:3 row"
     assert describe(Blame("behind", [1]), beats) == (
-        "step 7: rank 1 (host node0, pid 101) has not gone on for 100 s: it stands at step 6, optimizer, in rows.py:3 row; the others wait "
-        "for it, rank 0 at step 7, waiting for data, in train.py:10 train; if it only needs longer, raise step_timeout_seconds"
+        f"step 7: rank 1 (host node0, pid 101) has not gone on for 100 s: {stands}; "
+        f"the others wait for it, rank 0 {READING}{LONGER}"
     )
     assert describe(Blame("mute", [1]), beats) == (
-        "step 7: rank 1 (host node0, pid 101) gives no sign of life: the process is stopped, dead or cut off; last seen: it stands at step "
-        "6, optimizer, in rows.py:3 row"
+        "step 7: rank 1 (host node0, pid 101) gives no sign of life: "
+        f"the process is stopped, dead or cut off; last seen: {stands}"
     )
     assert describe(Blame("failed", [2]), beats) == (
-        "step 7: rank 2 (host node1, pid 102) left with an error but did not end; the last mark: it stands at step 7, waiting for data, in "
-        "train.py:10 train"
+        "step 7: rank 2 (host node1, pid 102) left with an error but did not end; "
+        f"the last mark: it stands {READING}"
     )
     assert describe(Blame("together", [0, 1]), [beat(0), beat(1)]) == (
-        "step 7: no process has gone on for 100 s: they stand at step 7, waiting for data, in train.py:10 train; if it only needs longer, "
-        "raise step_timeout_seconds"
+        f"step 7: no process has gone on for 100 s: they stand {READING}{LONGER}"
     )
     assert describe(Blame("unsaved", [1]), [saving(0, parts=2), saving(1, parts=1, idle=61.0)]) == (
-        "step 7: rank 1 (host node0, pid 101) has written nothing for 61 s, and all wait for it: it stands at step 7, waiting for data, in "
-        "train.py:10 train; if it only needs longer, raise step_timeout_seconds"
+        "step 7: rank 1 (host node0, pid 101) has written nothing for 61 s, and all wait for it: "
+        f"it stands {READING}{LONGER}"
     )
     done = [replace(beat(0), left="finished"), beat(1)]
     assert "; the others have finished; " in describe(Blame("behind", [1]), done)
@@ -124,10 +128,7 @@ def test_what_is_said():
 def test_many_are_named_in_short():
     beats = [beat(rank, where="rows.py:3 row" if rank == 5 else "train.py:10 train") for rank in range(8)]
     text = describe(Blame("mute", [0, 1, 2, 4, 5]), beats)
-    assert (
-        "ranks 0-2, 4-5 (hosts node0, node1, node2) give no sign of life: the processes are stopped" in text
-    )
-    assert (
-        "ranks 0-2, 4 stand at step 7, waiting for data, in train.py:10 train; rank 5 stands at step 7, waiting for data, in rows"
-        in text
-    )
+    mute = "ranks 0-2, 4-5 (hosts node0, node1, node2) give no sign of life: the processes are stopped"
+    places = f"ranks 0-2, 4 stand {READING}; rank 5 stands at step 7, waiting for data, in rows"
+    assert mute in text
+    assert places in text

@@ -1,4 +1,4 @@
-"""Joining a group, and leaving it. Groups of several processes: test_parallel.py, tests/training/test_faults.py."""
+"""Joining a group, and leaving it. Groups of several processes: test_sharding.py, test_faults.py."""
 
 import pytest
 import torch

@@ -1,28 +1,19 @@
 """Tensor parallelism; `group_processes.py` is what runs in several processes."""
 
-import sys
-from pathlib import Path
+import os
 
 import pytest
-from runs import launch
+from case_server import run_case
 
 from lumi.config import UserError
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.tensor_parallel import check_tensor_parallel
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_loss_and_gradients_are_those_of_one_process(tmp_path):
-    """In float64, for 2 and 4 processes: grouped heads, tied embeddings, qk-norm, checkpointing, LoRA, rows of tokens."""
-    launch(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            str(Path(__file__).parents[1] / "processes" / "group_processes.py"),
-            "layers",
-            str(tmp_path),
-        ]
-    )
+    """In float64, on 2 and 4 processes: grouped heads, ties, qk-norm, checkpointing, LoRA, rows of tokens."""
+    run_case("group_processes", "layers", tmp_path, log=tmp_path / "log")
 
 
 SHAPE = {"vocab_size": 45, "num_layers": 1, "model_dim": 24, "num_heads": 6, "mlp_dim": 48}

@@ -1,54 +1,40 @@
-"""Pieces of tensors: `saver_processes.py` cuts them among eight processes; the rest is arithmetic, against counting every element."""
+"""Pieces of tensors: `saver_processes.py` cuts them among eight processes; the rest is counted here."""
 
 import json
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from case_server import run_case
 from saver_processes import whole
 
 from lumi.parallel.tensor_pieces import Box, check_cover, fill, own_pieces, piece
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_eight_processes_hold_boxes_and_write_each_once(tmp_path):
-    """Under every layout each process holds what the truth has in its box, and what the eight write covers every tensor."""
-    script = Path(__file__).parents[1] / "processes" / "saver_processes.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(script), "pieces", str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
+    """Under every layout each process holds the truth of its box, and the eight write every element once."""
+    run_case("saver_processes", "pieces", tmp_path, log=tmp_path / "log")
     layouts = {path.name.rpartition("-")[0] for path in tmp_path.glob("*.json")}
     assert len(layouts) == 4
     for layout in layouts:
         written = [json.loads((tmp_path / f"{layout}-{rank}.json").read_text()) for rank in range(8)]
         for group, tensors in whole().items():
             for name, tensor in tensors.items():
-                count = np.zeros(tensor.shape)
-                for boxes in written:
-                    if f"{group}/{name}" in boxes:
-                        offset, shape = boxes[f"{group}/{name}"]
-                        count[
-                            tuple(
-                                slice(start, start + length)
-                                for start, length in zip(offset, shape, strict=True)
-                            )
-                        ] += 1
-                assert (count == 1).all(), (layout, name)
+                key = f"{group}/{name}"
+                boxes = [Box(*map(tuple, pieces[key])) for pieces in written if key in pieces]
+                assert (count(tensor.shape, boxes) == 1).all(), (layout, name)
 
 
 def test_copies_share_the_work():
-    """Each of 8 holders of everything writes each tensor once in all, and an eighth of the bytes up to the largest tensor."""
+    """Eight processes hold everything: they write each tensor once, and share the bytes evenly."""
     sizes = [1000, 900, 800, 30, 20, 10, 0] + [100] * 60
     tensors = {f"w{index}": torch.zeros(size) for index, size in enumerate(sizes)}
     own = [own_pieces(tensors, rank, 8) for rank in range(8)]
-    assert sorted(name for names in own for name in names) == sorted(
-        name for name in tensors if tensors[name].numel()
-    )
+    written = sorted(name for names in own for name in names)
+    assert written == sorted(name for name, tensor in tensors.items() if tensor.numel())
     loads = [sum(part.local.numel() for part in names.values()) for names in own]
     assert sum(loads) == 8760
     assert max(loads) - min(loads) <= 100  # 1095 each would be even
@@ -68,8 +54,12 @@ def test_a_plain_tensor_is_one_piece_that_shares_its_memory():
 def count(shape, boxes):
     counted = np.zeros(shape)
     for box in boxes:
-        counted[tuple(slice(start, end) for start, end in zip(box.offset, box.end, strict=True))] += 1
+        counted[slices_of(box)] += 1
     return counted
+
+
+def slices_of(box):
+    return tuple(slice(start, end) for start, end in zip(box.offset, box.end, strict=True))
 
 
 def random_boxes(shape, choose):
@@ -82,11 +72,8 @@ def random_boxes(shape, choose):
         offset, first, second = list(box.offset), list(box.shape), list(box.shape)
         first[dim], second[dim] = at, box.shape[dim] - at
         offset[dim] += at
-        boxes += [
-            half
-            for half in (Box(box.offset, tuple(first)), Box(tuple(offset), tuple(second)))
-            if 0 not in half.shape
-        ]
+        halves = Box(box.offset, tuple(first)), Box(tuple(offset), tuple(second))
+        boxes += [half for half in halves if 0 not in half.shape]
     choose.shuffle(boxes)
     return boxes
 
@@ -98,10 +85,8 @@ def test_cover_is_what_counting_says():
         boxes = random_boxes(shape, choose)
         check_cover(tuple(shape), boxes)
         moved = choose.randrange(len(boxes))
-        other = [
-            choose.randrange(length - size + 1)
-            for length, size in zip(shape, boxes[moved].shape, strict=True)
-        ]
+        sizes = zip(shape, boxes[moved].shape, strict=True)
+        other = [choose.randrange(length - size + 1) for length, size in sizes]
         boxes[moved] = Box(tuple(other), boxes[moved].shape)
         if (count(shape, boxes) == 1).all():
             check_cover(tuple(shape), boxes)
@@ -131,10 +116,7 @@ def test_a_tensor_is_put_together_from_pieces_of_any_shape():
         shape = [choose.randint(1, 5) for _ in range(choose.randint(1, 3))]
         truth, target = torch.randn(shape), torch.full(shape, torch.nan)
         boxes = random_boxes(shape, choose)
-        saved = [
-            truth[tuple(slice(start, end) for start, end in zip(box.offset, box.end, strict=True))].clone()
-            for box in boxes
-        ]
+        saved = [truth[slices_of(box)].clone() for box in boxes]
         fill(target, boxes, lambda index, slices, saved=saved: saved[index][slices])
         assert torch.equal(target, truth)
     number = torch.tensor(0)

@@ -1,6 +1,6 @@
-"""What tests/test_tensor_parallel.py, test_muon.py and test_rendezvous.py run in groups of processes: `group_processes.py CASE FOLDER`.
+"""What test_tensor_parallel.py, test_muon.py and test_rendezvous.py run; `case_server.py` starts it.
 
-Torch is imported once; every process is a fork of this one, and they talk over gloo.
+Every process is a fork, and they talk over gloo.
 """
 
 import functools
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # FSDP2 imports it when it is first used: here once, before the forks
 import torch.distributed as dist
-from saver_processes import DEADLINE_SECONDS, fork, joined
+from saver_processes import DEADLINE_SECONDS, fork, joined, served_store
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -75,7 +75,7 @@ def build(variant):
 
 
 def batch():
-    """Two rows of 16 tokens: three documents, the middle one across the boundary between two processes' tokens; some without a target."""
+    """Two rows of 16 tokens. A document crosses a border between processes; some tokens have no target."""
     generator = torch.Generator().manual_seed(3)
     tokens, targets = (torch.randint(0, 45, (2, 16), generator=generator) for _ in range(2))
     tokens[0, 2:4] = torch.tensor([3, 7])  # whose rows are trained
@@ -145,10 +145,10 @@ def matrices(seed):
 
 
 def step_with_muon(rank, size, folder):
-    """Steps on parts against steps on whole matrices, with learning rates that change and a matrix without gradient.
+    """Steps on parts against steps on whole matrices; learning rates change, and one matrix has no gradient.
 
-    In bfloat16 the truth is torch's Muon, bit for bit. In float32 it is ours in float64, and parts may be twice as wrong as
-    whole matrices: products of one matrix and of several differ in rounding.
+    In bfloat16 the truth is torch's Muon, bit for bit. In float32 it is ours in float64, and parts may be
+    twice as wrong as whole matrices: products of one matrix and of several differ in rounding.
     """
     layouts = {2: [(1, 2, 1), (1, 1, 2)], 4: [(1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]}[size]
     with joined(rank, size, folder):
@@ -232,16 +232,11 @@ def start_in_vain(server, size):
 
 
 def start_again_and_again():
-    """Starts on one store, as torchrun serves it: of several sizes, with one process late, and after one that was in vain."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(server.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    start_in_vain(server, 3)
-    for size, late in ((3, 0), (2, 1), (2, 0), (3, 2), (3, 1)):
-        assert fork(size, meet, late) == [0] * size
+    """Starts on one store, as torchrun serves it: several sizes, one process late, a failed start before."""
+    with served_store() as server:
+        start_in_vain(server, 3)
+        for size, late in ((3, 0), (2, 1), (2, 0), (3, 2), (3, 1)):
+            assert fork(size, meet, late) == [0] * size
 
 
 def main(case, folder):

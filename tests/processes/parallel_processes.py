@@ -1,33 +1,29 @@
-"""What tests/test_parallel.py runs, under torchrun or alone: `parallel_processes.py JOBS.json`, one training after another.
+"""One training on several processes, for test_sharding.py; `case_server.py` starts it.
 
-Torch is imported once; every process of a training is a fork of one of torchrun's, and leaves in the run folder what only it can see.
+Every process of the training is a fork, and leaves in the run folder what only it can see.
 """
 
 import collections
-import ctypes
 import json
 import math
 import os
-import signal
-import sys
-import traceback
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import torch._dynamo  # FSDP2 imports it when it is first used: here once, before the forks
+from saver_processes import fork, served_store
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lumi.train
 import lumi.training.run
+import lumi.training.run_log
 import lumi.training.trainer
 from lumi.command_line import run
 from lumi.training.optimizer import Optimizer
 from lumi.training.trainer import Trainer
 
-DEADLINE_SECONDS = 100
-RANK = int(os.environ.get("RANK", 0))
 observed = {"norms": [], "collectives": []}
 
 
@@ -40,7 +36,7 @@ def own(tensor):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what processes send each other. (Torch's own CommDebugMode loses its way where a module is called under another roof.)"""
+    """Counts what processes send each other. (Torch's CommDebugMode fails where a module is wrapped.)"""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +49,7 @@ class Collectives(TorchDispatchMode):
 
 
 class ObservedTrainer(Trainer):
-    """Counts the collectives of every micro-step of step 3: in the second one DDP still rearranges its buckets."""
+    """Counts the collectives of every micro-step of step 3: in step 2 DDP still rearranges its buckets."""
 
     def forward_backward(self, batch, dloss, last):
         if self.state.step != 2:
@@ -93,50 +89,32 @@ class ObservedOptimizer(Optimizer):
         observed["gradients"] = {name: gradient.contiguous() for name, gradient in gradients.items()}
 
 
-def train(folder, arguments):
-    """One training in this process; returns its exit code."""
+def train(rank, size, folder, arguments):
+    """One process of a training; returns its exit code. Its output goes to files beside the run folder."""
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}.{name}-{rank}", os.O_WRONLY | os.O_CREAT, 0o644), number)
     lumi.training.run.Trainer, lumi.training.trainer.Optimizer = ObservedTrainer, ObservedOptimizer
-    code = run(lumi.train.main, [*arguments, "--output-dir", str(folder)])
+    lumi.training.run_log.draw_loss = lambda *_: None  # a picture costs as much as ten steps
+    try:
+        code = run(lumi.train.main, [*arguments, "--output-dir", str(folder)])
+    except SystemExit as end:  # of a process that leaves the message to the first
+        return end.code
     if code == 0:
-        if RANK == 0:
+        if rank == 0:
             safetensors.torch.save_file(observed["gradients"], folder / "gradients.safetensors")
-        (folder / f"observed-{RANK}.json").write_text(
+        (folder / f"observed-{rank}.json").write_text(
             json.dumps({key: observed[key] for key in observed.keys() - {"gradients"}})
         )
     return code
 
 
-def fork(folder, arguments):
-    """`train` in a fork, its output in files beside the run folder; returns its exit code."""
-    sys.stdout.flush()
-    if process := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody is left over
-    signal.alarm(DEADLINE_SECONDS)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}.{name}-{RANK}", os.O_WRONLY | os.O_CREAT, 0o644), number)
-    code = 70
-    try:
-        code = train(folder, arguments)
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # Python's clean-up costs more than most of this
-
-
-def main(jobs):
-    for job in json.loads(Path(jobs).read_text()):
-        folder = Path(job["folder"])
-        code = fork(folder, job["arguments"])
-        if code != job["exit"]:
-            sys.exit(
-                f"{folder.name}, rank {RANK}: exit code {code}\n"
-                + Path(f"{folder}.err-{RANK}").read_text()[-3000:]
-            )
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def main(folder, size, expected, *arguments):
+    """Train on `size` processes, all of which must end with the exit code `expected`."""
+    folder, size = Path(folder), int(size)
+    with served_store():
+        codes = fork(size, train, folder, arguments)
+    if codes != [int(expected)] * size:
+        errors = "".join(Path(f"{folder}.err-{rank}").read_text()[-3000:] for rank in range(size))
+        raise RuntimeError(f"{folder.name}: exit codes {codes}\n{errors}")

@@ -1,13 +1,12 @@
-"""What tests/test_saver.py runs in processes of its own: `python saver_processes.py CASE FOLDER`.
+"""What test_saver.py and test_tensor_pieces.py run in processes of its own; `case_server.py` starts them.
 
-Torch is imported once; every process of a case is a fork of this one, and they talk over gloo.
+Every process of a case is a fork, and they talk over gloo.
 """
 
 import contextlib
 import functools
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -60,7 +59,7 @@ def mesh_of(sides):
 
 
 def parallel(tensors, layout):
-    """The same tensors as a run of that layout holds them: FSDP2's parameters, and optimizer states computed from them."""
+    """The same tensors as a run of that layout holds them: FSDP2's parameters and optimizer states."""
     replicate, shard, tensor = LAYOUTS[layout]
     if shard == tensor == 1:
         return tensors
@@ -78,16 +77,43 @@ def parallel(tensors, layout):
 
 
 def fork(size, work, *arguments):
-    """Run `work(rank, size, *arguments)` in `size` forks of this process. Returns their exit codes, below 0 where a signal ended one."""
+    """Run `work(rank, size, *arguments)` in `size` forks of this process.
+
+    Returns:
+        their exit codes: what `work` returned, below 0 where a signal ended one.
+    """
     sys.stdout.flush()
     processes = []
     for rank in range(size):
         if (process := os.fork()) == 0:
             signal.alarm(DEADLINE_SECONDS)  # nobody is left over
-            work(rank, size, *arguments)
-            os._exit(0)  # Python's clean-up costs more than most of this
+            end_with(lambda rank=rank: work(rank, size, *arguments))
         processes.append(process)
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def end_with(work):
+    """Do something and end this process, without Python's clean-up, which costs more than most of this."""
+    code = 1
+    try:
+        code = work() or 0
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def served_store():
+    """A store in this process, where its forks meet, as torchrun serves one."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(server.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    yield server
 
 
 @contextlib.contextmanager
@@ -115,7 +141,7 @@ def read_under_two(rank, size, folder):
 
 
 def read_under_every_layout(folder, layouts):
-    """Whatever a checkpoint was saved under: every process gets exactly the part that it would have had from the start."""
+    """Under whatever layout a checkpoint was saved, every process gets exactly its part of the truth."""
     for path in list_checkpoints(folder / "checkpoints"):
         checkpoint = open_checkpoint(path)
         for layout in layouts:
@@ -133,7 +159,7 @@ def read_under_every_layout(folder, layouts):
 
 
 def fail_on_one(rank, size, folder):
-    """A file that cannot be written, on the second process or on the first, before or after the pieces; and a process that goes away."""
+    """A file cannot be written: on either process, before or after the pieces. Then a process goes away."""
     checkpoints = folder / "checkpoints"
     tensors = {"model": {name: torch.full((3000,), float(index)) for index, name in enumerate("abcd")}}
     few = {
@@ -184,7 +210,7 @@ def fail_on_one(rank, size, folder):
 
 
 def fail_to_finish(saver, rank, tensors):
-    """`finish` fails when the checkpoint is there already: with an error of the disk, or of the program, which the first process shows."""
+    """`finish` fails when the checkpoint is complete: by an error of the disk, or by a bug."""
 
     def cannot_prune(path):
         raise PermissionError(13, "Permission denied")
@@ -193,8 +219,8 @@ def fail_to_finish(saver, rank, tensors):
         raise ZeroDivisionError("a mistake")
 
     saver.begin(3, tensors, {}, cannot_prune)
-    message = "step-00000003: was saved, but not what follows: rank 0: Permission denied; the checkpoint is whole, resume from it"
-    with pytest.raises(UserError, match=message):
+    failure = "step-00000003: was saved, but not what follows: rank 0: Permission denied"
+    with pytest.raises(UserError, match=f"{failure}; the checkpoint is whole, resume from it"):
         saver.wait()
     saver.begin(3, tensors, {}, mistake)
     with pytest.raises(
@@ -207,6 +233,8 @@ def fail_to_finish(saver, rank, tensors):
 @contextlib.contextmanager
 def at_most_bytes(limit):
     """No file of this process may grow larger: writing more fails as on a full disk."""
+    import resource  # which Windows has not
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, before if limit is None else (limit, before[1]))
     try:
@@ -228,10 +256,10 @@ def report(reports, number):
     os.write(reports, b"%d\n" % number)
 
 
-def kill_at_random_moments(folder):
-    """Whatever stands there as a checkpoint is whole, the last one that was reported is there, and what is swept leaves it so."""
+def kill_at_random_moments(folder, times):
+    """Every checkpoint is whole, the last reported one among them, before and after a sweep."""
     moments = random.Random(0)
-    for attempt in range(50):
+    for attempt in range(times):
         place = folder / str(attempt)
         receiving, sending = os.pipe()
         process = os.fork()
@@ -261,14 +289,17 @@ def check_whole(folder, reported):
 
 
 def end_while_saving(rank, size, folder, limit):
-    """A program that ends without waiting for its save."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    """A program that ends without waiting for its save; `limit`: bytes that a file may have, or None."""
+    if limit is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     Saver(folder).begin(1, {"model": {"w": torch.ones(5_000_000)}}, {})
     sys.exit()
 
 
 def cut_among_eight(rank, size, folder, layout):
-    """What each of eight processes holds and writes, without the other seven: a process group that sends nothing."""
+    """What one of eight processes holds and writes; the others are absent, in a group that sends nothing."""
     LAYOUTS.update({"eight": layout})
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     truth, tensors = whole(), parallel(whole(), "eight")
@@ -305,7 +336,7 @@ def refuse(rank, size, folder):
         own_pieces({"w": DTensor.from_local(torch.ones(4), two, [Shard(0), Replicate()])}, rank, size)
 
 
-def main(case, folder):
+def main(case, folder, times=0):
     folder = Path(folder)
     if case == "layouts":
         assert fork(4, save_under_every_layout, folder) == [0] * 4
@@ -317,12 +348,11 @@ def main(case, folder):
             assert fork(8, cut_among_eight, folder, layout) == [0] * 8
         assert fork(1, lambda rank, size, folder: refuse(0, 8, folder), folder) == [0]
     elif case == "kills":
-        kill_at_random_moments(folder)
+        kill_at_random_moments(folder, int(times))
     elif case == "end":
-        assert fork(1, end_while_saving, folder / "whole", resource.RLIM_INFINITY) == [0]
-        assert fork(1, end_while_saving, folder / "failed", 1000) == [
-            0
-        ]  # the program's own result; the message is on stderr
+        assert fork(1, end_while_saving, folder / "whole", None) == [0]
+        # The exit code is the program's own; the message is on stderr.
+        assert fork(1, end_while_saving, folder / "failed", 100_000) == [0]
 
 
 if __name__ == "__main__":

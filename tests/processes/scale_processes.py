@@ -1,16 +1,16 @@
-"""One of two processes that train small models in every layout and write down what they hold and what they say to each other.
+"""Two processes that train small models in every layout, for test_communication.py.
 
-Started as `measured_scale.py RANK RENDEZVOUS OUTPUT` by tests/test_scale.py; the counts are taken where torch dispatches its operators.
+`case_server.py` starts them. They count what they hold and send, where torch dispatches its operators.
 """
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from saver_processes import fork, joined
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -73,7 +73,7 @@ CASES = {
 
 
 class Collectives(TorchDispatchMode):
-    """Per kind of collective, for groups of several processes: calls, and bytes of what is gathered, scattered, summed or broadcast."""
+    """By kind of collective, in groups of several: calls, and bytes that are sent around."""
 
     def __init__(self):
         super().__init__()
@@ -199,15 +199,16 @@ def measure(config):
     return {"held": held, "collectives": collectives.counts}
 
 
-if __name__ == "__main__":
-    own_rank, rendezvous, output = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=own_rank, world_size=2)
-    measured = {name: measure(config) for name, config in CASES.items()}
-    measured["a layer's activations"] = {
-        "shard": kept_by_a_layer(Layout(1, 2, 1)),
-        "tensor": kept_by_a_layer(Layout(1, 1, 2)),
-    }
-    if own_rank == 0:
-        output.write_text(json.dumps(measured))
-    dist.destroy_process_group()
+def measure_all(rank, size, folder):
+    with joined(rank, size, folder):
+        measured = {name: measure(config) for name, config in CASES.items()}
+        measured["a layer's activations"] = {
+            "shard": kept_by_a_layer(Layout(1, 2, 1)),
+            "tensor": kept_by_a_layer(Layout(1, 1, 2)),
+        }
+    if rank == 0:
+        (folder / "measured.json").write_text(json.dumps(measured))
+
+
+def main(folder):
+    assert fork(2, measure_all, Path(folder)) == [0] * 2
