@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 
+from lumi.config import UserError
 from lumi.host.devices import GPUS
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
@@ -56,18 +57,18 @@ class Cluster:
     disk_gb_per_second: float = 5.0  # gigabytes/s that the shared disk takes from all nodes together
     host_gb_per_second: float = 20.0  # gigabytes/s from each GPU to its host's memory
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.gpu not in GPUS:
-            raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {self.gpu!r}")
+            raise UserError("gpu", f"must be one of {', '.join(GPUS)}", got=repr(self.gpu))
         for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) < 1:
+                raise UserError(name, "must be at least 1", got=value)
         for name in ("mfu", "link_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise UserError(name, "must be above 0 and at most 1", got=value)
         for name in ("network_gbps", "nvlink_gbps", "disk_gb_per_second", "host_gb_per_second"):
-            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive, got {value}")
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UserError(name, "must be positive", got=value)
 
     @property
     def num_gpus(self) -> int:
