@@ -1,6 +1,7 @@
 """Builds `lumi._csrc` from csrc/ and installs kernels/ and configs/ as `lumi.kernels` and `lumi.configs`.
 
-The CUDA files are compiled where nvcc is found (in $CUDA_HOME/bin, else on PATH); LUMI_CUDA=0 leaves them out, LUMI_CUDA=1 insists.
+The CUDA files are compiled if there is an nvcc in $CUDA_HOME/bin or, without that variable, on PATH. LUMI_CUDA=0 leaves
+them out; LUMI_CUDA=1 makes a missing nvcc an error.
 """
 
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
-# No -march=native: a wheel must run on other machines than the one that built it. Without -fno-math-errno no loop with a square root
-# becomes vectors. Threads are OpenMP's where the usual compiler has it, else std::thread.
+# No -march=native: a wheel must run on other machines than the one that built it. -fno-math-errno: without it, loops
+# with a square root are not vectorised. Threads come from OpenMP where the usual compiler has it, else from std::thread.
 if sys.platform == "win32":
     compile_args, link_args = ["/O2"], []
 elif sys.platform == "darwin":
@@ -23,7 +24,7 @@ elif sys.platform == "darwin":
 else:
     compile_args, link_args = ["-O3", "-fno-math-errno", "-fopenmp"], ["-fopenmp"]
 
-CUDA_ARCHES = (80, 89, 90, 100)  # of the last the portable code goes along as well, for GPUs still newer
+CUDA_ARCHES = (80, 89, 90, 100)  # the last one also as portable code, for newer GPUs
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 
 
@@ -31,17 +32,16 @@ class BuildExtension(build_ext):
     """Adds the CUDA files, where there is an nvcc."""
 
     def build_extension(self, extension: Pybind11Extension) -> None:
-        self.force = (
-            True  # setuptools looks at the sources' times, which say nothing of another LUMI_CUDA or nvcc
-        )
+        # setuptools would look at the sources' times alone, and miss another LUMI_CUDA or nvcc.
+        self.force = True
         if os.environ.get("LUMI_CUDA") != "0":
             try:
                 self._add_cuda(extension, *_find_cuda())
             except FileNotFoundError as error:
                 if os.environ.get("LUMI_CUDA") == "1":
                     raise
-                message = f"{error}: lumi._csrc is built without its CUDA operators; on a GPU torch's take their place"
-                print(f"warning: {message}", file=sys.stderr)
+                message = "lumi._csrc is built without its CUDA operators; on a GPU, torch's take their place"
+                print(f"warning: {error}: {message}", file=sys.stderr)
         super().build_extension(extension)
 
     def _add_cuda(self, extension: Pybind11Extension, nvcc: str, library_dir: str) -> None:
@@ -50,15 +50,7 @@ class BuildExtension(build_ext):
         targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHES]
         targets.append(f"arch=compute_{CUDA_ARCHES[-1]},code=compute_{CUDA_ARCHES[-1]}")
         # Without -fmad=false nvcc chooses, path by path, which products to fuse: results would depend on where tensors lie.
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "-fmad=false",
-            "--threads",
-            "2",
-            "-Xcompiler",
-            "-fPIC,-fvisibility=hidden",
-        ]
+        flags = "-std=c++17 -O3 -fmad=false --threads 2 -Xcompiler -fPIC,-fvisibility=hidden".split()
         flags += [flag for target in targets for flag in ("-gencode", target)]
 
         def compile_file(source: Path) -> str:
@@ -66,20 +58,16 @@ class BuildExtension(build_ext):
             command = [nvcc, *flags, "-c", str(source), "-o", str(target)]
             print(" ".join(command), flush=True)
             if subprocess.run(command).returncode != 0:
-                raise RuntimeError(
-                    f"nvcc failed on {source}; LUMI_CUDA=0 installs Lumi without its CUDA operators"
-                )
+                remedy = "LUMI_CUDA=0 installs Lumi without its CUDA operators"
+                raise RuntimeError(f"nvcc failed on {source}; {remedy}")
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             extension.extra_objects += pool.map(compile_file, sorted(Path("csrc").glob("*.cu")))
         extension.define_macros.append(("LUMI_HAS_CUDA", None))
         extension.library_dirs.append(library_dir)
-        extension.libraries += [
-            "cudart_static",
-            "dl",
-            "rt",
-        ]  # static: nothing to find at run time, and nothing to disagree with torch's
+        # Static: there is nothing to find at run time, and no second copy beside torch's.
+        extension.libraries += ["cudart_static", "dl", "rt"]
 
 
 def _find_cuda() -> tuple[str, str]:
@@ -88,17 +76,14 @@ def _find_cuda() -> tuple[str, str]:
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if nvcc is None or not sys.platform.startswith("linux"):
         raise FileNotFoundError(f"no nvcc in {home}/bin" if home else "no nvcc found")
-    version = re.search(
-        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)\.(\d+)", printed)
     if version is None or tuple(map(int, version.groups())) < OLDEST_NVCC:
-        raise FileNotFoundError(
-            f"{nvcc} is {version[0] if version else 'unreadable'}, older than {'.'.join(map(str, OLDEST_NVCC))}"
-        )
-    # nvcc itself knows where its libraries are, however it was installed; asked for a dry run, it says so.
-    plan = subprocess.run(
-        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True
-    ).stderr
+        found, oldest = version[0] if version else "unreadable", ".".join(map(str, OLDEST_NVCC))
+        raise FileNotFoundError(f"{nvcc} is {found}, older than {oldest}")
+    # A dry run prints where nvcc's libraries are, however it was installed.
+    dry_run = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    plan = subprocess.run(dry_run, capture_output=True, text=True).stderr
     for folder in re.findall(r'"-L([^"]+)"', plan):
         if Path(folder, "libcudart_static.a").exists():
             return nvcc, folder
@@ -109,7 +94,7 @@ ParallelCompile().install()
 setup(
     packages=[*find_packages(include=["lumi", "lumi.*"]), "lumi.kernels", "lumi.configs"],
     package_dir={"lumi.kernels": "kernels", "lumi.configs": "configs"},
-    package_data={"lumi.configs": ["**/*.json"], "lumi.kernels": ["*.json"]},
+    package_data={"lumi": ["py.typed"], "lumi.configs": ["**/*.json"], "lumi.kernels": ["*.json"]},
     ext_modules=[
         Pybind11Extension(
             "lumi._csrc",

@@ -1,16 +1,23 @@
-"""The `lumi` command: one subcommand a stage. Each imports what it needs when it is called."""
+"""The `lumi` command: one subcommand for each stage. A subcommand imports what it needs when it is called."""
 
 import argparse
-import contextlib
-import dataclasses
-import json
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumi import __version__
-from lumi.command_line import add_config, parse, parser, run
+from lumi.command_line import (
+    add_config,
+    add_model,
+    add_numbers,
+    add_whole_model,
+    from_options,
+    option_name,
+    parse,
+    parser,
+    run,
+)
 from lumi.config import UserError, load_config
 
 if TYPE_CHECKING:
@@ -25,15 +32,13 @@ def prepare(argv: list[str]) -> int:
     arguments = parser("lumi prepare", _summary(prepare))
     add_config(arguments)
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument(
-        "--use-cache", action="store_true", help="reuse finished work, go on after an interruption"
-    )
+    cache = "reuse finished work, go on after an interruption"
+    arguments.add_argument("--use-cache", action="store_true", help=cache)
     arguments.add_argument("--analyze-only", action="store_true", help="print the plan, write nothing")
     arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
     options = parse(arguments, argv)
-    config = load_config(corpus.PrepareConfig, options.config, options.overrides)
     corpus.prepare(
-        config,
+        load_config(corpus.PrepareConfig, options.config, options.overrides),
         options.output_dir,
         use_cache=options.use_cache,
         analyze_only=options.analyze_only,
@@ -51,11 +56,8 @@ def tokenizer(argv: list[str]) -> int:
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
     arguments.add_argument("--output-dir", required=True, type=Path)
     options = parse(arguments, argv)
-    trained = train_tokenizer(
-        load_config(TokenizerConfig, options.config, options.overrides),
-        options.corpus_dirs,
-        options.output_dir,
-    )
+    config = load_config(TokenizerConfig, options.config, options.overrides)
+    trained = train_tokenizer(config, options.corpus_dirs, options.output_dir)
     print(f"{options.output_dir}: {trained.vocab_size:,} pieces, fingerprint {trained.fingerprint}")
     return 0
 
@@ -63,33 +65,28 @@ def tokenizer(argv: list[str]) -> int:
 def tokenize(argv: list[str]) -> int:
     """corpus folders -> a token store, split into train and validation by document"""
     from lumi.chat.rendering import TEMPLATES
-    from lumi.data import tokenization as shards
+    from lumi.data import tokenization
     from lumi.tokenizer.tokenizer import Tokenizer
 
+    texts = {
+        "tokenizer": "tokenizer folder or model file",
+        "fraction": "share of the documents to hold out for validation; default: 0.005",
+        "corpora": "hold out these corpora instead, whole",
+        "template": "layout of conversations; default: the tokenizer's",
+        "max_tokens": "end conversations at the last answer within so many tokens",
+        "workers": "threads; default: one per core",
+    }
     arguments = parser("lumi tokenize", _summary(tokenize))
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
-    arguments.add_argument(
-        "--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file"
-    )
+    arguments.add_argument("--tokenizer-dir", "--tokenizer-path", required=True, help=texts["tokenizer"])
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument(
-        "--validation-fraction", type=float, help="share of the documents that is held out; default: 0.005"
-    )
-    arguments.add_argument(
-        "--validation-corpus-dirs", nargs="+", metavar="DIR", help="corpora that are held out instead, whole"
-    )
-    arguments.add_argument(
-        "--template", choices=tuple(TEMPLATES), help="layout of conversations; default: the tokenizer's"
-    )
-    arguments.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="end conversations at the last answer within so many tokens",
-    )
-    arguments.add_argument("--num-workers", type=int, help="threads; default: one per core")
+    arguments.add_argument("--validation-fraction", type=float, help=texts["fraction"])
+    arguments.add_argument("--validation-corpus-dirs", nargs="+", metavar="DIR", help=texts["corpora"])
+    arguments.add_argument("--template", choices=tuple(TEMPLATES), help=texts["template"])
+    arguments.add_argument("--max-tokens", type=int, metavar="N", help=texts["max_tokens"])
+    arguments.add_argument("--num-workers", type=int, help=texts["workers"])
     options = arguments.parse_args(argv)
-    manifest = shards.tokenize(
+    manifest = tokenization.tokenize(
         options.corpus_dirs,
         Tokenizer.load(options.tokenizer_dir),
         options.output_dir,
@@ -106,52 +103,53 @@ def tokenize(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """continue texts, streamed; or answer JSON lines"""
-    from lumi.inference import generation
+    from lumi.inference.generation import SamplingConfig
 
+    texts = {
+        "prompt": "one or more, several run as a batch; without it, stdin is the prompt",
+        "input": 'JSON lines, {"prompt": TEXT} or {"messages": [...]}; - is stdin',
+        "output": "with --input: the file for the JSON lines with the results; default: stdout",
+        "batch_size": "with --input: lines at a time; default: 8",
+    }
     arguments = parser("lumi generate", _summary(generate))
-    _add_model(arguments)
+    add_model(arguments)
     prompts = arguments.add_mutually_exclusive_group()
-    prompts.add_argument(
-        "--prompt",
-        nargs="+",
-        metavar="TEXT",
-        help="one or more, several run as a batch; without it, stdin is the prompt",
-    )
-    prompts.add_argument(
-        "--input", metavar="FILE", help='JSON lines, {"prompt": TEXT} or {"messages": [...]}; - is stdin'
-    )
-    arguments.add_argument(
-        "--output",
-        metavar="FILE",
-        help="with --input: where the JSON lines with the results go; default: stdout",
-    )
-    arguments.add_argument(
-        "--batch-size", type=int, metavar="N", help="with --input: lines at a time; default: 8"
-    )
-    _add_sampling(arguments, generation.SamplingConfig())
+    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help=texts["prompt"])
+    prompts.add_argument("--input", metavar="FILE", help=texts["input"])
+    arguments.add_argument("--output", metavar="FILE", help=texts["output"])
+    arguments.add_argument("--batch-size", type=int, metavar="N", help=texts["batch_size"])
+    _add_sampling(arguments, SamplingConfig())
     options = arguments.parse_args(argv)
-    config = _sampling(options)
+    sampling = from_options(SamplingConfig, options)
     if options.input is not None:
-        return _complete(options, config)
+        return _complete_lines(options, sampling)
     for name in ("output", "batch_size"):
         if getattr(options, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} must come with --input, got none; pass --input FILE")
+            remedy = "pass --input FILE"
+            raise UserError(option_name(name), "must come with --input", got="none", remedy=remedy)
+    return _continue_texts(options, sampling)
+
+
+def _continue_texts(options: argparse.Namespace, sampling: "SamplingConfig") -> int:
+    """Print one prompt and its continuation as it comes, or several when all are complete."""
+    from lumi.inference.generation import check_prompts, generate, text_ids
+
     texts = [_prompt_from_stdin()] if options.prompt is None else options.prompt
     model, tokenizer, *_ = _load(options)
     for number, text in enumerate(texts, start=1):  # before anything is printed
         try:
-            generation.check_prompts([generation.text_ids(tokenizer, text)], model.config.max_positions)
+            check_prompts([text_ids(tokenizer, text)], model.config.max_positions)
         except UserError as error:
-            raise UserError(f"prompt {number}: {error}" if len(texts) > 1 else str(error)) from error
+            if len(texts) == 1:
+                raise
+            raise error.within(f"prompt {number}") from error
     if len(texts) > 1:
-        completed = generation.generate(model, tokenizer, texts, config)
+        completed = generate(model, tokenizer, texts, sampling)
         print("\n\n".join(prompt + text for prompt, text in zip(texts, completed, strict=True)))
         return 0
     print(texts[0], end="", flush=True)
     try:
-        generation.generate(
-            model, tokenizer, texts, config, lambda row, text: print(text, end="", flush=True)
-        )
+        generate(model, tokenizer, texts, sampling, lambda _row, text: print(text, end="", flush=True))
     finally:
         print()  # an error begins on a line of its own
     return 0
@@ -166,50 +164,27 @@ def _prompt_from_stdin() -> str:
         raise UserError(f"the prompt on stdin must be UTF-8, got another byte at {error.start}") from error
     if not text.strip():
         raise UserError('the prompt on stdin must hold text, got none; to begin from nothing use --prompt ""')
-    return text.removesuffix("\n").removesuffix(
-        "\r"
-    )  # `echo` and editors put it there, it is not part of the text
+    return text.removesuffix("\n").removesuffix("\r")  # the line end that `echo` and editors add
 
 
-def _complete(options: argparse.Namespace, config: "SamplingConfig") -> int:
-    """JSON lines in, JSON lines out. A finished batch is written at once."""
-    from lumi.host.progress import progress_bar
-    from lumi.inference.completions import complete, read_requests
+def _complete_lines(options: argparse.Namespace, sampling: "SamplingConfig") -> int:
+    """Answer a file of JSON lines."""
+    from lumi.inference.completions import check_files, complete_file, read_prompts
 
     batch_size = 8 if options.batch_size is None else options.batch_size
     if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
-    to_stdout = options.output in (None, "-")
-    if not to_stdout and os.path.realpath(options.output) == os.path.realpath(options.input):
-        raise UserError(f"--output must be another file than --input, got {options.output} for both")
-    if not to_stdout and (
-        not options.output
-        or os.path.isdir(options.output)
-        or not os.path.isdir(os.path.dirname(options.output) or ".")
-    ):
-        raise UserError(
-            f"--output must be a file in a folder that exists, got {options.output}; make the folder or mend the path"
-        )
+        raise UserError("--batch-size", "must be at least 1", got=batch_size)
+    target = None if options.output == "-" else options.output
+    check_files(options.input, target)
     try:
         data = sys.stdin.buffer.read() if options.input == "-" else Path(options.input).read_bytes()
     except OSError as error:
-        raise UserError(
-            f"--input must be a file that can be read, got {options.input}: {error.strerror}"
-        ) from error
+        got = f"{options.input}: {error.strerror}"
+        raise UserError("--input", "must be a file that can be read", got=got) from error
     model, tokenizer, *_ = _load(options)
-    requests = read_requests(
-        data, "stdin" if options.input == "-" else options.input, tokenizer, model.config.max_positions
-    )
-    with (
-        contextlib.nullcontext(sys.stdout.buffer) if to_stdout else open(options.output, "wb") as file,
-        progress_bar("generate", " lines", total=len(requests), disable=to_stdout) as progress,
-    ):
-        for batch in complete(model, tokenizer, requests, config, batch_size):
-            file.writelines(
-                json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n" for record in batch
-            )
-            file.flush()
-            progress.update(len(batch))
+    where = "stdin" if options.input == "-" else options.input
+    prompts = read_prompts(data, where, tokenizer, model.config.max_positions)
+    complete_file(model, tokenizer, prompts, sampling, batch_size, target)
     return 0
 
 
@@ -219,40 +194,18 @@ def chat(argv: list[str]) -> int:
     from lumi.inference.generation import SamplingConfig
 
     arguments = parser("lumi chat", _summary(chat))
-    _add_model(arguments)
-    arguments.add_argument(
-        "--system", metavar="TEXT", help="the system message, which stands before every conversation"
-    )
+    add_model(arguments)
+    system = "the system message, which stands before every conversation"
+    arguments.add_argument("--system", metavar="TEXT", help=system)
     _add_sampling(arguments, SamplingConfig(max_new_tokens=512))
     options = arguments.parse_args(argv)
-    config = _sampling(options)
+    sampling = from_options(SamplingConfig, options)
     model, tokenizer, *_ = _load(options)
-    return converse(Dialogue(model, tokenizer, config, options.system))
-
-
-def _add_model(arguments: argparse.ArgumentParser) -> None:
-    """Which model, and where and how it computes; `_load` reads these options."""
-    arguments.add_argument(
-        "--model-path", required=True, type=Path, help="a run folder, its final/, or a Hugging Face folder"
-    )
-    arguments.add_argument(
-        "--adapter-path",
-        metavar="PATH",
-        help="a LoRA adapter, or the run that made it; the model is then its base",
-    )
-    arguments.add_argument(
-        "--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder"
-    )
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    arguments.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of activations and matrix products",
-    )
+    return converse(Dialogue(model, tokenizer, sampling, options.system))
 
 
 def _load(options: argparse.Namespace) -> "Pretrained":
+    """The model that the options of `add_model` name."""
     import torch
 
     from lumi.formats.pretrained import load_pretrained
@@ -267,30 +220,15 @@ def _load(options: argparse.Namespace) -> "Pretrained":
 
 
 def _add_sampling(arguments: argparse.ArgumentParser, defaults: "SamplingConfig") -> None:
-    """How tokens are chosen; `_sampling` reads these options."""
-    arguments.add_argument(
-        "--max-new-tokens", type=int, default=defaults.max_new_tokens, help="where to stop at the latest"
-    )
-    arguments.add_argument("--temperature", type=float, default=defaults.temperature, help="0 is greedy")
-    arguments.add_argument("--top-k", type=int, default=defaults.top_k, help="0 is off")
-    arguments.add_argument("--top-p", type=float, default=defaults.top_p, help="1 is off")
-    arguments.add_argument(
-        "--repetition-penalty", type=float, default=defaults.repetition_penalty, help="1 is off"
-    )
-    arguments.add_argument(
-        "--seed", type=int, default=defaults.seed, help="the same seed gives the same text"
-    )
-
-
-def _sampling(options: argparse.Namespace) -> "SamplingConfig":
-    from lumi.inference.generation import SamplingConfig
-
-    try:
-        return SamplingConfig(
-            **{field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingConfig)}
-        )
-    except ValueError as error:
-        raise UserError(f"--{str(error).replace('_', '-', 2)}") from error
+    texts = {
+        "max_new_tokens": "where to stop at the latest",
+        "temperature": "0 is greedy",
+        "top_k": "0 is off",
+        "top_p": "1 is off",
+        "repetition_penalty": "1 is off",
+        "seed": "the same seed gives the same text",
+    }
+    add_numbers(arguments, defaults, texts)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -298,49 +236,36 @@ def evaluate(argv: list[str]) -> int:
     from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig
     from lumi.evaluation.evaluate import evaluate as run_evaluation
 
+    standard, with_data = CONFIGS / "standard.json", CONFIGS / "data_dirs.json"
+    data = "token stores, or corpus folders: perplexity on their validation splits"
+    limit = "at most so many examples of each task and documents of each text"
     arguments = parser("lumi evaluate", _summary(evaluate))
-    add_config(
-        arguments, f"{CONFIGS / 'standard.json'}, or data_dirs.json beside it where --data-dirs is given"
-    )
-    _add_model(arguments)
+    add_config(arguments, f"{standard}, or {with_data.name} beside it where --data-dirs is given")
+    add_model(arguments)
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument(
-        "--data-dirs",
-        nargs="+",
-        metavar="DIR",
-        help="token stores, or corpus folders: perplexity on their validation splits",
-    )
-    arguments.add_argument(
-        "--limit", type=int, help="at most so many examples of each task and documents of each text"
-    )
+    arguments.add_argument("--data-dirs", nargs="+", metavar="DIR", help=data)
+    arguments.add_argument("--limit", type=int, help=limit)
     options = parse(arguments, argv)
-    path = options.config or CONFIGS / ("data_dirs.json" if options.data_dirs else "standard.json")
+    path = options.config or (with_data if options.data_dirs else standard)
     config = load_config(EvaluationConfig, path, options.overrides)
-    run_evaluation(
-        config, _load(options), options.output_dir, data_dirs=options.data_dirs or (), limit=options.limit
-    )
+    pretrained, data_dirs = _load(options), options.data_dirs or ()
+    run_evaluation(config, pretrained, options.output_dir, data_dirs=data_dirs, limit=options.limit)
     return 0
 
 
 def export(argv: list[str]) -> int:
     """a model in another precision, or in several files"""
-    from lumi.formats import export as exporting
+    from lumi.formats.export import export_model, parse_size
 
     arguments = parser("lumi export", _summary(export))
-    arguments.add_argument(
-        "--model-path", required=True, type=Path, help="a run folder, its final/, or a Hugging Face folder"
-    )
-    arguments.add_argument(
-        "--tokenizer-path", "--tokenizer-dir", help="default: the one in the model's folder"
-    )
+    add_whole_model(arguments)
     _add_export(arguments)
     options = arguments.parse_args(argv)
-    max_shard_bytes = exporting.parse_size(options.max_shard_size) if options.max_shard_size else None
-    exported = exporting.export(
+    exported = export_model(
         options.model_path,
         options.output_dir,
         dtype=options.dtype,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=parse_size(options.max_shard_size) if options.max_shard_size else None,
         tokenizer_path=options.tokenizer_path,
     )
     print(f"{options.output_dir}: {exported}")
@@ -349,38 +274,31 @@ def export(argv: list[str]) -> int:
 
 def merge(argv: list[str]) -> int:
     """an adapter and its base -> one model"""
-    from lumi.formats import export as exporting
+    from lumi.formats.export import merge_adapter, parse_size
 
     arguments = parser("lumi merge", _summary(merge))
-    arguments.add_argument(
-        "--model-path", required=True, type=Path, help="the adapter's folder, or the run that made it"
-    )
+    adapter = "the adapter's folder, or the run that made it"
+    arguments.add_argument("--model-path", required=True, type=Path, help=adapter)
     arguments.add_argument("--base-path", type=Path, help="default: the base that the adapter names")
     _add_export(arguments)
     options = arguments.parse_args(argv)
-    max_shard_bytes = exporting.parse_size(options.max_shard_size) if options.max_shard_size else None
-    exported = exporting.merge(
+    merged = merge_adapter(
         options.model_path,
         options.output_dir,
         base_path=options.base_path,
         dtype=options.dtype,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=parse_size(options.max_shard_size) if options.max_shard_size else None,
     )
-    print(f"{options.output_dir}: {exported}")
+    print(f"{options.output_dir}: {merged}")
     return 0
 
 
 def _add_export(arguments: argparse.ArgumentParser) -> None:
+    dtypes = ("float32", "bfloat16", "float16")
+    size = "such as 2GB; larger weights are cut into several files"
     arguments.add_argument("--output-dir", required=True, type=Path, help="new or empty")
-    arguments.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the weights on disk",
-    )
-    arguments.add_argument(
-        "--max-shard-size", metavar="SIZE", help="such as 2GB; larger weights are cut into several files"
-    )
+    arguments.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the weights on disk")
+    arguments.add_argument("--max-shard-size", metavar="SIZE", help=size)
 
 
 def plan(argv: list[str]) -> int:
@@ -390,60 +308,48 @@ def plan(argv: list[str]) -> int:
     from lumi.planning.scale_report import describe_scale
     from lumi.training.run_config import TrainConfig
 
-    default = {field.name: field.default for field in dataclasses.fields(Cluster)}
+    texts = {
+        "mfu": "what one GPU reaches by itself, as share of its peak; measured: mfu in metrics.jsonl",
+        "link_share": "what collectives reach of the bandwidths",
+        "network_gbps": "gigabits/s from each GPU to other nodes",
+        "nvlink_gbps": "gigabits/s from each GPU to those of its node; default: the data sheet's",
+        "disk_gb_per_second": "gigabytes/s to the shared disk, from all nodes together",
+        "host_gb_per_second": "gigabytes/s from each GPU to its host's memory",
+    }
     arguments = parser("lumi plan", _summary(plan))
     add_config(arguments)
     arguments.add_argument("--nodes", type=int, required=True)
     arguments.add_argument("--gpus-per-node", type=int, required=True)
-    arguments.add_argument("--gpu", choices=tuple(GPUS), default=default["gpu"])
-    shares = {
-        "mfu": "what one GPU reaches by itself, as share of its peak; measured: mfu in metrics.jsonl",
-        "link-share": "what collectives reach of the bandwidths",
-    }
-    bandwidths = {
-        "network-gbps": "gigabits/s from each GPU to other nodes",
-        "nvlink-gbps": "gigabits/s from each GPU to those of its node; default: the data sheet's",
-        "disk-gb-per-second": "gigabytes/s to the shared disk, from all nodes together",
-        "host-gb-per-second": "gigabytes/s from each GPU to its host's memory",
-    }
-    for name, text in (shares | bandwidths).items():
-        arguments.add_argument(f"--{name}", type=float, default=default[name.replace("-", "_")], help=text)
+    arguments.add_argument("--gpu", choices=tuple(GPUS), default=Cluster.gpu)
+    add_numbers(arguments, Cluster, texts)
     options = parse(arguments, argv)
-    try:
-        cluster = Cluster(**{name: getattr(options, name) for name in default})
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
-    print(
-        describe_scale(
-            load_config(TrainConfig, options.config, options.overrides), cluster, Path(options.config).stem
-        )
-    )
+    cluster = from_options(Cluster, options)
+    config = load_config(TrainConfig, options.config, options.overrides)
+    print(describe_scale(config, cluster, Path(options.config).stem))
     return 0
 
 
 def demo(argv: list[str]) -> int:
     """all stages on Python's own documentation, without a download, in a few minutes"""
-    from lumi import demo as pipeline
+    import lumi.demo
 
     arguments = parser("lumi demo", _summary(demo))
+    minutes = "training is cut to fit; 0: all steps of the config"
     arguments.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    arguments.add_argument(
-        "--minutes", type=float, default=2.3, help="training is cut to fit; 0: all steps of the config"
-    )
+    arguments.add_argument("--minutes", type=float, default=2.3, help=minutes)
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = arguments.parse_args(argv)
-    return pipeline.demo(options.output_dir, options.minutes, options.device)
+    return lumi.demo.demo(options.output_dir, options.minutes, options.device)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
     for command in (prepare, tokenizer, tokenize, plan, generate, chat, evaluate, export, merge, demo)
 }
 
 
-def _summary(command) -> str:
-    return command.__doc__
+def _summary(command: Callable[[list[str]], int]) -> str:
+    return command.__doc__ or ""
 
 
 def dispatch(argv: list[str]) -> int:
@@ -453,11 +359,12 @@ def dispatch(argv: list[str]) -> int:
     if argv == ["--version"]:
         print(f"lumi {__version__}")
         return 0
-    usage = "\n".join(f"  {name:<10} {_summary(command)}" for name, command in COMMANDS.items())
-    text = f"usage: lumi COMMAND ... (lumi COMMAND --help shows its options)\n\n{usage}\n\nTraining: torchrun lumi/train.py --help"
     if argv and argv[0] not in ("-h", "--help"):
-        raise UserError(f"the command must be one of {', '.join(COMMANDS)}, got {argv[0]!r}")
-    print(text)
+        raise UserError("the command", f"must be one of {', '.join(COMMANDS)}", got=repr(argv[0]))
+    print("usage: lumi COMMAND ... (lumi COMMAND --help shows its options)\n")
+    for name, command in COMMANDS.items():
+        print(f"  {name:<10} {_summary(command)}")
+    print("\nTraining: torchrun lumi/train.py --help")
     return 0 if argv else 2
 
 

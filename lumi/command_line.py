@@ -1,55 +1,108 @@
-"""What all commands share: options spelt with - or _, dotted overrides, and errors of the user or the disk as one line, exit code 2."""
+"""What all commands share: options, dotted overrides, and errors as one line with exit code 2."""
 
 import argparse
+import dataclasses
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lumi.config import UserError
 
+Settings = TypeVar("Settings")
+
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, where there are any."""
+    """Shows the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
-    """An argument parser that shows defaults and takes no abbreviations, which would break scripts when options are added."""
+    """An argument parser that shows defaults. It takes no abbreviations: new options would break them."""
     return argparse.ArgumentParser(
         prog=program, description=description, allow_abbrev=False, formatter_class=_Formatter
     )
 
 
 def add_config(arguments: argparse.ArgumentParser, default: str = "") -> None:
-    """The options of a stage that a JSON config drives: `--config`, optional where `default` says in words what it is without, and
-    dotted overrides. Use `parse` to read them."""
+    """Add `--config` and dotted overrides, for a stage that a JSON config drives. Use `parse` to read them.
+
+    Args:
+        default: says in words which config a call without `--config` takes; empty: `--config` is required.
+    """
     shown = f"; default: {default}" if default else ""
     arguments.add_argument("--config", required=not default, help=f"JSON config of this stage{shown}")
-    arguments.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.subkey=value",
-        help="changes to the config, e.g. optimizer.peak_lr=3e-4",
-    )
+    example = "changes to the config, e.g. optimizer.peak_lr=3e-4"
+    arguments.add_argument("overrides", nargs="*", metavar="key.subkey=value", help=example)
 
 
 def parse(arguments: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse; overrides may stand anywhere, also behind an option that takes several values. A path that exists is not an override."""
+    """Parse options and overrides.
+
+    Overrides may stand anywhere, also behind an option that takes several values. An argument that names an
+    existing path is not an override.
+    """
     overrides = [argument for argument in argv if _OVERRIDE.match(argument) and not Path(argument).exists()]
-    return arguments.parse_args(
-        [*overrides, *(argument for argument in argv if argument not in [*overrides, "--"])]
-    )
+    others = [argument for argument in argv if argument not in (*overrides, "--")]
+    return arguments.parse_args([*overrides, *others])
 
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
+def add_model(arguments: argparse.ArgumentParser) -> None:
+    """Add the options for a model that computes: which one, where, and in which dtype."""
+    add_whole_model(arguments)
+    adapter = "a LoRA adapter, or the run that made it; --model-path is then its base"
+    arguments.add_argument("--adapter-path", metavar="PATH", help=adapter)
+    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    dtype = "dtype of activations and matrix products"
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype)
+
+
+def add_whole_model(arguments: argparse.ArgumentParser) -> None:
+    """Add the options for a model without an adapter, and for its tokenizer."""
+    model = "a run folder, its final/, or a Hugging Face folder"
+    arguments.add_argument("--model-path", required=True, type=Path, help=model)
+    tokenizer = "default: the one in the model's folder"
+    arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help=tokenizer)
+
+
+def add_numbers(arguments: argparse.ArgumentParser, defaults: Any, texts: Mapping[str, str]) -> None:
+    """Add an option for some fields of a dataclass that hold numbers. `from_options` builds the dataclass.
+
+    Args:
+        defaults: the dataclass or an instance of it; a default of None counts as a float.
+        texts: the help text of each of the fields, by name.
+    """
+    for name, text in texts.items():
+        default = getattr(defaults, name)
+        kind = int if isinstance(default, int) else float
+        arguments.add_argument(option_name(name), type=kind, default=default, help=text)
+
+
+def from_options(cls: type[Settings], options: argparse.Namespace) -> Settings:
+    """Build a dataclass from the options named after its fields. Raises UserError naming the option."""
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values = {name: getattr(options, name) for name in names}
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise error.replace(subject=option_name(error.subject)) from error
+
+
+def option_name(field: str) -> str:
+    """`max_new_tokens` -> `--max-new-tokens`."""
+    return f"--{field.replace('_', '-')}"
+
+
 def normalize(argv: Sequence[str]) -> list[str]:
-    """`--data_dirs` -> `--data-dirs`; values stay as they are."""
+    """`--data_dirs` -> `--data-dirs`. Values stay as they are."""
     normal = []
     for argument in argv:
         name, separator, value = argument.partition("=")
@@ -58,21 +111,18 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main` with normalised arguments; a UserError becomes one line on stderr and exit code 2."""
+    """Call `main` with normalised arguments. A UserError becomes one line on stderr and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
             line_buffering=True
-        )  # a log file shows a line when it is written, in order with the progress
+        )  # so that a log file gets lines and progress in their order
     try:
         return main(normalize(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:  # whoever was at work has said what it leaves
+    except KeyboardInterrupt:  # the interrupted work has already said what it leaves
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         sys.stderr.close()
         return 141
-    except OSError as error:  # a full disk, a folder without permission
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -1,9 +1,9 @@
 """Strict JSON <-> frozen dataclasses: every key is known, every value has the declared type.
 
-Each part of Lumi declares its dataclass beside its code. This file loads, overrides and saves them.
-Supported field types: bool, int, float, str, None, Literal, `X | None`, `X | Literal`, `tuple[X, ...]`,
-`X | tuple[X, ...]`, `dict[str, X]`, a dataclass, and a union of dataclasses with a field `kind: Literal["..."]`
-that names the right one.
+Each part of Lumi declares its dataclass beside its code. This file loads, overrides and saves them. Supported
+field types: bool, int, float, str, None, Literal, `X | None`, `X | Literal`, `tuple[X, ...]`, `X | tuple[X,
+...]`, `dict[str, X]`, a dataclass, and a union of dataclasses with a field `kind: Literal["..."]` that names
+the right one.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ Config = TypeVar("Config")
 class UserError(ValueError):
     """A mistake that the user can mend. The command line shows one line without a traceback and exits with 2.
 
-    The line reads "SUBJECT EXPECTATION, got GOT; REMEDY". Its parts are attributes: code that catches the error
-    adds a place (`within`) or another remedy (`replace`). It never cuts the text.
+    The line reads "SUBJECT EXPECTATION, got GOT; REMEDY". Its parts are attributes: code that catches the
+    error adds a place (`within`) or another remedy (`replace`). It never cuts the text.
 
     Args:
-        subject: what is wrong: an option, a config key, a file; or, without an expectation, the whole sentence.
+        subject: what is wrong: an option, a config key, a file; or, without an expectation, the whole
+            sentence.
         expectation: "must be ...".
         got: what came, as the message shows it.
         remedy: what to do.
@@ -73,7 +74,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
 
 
 def from_dict(cls: type[Config], data: dict[str, Any], where: str = "config") -> Config:
-    """Build the dataclass `cls` from plain JSON values; error messages start with `where`. Raises UserError."""
+    """Build the dataclass `cls` from plain JSON values. Raises UserError; its message starts with `where`."""
     return _build(cls, data, where, ())
 
 

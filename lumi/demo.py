@@ -17,7 +17,7 @@ from lumi.corpus import PrepareConfig, prepare, read_corpus
 from lumi.data.token_store import TokenStore
 from lumi.data.tokenization import tokenize
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
-from lumi.formats.export import merge
+from lumi.formats.export import merge_adapter
 from lumi.formats.pretrained import Pretrained, load_pretrained
 from lumi.host.devices import choose_device
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
@@ -88,7 +88,7 @@ class Demo:
         if self.folder("model").is_dir():
             print(f"{self.folder('model')} is there already")
         else:
-            print(merge(self.folder("finetune"), self.folder("model")))
+            print(merge_adapter(self.folder("finetune"), self.folder("model")))
         pretrained = load_pretrained(self.folder("model"), device=self.device)
         self._title("evaluate", "the merged model -> figures, each with its protocol")
         config = load_config(EvaluationConfig, CONFIGS / "evaluation.json")

@@ -1,4 +1,7 @@
-"""A path that a user gives -> a model that runs, with its tokenizer: a run, its `final/`, any Llama folder, or an adapter and its base."""
+"""A path from the user -> a model that runs, with its tokenizer.
+
+The path may be a run, its `final/`, any Llama folder, or an adapter, which brings its base.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +20,12 @@ from lumi.tokenizer.tokenizer import MODEL_FILE, Tokenizer
 
 
 class Pretrained(NamedTuple):
-    """A model in evaluation mode on its device, its tokenizer, the folder of its weights, and that of its adapter, if it has one."""
+    """A model in evaluation mode on its device, and where it came from."""
 
     model: Transformer
     tokenizer: Tokenizer
-    folder: Path
-    adapter: Path | None = None
+    folder: Path  # of the weights, with an adapter those of its base
+    adapter: Path | None = None  # folder
 
 
 def load_pretrained(
@@ -33,48 +36,60 @@ def load_pretrained(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Pretrained:
-    """Load what `path` means.
+    """Load the model that `path` means.
 
     Args:
-        path: a run folder, its `final/`, or a Hugging Face folder; one that holds an adapter brings the base that it names.
-        adapter_path: a run folder with an adapter, or the adapter's; `path` is then the base.
-        tokenizer_path: None: the one in the adapter's folder, or, where there is none, in the model's, with the adapter's chat template.
+        path: a run folder, its `final/`, or a Hugging Face folder. An adapter brings the base that it names.
+        adapter_path: the folder of an adapter, or a run folder with one. `path` is then its base.
+        tokenizer_path: None: the tokenizer in the adapter's folder. If there is none: the one in the model's
+            folder, with the adapter's chat template.
         device: "auto", "cpu" or "cuda".
         dtype: of activations and products.
 
     Raises:
-        UserError: there is no model, it cannot be imported, or the tokenizer or the base is not the one that it was trained with.
+        UserError: there is no model, it cannot be imported, or it was trained with another tokenizer or base.
     """
     chosen = choose_device(device)
-    folder, adapter = locate(path), None if adapter_path is None else locate(adapter_path)
-    if adapter is not None and not is_adapter(adapter):
-        raise UserError(
-            f"--adapter-path must hold an adapter, got {adapter}, which holds a whole model; pass it by --model-path alone"
-        )
-    if is_adapter(folder):
-        if adapter is not None:
-            raise UserError(
-                f"--model-path must be a whole model where --adapter-path is given, got the adapter {folder}"
-            )
-        folder, adapter = base_of(folder), folder
-    own = adapter is not None and (adapter / MODEL_FILE).is_file()  # PEFT's adapters come without
-    tokenizer = Tokenizer.load(tokenizer_path or (adapter if own else None) or folder)
-    if (
-        adapter is not None
-        and not own
-        and tokenizer_path is None
-        and (template := adapter / TEMPLATE_FILE).is_file()
-    ):
-        tokenizer = tokenizer.with_chat_template(template.read_text(encoding="utf-8"))
-    model = load_model(folder, select("auto", chosen, read_shape(folder).head_dim), dtype, tokenizer)
+    folder, adapter = _locate_both(path, adapter_path)
+    tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else Tokenizer.load(tokenizer_path)
+    ops = select("auto", chosen, read_shape(folder).head_dim)
+    model = load_model(folder, ops, dtype, tokenizer)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)
     return Pretrained(model.to(chosen).eval(), tokenizer, folder, adapter)
 
 
+def _locate_both(path: str | Path, adapter_path: str | Path | None) -> tuple[Path, Path | None]:
+    """The folders of the model and of the adapter, if there is one. Raises UserError as `load_pretrained`."""
+    folder = locate(path)
+    if adapter_path is None:
+        return (base_of(folder), folder) if is_adapter(folder) else (folder, None)
+    adapter = locate(adapter_path)
+    if not is_adapter(adapter):
+        got, remedy = f"{adapter}, which holds a whole model", "pass it by --model-path alone"
+        raise UserError("--adapter-path", "must hold an adapter", got=got, remedy=remedy)
+    if is_adapter(folder):
+        expectation = "must be a whole model where --adapter-path is given"
+        raise UserError("--model-path", expectation, got=f"the adapter {folder}")
+    return folder, adapter
+
+
+def _load_tokenizer(folder: Path, adapter: Path | None) -> Tokenizer:
+    """The adapter's tokenizer; or, as PEFT saves none, the model's with the adapter's chat template."""
+    if adapter is None:
+        return Tokenizer.load(folder)
+    if (adapter / MODEL_FILE).is_file():
+        return Tokenizer.load(adapter)
+    tokenizer = Tokenizer.load(folder)
+    template = adapter / TEMPLATE_FILE
+    if template.is_file():
+        return tokenizer.with_chat_template(template.read_text(encoding="utf-8"))
+    return tokenizer
+
+
 def locate(path: str | Path) -> Path:
-    """The folder of the model or the adapter that a path means: itself, or a run's `final/`. Raises UserError where there is none."""
+    """The folder of model or adapter: the path itself, or a run's `final/`. Raises UserError without one."""
     final = Path(path) / "final"
     folder = final if final.is_dir() else Path(path)
     return folder if is_adapter(folder) else model_folder(folder)

@@ -1,1 +1,1 @@
-"""KV cache, sampling, batched decoding, dialogue."""
+"""KV cache, sampling, batched decoding, JSON lines, dialogue."""

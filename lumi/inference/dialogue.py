@@ -1,4 +1,4 @@
-"""A conversation with a model: `Dialogue` remembers and answers, `converse` is the loop between it and a person or a pipe."""
+"""A conversation with a model: `Dialogue` remembers and answers, `converse` reads a terminal or a pipe."""
 
 import contextlib
 import re
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from lumi.chat import rendering as chat
 from lumi.chat.messages import Message
+from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.config import UserError
 from lumi.host.text import utf8
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
@@ -17,16 +17,16 @@ from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 
 class Answer(NamedTuple):
-    """What the model said; `stopped`: it ended by itself, `num_forgotten`: turns dropped from the conversation to make room for it."""
+    """What the model said."""
 
     text: str
     num_tokens: int
-    stopped: bool
-    interrupted: bool
-    num_forgotten: int
+    stopped: bool  # by the model itself, not by a limit
+    interrupted: bool  # by a KeyboardInterrupt
+    num_forgotten: int  # old exchanges that made room for this one
 
 
-class Turn(NamedTuple):
+class Exchange(NamedTuple):
     """A question and its answer."""
 
     user: Message
@@ -34,21 +34,21 @@ class Turn(NamedTuple):
 
 
 class Dialogue:
-    """A conversation of many turns.
+    """A conversation of many exchanges.
 
     Args:
         model: in evaluation mode.
-        tokenizer: its chat template gives the prompts.
-        sampling: of every answer; the seed moves on by one with each, so that a question asked again may be answered differently.
-        system: stands before every conversation; None or empty: nothing does.
+        tokenizer: its chat template makes the prompts.
+        sampling: of every answer. Each one adds 1 to the seed: a repeated question may get another answer.
+        system: the system message, which stands before every conversation; None or empty: there is none.
 
     Attributes:
         system: the system message; `set_system` changes it.
-        turns: what is remembered, the oldest first.
-        max_prompt_tokens: of the model's positions, what is not kept free for an answer.
+        exchanges: what is remembered, the oldest first.
+        max_prompt_tokens: the model's positions, less the room for an answer.
 
     Raises:
-        UserError: the tokenizer's chat template cannot be used, or the system message is refused by it or too long.
+        UserError: the tokenizer has no usable chat template, or the system message is refused or too long.
     """
 
     def __init__(
@@ -61,59 +61,65 @@ class Dialogue:
         self.set_system(system)
 
     def set_system(self, system: str | None) -> None:
-        """Forget all turns and begin with another system message; None or empty: with none.
+        """Forget all exchanges and begin with another system message; None or empty: with none.
 
         Raises:
-            UserError: it is too long, not valid Unicode, or refused by the chat template; everything is as it was then.
+            UserError: it is too long, not valid Unicode, or refused by the chat template. Nothing changes
+                then.
         """
         utf8(
             system or ""
-        )  # before the template stands around it: the place of an error is counted in what was written
-        if (shortest := len(self._prompt(system, [], Message("user", "?")))) > self.max_prompt_tokens:
+        )  # here and not in the template's text: an error names the place in the user's own text
+        shortest = len(self._prompt(system, [], Message("user", "?")))
+        if shortest > self.max_prompt_tokens:
             raise UserError(
-                f"the system message must leave room for a question within {self.max_prompt_tokens} tokens (the model's "
-                f"{self.model.config.max_positions} positions, less room for the answer), got a prompt of {shortest}; shorten it or "
-                "lower --max-new-tokens"
+                "the system message",
+                f"must leave room for a question within {self._room()}",
+                got=f"a prompt of {shortest}",
+                remedy="shorten it or lower --max-new-tokens",
             )
         self.system = system
-        self.turns: list[Turn] = []
+        self.exchanges: list[Exchange] = []
 
     def reset(self) -> None:
-        """Forget all turns; the system message stays."""
-        self.turns = []
+        """Forget all exchanges. The system message stays."""
+        self.exchanges = []
 
     def answer(self, text: str, on_text: Callable[[str], None]) -> Answer:
-        """Answer a message and remember both. The oldest turns are forgotten, whole, while the conversation is too long.
+        """Answer a message and remember both. While the conversation is too long, forget the oldest exchange.
 
         Args:
-            text: what the user says.
-            on_text: gets the answer piece by piece, whole characters only. A KeyboardInterrupt, here or in the model, ends the answer:
-                what came until then is remembered, or nothing of this turn if nothing came.
+            text: the user's message.
+            on_text: called with each new piece of the answer, in whole characters. A KeyboardInterrupt, here
+                or in the model, ends the answer. What came before it is remembered; an exchange without text
+                is not.
 
         Raises:
-            UserError: the message is too long even alone, or is not valid Unicode; nothing is forgotten then.
+            UserError: the message is too long even alone, or is not valid Unicode. Nothing is forgotten then.
         """
         utf8(text)  # as in `set_system`
         user = Message("user", text)
-        turns = list(self.turns)
-        while len(prompt := self._prompt(self.system, turns, user)) > self.max_prompt_tokens:
-            if not turns:
-                raise UserError(
-                    f"a message must fit into {self.max_prompt_tokens} tokens (the model's {self.model.config.max_positions} positions, "
-                    f"less room for the answer) with template and system message, got {len(prompt)}; shorten it"
-                )
-            del turns[0]
-        answer = self._generate(prompt, on_text)._replace(num_forgotten=len(self.turns) - len(turns))
+        exchanges = list(self.exchanges)
+        while len(prompt := self._prompt(self.system, exchanges, user)) > self.max_prompt_tokens:
+            if not exchanges:
+                expectation = f"must fit into {self._room()} with template and system message"
+                raise UserError("a message", expectation, got=len(prompt), remedy="shorten it")
+            del exchanges[0]
+        num_forgotten = len(self.exchanges) - len(exchanges)
+        answer = self._generate(prompt, on_text)._replace(num_forgotten=num_forgotten)
         if answer.text or not answer.interrupted:
-            turns.append(Turn(user, Message("assistant", answer.text)))
-        self.turns = turns
+            exchanges.append(Exchange(user, Message("assistant", answer.text)))
+        self.exchanges = exchanges
         return answer
 
-    def _prompt(self, system: str | None, turns: Sequence[Turn], user: Message) -> list[int]:
+    def _room(self) -> str:
+        positions = f"the model's {self.model.config.max_positions} positions, less room for the answer"
+        return f"{self.max_prompt_tokens} tokens ({positions})"
+
+    def _prompt(self, system: str | None, exchanges: Sequence[Exchange], user: Message) -> list[int]:
         first = [Message("system", system)] if system else []
-        return chat.prompt_ids(
-            self.tokenizer, [*first, *(message for turn in turns for message in turn), user]
-        )
+        said = [message for exchange in exchanges for message in exchange]
+        return prompt_ids(self.tokenizer, [*first, *said, user])
 
     def _generate(self, prompt: Sequence[int], on_text: Callable[[str], None]) -> Answer:
         decoder, pieces, ids = StreamDecoder(self.tokenizer), list[str](), list[int]()
@@ -135,7 +141,7 @@ class Dialogue:
                 self.model,
                 [prompt],
                 config,
-                stop_ids=chat.stop_ids(self.tokenizer),
+                stop_ids=stop_ids(self.tokenizer),
                 pad_id=filler_id(self.tokenizer),
                 vocab_size=self.tokenizer.vocab_size,
                 on_token=on_token,
@@ -156,17 +162,19 @@ HELP = """\
 
 
 def converse(dialogue: Dialogue) -> int:
-    """Read messages from stdin, a line each, and print answers as they come, until the input ends or /exit.
+    """Read messages from stdin, one a line, and print answers as they come, until /exit or the end.
 
-    On a terminal with a prompt and line editing. From or to a pipe, answers alone go to stdout; Ctrl-C then ends the program.
+    A terminal gets a prompt and line editing. With a pipe, only answers go to stdout, and Ctrl-C ends the
+    program.
 
     Returns:
         The exit code: 2 if a message from a pipe was refused, otherwise 0.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]  # the tokenizer names what is no UTF-8
+    # Bytes that are not UTF-8 become lone surrogates, which `Dialogue.answer` refuses with their place.
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     if interactive:
-        with contextlib.suppress(ImportError):  # not on Windows
+        with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 - gives input() its editing and history
         print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     num_refused = num_interrupts = 0
@@ -176,7 +184,8 @@ def converse(dialogue: Dialogue) -> int:
             num_interrupts = 0
             if line.strip() == "/exit":
                 break
-            num_refused += not _turn(dialogue, line, interactive)
+            if not _handle(dialogue, line, interactive):
+                num_refused += 1
         except EOFError:
             if interactive:
                 print()
@@ -192,8 +201,8 @@ def converse(dialogue: Dialogue) -> int:
     return 2 if num_refused and not interactive else 0
 
 
-def _turn(dialogue: Dialogue, line: str, interactive: bool) -> bool:
-    """Obey a command or answer a message; False if it was refused."""
+def _handle(dialogue: Dialogue, line: str, interactive: bool) -> bool:
+    """Obey a command or answer a message. Returns False if it was refused."""
     if not line.strip():
         return True
     try:
@@ -212,36 +221,31 @@ def _turn(dialogue: Dialogue, line: str, interactive: bool) -> bool:
     elif not answer.stopped:
         _note(f"cut after {answer.num_tokens} tokens")
     if answer.num_forgotten:
+        positions = f"the model's {dialogue.model.config.max_positions} positions"
         turns = "turn was" if answer.num_forgotten == 1 else f"{answer.num_forgotten} turns were"
-        _note(
-            f"the conversation outgrew the model's {dialogue.model.config.max_positions} positions: the oldest {turns} forgotten"
-        )
+        _note(f"the conversation outgrew {positions}: the oldest {turns} forgotten")
     return True
 
 
 def _obey(dialogue: Dialogue, command: str, rest: str) -> None:
     if command == "system":
         dialogue.set_system(rest)
-        _note(
-            "a new conversation, with this system message"
-            if rest
-            else "a new conversation, without a system message"
-        )
+        message = "with this system message" if rest else "without a system message"
+        _note(f"a new conversation, {message}")
     elif command in ("reset", "undo", "help") and not rest:
         if command == "reset":
             dialogue.reset()
             _note("a new conversation")
         elif command == "undo":
-            dialogue.turns = dialogue.turns[:-1]
-            _note(f"turns that are left: {len(dialogue.turns)}")
+            dialogue.exchanges = dialogue.exchanges[:-1]
+            _note(f"turns that are left: {len(dialogue.exchanges)}")
         else:
             print(HELP, file=sys.stderr)
     else:
-        raise UserError(
-            f"a command must be /reset, /undo, /system TEXT, /help or /exit, got /{command} {rest}".rstrip()
-        )
+        got = f"/{command} {rest}".rstrip()
+        raise UserError("a command", "must be /reset, /undo, /system TEXT, /help or /exit", got=got)
 
 
 def _note(text: str) -> None:
-    """A remark that is no part of an answer: on a terminal among the answers, apart from them in a pipe."""
+    """Print a remark that is not part of an answer, on stderr: pipes get answers alone."""
     print(f"[{text}]", file=sys.stderr, flush=True)

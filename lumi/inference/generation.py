@@ -1,5 +1,6 @@
-"""Text from a model: a KV cache, sampling, batched decoding and a stream of whole characters."""
+"""Text from a model: a KV cache, sampling, batched decoding, and a stream of whole characters."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,45 +15,45 @@ from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+    """How the next token is chosen."""
 
     max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0  # nucleus: the smallest set of tokens with this much probability (Holtzman et al. 2020, arXiv:1904.09751)
-    repetition_penalty: float = 1.0  # of tokens already there (Keskar et al. 2019, arXiv:1909.05858)
+    temperature: float = 0.8  # 0: greedy
+    top_k: int = 0  # choose among the k likeliest tokens; 0: among all
+    # Choose among the likeliest tokens that together have this probability (Holtzman et al. 2020,
+    # arXiv:1904.09751).
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0  # of tokens that are there already (Keskar et al. 2019, arXiv:1909.05858)
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature != 0 and not 1e-4 <= self.temperature < float(
-            "inf"
-        ):  # below, logits divided by it leave float32
-            raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
+            raise UserError("max_new_tokens", "must be at least 1", got=self.max_new_tokens)
+        if (
+            self.temperature != 0 and not 1e-4 <= self.temperature < math.inf
+        ):  # less would overflow the logits
+            raise UserError("temperature", "must be 0 (greedy) or at least 0.0001", got=self.temperature)
         if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0 is off), got {self.top_k}")
+            raise UserError("top_k", "must be at least 0 (0 is off)", got=self.top_k)
         if not 1e-6 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be between 0.000001 and 1 (off), got {self.top_p}")
+            raise UserError("top_p", "must be between 0.000001 and 1 (off)", got=self.top_p)
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+            raise UserError("seed", "must be between 0 and 2**63 - 1", got=self.seed)
         if not 0.01 <= self.repetition_penalty <= 100:
-            raise ValueError(
-                f"repetition_penalty must be between 0.01 and 100 (1 is off), got {self.repetition_penalty}"
-            )
+            expectation = "must be between 0.01 and 100 (1 is off)"
+            raise UserError("repetition_penalty", expectation, got=self.repetition_penalty)
 
 
 class LayerCache:
-    """Keys and values of one layer, at their positions in a tensor of fixed size."""
+    """Keys and values of one layer, each at its position in a tensor of fixed size."""
 
     def __init__(self, batch: int, length: int, model: Transformer, device: torch.device):
         shape = (batch, length, model.config.num_kv_heads, model.config.head_dim)
-        self.k_BSGK, self.v_BSGK = (
-            torch.zeros(shape, dtype=model.compute_dtype, device=device) for _ in range(2)
-        )
+        self.k_BSGK = torch.zeros(shape, dtype=model.compute_dtype, device=device)
+        self.v_BSGK = torch.zeros_like(self.k_BSGK)
 
     def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Store at `positions_BT`; what a shorter prompt's padding left there before is overwritten when its turn comes."""
+        """Store at `positions_BT` and return all. New tokens overwrite the padding of short prompts."""
         rows = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
         self.k_BSGK[rows, positions_BT] = k_BTGK
         self.v_BSGK[rows, positions_BT] = v_BTGK
@@ -60,10 +61,10 @@ class LayerCache:
 
 
 class Completion(NamedTuple):
-    """The new tokens of one row, and whether a stop token ended them (and not the limit of tokens or positions)."""
+    """The new tokens of one row."""
 
     ids: list[int]
-    stopped: bool
+    stopped: bool  # by a stop token, not by the limit of tokens or positions
 
 
 @torch.inference_mode()
@@ -81,17 +82,18 @@ def generate_ids(
     """Continue every prompt until a stop token, `max_new_tokens`, or the model's `max_positions`.
 
     Args:
-        prompts: token ids, at least one each; different lengths are fine.
-        stop_ids: end a row; they are not part of what is returned.
-        vocab_size: ids from here on are never chosen: a model's vocabulary may be padded beyond its tokenizer's.
-        use_cache: False computes every step from the start: slow, the definition that the cache is tested against.
-        on_token: called with (row, token) as each comes.
+        prompts: token ids, at least one each. Their lengths may differ.
+        stop_ids: they end a row and are not returned.
+        pad_id: fills up short prompts; its value changes nothing.
+        vocab_size: the tokenizer's. Ids from here on are never chosen: a model's vocabulary may be padded.
+        use_cache: False computes every step from the start, which is slow. Tests compare the cache with it.
+        on_token: called with (row, token) for each new token.
 
     Returns:
-        What came of each row. A row's sample depends on the seed and the row's number, not on the rows beside it.
+        A completion for each row. It depends on the seed and the row's number, not on the other rows.
 
     Raises:
-        UserError: for an empty prompt, or one as long as the model's positions; the model's output is not finite.
+        UserError: a prompt is empty or as long as the model's positions, or the model's output is not finite.
     """
     check_prompts(prompts, model.config.max_positions)
     lengths = [len(prompt) for prompt in prompts]
@@ -121,38 +123,34 @@ def generate_ids(
                 outputs[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
-                running[row] = (
-                    lengths[row] + len(outputs[row]) < capacity and len(outputs[row]) < config.max_new_tokens
-                )
+                count = len(outputs[row])
+                running[row] = lengths[row] + count < capacity and count < config.max_new_tokens
             elif running[row]:
                 running[row], stopped[row] = False, True
         if not any(running):
             break
         growing_B = torch.tensor(running, device=device)
         tokens[rows[growing_B], length_B[growing_B]] = next_B[growing_B]
-        length_B = (
-            length_B + growing_B
-        )  # a finished row computes its last token again: the shapes stay, the result is not used
+        # A finished row computes its last token again: shapes stay the same, and nobody reads the result.
+        length_B[growing_B] += 1
     return [Completion(ids, stop) for ids, stop in zip(outputs, stopped, strict=True)]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int) -> None:
-    """Raises UserError for what `generate_ids` could not go on with: no prompt, an empty one, one as long as the model's positions."""
+    """Raises UserError without a prompt, for an empty one, and for one as long as the model's positions."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
-        raise UserError("a prompt must hold at least one token, got an empty one")
+        raise UserError("a prompt", "must hold at least one token", got="an empty one")
     if max(lengths) >= max_positions:
-        raise UserError(
-            f"a prompt must be shorter than the model's {max_positions} positions, got {max(lengths)} tokens"
-        )
+        expectation = f"must be shorter than the model's {max_positions} positions"
+        raise UserError("a prompt", expectation, got=f"{max(lengths)} tokens")
 
 
 def require_finite(values: Tensor) -> None:
-    """Raises UserError where what a model computed is NaN or infinite."""
+    """Raises UserError where a model's output has NaN or infinity."""
     if not values.isfinite().all():
-        raise UserError(
-            "the model's output must be finite, got NaN or infinity: its weights are broken, or --dtype is too narrow for them"
-        )
+        got = "NaN or infinity: its weights are broken, or --dtype is too narrow for them"
+        raise UserError("the model's output", "must be finite", got=got)
 
 
 def _positions(block: Tensor) -> Tensor:
@@ -170,8 +168,9 @@ def sample(
 
     Args:
         logits: (B, V) float32.
-        tokens: (B, S) int64, of which row b has `lengths[b]`; they are what the repetition penalty looks at.
-        generators: one per row, on the CPU, so that a seed means the same sample on every device.
+        tokens: (B, S) int64. The repetition penalty looks at the first `lengths[b]` of row b.
+        lengths: (B,) int64.
+        generators: one per row, on the CPU, so that a seed gives the same sample on every device.
 
     Returns:
         (B,) int64.
@@ -183,9 +182,8 @@ def sample(
     if config.repetition_penalty != 1.0:
         seen = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         mentioned = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(1, tokens, seen.long()) > 0
-        penalised = torch.where(
-            logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty
-        )
+        penalty = config.repetition_penalty
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(mentioned, penalised, logits)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
@@ -195,9 +193,8 @@ def sample(
     if config.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        outside = (
-            probabilities.cumsum(dim=-1) - probabilities >= config.top_p
-        )  # the token that crosses the line stays
+        # The token that crosses the line stays.
+        outside = probabilities.cumsum(dim=-1) - probabilities >= config.top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
     probabilities = logits.softmax(dim=-1).cpu()
     picks = [
@@ -208,12 +205,12 @@ def sample(
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The prompt that lets a model go on with a text: a document's beginning."""
+    """The prompt for continuing a text: it is the beginning of a document."""
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 def filler_id(tokenizer: Tokenizer) -> int:
-    """What fills up short prompts of a batch: <pad>, or the end of a document for an imported tokenizer without one."""
+    """The token that fills up short prompts: <pad>, or EOS where an imported tokenizer has none."""
     return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
 
@@ -224,7 +221,10 @@ def generate(
     config: SamplingConfig,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Continue texts. `on_text` gets (row, piece of text) as it comes, whole UTF-8 characters only.
+    """Continue texts, each to the end of a document. Raises UserError as `generate_ids`.
+
+    Args:
+        on_text: called with (row, piece of text) for each new piece, in whole characters.
 
     Returns:
         The continuations, without the prompts.

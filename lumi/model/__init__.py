@@ -1,1 +1,1 @@
-"""`Transformer(config, ops)`, and LoRA, which is put on from outside."""
+"""`Transformer(config, ops)`, and LoRA, which replaces its linears from outside."""

@@ -1,14 +1,16 @@
 """Low-rank adaptation, put on a model from outside (Hu et al. 2021, arXiv:2106.09685).
 
-    y = x W^T + s dropout(x) A^T B^T,   s = alpha / R   (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732: alpha / sqrt(R))
+    y = x W^T + s dropout(x) A^T B^T,   s = alpha / R
 
-W (O, I) is frozen; A (R, I) begins uniform within 1/sqrt(I) and B (O, R) at zero, so that training begins at the model as it was.
-DoRA (Liu et al. 2024, arXiv:2402.09353) also trains the length m (O,) of every row of W' = W + s B A, beginning at W's own:
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) has s = alpha / sqrt(R).
+W (O, I) is frozen. A (R, I) starts uniform within 1/sqrt(I) and B (O, R) at zero, so training starts at the
+unchanged model. DoRA (Liu et al. 2024, arXiv:2402.09353) also trains the length m (O,) of every row
+of W' = W + s B A, which starts at the length of W's row:
 
-    y = m / |W'|_row * (x W^T + s dropout(x) A^T B^T),   |W'| taken as a constant in backward
+    y = m / |W'|_row * (x W^T + s dropout(x) A^T B^T),   |W'| is a constant in backward
 
-Pre-training has never seen a chat template's control tokens, and frozen rows of the embedding and of `lm_head` cannot learn them: the
-rows of single tokens can be trained beside the adapters.
+Pre-training never sees the control tokens of a chat template, and the frozen rows of the embedding and of
+`lm_head` cannot learn them. The rows of chosen tokens can therefore be trained beside the adapters.
 """
 
 import math
@@ -30,9 +32,12 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which linears get how large an adapter. `targets`: ends of their names, such as "q_proj"; "all-linear": all but `lm_head`.
-    `tokens`: control pieces, such as "<|im_end|>", whose rows in the embedding and in `lm_head` are trained too; that costs a gradient of
-    both matrices."""
+    """Which linears get an adapter, and how large it is.
+
+    `targets` holds ends of their names, such as "q_proj"; "all-linear" means all but `lm_head`. `tokens`
+    holds control pieces, such as "<|im_end|>": their rows in the embedding and in `lm_head` are trained too,
+    which costs a gradient of both matrices.
+    """
 
     rank: int = 16
     alpha: float = 32.0
@@ -41,21 +46,19 @@ class LoraConfig:
     dora: bool = False
     targets: str | tuple[str, ...] = ALL_LINEAR
     tokens: tuple[str, ...] = ()
-    base_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the frozen matrices in training; loaded, a base is as it is
-    )
+    base_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen matrices, in training
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+            raise UserError("rank", "must be at least 1", got=self.rank)
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
+            raise UserError("alpha", "must be positive", got=self.alpha)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise UserError("dropout", "must be in [0, 1)", got=self.dropout)
         if isinstance(self.targets, str):
             object.__setattr__(self, "targets", (self.targets,))
         if not self.targets:
-            raise ValueError(f'targets must name linears, or be "{ALL_LINEAR}", got none')
+            raise UserError("targets", f'must name linears, or be "{ALL_LINEAR}"', got="none")
 
     @property
     def scale(self) -> float:
@@ -64,7 +67,7 @@ class LoraConfig:
 
 
 class LoraLinear(Linear):
-    """A frozen `Linear` with an adapter: float32 parameters `lora_A`, `lora_B` and, for DoRA, `lora_magnitude`."""
+    """A frozen `Linear` with float32 parameters `lora_A`, `lora_B` and, with DoRA, `lora_magnitude`."""
 
     def __init__(self, base: Linear, config: LoraConfig, ops: Ops):
         nn.Module.__init__(self)
@@ -77,15 +80,14 @@ class LoraLinear(Linear):
 
     @property
     def drops(self) -> bool:
-        """Whether dropout gives the adapter another input than the frozen matrix has."""
+        """Whether dropout is at work: the adapter's input then differs from the frozen matrix's."""
         return self.training and self.config.dropout > 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.drops:
             narrow = F.linear(F.dropout(x, self.config.dropout), self.lora_A.to(x.dtype))
-            y = F.linear(x, self.weight.to(x.dtype)) + self.config.scale * F.linear(
-                narrow, self.lora_B.to(x.dtype)
-            )
+            adapter = F.linear(narrow, self.lora_B.to(x.dtype))
+            y = F.linear(x, self.weight.to(x.dtype)) + self.config.scale * adapter
         else:
             (y,) = self.ops.lora_linear(x, [self.weight], [self.lora_A], [self.lora_B], [self.config.scale])
         if self.lora_magnitude is None:
@@ -95,28 +97,24 @@ class LoraLinear(Linear):
         return y * (self.lora_magnitude / length_O).to(x.dtype)
 
     def merged_weight(self) -> Tensor:
-        """The matrix (O, I) that alone computes what this module computes without dropout, float32."""
+        """The one matrix (O, I), float32, that computes the same as this module without dropout."""
         weight_OI = self._sum()
         if self.lora_magnitude is not None:
             weight_OI *= (self.lora_magnitude / weight_OI.norm(dim=1))[:, None]
         return weight_OI
 
     def _sum(self) -> Tensor:
-        wide = torch.promote_types(
-            self.lora_B.dtype, torch.float32
-        )  # FSDP2 hands out parameters in the compute dtype
-        return torch.addmm(
-            self.weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.config.scale
-        )
+        """W + s B A, float32; float64 stays float64."""
+        # FSDP2 hands out parameters in the compute dtype.
+        wide = torch.promote_types(self.lora_B.dtype, torch.float32)
+        weight, A, B = (tensor.to(wide) for tensor in (self.weight, self.lora_A, self.lora_B))
+        return torch.addmm(weight, B, A, alpha=self.config.scale)
 
 
 def apply_adapted(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Several linears of one input, those of them in one operator that have an adapter and neither dropout at work nor DoRA."""
-    joined = [
-        linear
-        for linear in linears
-        if isinstance(linear, LoraLinear) and not linear.drops and linear.lora_magnitude is None
-    ]
+    """Apply several linears to one input. One operator computes all adapters without dropout and DoRA."""
+    adapted = [linear for linear in linears if isinstance(linear, LoraLinear)]
+    joined = [linear for linear in adapted if not linear.drops and linear.lora_magnitude is None]
     if not joined:
         return apply_each(x, *linears)
     weights, As, Bs = (
@@ -127,7 +125,7 @@ def apply_adapted(x: Tensor, *linears: nn.Module) -> list[Tensor]:
 
 
 class TrainedRows(nn.Module):
-    """A parametrization of a frozen matrix (V, D): its rows `ids` are float32 parameters of their own, which begin as they were."""
+    """A parametrization of a frozen matrix (V, D): float32 parameters take the place of its rows `ids`."""
 
     ids: Tensor
 
@@ -141,14 +139,14 @@ class TrainedRows(nn.Module):
 
 
 def add_lora(model: Transformer, config: LoraConfig, seed: int = 0, token_ids: Sequence[int] = ()) -> None:
-    """Freeze a model and put adapters on its linears, in place; only they, and the rows of tokens, have `requires_grad` afterwards.
+    """Freeze a model and put adapters on its linears, in place. Only they and the tokens' rows get gradients.
 
     Args:
-        token_ids: of `config.tokens`.
-        seed: of the A's, drawn on the CPU in the order of the model's modules.
+        seed: of the initial A's, drawn on the CPU in the order of the model's modules.
+        token_ids: the ids of `config.tokens`.
 
     Raises:
-        UserError: a target names no linear of the model, or `lm_head`.
+        UserError: a target names no linear of the model, or names `lm_head`.
     """
     wrap(model, find_targets(model, config.targets), config, token_ids)
     generator = torch.Generator().manual_seed(seed)
@@ -159,7 +157,7 @@ def add_lora(model: Transformer, config: LoraConfig, seed: int = 0, token_ids: S
 
 
 def wrap(model: Transformer, names: Sequence[str], config: LoraConfig, token_ids: Sequence[int] = ()) -> None:
-    """Freeze a model, with its matrices in `base_dtype`, put an adapter of zeros on each of the linears `names`, and free rows."""
+    """Freeze a model in `base_dtype`, put zero adapters on the linears `names`, free the tokens' rows."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.ndim >= 2:
@@ -175,7 +173,7 @@ def wrap(model: Transformer, names: Sequence[str], config: LoraConfig, token_ids
 
 
 def _owner(model: Transformer, name: str) -> tuple[Attention | MLP, str]:
-    """The module that has the linear `name`, and the attribute that it is there."""
+    """The module that holds the linear `name`, and the name of its attribute there."""
     path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(path)
     assert isinstance(owner, Attention | MLP)
@@ -183,7 +181,7 @@ def _owner(model: Transformer, name: str) -> tuple[Attention | MLP, str]:
 
 
 def find_targets(model: Transformer, targets: str | Sequence[str]) -> list[str]:
-    """The names of the linears that `targets` mean, in the model's order. Raises UserError as `add_lora`."""
+    """Names of the linears that `targets` select, in the model's order. Raises UserError as `add_lora`."""
     linears = [
         name for name, module in model.named_modules() if isinstance(module, Linear) and name != "lm_head"
     ]
@@ -193,41 +191,44 @@ def find_targets(model: Transformer, targets: str | Sequence[str]) -> list[str]:
         if not matches:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             why = " (the loss is fused with it)" if target == "lm_head" else ""
-            raise UserError(
-                f'lora.targets must be "{ALL_LINEAR}" or end the names of linears ({known}), got {target!r}{why}'
-            )
+            expectation = f'must be "{ALL_LINEAR}" or end the names of linears ({known})'
+            raise UserError("lora.targets", expectation, got=f"{target!r}{why}")
         found.update(matches)
     return [name for name in linears if name in found]
 
 
 def token_matrices(model: Transformer) -> dict[str, nn.Embedding | Linear]:
-    """The modules whose `weight` has a row for each token, by name: the embedding, and `lm_head` where it is one of its own."""
-    return {
-        name: module
-        for name in ("token_embedding", "lm_head")
-        if (module := getattr(model, name)) is not None
-    }
+    """The modules whose `weight` has a row for each token, by name: the embedding and an untied `lm_head`."""
+    modules = {"token_embedding": model.token_embedding}
+    return modules if model.lm_head is None else modules | {"lm_head": model.lm_head}
 
 
 def trained_rows(module: nn.Module) -> TrainedRows | None:
-    """The rows of one of `token_matrices` that are trained, if any are."""
-    return module.parametrizations.weight[0] if parametrize.is_parametrized(module) else None  # type: ignore[union-attr,index,return-value]
+    """The trained rows of one of `token_matrices`; None where there are none."""
+    if not parametrize.is_parametrized(module):
+        return None
+    rows = module.get_submodule("parametrizations.weight.0")
+    assert isinstance(rows, TrainedRows)
+    return rows
 
 
 def settle_rows(model: Transformer) -> None:
-    """Write trained rows into their matrices, in place: in training every pass puts both together, which would slow generation down."""
+    """Write trained rows into their matrices, in place. Until then every pass joins both, at some cost."""
     for matrix in filter(parametrize.is_parametrized, token_matrices(model).values()):
         parametrize.remove_parametrizations(matrix, "weight", leave_parametrized=True)
         matrix.weight.requires_grad_(False)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The adapted linears and their names, in the model's order."""
+    """The adapted linears with their names, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
 def merge_lora(model: Transformer) -> None:
-    """Put a plain linear of the merged matrix in every adapted one's place, in float32 (float64 stays float64); nothing is frozen then."""
+    """Replace each adapted linear by a plain one with the merged matrix. No parameter is frozen afterwards.
+
+    The model is float32 then; a model in float64 stays float64.
+    """
     for name, module in list(adapters(model)):
         owner, attribute = _owner(model, name)
         with torch.no_grad():
@@ -242,21 +243,5 @@ def merge_lora(model: Transformer) -> None:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: all parameters, or the adapters where there are any."""
+    """The parameters that training changes, by name: all of them, or the adapters and tokens' rows."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Restore what `trained_tensors` gave. Raises UserError where names or shapes are not this model's."""
-    ours = trained_tensors(model)
-    for name in ours | tensors:
-        expected, got = (
-            tuple(group[name].shape) if name in group else "nothing" for group in (ours, tensors)
-        )
-        if expected != got:
-            raise UserError(
-                f"the checkpoint must hold {expected} for {name}, got {got}; resume with the config that wrote it"
-            )
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            parameter.copy_(tensors[name])

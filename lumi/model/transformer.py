@@ -1,9 +1,11 @@
-"""A LLaMA-style decoder (Touvron et al. 2023, arXiv:2302.13971): pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query heads.
+"""A LLaMA-style decoder (Touvron et al. 2023, arXiv:2302.13971).
 
-`Transformer(config, ops)` takes tensors and knows no data, no optimizer and no device: every operator that has a fast version is
-called through the injected bundle `ops`. Weights are float32 masters; products run in `compute_dtype`.
+`Transformer(config, ops)` takes tensors and knows no data, no optimizer and no device. It calls every
+operator that has a fast version through the bundle `ops`. Weights are float32 masters; products run in
+`compute_dtype`.
 
-Shape letters: B batch, T tokens, D model_dim, H query heads, G kv heads, K head_dim, F mlp_dim, V vocab, N = B*T.
+Shape letters: B batch, T query tokens, S key tokens, D model_dim, H query heads, G kv heads, K head_dim, F
+mlp_dim, V vocab, N = B*T rows.
 """
 
 import math
@@ -23,7 +25,7 @@ from lumi.kernels.rope import RopeScaling, rope_table
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a model. Everything here ends up in the exported `config.json`."""
+    """The shape of a model. The exported `config.json` holds all of it."""
 
     vocab_size: int
     num_layers: int
@@ -63,33 +65,35 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, by arithmetic."""
-        embeddings = self.vocab_size * self.model_dim * (1 if self.tied_embeddings else 2)
-        attention = 2 * self.model_dim * self.head_dim * (self.num_heads + self.num_kv_heads) + (
-            2 * self.head_dim if self.qk_norm else 0
-        )
-        layer = attention + 3 * self.model_dim * self.mlp_dim + 2 * self.model_dim
+        """The number of parameters, by arithmetic."""
+        matrix = self.vocab_size * self.model_dim
+        embeddings = matrix if self.tied_embeddings else 2 * matrix
+        projections = 2 * self.model_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
+        norms = 2 * self.model_dim + (2 * self.head_dim if self.qk_norm else 0)
+        layer = projections + 3 * self.model_dim * self.mlp_dim + norms
         return embeddings + self.num_layers * layer + self.model_dim
 
     def flops_per_token(self, context: int, frozen: bool = False) -> int:
-        """Floating-point operations to train one token: 6 per weight of a matrix product (4 where it is frozen and has no gradient), and
-        causal attention over `context` tokens (Kaplan et al. 2020, arXiv:2001.08361; Chowdhery et al. 2022, arXiv:2204.02311)."""
-        matrices = self.num_parameters - self.vocab_size * self.model_dim * (not self.tied_embeddings)
-        return (
-            4 if frozen else 6
-        ) * matrices + 6 * self.num_layers * self.num_heads * self.head_dim * context
+        """Floating-point operations to train one token.
+
+        6 for each weight of a matrix product (4 if it is frozen and needs no gradient), and causal attention
+        over `context` tokens (Kaplan et al. 2020, arXiv:2001.08361; Chowdhery et al. 2022, arXiv:2204.02311).
+        """
+        lookup = 0 if self.tied_embeddings else self.vocab_size * self.model_dim  # no product
+        products = (4 if frozen else 6) * (self.num_parameters - lookup)
+        return products + 6 * self.num_layers * self.num_heads * self.head_dim * context
 
 
 class LayerCache(Protocol):
-    """Keys and values of one layer while generating (see `lumi.inference.generation`)."""
+    """Keys and values of one layer during generation (see `lumi.inference.generation`)."""
 
     def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values at their positions; returns all of them, (B, S, G, K) each."""
+        """Store new keys and values at their positions. Returns all stored ones, (B, S, G, K) each."""
         ...
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the float32 master weight is cast to the dtype of `x`."""
+    """y = x W^T without bias. The float32 master weight is cast to the dtype of `x`."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -100,12 +104,12 @@ class Linear(nn.Module):
 
 
 def apply_each(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Several linears of one input."""
+    """Apply several linears to one input."""
     return [linear(x) for linear in linears]
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension, by the bundle's operator."""
+    """RMSNorm over the last dimension."""
 
     def __init__(self, size: int, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -116,12 +120,15 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum."""
+        """The norm of x + residual, and the sum itself."""
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key-value heads. `project` applies linears that share their input."""
+    """Causal self-attention with rotary positions and grouped key-value heads.
+
+    `project` applies the linears that share an input; LoRA puts its own in its place.
+    """
 
     project: Callable[..., list[Tensor]]
 
@@ -150,7 +157,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202). `project` applies linears that share their input."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202). `project` as in `Attention`."""
 
     project: Callable[..., list[Tensor]]
 
@@ -166,7 +173,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block: attention and MLP, each behind a norm and a residual."""
+    """One block: attention and MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -182,12 +189,12 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What the layers of one forward pass share; only the cache is a layer's own."""
+    """What the layers of one forward pass share. Only `cache` differs from layer to layer."""
 
     positions: Tensor  # (B, T) int64
     cos: Tensor  # (B, T, K) float32
     sin: Tensor
-    plan: Any  # of the bundle's attention
+    plan: Any  # from `ops.attention_plan`
     cache: LayerCache | None
 
 
@@ -196,9 +203,10 @@ class Transformer(nn.Module):
 
     Args:
         config: its shape.
-        ops: the operators it is built from, see `lumi.kernels.bundle`.
+        ops: its operators, see `lumi.kernels.bundle`.
         compute_dtype: of activations and matrix products; weights stay float32.
-        gradient_checkpointing: keep only each layer's input and recompute the rest in backward (Chen et al. 2016, arXiv:1604.06174).
+        gradient_checkpointing: keep only each layer's input and recompute the rest in backward
+            (Chen et al. 2016, arXiv:1604.06174).
     """
 
     def __init__(
@@ -221,31 +229,30 @@ class Transformer(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The (V, D) matrix from hidden states to logits: `lm_head`, or the embedding where they are tied."""
+        """The (V, D) matrix from hidden states to logits: `lm_head`, or the embedding if they are tied."""
         return self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def init_weights(self, seed: int) -> "Transformer":
-        """Give every parameter its value of `initial_weights`."""
+        """Set every parameter to its value in `initial_weights`."""
         with torch.no_grad():
             for name, value in self.initial_weights(seed):
                 self.get_parameter(name).copy_(value)
         return self
 
     def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Names and random values, float32 on the CPU, one parameter at a time: a seed means the same weights on every device.
+        """Names and random values, one parameter at a time. A seed gives the same weights on every device.
 
-        Normal(0, 0.02), the two projections into the residual stream narrowed by 1/sqrt(2 layers) (GPT-2); norms at one.
+        Values are float32 on the CPU: Normal(0, 0.02), divided by sqrt(2 layers) for the two projections into
+        the residual stream (GPT-2). Norms are one.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 yield name, torch.ones(parameter.shape)
                 continue
-            std = (
-                0.02 / math.sqrt(2 * self.config.num_layers)
-                if name.endswith(("o_proj.weight", "down_proj.weight"))
-                else 0.02
-            )
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.config.num_layers)
             yield name, torch.randn(parameter.shape, generator=generator) * std
 
     def hidden(
@@ -255,13 +262,14 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """Normalised last hidden states.
+        """The last layer's hidden states, normalised.
 
         Args:
             tokens: (B, T) int64.
             positions: (B, T) int64, of each token in its document; None: 0 .. T-1 in every row.
-            cu_seqlens: (documents + 1,) int32, where each packed document begins among the B*T tokens; None: one per row.
-            cache: one `LayerCache` per layer; attention then reads it, and `cu_seqlens` must be None.
+            cu_seqlens: (documents + 1,) int32, the offsets of the packed documents in the B*T tokens; None:
+                each row is one document.
+            cache: one `LayerCache` per layer, which attention then reads; `cu_seqlens` must be None.
 
         Returns:
             (B, T, D) in `compute_dtype`.
@@ -296,8 +304,13 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         expected_dloss: float = 1.0,
     ) -> Tensor:
-        """The summed next-token loss of a batch, in nats, float32; `targets` (B, T) are already shifted, -100 is not trained. Backward is
-        cheapest when the loss's gradient is `expected_dloss`."""
+        """The summed next-token loss of a batch, in nats, float32.
+
+        Args:
+            tokens, positions, cu_seqlens: as for `hidden`.
+            targets: (B, T) int64, already shifted; -100 is not trained.
+            expected_dloss: the loss's gradient that makes backward cheapest.
+        """
         hidden_ND = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
         return self.ops.linear_cross_entropy(
             hidden_ND, self.output_weight, targets.flatten(), expected_dloss=expected_dloss

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
+import lumi.formats.export
 from lumi.cli import dispatch
 from lumi.config import UserError
-from lumi.formats import export as exporting
 from lumi.formats.adapter_format import save_adapter, weights_fingerprint
-from lumi.formats.export import export, merge, parse_size
+from lumi.formats.export import export_model, merge_adapter, parse_size
 from lumi.formats.hf_format import load_model, save_model
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import LoraConfig, adapters, add_lora
@@ -87,7 +87,7 @@ def add_adapter(run, config, tokenizer):
 
 
 def test_float32_is_equal_to_the_bit(run, tmp_path):
-    done = export(run, tmp_path / "out")
+    done = export_model(run, tmp_path / "out")
     model, reread = load_model(run, REFERENCE), load_model(tmp_path / "out", REFERENCE)
     assert all(
         torch.equal(a, b)
@@ -101,7 +101,7 @@ def test_float32_is_equal_to_the_bit(run, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrower_weights_in_shards(run, tmp_path, dtype):
     model = load_model(run, REFERENCE)
-    done = export(run, tmp_path / "out", dtype=dtype, max_shard_bytes=60_000)
+    done = export_model(run, tmp_path / "out", dtype=dtype, max_shard_bytes=60_000)
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert shards == [
         f"model-{i:05d}-of-{done.num_files:05d}.safetensors" for i in range(1, done.num_files + 1)
@@ -125,9 +125,9 @@ def test_narrower_weights_in_shards(run, tmp_path, dtype):
 def test_the_tokenizer_and_another_one(run, tokenizer, tmp_path):
     edited = tokenizer.with_chat_template("{{ messages }}")
     edited.save(tmp_path / "edited")
-    export(run, tmp_path / "out", tokenizer_path=tmp_path / "edited")
+    export_model(run, tmp_path / "out", tokenizer_path=tmp_path / "edited")
     assert Tokenizer.load(tmp_path / "out").chat_template == "{{ messages }}"
-    export(tmp_path / "out", tmp_path / "again")
+    export_model(tmp_path / "out", tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again").chat_template == "{{ messages }}"
 
 
@@ -140,7 +140,7 @@ def test_merged_is_base_and_adapter(tokenizer, tmp_path, config, tied):
     run = tmp_path / "run"
     save_model(run / "final", build(tokenizer, tied_embeddings=tied), tokenizer)
     adapter, model = add_adapter(run, config, tokenizer)
-    error, bound = merge(adapter, tmp_path / "merged").merging
+    error, bound = merge_adapter(adapter, tmp_path / "merged").merging
     assert 0 < error < 1e-12
     assert 1e-8 < bound < 1e-3
     merged = load_model(tmp_path / "merged", REFERENCE)
@@ -154,9 +154,9 @@ def test_merge_with_a_base_that_moved(run, tokenizer, tmp_path):
     adapter, model = add_adapter(run, LORA["lora"], tokenizer)
     run.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="there is no model now"):
-        merge(adapter, tmp_path / "merged")
-    merge(adapter, tmp_path / "merged", base_path=tmp_path / "moved")
-    merge(adapter, tmp_path / "narrow", base_path=tmp_path / "moved", dtype="bfloat16")
+        merge_adapter(adapter, tmp_path / "merged")
+    merge_adapter(adapter, tmp_path / "merged", base_path=tmp_path / "moved")
+    merge_adapter(adapter, tmp_path / "narrow", base_path=tmp_path / "moved", dtype="bfloat16")
     module = dict(adapters(model))["layers.0.attention.q_proj"]
     with torch.no_grad():  # alpha / rank = 8
         expected = (module.weight.double() + 8 * module.lora_B.double() @ module.lora_A.double()).float()
@@ -177,10 +177,10 @@ def test_a_wrong_merge_is_noticed(run, tokenizer, tmp_path, config, monkeypatch)
         right(model)
         model.layers[1].attention.q_proj.weight.data[0] *= 1.001
 
-    right = exporting.merge_lora
-    monkeypatch.setattr(exporting, "merge_lora", wrong)
+    right = lumi.formats.export.merge_lora
+    monkeypatch.setattr(lumi.formats.export, "merge_lora", wrong)
     with pytest.raises(UserError, match="the merged model must compute what base and adapter compute to"):
-        merge(adapter, tmp_path / "merged")
+        merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -192,18 +192,18 @@ def test_the_wrong_command(run, tokenizer, tmp_path):
     with pytest.raises(
         UserError, match=r"--model-path must be a whole model, got the adapter .*; `lumi merge` makes one"
     ):
-        export(adapter, tmp_path / "out")
+        export_model(adapter, tmp_path / "out")
     with pytest.raises(UserError, match="--model-path must hold an adapter, got the whole model"):
-        merge(run, tmp_path / "out")
+        merge_adapter(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_is_not_empty(run, tokenizer, tmp_path):
     adapter, _ = add_adapter(run, LORA["lora"], tokenizer)
     (tmp_path / "out").mkdir()
-    export(run, tmp_path / "out")
+    export_model(run, tmp_path / "out")
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir())
-    for command, path in ((export, run), (merge, adapter)):
+    for command, path in ((export_model, run), (merge_adapter, adapter)):
         with pytest.raises(UserError, match=r"--output-dir must be new or empty, got \S+out; choose another"):
             command(path, tmp_path / "out")
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()) == before
@@ -222,9 +222,9 @@ def test_what_is_read_back_differently_is_removed(run, tmp_path, monkeypatch, da
             config["rope_parameters"]["rope_theta"] = 10_001.0
             (folder / "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr(exporting, "save_model", spoil)
+    monkeypatch.setattr(lumi.formats.export, "save_model", spoil)
     with pytest.raises(UserError, match="what was read back is not what was written; nothing was left there"):
-        export(run, tmp_path / "out")
+        export_model(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -233,11 +233,11 @@ def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exporting, "save_model", fill)
+    monkeypatch.setattr(lumi.formats.export, "save_model", fill)
     with pytest.raises(
         UserError, match=r"out: cannot be written: No space left on device; nothing was left there"
     ):
-        export(run, tmp_path / "out")
+        export_model(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -249,12 +249,12 @@ def test_weights_that_do_not_fit(run, tokenizer, tmp_path, monkeypatch):
         UserError,
         match=r"--dtype must be able to hold every weight, got float16, in which final_norm\.weight is not finite",
     ):
-        export(tmp_path / "large", tmp_path / "out", dtype="float16")
+        export_model(tmp_path / "large", tmp_path / "out", dtype="float16")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(
         UserError, match=r"--output-dir must have 0\.00 GB of space for the weights, got 0\.00 GB"
     ):
-        export(run, tmp_path / "out")
+        export_model(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "run"]
 
 

@@ -16,7 +16,7 @@ from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.cli import dispatch
 from lumi.command_line import run
 from lumi.formats.hf_format import save_model
-from lumi.inference.completions import complete, read_requests
+from lumi.inference.completions import complete, read_prompts
 from lumi.inference.generation import SamplingConfig, generate_ids
 
 RECORDS = [
@@ -67,20 +67,20 @@ def test_batches_change_nothing(temperature, tokenizer):
     config = SamplingConfig(max_new_tokens=15, temperature=temperature, seed=3)
     expected = list(one_by_one(tokenizer, config))
     assert len({record["text"] for record in expected}) > 4
-    requests = read_requests(b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\n"), "lines", tokenizer, POSITIONS)
+    prompts = read_prompts(b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\n"), "lines", tokenizer, POSITIONS)
     for size, batches in ((1, [1] * 7), (2, [2, 2, 1, 2]), (100, [2, 3, 2])):
-        got = list(complete(wanderer(tokenizer, padding=16), tokenizer, requests, config, size))
+        got = list(complete(wanderer(tokenizer, padding=16), tokenizer, prompts, config, size))
         assert [len(batch) for batch in got] == batches
         assert [record for batch in got for record in batch] == expected
 
 
 def test_each_kind_ends_at_its_own_tokens(tokenizer):
-    requests = read_requests(LINES, "lines", tokenizer, POSITIONS)
+    prompts = read_prompts(LINES, "lines", tokenizer, POSITIONS)
     for token, of_a_text in ((tokenizer.im_end_id, False), (tokenizer.eos_id, True)):
         model = speller(tokenizer, {None: token})
         records = [
             record
-            for batch in complete(model, tokenizer, requests, SamplingConfig(max_new_tokens=3), 2)
+            for batch in complete(model, tokenizer, prompts, SamplingConfig(max_new_tokens=3), 2)
             for record in batch
         ]
         assert {record["stopped"] for record in records if "prompt" in record} == {of_a_text}
@@ -166,10 +166,10 @@ def test_finished_batches_are_not_lost(model_dir, tmp_path, monkeypatch, capsys)
             b'{"messages": [{"role": "user", "content": "x\\ud800"}]}',
             "messages: 1: content: text must be valid Unicode, got the lone",
         ),
-        (b'{"prompt": "x", "id": NaN}', "numbers must be finite, which is all that JSON has, got NaN"),
+        (b'{"prompt": "x", "id": NaN}', "numbers must be finite, JSON has no others, got NaN"),
         (
             b'{"prompt": "x", "id": [-1e999]}',
-            "numbers must be finite, which is all that JSON has, got -1e999",
+            "numbers must be finite, JSON has no others, got -1e999",
         ),
         (b"[" * 100_000, "must be a JSON object, got something else: maximum recursion depth"),
         (b'{"messages": []}', "messages must be a list of at least one message"),

@@ -96,7 +96,7 @@ def test_nothing_is_remembered_of_an_answer_interrupted_before_it_began(tokenize
 
     monkeypatch.setattr(lumi.inference.dialogue, "generate_ids", interrupt)
     assert dialogue.answer("go", ignore) == ("", 0, False, True, 0)
-    assert dialogue.turns == []
+    assert dialogue.exchanges == []
 
 
 def test_the_oldest_turns_are_forgotten_whole(tokenizer, prompts):
@@ -115,7 +115,7 @@ def test_the_oldest_turns_are_forgotten_whole(tokenizer, prompts):
         said += [question, answer.text]
     assert forgotten[0] == 0
     assert max(forgotten) > 1
-    assert len(dialogue.turns) == 12 - sum(forgotten)
+    assert len(dialogue.exchanges) == 12 - sum(forgotten)
 
 
 def test_a_message_too_long_changes_nothing(tokenizer, prompts):
@@ -224,7 +224,7 @@ def test_a_pipe_gets_answers_alone(tokenizer, monkeypatch, capsys):
     dialogue = Dialogue(speller(tokenizer, {None: a, a: b, b: tokenizer.im_end_id}), tokenizer, SHORT)
     assert pipe(monkeypatch, "one\n\nzwei é\r\nthree".encode(), dialogue) == 0
     assert capsys.readouterr() == ("ab\nab\nab\n", "")
-    assert [turn.user.content for turn in dialogue.turns] == ["one", "zwei é", "three"]
+    assert [exchange.user.content for exchange in dialogue.exchanges] == ["one", "zwei é", "three"]
 
 
 def test_commands_and_remarks_on_a_pipe(tokenizer, monkeypatch, capsys):
@@ -258,7 +258,7 @@ def test_commands_and_remarks_on_a_pipe(tokenizer, monkeypatch, capsys):
         "[cut after 8 tokens]",
         "[cut after 8 tokens]",
     ]
-    assert [turn.user.content for turn in dialogue.turns] == ["four", "/usr/bin is a path"]
+    assert [exchange.user.content for exchange in dialogue.exchanges] == ["four", "/usr/bin is a path"]
     assert dialogue.system == "New one."
 
 
@@ -287,7 +287,7 @@ def test_a_refused_line_is_named_and_the_conversation_goes_on(line, message, tok
     assert captured.out == "a\na\n"
     assert captured.err.startswith(message)
     assert captured.err.count("\n") == 1
-    assert len(dialogue.turns) == 2
+    assert len(dialogue.exchanges) == 2
 
 
 def test_control_c_ends_a_program_in_a_pipe(tokenizer, monkeypatch):

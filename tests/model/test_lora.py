@@ -16,7 +16,6 @@ from lumi.model.lora import (
     adapters,
     add_lora,
     apply_adapted,
-    load_trained,
     merge_lora,
     trained_tensors,
 )
@@ -358,15 +357,3 @@ def test_the_seed_makes_the_adapters():
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
-
-
-def test_restoring_what_was_trained():
-    model, other = adapted(LoraConfig(rank=4)), adapted(LoraConfig(rank=4), trained=False)
-    load_trained(other, {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()})
-    assert torch.equal(logits(model), logits(other))
-    with pytest.raises(
-        UserError, match=r"must hold \(4, 16\) for layers.0.attention.q_proj.lora_A, got \(5, 16\)"
-    ):
-        load_trained(model, trained_tensors(adapted(LoraConfig(rank=5))))
-    with pytest.raises(UserError, match=r"got nothing; resume with the config that wrote it"):
-        load_trained(model, {})
