@@ -1,10 +1,11 @@
 """Held-out loss: nats per token and bits per byte.
 
-Protocol: the documents of a split in order, in windows of `sequence_length` tokens without overlap; a document cut by a window's
-edge goes on without context. Every target counts, each document's EOS included, and the bytes are those of the text that the
-targets stand for: so the figure does not depend on the tokenizer, and compares with a compressor's output over the same bytes.
-Of conversations the targets are the answers and what ends them, in the rows of `lumi.data.rows.ConversationRows`: whole conversations, but
-for those longer than a row, which end at an earlier answer or are left out.
+Protocol: the documents of a split in order, in windows of `sequence_length` tokens that do not overlap. A document that
+a window's edge cuts goes on without context. Every target counts, each document's EOS included. The bytes are those of
+the text that the targets stand for, so the figure does not depend on the tokenizer and compares with a compressor's
+output over the same bytes. In conversations the targets are the answers and the tokens that end them. Their rows are
+those of `lumi.data.rows.ConversationRows`: whole conversations; one longer than a row ends at an earlier answer or is
+left out.
 """
 
 import math
@@ -25,7 +26,7 @@ from lumi.parallel.world import World, attempt
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The result: `loss` in nats per token, `bits_per_byte`, and how many of both were read."""
+    """`loss` in nats per token, `bits_per_byte`, and how many tokens and bytes they rest on."""
 
     loss: float
     bits_per_byte: float
@@ -48,14 +49,14 @@ def held_out_loss(
     Args:
         token_bytes: (V,) int, the UTF-8 bytes that each token stands for.
         max_tokens: of each split; None: all.
-        stopping: asked before each batch, by all processes together, which must get the same answer; it is told why this process cannot
-            read the batch, if so. None: nothing stops it but such an error.
+        stopping: all processes call it together before each batch, with the reason why this process cannot read the
+            batch, or None. It must answer all of them the same. None: only an unreadable batch stops it.
 
     Returns:
-        None where `stopping` ended it.
+        None if `stopping` ended it.
 
     Raises:
-        UserError: data cannot be read, and there is no `stopping` to end it.
+        UserError: data cannot be read, and `stopping` is None.
     """
     bytes_V = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(world.device)
     nats, tokens, num_bytes = 0.0, 0, 0

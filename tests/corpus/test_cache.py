@@ -39,9 +39,9 @@ def processed(monkeypatch):
     texts = []
     process_batch = processing.process_batch
 
-    def count(recipe, records):
-        texts.extend(record.text for record in records)
-        return process_batch(recipe, records)
+    def count(rules, records):
+        texts.extend(record.document for record in records)
+        return process_batch(rules, records)
 
     monkeypatch.setattr(processing, "process_batch", count)
     return texts
@@ -184,10 +184,10 @@ from lumi.corpus import PrepareConfig, prepare, processing
 processing.BATCH_DOCUMENTS = 4
 process_batch = processing.process_batch
 
-def slow(recipe, records):
+def slow(rules, records):
     (Path(sys.argv[3]) / str(os.getpid())).touch()
     time.sleep(0.1)
-    return process_batch(recipe, records)
+    return process_batch(rules, records)
 
 processing.process_batch = slow
 if __name__ == "__main__":

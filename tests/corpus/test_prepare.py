@@ -377,7 +377,7 @@ def test_a_source_that_gives_nothing_shows_its_first_malformed_record(tmp_path, 
     warnings = [
         "source 'a': no document is kept of 3 read (3 missing_text); the first malformed one: missing_text: "
         f"{tmp_path}/a.jsonl:1: no field 'response'; it has 'instruction', 'context', 'output'",
-        f"the first malformed one: malformed_json: {tmp_path}/b.jsonl:1: Expecting value: ",
+        f"the first malformed one: malformed_json: {tmp_path}/b.jsonl:1: not valid JSON: Expecting value: ",
         'for a file that is one JSON array use kind "json"',
     ]
     printed = capsys.readouterr().err

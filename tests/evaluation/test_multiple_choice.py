@@ -5,9 +5,9 @@ import statistics
 import pytest
 
 from lumi.config import UserError
-from lumi.evaluation.likelihood import Request, score
+from lumi.corpus import JsonlFiles
+from lumi.evaluation.likelihood import ScoringRequest, score
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions, standard_error
-from lumi.evaluation.records import JsonlSource
 from lumi.evaluation.tasks import Question, TaskConfig
 
 
@@ -56,7 +56,9 @@ def test_contexts_of_their_own_and_shared_ones(opinionated_model, tokenizer):
         ("The river", " finds a stone"),
         *((context, " was late.") for context in own.contexts),
     ]
-    requests = [Request([tokenizer.bos_id, *encode(a)], [encode(a + b)[len(encode(a)) :]]) for a, b in pairs]
+    requests = [
+        ScoringRequest([tokenizer.bos_id, *encode(a)], [encode(a + b)[len(encode(a)) :]]) for a, b in pairs
+    ]
     expected = [only for [only] in score(opinionated_model, requests, batch_tokens=1)]
     expected = [expected[:2], expected[2:], expected[:2]]
     for row, wanted in zip(got, expected, strict=True):
@@ -66,7 +68,7 @@ def test_contexts_of_their_own_and_shared_ones(opinionated_model, tokenizer):
 def test_limits_and_the_place_of_a_bad_record(tmp_path):
     records = [{"goal": str(i), "sol1": "a", "sol2": "b", "label": i % 2} for i in range(5)] + [{"goal": "x"}]
     (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, records)))
-    source = JsonlSource(paths=(str(tmp_path / "piqa.jsonl"),))
+    source = JsonlFiles(paths=(str(tmp_path / "piqa.jsonl"),))
     config = TaskConfig(kind="piqa", name="p", source=source, limit=4)
     assert [question.answer for question in read_questions(config)] == [0, 1, 0, 1]
     assert len(read_questions(config, 3)) == 3

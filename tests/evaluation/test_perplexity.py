@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lumi.config import UserError, from_dict
+from lumi.corpus import JsonlFiles, TextFiles
 from lumi.evaluation.perplexity import (
-    Document,
+    ScoredDocument,
     TextConfig,
     WindowConfig,
     count_words,
@@ -20,14 +21,13 @@ from lumi.evaluation.perplexity import (
     store_documents,
     text_documents,
 )
-from lumi.evaluation.records import JsonlSource, TextSource
 
 
 def make_document(length, seed=0, scored=None):
     rng = random.Random(seed)
     tokens = np.array([1] + [rng.randrange(6, 384) for _ in range(length)])
     marks = np.arange(length + 1) > 0 if scored is None else np.array(scored)
-    return Document(tokens, marks, words=7, bytes=40)
+    return ScoredDocument(tokens, marks, words=7, bytes=40)
 
 
 def log_probability(model, context, token):
@@ -48,7 +48,7 @@ def windows_of(document, window, stride):
 
 
 def test_windows_by_hand():
-    document = Document(np.arange(100, 108), np.arange(8) > 0, 0, 0)  # BOS and seven tokens
+    document = ScoredDocument(np.arange(100, 108), np.arange(8) > 0, 0, 0)  # BOS and seven tokens
     # As long as the window: the last one reaches back, so that its two tokens are read with a full window before them.
     assert windows_of(document, 5, 5) == [(0, 5, [1, 2, 3, 4, 5]), (2, 5, [6, 7])]
     assert windows_of(document, 4, 2) == [(0, 4, [1, 2, 3, 4]), (2, 4, [5, 6]), (3, 4, [7])]
@@ -143,7 +143,7 @@ def test_the_documents_of_a_text(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "\n".join(json.dumps({"body": text}) for text in ("The river.", "", "Löwe im  Tor"))
     )
-    source = JsonlSource(paths=(str(tmp_path / "a.jsonl"),))
+    source = JsonlFiles(paths=(str(tmp_path / "a.jsonl"),))
     first, second = text_documents(TextConfig(name="t", source=source, text_field="body"), tokenizer)
     assert first.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode("The river.")]
     assert first.scored.tolist() == [False] + [True] * (len(first.tokens) - 1)
@@ -160,7 +160,7 @@ def test_the_documents_of_a_text(tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match=r"text 'e': text: .*empty.txt: must hold text, got none"):
         text_documents(
-            TextConfig(name="e", source=TextSource(paths=(str(tmp_path / "empty.txt"),))), tokenizer
+            TextConfig(name="e", source=TextFiles(paths=(str(tmp_path / "empty.txt"),))), tokenizer
         )
 
 
@@ -168,7 +168,7 @@ def test_wikitext_is_measured_on_the_file_and_read_as_text(tokenizer, tmp_path):
     (tmp_path / "wiki").write_text(
         " \n = Rivers = \n \n A river @-@ bed , dry . \n \n = Stones = \n \n A stone . \n"
     )
-    config = TextConfig(name="w", source=TextSource(paths=(str(tmp_path / "wiki"),)), format="wikitext")
+    config = TextConfig(name="w", source=TextFiles(paths=(str(tmp_path / "wiki"),)), format="wikitext")
     first, second = text_documents(config, tokenizer)
     page = " = Rivers = \n \n A river @-@ bed , dry . \n "
     assert (first.words, first.bytes) == (len(page.split()) + 2, len(page))
