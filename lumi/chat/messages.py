@@ -69,8 +69,8 @@ def contents(messages: Sequence[Message]) -> str:
 def find_disorder(messages: Sequence[Message]) -> str:
     """Why a model cannot be trained on these roles in this order, or "" if it can.
 
-    "system_not_first": a system message after the first place. "roles_do_not_alternate": the others are not user,
-    assistant, user ... "no_answer": there is no assistant message.
+    "system_not_first": a system message after the first place. "roles_do_not_alternate": the others are not
+    user, assistant, user ... "no_answer": there is no assistant message.
     """
     spoken = [message.role for message in messages]
     if "system" in spoken[1:]:

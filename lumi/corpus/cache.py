@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
 
 
 class SourceCache:
-    """One folder: parts named by number and SHA-256, `facts.json`, and `complete.json` once the source is exhausted.
+    """One folder: parts named by number and SHA-256, `facts.json`, and at the end `complete.json`.
 
     Args:
         folder: of this cache alone.
@@ -51,7 +51,7 @@ class SourceCache:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def read(self) -> Iterator[list[Outcome]]:
-        """The parts that are there, in order and verified. A damaged one ends them; a writable cache deletes it."""
+        """The parts in order, verified. A damaged one ends them; a writable cache deletes it."""
         self._num_parts = 0
         if self.facts() is not None:
             for path in self._list_parts():
@@ -85,7 +85,7 @@ class SourceCache:
         self._save("complete.json", {"parts": self._num_parts})
 
     def facts(self) -> dict[str, Any] | None:
-        """What was found out when the source was opened; None if it never was, and then there are no parts."""
+        """What was found out when the source was opened, before the first part; None if it never was."""
         return self._load("facts.json")
 
     def save_facts(self, facts: dict[str, Any]) -> None:

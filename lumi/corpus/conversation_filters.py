@@ -11,9 +11,9 @@ from lumi.corpus.filters import check_languages, check_phrases, classifier
 class ConversationFilterConfig:
     """Limits of a conversation that is kept.
 
-    `max_chars` counts all contents together, `max_messages` the system message as well. Every answer has at least
-    `min_answer_chars`. `blocked_phrases` are searched in the answers, in upper and lower case. `languages` judges the
-    whole conversation.
+    `max_chars` counts all contents together, `max_messages` the system message as well. Every answer has at
+    least `min_answer_chars`. `blocked_phrases` are searched in the answers, in upper and lower case.
+    `languages` judges the whole conversation.
     """
 
     max_chars: int = 100_000
@@ -36,7 +36,7 @@ class ConversationFilterConfig:
 
 
 def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conversation:
-    """Clean every content. Leave out a blank system message, and what the user said last without an answer."""
+    """Clean every content. Leave out a blank system message and the last messages without an answer."""
     cleaned = [message._replace(content=clean_text(message.content, config)) for message in messages]
     while cleaned and cleaned[-1].role == "user":
         cleaned.pop()

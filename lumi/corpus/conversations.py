@@ -32,7 +32,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def read(self, record: dict[str, Any]) -> Conversation:
-        """The conversation in a record. Raises MalformedConversation, with the reason that it is counted under."""
+        """The conversation in a record. Raises MalformedConversation with the reason to count it under."""
 
 
 @dataclass(frozen=True, kw_only=True)

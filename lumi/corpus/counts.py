@@ -1,4 +1,4 @@
-"""What became of the records of each source: the one count of kept and dropped ones, from the run to the manifest."""
+"""How many records of each source were kept, and how many dropped by reason, from the run to the manifest."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A document is a text or a conversation; a record of a source gives a document, or the reason why it gives none."""
+"""A document is a text or a conversation; a record is a document, or the reason why there is none."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ Document = str | Conversation
 
 
 class Record(NamedTuple):
-    """A document, or None with the reason; `detail` says where the record stands and what is wrong with it."""
+    """A document, or None with the reason; `detail` says where the record stands and what is wrong."""
 
     document: Document | None
     reason: str = ""

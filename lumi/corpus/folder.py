@@ -1,4 +1,4 @@
-"""The corpus folder on disk: Parquet shards and `manifest.json`, written whole or not at all, verified when read.
+"""The corpus folder: Parquet shards and `manifest.json`, written whole or not at all, verified when read.
 
 A corpus holds texts or conversations: its first column is `text` or `messages`, its second is `source`.
 """
@@ -51,8 +51,8 @@ class ConversationBatch(NamedTuple):
 class CorpusReader:
     """A finished corpus folder. Each shard's SHA-256 is checked before it is read.
 
-    `iter_batches`, `iter_shard` and iteration give the documents of a corpus of texts, `iter_conversations` those of a
-    corpus of conversations, and `iter_texts` the text of either.
+    `iter_batches`, `iter_shard` and iteration give the documents of a corpus of texts, `iter_conversations`
+    those of a corpus of conversations, and `iter_texts` the text of either.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -91,7 +91,8 @@ class CorpusReader:
                 f"{self.folder}",
                 "must be a corpus of texts here",
                 got="one of conversations",
-                remedy="`lumi tokenize` and `lumi tokenizer` take it, or prepare sources without `conversation`",
+                remedy="`lumi tokenize` and `lumi tokenizer` take it,"
+                " or prepare sources without `conversation`",
             )
         for documents, sources in self._read_shard(index, batch_documents):
             yield CorpusBatch(documents, sources)
@@ -114,7 +115,7 @@ class CorpusReader:
                 yield ConversationBatch([from_json(messages) for messages in documents], sources)
 
     def iter_texts(self, batch_documents: int = 1024) -> Iterator[str]:
-        """The text of every document in order; for a conversation its contents, a line end between the messages.
+        """The text of every document in order: of a conversation its contents, a line end between messages.
 
         Raises:
             UserError: a shard is damaged: which, what was expected, what came.
@@ -242,7 +243,7 @@ class CorpusWriter:
             self._close()
 
     def commit(self, manifest: Manifest, card: str) -> Manifest:
-        """Move shards and card into the folder, then the manifest. Only then delete the shards of an earlier corpus."""
+        """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards."""
         self._flush()
         self._close()
         manifest = {

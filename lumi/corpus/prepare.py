@@ -42,7 +42,8 @@ def prepare(
 
     Args:
         config: sources, filters, budgets.
-        output_dir: a new or empty folder, or a corpus folder of the same config (with `use_cache`: of any config).
+        output_dir: a new or empty folder, or a corpus folder of the same config (with `use_cache`: of any
+            config).
         use_cache: reuse what an earlier or interrupted run left in `output_dir/.cache`; otherwise begin anew.
         analyze_only: print what would be kept and dropped, and write nothing.
         num_workers: processes for cleaning, filters and fingerprints; None: one for each usable core.
@@ -51,7 +52,8 @@ def prepare(
         The manifest; with `analyze_only` the manifest that a run would write, without shards.
 
     Raises:
-        UserError: a source cannot be read, the folder holds something else, no document is kept, the disk is full.
+        UserError: a source cannot be read, the folder holds something else, no document is kept, the disk
+            is full.
     """
     rules = config.rules
     all_workers = Workers(
@@ -143,7 +145,7 @@ def _discard(folder: Path, caches: dict[str, SourceCache]) -> None:
 def _run(
     config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers, writer: CorpusWriter | None
 ) -> list[SourceCounts]:
-    """Take every source in order until its budget is reached. Duplicates are found here, one document after the other."""
+    """Take every source in order until its budget is reached; find duplicates one document at a time."""
     deduplicator = Deduplicator(config.deduplication, has_parts=config.conversation_filters is not None)
     all_counts = []
     for source in config.sources:
@@ -190,7 +192,7 @@ def _take(
 def _process_source(
     source: Source, max_chars: int, cache: SourceCache | None, workers: Workers, counts: SourceCounts
 ) -> Generator[list[Outcome], None, None]:
-    """The outcomes of a source in batches: first those in the cache, then the others, which are added to it."""
+    """The outcomes of a source in batches: first those in the cache, then the others, which go into it."""
     num_cached = 0
     if cache is not None:
         counts.facts = cache.facts() or {}
@@ -236,7 +238,7 @@ def _versions(config: PrepareConfig) -> dict[str, str]:
 
 
 def _source_key(source: Source, config: PrepareConfig) -> str:
-    """Everything that decides the outcomes of a source; its budget and the threshold of near duplicates do not."""
+    """All that decides the outcomes of a source; its budget and the threshold of near duplicates do not."""
     fingerprints = {key: value for key, value in to_dict(config.deduplication).items() if key != "threshold"}
     batches = [processing.BATCH_DOCUMENTS, processing.BATCH_CHARS]
     rules = [to_dict(config.cleaning), to_dict(config.rules.filters), fingerprints, batches]
@@ -244,7 +246,7 @@ def _source_key(source: Source, config: PrepareConfig) -> str:
 
 
 def _check_output(folder: Path, config: PrepareConfig, use_cache: bool) -> Manifest | None:
-    """The manifest of the corpus that is already there, or None. Raises UserError if this run must not replace it."""
+    """The manifest of the corpus that is there, or None. Raises UserError if this run must not replace it."""
     if not folder.exists():
         return None
     if not folder.is_dir():

@@ -14,9 +14,10 @@ from lumi.corpus.sources import Source
 class PrepareConfig:
     """What goes into a corpus.
 
-    A source is read until enough of its documents are kept: `max_documents`, or `max_tokens` by an estimate.
-    All sources give texts, which `filters` judges, or all give conversations, which `conversation_filters` judges.
-    The one that fits is set to its defaults if it is not given; the other is None.
+    A source is read until enough of its documents are kept: `max_documents`, or `max_tokens` by an
+    estimate. All sources give texts, which `filters` judges, or all give conversations, which
+    `conversation_filters` judges. The one that fits is set to its defaults if it is not given; the other is
+    None.
 
     Args:
         bytes_per_token: the estimate behind budgets and reports.

@@ -1,4 +1,4 @@
-"""The work on one batch that needs no other batch: cleaning, filters and fingerprints. Worker processes run it."""
+"""The work on a batch that needs no other batch: cleaning, filters, fingerprints. Worker processes run it."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -19,7 +19,7 @@ BATCH_CHARS = 4_000_000
 
 
 class RecordRules(NamedTuple):
-    """The rules that decide what becomes of one record. The filters say whether records are texts or conversations."""
+    """The rules that decide what becomes of one record; their filters judge texts, or conversations."""
 
     cleaning: CleaningConfig
     filters: FilterConfig | ConversationFilterConfig
@@ -29,7 +29,8 @@ class RecordRules(NamedTuple):
 class Outcome(NamedTuple):
     """What became of one record: the cleaned document, or None with the reason; `detail` as in `Record`.
 
-    `num_bytes`: the UTF-8 of its text (of a conversation, of its contents). `shortened`: messages were left out.
+    `num_bytes`: the UTF-8 of its text (of a conversation, of its contents). `shortened`: messages were left
+    out.
     """
 
     document: Document | None

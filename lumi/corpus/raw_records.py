@@ -1,4 +1,4 @@
-"""Locations -> raw records, in a fixed order: a file or a dataset is cut into pieces, nothing is interpreted yet.
+"""Locations -> raw records in a fixed order: files and datasets are cut into pieces, nothing is interpreted.
 
 The stage `prepare` counts the pieces that cannot be read, `lumi evaluate` refuses them.
 """
@@ -101,7 +101,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def _read_jsonl(path: str, limit: int) -> Iterator[Piece]:
-    # `limit` in bytes: a character takes at most 12 bytes in JSON ("\\ud83d\\ude00"), other fields take the rest.
+    # `limit` in bytes: a character takes at most 12 in JSON ("\\ud83d\\ude00"), other fields take the rest.
     with _open(path) as file:
         number = 0
         while line := file.readline(limit):

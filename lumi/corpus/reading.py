@@ -1,4 +1,4 @@
-"""Sources -> records, in a fixed order: each gives a text or a conversation, or the reason why it gives none."""
+"""Sources -> records in a fixed order: each is a text or a conversation, or the reason why there is none."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice

@@ -1,7 +1,8 @@
 """Where data comes from: the config of each kind of source, and what identifies its content.
 
-A location says where data lies: in files, or in a dataset on the hub. `lumi evaluate` reads locations. A source of the
-stage `prepare` is a location, or the documentation inside this Python, with a name and a budget.
+A location says where data lies: in files, or in a dataset on the hub. `lumi evaluate` reads locations. A
+source of the stage `prepare` is a location, or the documentation inside this Python, with a name and a
+budget.
 """
 
 import os
@@ -38,7 +39,7 @@ ConversationFormat = (
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The root of locations and sources: each class checks its own fields, then calls the next `__post_init__`."""
+    """The root of locations and sources: every class checks its own fields and calls `super()`."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if a field has an impossible value."""
@@ -119,7 +120,7 @@ class NamedSource(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSource(NamedSource):
-    """A source of records with fields: the text in one of them, or a conversation in one of the formats of chat data."""
+    """A source of records with fields: a text in one of them, or a conversation in a format of chat data."""
 
     text_field: str = "text"
     conversation: ConversationFormat | None = None
@@ -195,9 +196,9 @@ class PythonDocsSource(NamedSource):
 class PythonQuestionsSource(NamedSource):
     """Questions about the modules, classes and functions of packages, with answers from their documentation.
 
-    `packages`: "stdlib" and names of installed packages. `modules`: a hash of its name puts each module on one side,
-    `held_out_fraction` of them on "held_out", the others on "train", so that two corpora share no module.
-    `max_answer_chars`: an answer ends with the last sentence within this limit.
+    `packages`: "stdlib" and names of installed packages. `modules`: a hash of its name puts each module on
+    one side, `held_out_fraction` of them on "held_out", the others on "train", so that two corpora share no
+    module. `max_answer_chars`: an answer ends with the last sentence within this limit.
     """
 
     kind: Literal["python_questions"] = "python_questions"
@@ -236,10 +237,11 @@ Source = (
 
 
 def identify(source: Source) -> dict[str, Any]:
-    """What decides which documents a source gives: its config without name and budget, its files, its versions.
+    """What decides which documents a source gives: its config without name and budget, files, versions.
 
     Raises:
-        UserError: a path matches no file, or a package of `python_docs` or `python_questions` is not installed.
+        UserError: a path matches no file, or a package of `python_docs` or `python_questions` is not
+            installed.
     """
     config = {
         key: value

@@ -1,4 +1,4 @@
-"""How good a model is: held-out loss during training, and the tasks, texts and smoke tests of `lumi evaluate`."""
+"""How good a model is: held-out loss during training; tasks, texts and smoke tests of `lumi evaluate`."""
 
 from lumi.evaluation.held_out import HeldOut, evaluating, held_out_loss
 

@@ -1,4 +1,4 @@
-"""`lumi evaluate`: a model -> tasks, perplexity and smoke tests -> evaluation_results.json and evaluation_report.md."""
+"""`lumi evaluate`: a model -> tasks, perplexity and smoke tests -> results as JSON and as a report."""
 
 import dataclasses
 import os
@@ -44,8 +44,9 @@ RESULTS_FILE, REPORT_FILE = "evaluation_results.json", "evaluation_report.md"
 class EvaluationConfig:
     """What is measured.
 
-    `batch_tokens`: how many tokens one pass holds; it decides speed and memory, not results. None: 16,384 on CUDA, and
-    1,024 on the CPU, where a larger batch falls out of the caches (measured: 8,192 is 1.4 times slower).
+    `batch_tokens`: how many tokens one pass holds; it decides speed and memory, not results. None: 16,384
+    on CUDA, and 1,024 on the CPU, where a larger batch falls out of the caches (measured: 8,192 is 1.4
+    times slower).
     """
 
     tasks: tuple[TaskConfig, ...] = ()
@@ -86,21 +87,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model; write the results and a report into `output_dir`, and print them as a table.
 
-    All data is read before the model is run, so that what is missing shows at once. Both files are written after each
-    task and text, with `finished` false until the end. An error or Ctrl-C before the end prints what they hold to stderr.
+    All data is read before the model is run, so that what is missing shows at once. Both files are written
+    after each task and text, with `finished` false until the end. An error or Ctrl-C before the end prints
+    what they hold to stderr.
 
     Args:
         config: what to measure.
         pretrained: the model, its tokenizer and its folder.
         output_dir: is made; results of an earlier evaluation in it are replaced.
-        data_dirs: token stores or corpus folders of the model's tokenizer; their validation splits are measured.
+        data_dirs: token stores or corpus folders of the model's tokenizer; their validation splits are
+            measured.
         limit: how many examples of each task and documents of each text at most.
 
     Returns:
         What the results file holds.
 
     Raises:
-        UserError: nothing to do, two texts of one name, data that cannot be read, or a model whose output is not finite.
+        UserError: nothing to do, two texts of one name, data that cannot be read, or a model whose output
+            is not finite.
     """
     started = time.monotonic()
     output_dir, folders = Path(output_dir), list(map(Path, data_dirs))

@@ -1,11 +1,11 @@
 """Held-out loss: nats per token and bits per byte.
 
-Protocol: the documents of a split in order, in windows of `sequence_length` tokens that do not overlap. A document that
-a window's edge cuts goes on without context. Every target counts, each document's EOS included. The bytes are those of
-the text that the targets stand for, so the figure does not depend on the tokenizer and compares with a compressor's
-output over the same bytes. In conversations the targets are the answers and the tokens that end them. Their rows are
-those of `lumi.data.rows.ConversationRows`: whole conversations; one longer than a row ends at an earlier answer or is
-left out.
+Protocol: the documents of a split in order, in windows of `sequence_length` tokens that do not overlap. A
+document that a window's edge cuts goes on without context. Every target counts, each document's EOS
+included. The bytes are those of the text that the targets stand for, so the figure does not depend on the
+tokenizer and compares with a compressor's output over the same bytes. In conversations the targets are the
+answers and the tokens that end them. Their rows are those of `lumi.data.rows.ConversationRows`: whole
+conversations; one longer than a row ends at an earlier answer or is left out.
 """
 
 import math
@@ -49,8 +49,9 @@ def held_out_loss(
     Args:
         token_bytes: (V,) int, the UTF-8 bytes that each token stands for.
         max_tokens: of each split; None: all.
-        stopping: all processes call it together before each batch, with the reason why this process cannot read the
-            batch, or None. It must answer all of them the same. None: only an unreadable batch stops it.
+        stopping: all processes call it together before each batch, with the reason why this process cannot
+            read the batch, or None. It must answer all of them the same. None: only an unreadable batch
+            stops it.
 
     Returns:
         None if `stopping` ended it.

@@ -1,14 +1,14 @@
 """The log-likelihood of continuations, by which multiple choice tasks are scored.
 
-Texts become tokens as in lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness, `_encode_pair`). White
-space at the end of the context moves to the continuation. Context + continuation is encoded as one text, and the
-continuation's tokens are those after the context's. A token may reach over the boundary, so that the whole does not
-begin with the context's tokens. The harness then loses a piece of the continuation; here the two are encoded one after
-the other instead. BOS comes first. A text longer than the model's positions is cut from the left, BOS included. The
-last token is predicted and never read.
+Texts become tokens as in lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness,
+`_encode_pair`). White space at the end of the context moves to the continuation. Context + continuation is
+encoded as one text, and the continuation's tokens are those after the context's. A token may reach over the
+boundary, so that the whole does not begin with the context's tokens. The harness then loses a piece of the
+continuation; here the two are encoded one after the other instead. BOS comes first. A text longer than the
+model's positions is cut from the left, BOS included. The last token is predicted and never read.
 
-A context is run once for all its continuations: its last position gives the first token of each, and the rest of each
-is run on a copy of the context's keys and values.
+A context is run once for all its continuations: its last position gives the first token of each, and the
+rest of each is run on a copy of the context's keys and values.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ _LOGIT_ROWS = 512  # at once: with 32,768 ids that is 64 MiB
 
 
 class ScoringRequest(NamedTuple):
-    """Token ids of a context (at least BOS) and of the continuations to score after it (at least one token each)."""
+    """Token ids of a context (at least BOS) and of the continuations to score after it (none empty)."""
 
     context: list[int]
     continuations: list[list[int]]
@@ -63,7 +63,8 @@ def score(
     Args:
         model: in evaluation mode, on its device.
         requests: contexts with their continuations.
-        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the result.
+        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the
+            result.
         on_done: called with the number of continuations scored since the last call.
 
     Raises:
@@ -85,7 +86,7 @@ def score(
 
 
 class _Job(NamedTuple):
-    """Continuations number `places` of request number `request`, with their context cut to the model's positions."""
+    """Continuations `places` of request number `request`, with the context cut to the model's positions."""
 
     context: list[int]
     continuations: list[list[int]]
@@ -152,7 +153,10 @@ def _score_rest(
     start_C: Tensor,
     continuations: Sequence[list[int]],
 ) -> list[float]:
-    """Sums over continuations without their first tokens; number c begins at `start_C[c]` in row `row_C[c]` of the cache."""
+    """Sums over continuations without their first tokens.
+
+    Continuation number c begins at position `start_C[c]` of row `row_C[c]` of the cache.
+    """
     device = row_C.device
     inputs_CT = _pad([ids[:-1] for ids in continuations]).to(device)
     targets_CT = _pad([ids[1:] for ids in continuations]).to(device)
@@ -189,7 +193,7 @@ def log_probabilities_of(model: Transformer, hidden_ND: Tensor, targets_N: Tenso
 
 
 def token_log_probabilities(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> Tensor:
-    """As `log_probabilities_of`, from logits (rows, V) float32. Target n belongs to row `row_N[n]`; None: to row n."""
+    """As `log_probabilities_of`, from float32 logits (rows, V); target n belongs to row `row_N[n]` or n."""
     row_N = torch.arange(len(targets_N), device=targets_N.device) if row_N is None else row_N
     log_probabilities_N = (logits_NV[row_N, targets_N] - logits_NV.logsumexp(dim=-1)[row_N]).double()
     require_finite(log_probabilities_N)

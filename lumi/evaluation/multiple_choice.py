@@ -19,10 +19,11 @@ DELIMITER = " "  # between a context and a choice
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """Shares in [0, 1]. `acc_norm` is scored by log-likelihood per character of the choice, as in the harness.
+    """Shares in [0, 1]. `acc_norm` is scored by log-likelihood per character of the choice, like the harness.
 
-    `chance` is the accuracy of guessing, `majority` that of always giving the place where the right answer stands most
-    often. Standard errors are those of a mean, sqrt(p (1 - p) / (n - 1)) as in the harness; None for a single example.
+    `chance` is the accuracy of guessing, `majority` that of always giving the place where the right answer
+    stands most often. Standard errors are those of a mean, sqrt(p (1 - p) / (n - 1)) as in the harness;
+    None for a single example.
     """
 
     acc: float
@@ -112,7 +113,7 @@ def accuracy(
 
 
 def standard_error(share: float, number: int) -> float | None:
-    """sqrt(p (1 - p) / (n - 1)) for a share of `number` examples; None for one, which says nothing about the spread."""
+    """sqrt(p (1 - p) / (n - 1)) for a share of `number` examples; None for one, which shows no spread."""
     return math.sqrt(share * (1 - share) / (number - 1)) if number > 1 else None
 
 

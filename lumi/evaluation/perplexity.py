@@ -1,10 +1,11 @@
 """Perplexity by rolling windows, of texts and of the validation split of token stores.
 
-Each document stands alone after BOS. The first window predicts the first `window_tokens` tokens of the document. Each
-further one predicts the next `stride_tokens` and reads as many tokens before them as fit into the window. By default
-the stride is as long as the window, which is lm-evaluation-harness's `loglikelihood_rolling`
-(github.com/EleutherAI/lm-evaluation-harness). A shorter stride gives every token more context and costs more. EOS is
-not predicted. In a token store with a loss mask only the trained tokens count: the answers and the tokens that end them.
+Each document stands alone after BOS. The first window predicts the first `window_tokens` tokens of the
+document. Each further one predicts the next `stride_tokens` and reads as many tokens before them as fit
+into the window. By default the stride is as long as the window, which is lm-evaluation-harness's
+`loglikelihood_rolling` (github.com/EleutherAI/lm-evaluation-harness). A shorter stride gives every token
+more context and costs more. EOS is not predicted. In a token store with a loss mask only the trained tokens
+count: the answers and the tokens that end them.
 """
 
 import math
@@ -53,7 +54,7 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """How many tokens a window reads, and by how many it moves on. None: the model's positions; the whole window."""
+    """How many tokens a window reads (None: the model's positions) and moves on by (None: a whole window)."""
 
     window_tokens: int | None = None
     stride_tokens: int | None = None
@@ -93,7 +94,7 @@ class ScoredDocument(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityResult:
-    """exp of the nats per token, word and byte; None where there are no such units, or a float cannot hold it."""
+    """exp of the nats per token, word and byte; None if there are no such units or a float cannot hold it."""
 
     token_perplexity: float | None
     word_perplexity: float | None
@@ -147,7 +148,7 @@ def text_documents(
 
 
 def store_documents(split: Split, tokenizer: Tokenizer, limit: int | None = None) -> Iterator[ScoredDocument]:
-    """The documents of a split of a token store, `limit` at most; words and bytes are counted on the decoded text."""
+    """At most `limit` documents of a split of a token store; words and bytes are of the decoded text."""
     for index in range(min(split.num_documents, limit or split.num_documents)):
         start, stop = int(split.offsets[index]), int(split.offsets[index + 1])
         tokens = split.tokens[start:stop].astype(np.int64)
@@ -183,11 +184,13 @@ def perplexity(
         model: in evaluation mode.
         documents: with token ids that the model knows.
         config: of the windows.
-        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the result.
+        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the
+            result.
         name: of the progress line.
 
     Raises:
-        UserError: the window does not fit the model, there is nothing to count, or the model's output is not finite.
+        UserError: the window does not fit the model, there is nothing to count, or the model's output is
+            not finite.
     """
     window, stride = config.resolve(model.config.max_positions)
     nats, counts = 0.0, np.zeros(4, dtype=np.int64)

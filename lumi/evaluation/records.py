@@ -1,6 +1,7 @@
 """The records that an evaluation reads, in order, from the locations of `lumi.corpus.sources`.
 
-What is evaluated decides a published figure, so nothing is skipped here: a record that cannot be read is an error.
+What is evaluated decides a published figure, so nothing is skipped here: a record that cannot be read is an
+error.
 """
 
 from itertools import islice
@@ -15,7 +16,7 @@ Fields = dict[str, Any]  # of one record
 
 
 def read_records(location: Location, limit: int | None = None) -> list[Fields]:
-    """The first `limit` records of a location (None: all), in its order; a text file is the record {"text": ...}.
+    """The first `limit` records of a location (None: all) in its order; a text file is {"text": ...}.
 
     Raises:
         UserError: a path matches no file, a file or a line cannot be read (names the line), the hub cannot be
@@ -36,7 +37,7 @@ def _require(piece: Piece) -> Fields:
 
 
 def text_field(record: Fields, name: str, place: str) -> str:
-    """A field that must be a string of valid Unicode. Raises UserError naming the place, the field and the others."""
+    """A field that must be a string of valid Unicode. Raises UserError naming the place and the field."""
     value = record.get(name)
     if not isinstance(value, str):
         got = type(value).__name__

@@ -1,4 +1,4 @@
-"""Results of an evaluation as a table for the terminal, and as Markdown with the protocol beside every figure."""
+"""Results of an evaluation: a table for the terminal, and Markdown with the protocol of every figure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from lumi.evaluation.tasks import TASKS
 
 
 class Figure(NamedTuple):
-    """One line of the table, all of it text. `number`: how many examples, tokens or prompts the value rests on."""
+    """One line of the table, as text. `number`: how many examples, tokens or prompts the value rests on."""
 
     name: str
     metric: str

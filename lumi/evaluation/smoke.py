@@ -1,7 +1,7 @@
 """Smoke tests: does the model answer, stop, not repeat itself, and know what every child knows?
 
-They find what is broken (a template, a mask, a stop token) and do not measure quality. Answers are greedy, so that a
-run can be repeated.
+They find what is broken (a template, a mask, a stop token) and do not measure quality. Answers are greedy,
+so that a run can be repeated.
 """
 
 import re
@@ -34,9 +34,10 @@ _BATCH = 16
 class SmokeConfig:
     """Which prompts, and how an answer is judged.
 
-    `path`: a JSON file of `SmokeTests`; None: the one that is shipped. `style`: "chat" asks through the tokenizer's chat
-    template, "text" lets the model continue a text, "auto" is "chat" if the tokenizer has a template. An answer repeats
-    itself if more than `max_repetition` of its runs of `repetition_tokens` tokens occurred in it before.
+    `path`: a JSON file of `SmokeTests`; None: the one that is shipped. `style`: "chat" asks through the
+    tokenizer's chat template, "text" lets the model continue a text, "auto" is "chat" if the tokenizer has
+    a template. An answer repeats itself if more than `max_repetition` of its runs of `repetition_tokens`
+    tokens occurred in it before.
     """
 
     path: str | None = None
@@ -63,10 +64,10 @@ class SmokeMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class SmokePrompt:
-    """A question (`prompt`) or a conversation that ends with one (`messages`), and words that a right answer holds.
+    """A question (`prompt`), or a conversation that ends with one (`messages`), and words of a right answer.
 
-    An answer must hold one of `any_of` and each of `all_of`, in upper or lower case. `text`: what a model without a chat
-    template continues; None: the question itself.
+    An answer must hold one of `any_of` and each of `all_of`, in upper or lower case. `text`: what a model
+    without a chat template continues; None: the question itself.
     """
 
     prompt: str | None = None
@@ -142,7 +143,7 @@ def _encode(prompt: SmokePrompt, tokenizer: Tokenizer, is_chat: bool) -> list[in
 
 
 class EncodedTests(NamedTuple):
-    """Smoke tests for one tokenizer: the token ids of every prompt, category by category, and what ends an answer."""
+    """Smoke tests for one tokenizer: the ids of every prompt in order, and the ids that end an answer."""
 
     tests: SmokeTests
     is_chat: bool
@@ -162,8 +163,8 @@ def encode_smoke_tests(
         max_positions: of the model.
 
     Raises:
-        UserError: style "chat" without a chat template, a template that refuses a prompt, or a prompt that is longer
-            than the model's positions; it names the prompt.
+        UserError: style "chat" without a chat template, a template that refuses a prompt, or a prompt that
+            is longer than the model's positions; it names the prompt.
     """
     is_chat = config.style == "chat" or (config.style == "auto" and bool(tokenizer.chat_template))
     encoded = []
@@ -248,7 +249,7 @@ def _judge(
 
 
 def check(prompt: SmokePrompt, answer: str, stopped: bool | None, varied: bool) -> dict[str, bool]:
-    """The outcome of each check that applies. `stopped` is None for a continued text, which has no end to check."""
+    """The outcome of each check that applies. `stopped`: None for a continued text, which has no end."""
     checks = {"not_empty": bool(answer.strip()), "not_repeating": varied}
     if stopped is not None:
         checks["stops"] = stopped
@@ -260,7 +261,7 @@ def check(prompt: SmokePrompt, answer: str, stopped: bool | None, varied: bool) 
 
 
 def repetition(ids: Sequence[int], length: int) -> float:
-    """The share of the runs of `length` tokens that occurred before in the same answer; 0 if there are no runs."""
+    """The share of the runs of `length` tokens that occur earlier in the same answer; 0 without runs."""
     runs = [tuple(ids[start : start + length]) for start in range(len(ids) - length + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 

@@ -1,7 +1,8 @@
-"""Multiple choice tasks: a record of a dataset -> contexts, choices and the answer, worded as lm-evaluation-harness does.
+"""Multiple choice tasks: a record of a dataset -> contexts, choices and the place of the answer.
 
-The prompts are those of the harness's task files (github.com/EleutherAI/lm-evaluation-harness, lm_eval/tasks):
-zero-shot, without a chat template, with a space between context and choice. Records carry the hub's field names.
+The prompts are those of the harness's task files (github.com/EleutherAI/lm-evaluation-harness,
+lm_eval/tasks): zero-shot, without a chat template, with a space between context and choice. Records carry
+the hub's field names.
 """
 
 import re
@@ -26,7 +27,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """A multiple choice task: `kind` decides prompt and scoring, `limit` takes only the first records of `source`."""
+    """A multiple choice task. `kind`: prompt and scoring. `limit`: how many records of `source` it takes."""
 
     kind: TaskKind
     name: str
@@ -41,7 +42,7 @@ class TaskConfig:
 
 
 class Task(NamedTuple):
-    """How a kind of task is asked and scored; `protocol` says it in words. `normalised`: acc_norm is reported as well."""
+    """How a kind of task is asked and scored; `protocol` in words. `normalised`: it has an acc_norm, too."""
 
     ask: Callable[[Fields, str], Question]
     protocol: str
@@ -92,8 +93,8 @@ def piqa(record: Fields, place: str) -> Question:
 def winogrande(record: Fields, place: str) -> Question:
     """WinoGrande (Sakaguchi et al. 2019, arXiv:1907.10641): which option fills the blank of a sentence.
 
-    Partial scoring (Trinh and Le 2018, arXiv:1806.02847): each option is put into the sentence, and the text after it
-    is scored.
+    Partial scoring (Trinh and Le 2018, arXiv:1806.02847): each option is put into the sentence, and the
+    text after it is scored.
     """
     before, blank, after = text_field(record, "sentence", place).partition("_")
     if not blank:
@@ -106,7 +107,7 @@ def winogrande(record: Fields, place: str) -> Question:
 
 
 def clean_wikihow(text: str) -> str:
-    """HellaSwag's text without the markup of its WikiHow half: "[title]" ends a sentence, other "[...]" goes."""
+    """HellaSwag's text without the markup of its WikiHow half: "[title]" ends a sentence."""
     without_titles = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", without_titles).replace("  ", " ")
 

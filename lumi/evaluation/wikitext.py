@@ -1,7 +1,8 @@
-"""WikiText (Merity et al. 2016, arXiv:1609.07843) as lm-evaluation-harness reads it: whole pages, detokenised.
+"""WikiText (Merity et al. 2016, arXiv:1609.07843) as lm-evaluation-harness reads it: detokenised pages.
 
-The file is cut into tokens: it has spaces around punctuation, and "@-@", "@,@" and "@.@" inside words and numbers. The
-model gets the text as it was written; words and bytes are counted in the file, so that figures compare.
+The file is cut into tokens: it has spaces around punctuation, and "@-@", "@,@" and "@.@" inside words and
+numbers. The model gets the text as it was written; words and bytes are counted in the file, so that figures
+compare.
 """
 
 import re
@@ -37,7 +38,8 @@ def pages(rows: Iterable[str]) -> list[str]:
     """The pages of a WikiText split; each begins with its heading, " = Title = ".
 
     Args:
-        rows: the file, whole or in lines with their ends. The hub's dataset has "" where the file has the line " \\n".
+        rows: the file, whole or in lines with their ends. The hub's dataset has "" where the file has the
+            line " \\n".
     """
     found: list[list[str]] = [[]]
     for line in "".join(row or " \n" for row in rows).split("\n"):
@@ -49,7 +51,7 @@ def pages(rows: Iterable[str]) -> list[str]:
 
 
 def detokenize(page: str) -> str:
-    """The text of a page before it was cut into tokens, by the harness's replacements in the harness's order."""
+    """The text of a page before it was cut into tokens, by the harness's replacements in their order."""
     for old, new in _JOINED:
         page = page.replace(old, new)
     for pattern, new in _PAIRS:

@@ -191,7 +191,8 @@ def slow(rules, records):
 
 processing.process_batch = slow
 if __name__ == "__main__":
-    prepare(load_config(PrepareConfig, sys.argv[1]), sys.argv[2], use_cache=True, num_workers=int(sys.argv[4]))
+    config = load_config(PrepareConfig, sys.argv[1])
+    prepare(config, sys.argv[2], use_cache=True, num_workers=int(sys.argv[4]))
 """
 
 

@@ -121,7 +121,8 @@ def test_malformed_records_have_a_reason(conversation, record, reason, message):
     [
         (
             {"kind": "x"},
-            'conversation.kind must be one of "alpaca", "dolly", "messages", "sharegpt", "prompt_response", "oasst", .*"x"',
+            'conversation.kind must be one of "alpaca", "dolly", "messages", "sharegpt", "prompt_response", '
+            '"oasst", .*"x"',
         ),
         ({"kind": "messages", "field": ""}, 'conversation field must be a name, got ""'),
         ({"kind": "sharegpt", "answer_field": ""}, 'answer_field must be a name, got ""'),

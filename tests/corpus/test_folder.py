@@ -145,7 +145,7 @@ def test_what_is_not_a_corpus_is_refused_with_the_command_that_makes_one(tmp_pat
     ]:
         with pytest.raises(
             UserError,
-            match=rf"{name} must be a corpus folder, got {got}; make one: lumi prepare --config .* --output-dir",
+            match=rf"{name} must be a corpus folder, got {got}; make one: lumi prepare .* --output-dir",
         ):
             read_corpus(tmp_path / name)
         assert not is_corpus(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Log-likelihoods against the definition (no cache, no batch, one continuation at a time) and against transformers."""
+"""Log-likelihoods against the definition (no cache, one continuation at a time) and against transformers."""
 
 import random
 
@@ -88,7 +88,8 @@ def test_long_contexts_are_cut_from_the_left(opinionated_model):
     assert_same(lost, expected[:1])  # what was cut off makes no difference
     with pytest.raises(
         UserError,
-        match=f"a continuation must be at most as long as the model's {positions} positions, got {positions + 1}",
+        match=f"a continuation must be at most as long as the model's {positions} positions,"
+        f" got {positions + 1}",
     ):
         score(opinionated_model, [ScoringRequest([1], [[3] * (positions + 1)])], batch_tokens=200)
 

@@ -33,7 +33,7 @@ def test_accuracy_by_hand():
 
 
 def test_characters_and_not_bytes_normalise():
-    """As in the harness: "éé" has two characters, in UTF-8 four bytes; its -2.5 is -1.25 and -0.625 for each; "abc" has -1 for either."""
+    """As in the harness: "éé" has two characters (-1.25 each), in UTF-8 four bytes; "abc" has -1 for both."""
     result = accuracy([Question(("q",) * 2, ("éé", "abc"), 1)], [[-2.5, -3]], normalised=True)
     assert result.acc_norm == 1
 

@@ -49,7 +49,7 @@ def windows_of(document, window, stride):
 
 def test_windows_by_hand():
     document = ScoredDocument(np.arange(100, 108), np.arange(8) > 0, 0, 0)  # BOS and seven tokens
-    # As long as the window: the last one reaches back, so that its two tokens are read with a full window before them.
+    # As long as the window: the last one reaches back, so that a full window stands before its two tokens.
     assert windows_of(document, 5, 5) == [(0, 5, [1, 2, 3, 4, 5]), (2, 5, [6, 7])]
     assert windows_of(document, 4, 2) == [(0, 4, [1, 2, 3, 4]), (2, 4, [5, 6]), (3, 4, [7])]
     assert windows_of(document, 4, 1) == [(0, 4, [1, 2, 3, 4]), (1, 4, [5]), (2, 4, [6]), (3, 4, [7])]
