@@ -201,7 +201,7 @@ class BandIndex:
         self._packed: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]] = []
 
     def hash_rows(self, signatures: "npt.NDArray[np.uint32]") -> "npt.NDArray[np.uint64]":
-        """(documents, bands) hashes of 64 bits. Bands have start values of their own: one table serves all."""
+        """(documents, bands) hashes of 64 bits. Each band has its own start value: one table serves all."""
         columns = signatures.reshape(len(signatures), self.num_bands, self.width).astype(np.uint64)
         hashes = np.broadcast_to(np.arange(1, self.num_bands + 1, dtype=np.uint64), columns.shape[:2])
         for index in range(self.width):

@@ -1,7 +1,7 @@
 import pytest
 
 from lumi.config import UserError, from_dict
-from lumi.corpus import Entry, PythonQuestionsSource
+from lumi.corpus import Entry, PythonQuestionsSource, python_questions
 from lumi.corpus.documents import text_of
 from lumi.corpus.python_questions import ask, is_held_out, summarize
 from lumi.corpus.reading import open_source
@@ -107,12 +107,16 @@ def test_the_share_of_modules_that_is_held_out():
 
 @pytest.fixture(scope="module")
 def sides():
-    """Of each side the records and the facts."""
+    """Of each side the records and the facts; the entries, which all sides share, are collected once."""
+    header, entries = python_questions.open_entries(("stdlib",))
+    entries = list(entries)
     sources = {
         side: PythonQuestionsSource(name="x", modules=side, held_out_fraction=0.3)
         for side in ("all", "train", "held_out")
     }
-    opened = {side: open_source(source, 1000) for side, source in sources.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(python_questions, "open_entries", lambda packages: (header, iter(entries)))
+        opened = {side: open_source(source, 1000) for side, source in sources.items()}
     return {side: (list(found.records), found.facts) for side, found in opened.items()}
 
 
