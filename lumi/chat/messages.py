@@ -1,13 +1,13 @@
 """A conversation: messages with roles, and what makes one fit to learn from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 ROLES = ("system", "user", "assistant")
 
 
 class Message(NamedTuple):
-    """One turn: who speaks, and the text."""
+    """Who speaks, and the text."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -16,42 +16,39 @@ class Message(NamedTuple):
 Conversation = tuple[Message, ...]
 
 
-class MalformedConversation(ValueError):  # noqa: N818 - it is a finding, counted by its reason, not a failure of the program
-    """`reason` is the key it is counted under, the message says what is wrong."""
+class MalformedConversation(ValueError):  # noqa: N818 - data that is counted, not a failure of the program
+    """Data that is no conversation: `reason` is the key to count it under, the message says what is wrong."""
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
 
 def parse_messages(data: Any) -> Conversation:
-    """Plain JSON values, a list of {"role", "content"}, as a conversation; roles are system, user and assistant.
+    """A conversation from plain JSON values: a list of {"role", "content"}.
 
     Raises:
-        MalformedConversation: not such a list ("malformed_messages"), another role ("unknown_role").
+        MalformedConversation: "malformed_messages" if it is not such a list; "unknown_role" for a role other
+            than system, user and assistant.
     """
     if not isinstance(data, list | tuple) or not data:
         raise MalformedConversation(
             "malformed_messages", f"messages must be a list of at least one message, got {str(data)[:60]!r}"
         )
-    messages = []
-    for number, item in enumerate(data, start=1):
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get("role"), str)
-            or not isinstance(item.get("content"), str)
-        ):
-            raise MalformedConversation(
-                "malformed_messages",
-                f"message {number} must have a role and a content, got {str(item)[:60]!r}",
-            )
-        if item["role"] not in ROLES:
-            raise MalformedConversation(
-                "unknown_role",
-                f"message {number}: role must be one of {', '.join(ROLES)}, got {item['role']!r}",
-            )
-        messages.append(Message(item["role"], item["content"]))
-    return tuple(messages)
+    return tuple(_parse_message(item, number) for number, item in enumerate(data, start=1))
+
+
+def _parse_message(item: Any, number: int) -> Message:
+    role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise MalformedConversation(
+            "malformed_messages", f"message {number} must have a role and a content, got {str(item)[:60]!r}"
+        )
+    if role not in ROLES:
+        raise MalformedConversation(
+            "unknown_role", f"message {number}: role must be one of {', '.join(ROLES)}, got {role!r}"
+        )
+    return Message(item["role"], content)
 
 
 def to_json(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -59,11 +56,21 @@ def to_json(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [message._asdict() for message in messages]
 
 
-def find_disorder(messages: Sequence[Message]) -> str:
-    """The reason why the roles make no conversation that can be trained on, or "".
+def from_json(data: Iterable[dict[str, Any]]) -> Conversation:
+    """The conversation that `to_json` was given; unlike `parse_messages` it checks nothing."""
+    return tuple(Message(**message) for message in data)
 
-    "system_not_first": a system message after the first place. "roles_do_not_alternate": what follows is not user, assistant, user ...
-    "no_answer": there is no assistant message.
+
+def contents(messages: Sequence[Message]) -> str:
+    """All contents in order, a line end between the messages."""
+    return "\n".join(message.content for message in messages)
+
+
+def find_disorder(messages: Sequence[Message]) -> str:
+    """Why a model cannot be trained on these roles in this order, or "" if it can.
+
+    "system_not_first": a system message after the first place. "roles_do_not_alternate": the others are not
+    user, assistant, user ... "no_answer": there is no assistant message.
     """
     spoken = [message.role for message in messages]
     if "system" in spoken[1:]:

@@ -1,4 +1,4 @@
-"""Stage 1: raw text, or chat data -> a corpus folder of cleaned, filtered, de-duplicated documents, or conversations."""
+"""Stage `prepare`: raw text or chat data -> a corpus folder of clean, filtered, de-duplicated documents."""
 
 from lumi.corpus.cleaning import CleaningConfig, clean_text
 from lumi.corpus.conversation_filters import ConversationFilterConfig
@@ -10,12 +10,16 @@ from lumi.corpus.prepare import prepare
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.python_docs import read_entries
 from lumi.corpus.sources import (
+    HubDataset,
     HubSource,
+    JsonFiles,
+    JsonlFiles,
     JsonlSource,
     JsonSource,
     ParquetSource,
     PythonDocsSource,
     PythonQuestionsSource,
+    TextFiles,
     TextSource,
 )
 
@@ -28,13 +32,17 @@ __all__ = [
     "DeduplicationConfig",
     "Entry",
     "FilterConfig",
+    "HubDataset",
     "HubSource",
+    "JsonFiles",
     "JsonSource",
+    "JsonlFiles",
     "JsonlSource",
     "ParquetSource",
     "PrepareConfig",
     "PythonDocsSource",
     "PythonQuestionsSource",
+    "TextFiles",
     "TextSource",
     "clean_text",
     "is_corpus",

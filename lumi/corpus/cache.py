@@ -1,4 +1,4 @@
-"""What became of the records of one source, on disk in parts: a run that was interrupted goes on behind the last one."""
+"""The outcomes of one source's records, on disk in parts: an interrupted run goes on after the last part."""
 
 import hashlib
 import json
@@ -13,14 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumi.chat.messages import from_json, to_json
 from lumi.config import UserError, read_json, write_json
 from lumi.corpus.deduplication import Fingerprint
+from lumi.corpus.documents import Document
 from lumi.corpus.processing import Outcome
 
 PART = re.compile(r"part-(\d{6})-([0-9a-f]{64})\.parquet")  # number and SHA-256
 SCHEMA = pa.schema(
     [
-        ("text", pa.large_string()),
+        ("text", pa.large_string()),  # of a conversation: the JSON of its messages
         ("digest", pa.binary()),
         ("signature", pa.binary()),
         ("num_bytes", pa.int64()),
@@ -32,10 +34,16 @@ SCHEMA = pa.schema(
 
 
 class SourceCache:
-    """One folder: parts named by number and SHA-256, `facts.json`, and `complete.json` once the source is exhausted."""
+    """One folder: parts named by number and SHA-256, `facts.json`, and at the end `complete.json`.
 
-    def __init__(self, folder: Path, *, writable: bool) -> None:
-        self.folder, self.writable = folder, writable
+    Args:
+        folder: of this cache alone.
+        conversations: whether the documents are conversations, not texts.
+        writable: without it, nothing is written or deleted.
+    """
+
+    def __init__(self, folder: Path, *, conversations: bool, writable: bool) -> None:
+        self.folder, self.conversations, self.writable = folder, conversations, writable
         self._num_parts = 0
 
     def clear(self) -> None:
@@ -43,11 +51,11 @@ class SourceCache:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def read(self) -> Iterator[list[Outcome]]:
-        """The parts that are there, in order and verified; a damaged one ends them and is removed, if this cache is writable."""
+        """The parts in order, verified. A damaged one ends them; a writable cache deletes it."""
         self._num_parts = 0
         if self.facts() is not None:
             for path in self._list_parts():
-                outcomes = _read_part(path)
+                outcomes = _read_part(path, self.conversations)
                 if outcomes is None:
                     redone = "it is made again" if self.writable else "it is left out"
                     print(f"lumi: {path}: this part of the cache is damaged, {redone}", file=sys.stderr)
@@ -73,11 +81,11 @@ class SourceCache:
         return self._load("complete.json") == {"parts": self._num_parts}
 
     def finish(self) -> None:
-        """Say that the source is exhausted."""
+        """Record that the source is exhausted."""
         self._save("complete.json", {"parts": self._num_parts})
 
     def facts(self) -> dict[str, Any] | None:
-        """What was found out when the source was opened, None if it never was; there are no parts without facts."""
+        """What was found out when the source was opened, before the first part; None if it never was."""
         return self._load("facts.json")
 
     def save_facts(self, facts: dict[str, Any]) -> None:
@@ -110,7 +118,7 @@ class SourceCache:
         return [found[number] for number in range(len(found)) if set(range(number + 1)) <= found.keys()]
 
     def _forget_rest(self) -> None:
-        """Remove what lies behind the parts that were read, and half-written parts."""
+        """Delete what comes after the parts that were read, and half-written parts."""
         rest = [
             path
             for path in self.folder.glob("part-*")
@@ -129,7 +137,7 @@ def cache_key(identity: Any) -> str:
 
 def _serialize(outcomes: Sequence[Outcome]) -> bytes:
     columns = {
-        "text": [outcome.text for outcome in outcomes],
+        "text": [_to_text(outcome.document) for outcome in outcomes],
         "digest": [outcome.fingerprint and outcome.fingerprint.digest for outcome in outcomes],
         "signature": [outcome.fingerprint and outcome.fingerprint.signature for outcome in outcomes],
         "num_bytes": [outcome.num_bytes for outcome in outcomes],
@@ -142,14 +150,19 @@ def _serialize(outcomes: Sequence[Outcome]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _read_part(path: Path) -> list[Outcome] | None:
+def _to_text(document: Document | None) -> str | None:
+    return document if isinstance(document, str | None) else json.dumps(to_json(document), ensure_ascii=False)
+
+
+def _read_part(path: Path, conversations: bool) -> list[Outcome] | None:
     data = path.read_bytes()
     match = PART.fullmatch(path.name)
     assert match is not None
     if hashlib.sha256(data).hexdigest() != match[2]:
         return None
     rows = zip(*(column.to_pylist() for column in pq.read_table(pa.BufferReader(data)).columns), strict=True)
-    return [
-        Outcome(text, None if text is None else Fingerprint(digest, signature), *rest)
-        for text, digest, signature, *rest in rows
-    ]
+    outcomes = []
+    for text, digest, signature, *rest in rows:
+        document = from_json(json.loads(text)) if conversations and text is not None else text
+        outcomes.append(Outcome(document, None if text is None else Fingerprint(digest, signature), *rest))
+    return outcomes

@@ -9,13 +9,13 @@ from typing import Literal
 import ftfy
 
 TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# Everything of Unicode's category Cc but tab and newline, and the byte order mark.
+# Unicode's category Cc without tab and newline, and the byte order mark.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleaningConfig:
-    """`repair_text`: undo mojibake (ftfy); `unescape_html`: &amp; -> &; `normalization`: Unicode form."""
+    """`repair_text`: undo mojibake (ftfy). `unescape_html`: &amp; -> &. `normalization`: the Unicode form."""
 
     repair_text: bool = True
     unescape_html: bool = False
@@ -23,9 +23,9 @@ class CleaningConfig:
 
 
 def clean_text(text: str, config: CleaningConfig) -> str:
-    """The text with line ends as \\n, without control characters (but \\n and \\t) and lone surrogates, and repaired.
+    """Repair a text. Line ends become \\n; lone surrogates and control characters but \\n and \\t go.
 
-    Quotes, ligatures, tabs, spaces and line breaks stay: a file of code comes out byte for byte.
+    Quotes, ligatures, tabs, spaces and line breaks stay, so that code comes out byte for byte.
 
     Source: ftfy (Speer 2019) for the repair of text that was decoded with the wrong encoding.
     """
@@ -36,7 +36,7 @@ def clean_text(text: str, config: CleaningConfig) -> str:
     text = _mend_surrogates(text)
     if config.repair_text or config.unescape_html:
         settings = _ftfy_settings(config)
-        # ftfy works line by line; lines of ASCII are left alone by everything that is switched on, but cost time.
+        # ftfy works line by line. It would leave lines of ASCII as they are, but they would cost time.
         lines = text.split("\n")
         text = "\n".join(
             line if line.isascii() and not config.unescape_html else ftfy.fix_text(line, settings)
@@ -51,7 +51,7 @@ def _remove_controls(text: str) -> str:
 
 
 def _mend_surrogates(text: str) -> str:
-    """Pairs of surrogates become their character, a lone one U+FFFD: neither can be written as UTF-8."""
+    """Pairs of surrogates become their character, lone ones U+FFFD: UTF-8 can encode neither."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

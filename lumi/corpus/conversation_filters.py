@@ -1,10 +1,9 @@
-"""Which conversations are fit to learn from: their structure, and a few limits that can be set."""
+"""Which conversations are fit to learn from: their order of roles, and limits that the config sets."""
 
 from dataclasses import dataclass
 
-from lumi.chat.messages import Conversation, find_disorder
+from lumi.chat.messages import Conversation, contents, find_disorder
 from lumi.corpus.cleaning import CleaningConfig, clean_text
-from lumi.corpus.conversations import contents
 from lumi.corpus.filters import check_languages, check_phrases, classifier
 
 
@@ -12,8 +11,9 @@ from lumi.corpus.filters import check_languages, check_phrases, classifier
 class ConversationFilterConfig:
     """Limits of a conversation that is kept.
 
-    `max_chars`: of all contents together; `max_messages`: with the system message; `min_answer_chars`: of every answer;
-    `blocked_phrases`: in answers, upper or lower case; `languages`: of the whole.
+    `max_chars` counts all contents together, `max_messages` the system message as well. Every answer has at
+    least `min_answer_chars`. `blocked_phrases` are searched in the answers, in upper and lower case.
+    `languages` judges the whole conversation.
     """
 
     max_chars: int = 100_000
@@ -36,7 +36,7 @@ class ConversationFilterConfig:
 
 
 def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conversation:
-    """Every content cleaned; a blank system message and what the user said last without an answer are left out."""
+    """Clean every content. Leave out a blank system message and the last messages without an answer."""
     cleaned = [message._replace(content=clean_text(message.content, config)) for message in messages]
     while cleaned and cleaned[-1].role == "user":
         cleaned.pop()
@@ -62,10 +62,8 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
     lowered = [answer.lower() for answer in answers]
     if any(phrase.lower() in answer for phrase in config.blocked_phrases for answer in lowered):
         return "blocked_phrase"
-    if (
-        config.languages is not None
-        and classifier(config.languages)(contents(messages)) not in config.languages
-    ):
+    languages = config.languages
+    if languages is not None and classifier(languages)(contents(messages)) not in languages:
         return "language"
     return ""
 

@@ -1,15 +1,10 @@
-"""How a record of a source is read as a conversation: the config of each format that chat data comes in, and its reader.
-
-A conversation travels from the source to the corpus folder as text: the JSON of its messages.
-"""
+"""The formats that chat data comes in: the config of each, and how it reads a record as a conversation."""
 
 import abc
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lumi.chat.messages import Conversation, MalformedConversation, Message, parse_messages, to_json
+from lumi.chat.messages import Conversation, MalformedConversation, Message, parse_messages
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -23,7 +18,7 @@ SHAREGPT_ROLES = {
 
 
 class Format(abc.ABC):
-    """How a record is read; `required` and `optional` are the fields that it looks at."""
+    """One format. `required` and `optional` name the fields that it reads; it ignores all others."""
 
     @property
     @abc.abstractmethod
@@ -37,12 +32,15 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def read(self, record: dict[str, Any]) -> Conversation:
-        """The conversation in a record. Raises MalformedConversation, with the reason that it is counted under."""
+        """The conversation in a record. Raises MalformedConversation with the reason to count it under."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlpacaFormat(Format):
-    """`instruction`, `input` (may be missing or blank) and `output`, perhaps `system`; the input goes below the instruction."""
+    """`instruction` and `output`, perhaps `input` and `system`.
+
+    The input goes below the instruction. An input or a system message that is blank counts as missing.
+    """
 
     kind: Literal["alpaca"] = "alpaca"
     required = ("instruction", "output")
@@ -57,7 +55,7 @@ class AlpacaFormat(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class DollyFormat(Format):
-    """`instruction`, `context` (may be missing or blank) and `response`.
+    """`instruction` and `response`, perhaps `context`.
 
     The context goes below the instruction, where the authors of the dataset put it (databrickslabs/dolly).
     """
@@ -91,7 +89,10 @@ class MessagesFormat(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class ShareGptFormat(Format):
-    """A list of {"from", "value"} in `field`; in files of preferences `answer_field` ("chosen") holds one more such message."""
+    """A list of {"from", "value"} in `field`.
+
+    In files of preferences `answer_field` ("chosen") holds the last message, in the same form.
+    """
 
     kind: Literal["sharegpt"] = "sharegpt"
     field: str = "conversations"
@@ -105,17 +106,17 @@ class ShareGptFormat(Format):
         return (self.field,) if self.answer_field is None else (self.field, self.answer_field)
 
     def read(self, record: dict[str, Any]) -> Conversation:
-        turns = read_field(record, self.field)
-        if isinstance(turns, list) and self.answer_field is not None:
-            turns = [*turns, read_field(record, self.answer_field)]
-        if isinstance(turns, list):
-            turns = [_rename(turn) for turn in turns]
-        return parse_messages(turns)
+        messages = read_field(record, self.field)
+        if isinstance(messages, list) and self.answer_field is not None:
+            messages = [*messages, read_field(record, self.answer_field)]
+        if isinstance(messages, list):
+            messages = [_rename(message) for message in messages]
+        return parse_messages(messages)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResponseFormat(Format):
-    """A question and its answer in two fields, perhaps a system message in a third."""
+    """A question and its answer in two fields, and perhaps a system message in a third."""
 
     kind: Literal["prompt_response"] = "prompt_response"
     prompt_field: str = "prompt"
@@ -139,21 +140,6 @@ class PromptResponseFormat(Format):
         )
 
 
-def pack(messages: Sequence[Message]) -> str:
-    """A conversation as one text, for the way through workers and cache: the JSON of its messages."""
-    return json.dumps(to_json(messages), ensure_ascii=False)
-
-
-def unpack(text: str) -> Conversation:
-    """What `pack` packed."""
-    return tuple(Message(**message) for message in json.loads(text))
-
-
-def contents(messages: Sequence[Message]) -> str:
-    """What was said, in order, a line end between the messages."""
-    return "\n".join(message.content for message in messages)
-
-
 def read_field(record: dict[str, Any], name: str) -> Any:
     """The value of a field. Raises MalformedConversation if there is none."""
     if record.get(name) is None:
@@ -163,7 +149,7 @@ def read_field(record: dict[str, Any], name: str) -> Any:
 
 
 def read_string(record: dict[str, Any], name: str, *, optional: bool = False) -> str:
-    """The text of a field; "" if it is missing and may be. Raises MalformedConversation."""
+    """The text of a field; "" if it is optional and missing. Raises MalformedConversation."""
     value = (record.get(name) or "") if optional else read_field(record, name)
     if not isinstance(value, str):
         raise MalformedConversation("wrong_type", f"{name!r} must be a string, got {type(value).__name__}")
@@ -171,7 +157,7 @@ def read_string(record: dict[str, Any], name: str, *, optional: bool = False) ->
 
 
 def check_names(**fields: str | None) -> None:
-    """Raises ValueError if the name of a field is empty, or stands twice."""
+    """Raises ValueError if the name of a field is empty, or two fields have the same name."""
     for key, name in fields.items():
         if name == "":
             raise ValueError(f'{key} must be a name, got ""')
@@ -189,8 +175,8 @@ def _join(instruction: str, context: str) -> str:
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
-def _rename(turn: Any) -> Any:
-    """A ShareGPT turn as `parse_messages` wants it, which judges whatever is wrong with it."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
-        return turn
-    return {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+def _rename(message: Any) -> Any:
+    """A ShareGPT message in the form of `parse_messages`, which then finds whatever is wrong with it."""
+    if not isinstance(message, dict) or not isinstance(message.get("from"), str):
+        return message
+    return {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message.get("value")}

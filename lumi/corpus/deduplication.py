@@ -1,4 +1,7 @@
-"""Exact and near duplicates across all sources: SHA-256 and MinHash-LSH (Broder 1997; Lee et al. 2022, arXiv:2107.06499)."""
+"""Exact and near duplicates across all sources.
+
+Exact ones by SHA-256, near ones by MinHash-LSH (Broder 1997; Lee et al. 2022, arXiv:2107.06499).
+"""
 
 import hashlib
 import unicodedata
@@ -10,22 +13,22 @@ import numpy as np
 import numpy.typing as npt
 import rensa
 
-LEAST_PART_WORDS = (
-    20  # a part with fewer ("Yes.") is alike in texts that have nothing else to do with each other
-)
-RECALL = 0.99  # the share of pairs exactly at the threshold that the bands must find
-RECENT_BANDS = (
-    1 << 18
-)  # entries of the dictionary of recent documents (some 200 bytes each) before they are packed
+# A part with fewer words ("Yes.") is the same in many unrelated texts.
+LEAST_PART_WORDS = 20
+# The share of pairs exactly at the threshold that the bands must find.
+RECALL = 0.99
+# Entries of the dictionary of recent documents (some 200 bytes each) before they are packed.
+RECENT_BANDS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeduplicationConfig:
-    """Of duplicates the first in the order of the sources stays.
+    """What counts as a duplicate. The first of them, in the order of the sources, stays.
 
-    `threshold`: estimated Jaccard similarity, in (0, 1], of the sets of `shingle_words` successive words from which two
-    documents are near duplicates; the estimate's standard error is sqrt(threshold (1 - threshold) / num_permutations).
-    Conversations must be so similar in all that is said, and in the answers by themselves.
+    Two documents are near duplicates if the estimated Jaccard similarity of their sets of `shingle_words`
+    successive words is at least `threshold`, in (0, 1]. The estimate's standard error is sqrt(threshold (1
+    - threshold) / num_permutations). Two conversations must be that similar twice: as a whole, and in their
+    answers alone.
     """
 
     exact: bool = True
@@ -47,7 +50,10 @@ class DeduplicationConfig:
 
 
 class Fingerprint(NamedTuple):
-    """`digest`: SHA-256, or b""; `signature`: MinHash as little-endian uint32, of the whole and perhaps of a part, or b""."""
+    """What duplicates are recognized by; b"" for what is switched off.
+
+    `digest`: SHA-256. `signature`: MinHash of the whole, and perhaps of a part, as little-endian uint32.
+    """
 
     digest: bytes
     signature: bytes
@@ -56,14 +62,15 @@ class Fingerprint(NamedTuple):
 def fingerprint(
     texts: Sequence[str], config: DeduplicationConfig, parts: Sequence[str] | None = None
 ) -> list[Fingerprint]:
-    """What duplicates are recognized by, from the text in lower case, NFC, with runs of white space as one space.
+    """The fingerprint of each document. Case, runs of white space and the Unicode form do not change it.
 
     Args:
         texts: the documents.
         config: what is computed.
-        parts: of each document the part that tells it from others, if that may be small: the answers of conversations, many of which
-            may be about one long passage. Near duplicates are then alike in both, the whole and this part, which has a signature of
-            its own; where the part has fewer than LEAST_PART_WORDS words, the wholes must be the same.
+        parts: of each document the part that tells it from others: the answers of a conversation, since
+            many conversations may be about one long passage. The part gets a signature of its own, and near
+            duplicates are alike in both. If the part has fewer than LEAST_PART_WORDS words, the wholes must
+            be the same.
     """
     words = [_split_words(text) for text in texts]
     digests = [
@@ -82,7 +89,7 @@ def fingerprint(
 
 
 def shingle(words: Sequence[str], size: int) -> list[str]:
-    """Every `size` successive words, joined; all words of a shorter text."""
+    """Every `size` successive words, joined; a shorter text gives all its words as one shingle."""
     if len(words) <= size:
         return [" ".join(words)]
     return list(map(" ".join, zip(*(words[start:] for start in range(size)), strict=False)))
@@ -93,14 +100,15 @@ def _split_words(text: str) -> list[str]:
 
 
 def _shingle_part(part: list[str], document: list[str], config: DeduplicationConfig) -> list[str]:
-    return shingle(part, config.shingle_words) if len(part) >= LEAST_PART_WORDS else [" ".join(document)]
+    if len(part) < LEAST_PART_WORDS:
+        return [" ".join(document)]
+    return shingle(part, config.shingle_words)
 
 
 def _sign(shingles: list[list[str]], config: DeduplicationConfig) -> "npt.NDArray[np.uint32]":
     """(documents, permutations) minima."""
-    return np.array(
-        rensa.RMinHash.digests_from_token_sets(shingles, config.num_permutations, config.seed), dtype="<u4"
-    )
+    rows = rensa.RMinHash.digests_from_token_sets(shingles, config.num_permutations, config.seed)
+    return np.array(rows, dtype="<u4")
 
 
 def choose_bands(threshold: float, num_permutations: int) -> int:
@@ -113,15 +121,19 @@ def choose_bands(threshold: float, num_permutations: int) -> int:
 
 
 class Deduplicator:
-    """Remembers the documents that were kept: 32 bytes for exact, about 4 `num_permutations` + 12 bands bytes for near.
+    """Remembers the documents that were kept.
+
+    A document takes 32 bytes for exact duplicates, and about 4 `num_permutations` + 12 bands bytes for near
+    ones.
 
     Args:
         config: what a duplicate is.
-        has_parts: whether fingerprints are of wholes and their parts, whose signatures then take as much again.
+        has_parts: whether fingerprints hold a second signature, of a part; it takes as much memory as the
+            first.
     """
 
     def __init__(self, config: DeduplicationConfig, *, has_parts: bool = False) -> None:
-        self.config, self._num_views = config, 1 + has_parts
+        self.config, self._num_views = config, 2 if has_parts else 1
         self._digests: set[bytes] = set()
         self._bands = BandIndex(
             choose_bands(config.threshold, config.num_permutations), config.num_permutations
@@ -130,9 +142,9 @@ class Deduplicator:
         self._signatures = np.empty((1024, self._num_views, config.num_permutations), dtype="<u4")
 
     def decide(self, fingerprints: Sequence[Fingerprint | None]) -> Iterator[str]:
-        """The reason to drop each document, or "" to keep it; None stands for one that is dropped already.
+        """The reason to drop each document, or "" to keep it. None: a document that was dropped before.
 
-        Documents are remembered one by one, as the answers are taken.
+        A document is remembered when its answer is taken, not earlier.
         """
         self._bands.pack_if_large()
         present = [item for item in fingerprints if item is not None]
@@ -155,12 +167,10 @@ class Deduplicator:
         signature = self._stack([item])[0]
         candidates = sorted({*packed, *self._bands.find_recent(hashes)})
         if candidates:
-            agreements = (
-                (self._signatures[candidates] == signature).sum(axis=2).min(axis=1)
-            )  # of the view that is least alike
-            if (
-                agreements.max() >= self.config.threshold * self.config.num_permutations - 1e-6
-            ):  # float rounding
+            equal = self._signatures[candidates] == signature  # (candidates, views, permutations)
+            least = equal.sum(axis=2).min(axis=1)  # of the views
+            rounding = 1e-6
+            if least.max() >= self.config.threshold * self.config.num_permutations - rounding:
                 return "near_duplicate"
         if self._num_kept == len(self._signatures):
             self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])
@@ -178,9 +188,10 @@ class Deduplicator:
 
 
 class BandIndex:
-    """band of a signature -> documents: a dictionary for recent ones, sorted arrays of 12 bytes an entry for the others.
+    """band of a signature -> documents.
 
-    rensa's own index takes only its live objects, which cross a process or a file solely as pickles; signatures do not.
+    Recent documents are in a dictionary, the others in sorted arrays of 12 bytes an entry. rensa's own
+    index takes only its live objects, and those can reach another process or a file only as pickles.
     """
 
     def __init__(self, num_bands: int, num_permutations: int) -> None:
@@ -190,7 +201,7 @@ class BandIndex:
         self._packed: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]] = []
 
     def hash_rows(self, signatures: "npt.NDArray[np.uint32]") -> "npt.NDArray[np.uint64]":
-        """(documents, bands) hashes of 64 bits; bands differ in their start value, so one table serves them all."""
+        """(documents, bands) hashes of 64 bits. Each band has its own start value: one table serves all."""
         columns = signatures.reshape(len(signatures), self.num_bands, self.width).astype(np.uint64)
         hashes = np.broadcast_to(np.arange(1, self.num_bands + 1, dtype=np.uint64), columns.shape[:2])
         for index in range(self.width):
@@ -199,7 +210,7 @@ class BandIndex:
         return hashes
 
     def find_packed(self, hashes: "npt.NDArray[np.uint64]") -> list[list[int]]:
-        """For each row of hashes the packed documents that share a band with it."""
+        """For each row of hashes, the packed documents that share a band with it."""
         found: list[list[int]] = [[] for _ in range(len(hashes))]
         for keys, documents in self._packed:
             first = np.searchsorted(keys, hashes, side="left")
@@ -220,7 +231,7 @@ class BandIndex:
         self._num_recent += len(hashes)
 
     def pack(self) -> None:
-        """Move the recent documents to sorted arrays; arrays of like size are merged, so there are few."""
+        """Move the recent documents to a sorted array. Arrays of similar size merge, so they stay few."""
         if not self._num_recent:
             return
         pairs = [(key, document) for key, documents in self._recent.items() for document in documents]
@@ -234,6 +245,6 @@ class BandIndex:
         self._packed.append((keys[order], documents[order]))
 
     def pack_if_large(self) -> None:
-        """Pack between two batches, when the dictionary has grown to RECENT_BANDS entries."""
+        """Pack if the dictionary has grown to RECENT_BANDS entries; call it between two batches."""
         if self._num_recent >= RECENT_BANDS:
             self.pack()

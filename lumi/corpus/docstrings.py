@@ -1,6 +1,7 @@
-"""The documentation that Python carries in itself: a deterministic walk over modules, classes and functions.
+"""The documentation inside this Python: a deterministic walk over modules, classes and functions.
 
-Importing every module of the standard library has side effects, so `python_docs` runs this walk in a process of its own.
+The walk imports every module of the standard library, which has side effects: `python_docs` runs it in
+another process.
 """
 
 import functools
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-# Importing these opens a browser, prints a poem, needs a display or runs a program; none of them documents much.
+# Importing these opens a browser, prints a poem, needs a display or runs a program. None documents much.
 SKIPPED_MODULES = frozenset({"antigravity", "this", "idlelib", "turtledemo", "tkinter", "turtle", "test"})
 SKIPPED_PARTS = frozenset(
     {"test", "tests", "testing", "conftest", "setup", "distutils", "idlelib", "pyinstaller_smoke"}
@@ -27,7 +28,7 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One documented thing; `signature` is "" where Python knows none, `owner` is the module, or the class of a method."""
+    """One documented thing. `signature`: "" if Python knows none. `owner`: its module; a method's class."""
 
     kind: Literal["topic", "module", "class", "function", "method"]
     qualified_name: str
@@ -38,7 +39,7 @@ class Entry:
 
 @dataclass
 class Walk:
-    """The entries of some packages, each docstring once. `skipped` holds the modules that could not be imported."""
+    """The entries of packages, each docstring once. `skipped`: the modules that could not be imported."""
 
     packages: tuple[str, ...]
     skipped: list[str] = field(default_factory=list)
@@ -70,10 +71,7 @@ class Walk:
     def _package(self, name: str) -> Iterator[Entry]:
         try:
             module = importlib.import_module(name)
-        except (
-            Exception,
-            SystemExit,
-        ):  # whatever a module of someone else does on import, the walk goes on and counts it
+        except (Exception, SystemExit):  # a foreign module may do anything on import; the walk goes on
             self.skipped.append(name)
             return
         yield from self._module(module)
@@ -137,16 +135,14 @@ class _Elided:
 
 
 def _signature(value: Any) -> str:
-    """The signature as text, with "..." for defaults that differ between processes or machines; "" if there is none."""
+    """The signature as text, or "". Defaults that differ between processes or machines appear as "..."."""
     if not callable(value):
         return ""
     try:
         signature = inspect.signature(value)
         parameters = [_portable(parameter) for parameter in signature.parameters.values()]
         text = str(signature.replace(parameters=parameters))
-    except (
-        Exception
-    ):  # inspect runs code of the object: __signature__, __text_signature__, the repr of a default
+    except Exception:  # inspect runs foreign code: __signature__, __text_signature__, the repr of a default
         return ""
     return text if _is_portable(text) else ""
 
@@ -183,23 +179,20 @@ def _own_docstring(value: Any) -> Any:
         if inspect.isclass(value):
             return vars(value).get("__doc__") if isinstance(vars(value).get("__doc__"), str) else docstring
         return None if docstring is type(value).__doc__ or docstring == type(value).__doc__ else docstring
-    except Exception:  # lazy objects of other packages may raise anything when they are looked at
+    except Exception:  # a lazy object of another package may raise anything
         return None
 
 
 def _lives_in(value: Any, module: types.ModuleType) -> bool:
-    """Whether a name of `module` is the object's home, and not an import from another public module that will be walked."""
+    """Whether `module` is the home of an object, which is not imported from another public module."""
     try:
         if inspect.ismodule(value) or not callable(value):
             return False
         home, name = value.__module__, getattr(value, "__qualname__", None) or value.__name__
-    except (
-        Exception
-    ):  # see _own_docstring; objects such as ufuncs have no __module__ of their own, and are at home anywhere
+    except Exception:  # as in _own_docstring; ufuncs, for one, have no __module__ and are at home anywhere
         return callable(value)
-    home = (
-        home.removeprefix("_") if isinstance(home, str) else ""
-    )  # what _io and _functools define is known as io's and functools's
+    # What _io and _functools define is known as io's and functools's.
+    home = home.removeprefix("_") if isinstance(home, str) else ""
     if not home or home == module.__name__ or any(part.startswith("_") for part in home.split(".")):
         return True
     return getattr(sys.modules.get(home), str(name), None) is not value

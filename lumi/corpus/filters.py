@@ -1,6 +1,6 @@
 """Quality filters after Gopher (Rae et al. 2021, appendix A.1.1) and C4 (Raffel et al. 2020, section 2.2).
 
-Each filter can be switched off with null. A document is dropped by the first that it fails, in the order of the fields.
+Null switches a filter off. The first filter that a document fails, in the order of the fields, drops it.
 """
 
 import functools
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from lumi.config import UserError
 
-LANGUAGE_CHARS = 4_000  # what a language is judged by; the whole of a long document would take longer than all else together
+# The start of a document decides its language: the whole of a long one would cost more than all else.
+LANGUAGE_CHARS = 4_000
 SYMBOLS = ("#", "...", "…")
 
 
@@ -54,13 +55,13 @@ class FilterConfig:
 
 
 def check_phrases(phrases: Sequence[str]) -> None:
-    """Raises ValueError if a blocked phrase is blank: it would be found everywhere."""
+    """Raises ValueError if a blocked phrase is blank: every document holds it."""
     if any(not phrase.strip() for phrase in phrases):
         raise ValueError(f"blocked_phrases must not be empty texts, got {list(phrases)}")
 
 
 def check_languages(languages: Sequence[str] | None) -> None:
-    """Raises ValueError if these are no codes of languages; `classifier` knows which there are."""
+    """Raises ValueError if these do not look like codes of languages; `classifier` knows the codes."""
     if languages is not None and (
         not languages or not all(code.isalpha() and code.islower() for code in languages)
     ):
@@ -85,24 +86,20 @@ def find_fault(text: str, config: FilterConfig) -> str:
     ratio = config.max_symbol_to_word_ratio
     if ratio is not None and sum(map(text.count, SYMBOLS)) > ratio * len(words):
         return "symbol_to_word_ratio"
-    fault = _find_repetition(text, words, config)
-    if (
-        not fault
-        and config.languages is not None
-        and classifier(config.languages)(text) not in config.languages
-    ):
+    if fault := _find_repetition(text, words, config):
+        return fault
+    if config.languages is not None and classifier(config.languages)(text) not in config.languages:
         return "language"
-    return fault
+    return ""
 
 
 def _find_repetition(text: str, words: list[str], config: FilterConfig) -> str:
     line_share, char_share = duplicate_line_fractions(text)
-    if config.max_duplicate_line_fraction is not None and line_share > config.max_duplicate_line_fraction:
+    limit = config.max_duplicate_line_fraction
+    if limit is not None and line_share > limit:
         return "duplicate_lines"
-    if (
-        config.max_duplicate_line_char_fraction is not None
-        and char_share > config.max_duplicate_line_char_fraction
-    ):
+    limit = config.max_duplicate_line_char_fraction
+    if limit is not None and char_share > limit:
         return "duplicate_line_chars"
     limit = config.max_top_ngram_char_fraction
     if limit is not None and top_ngram_char_fraction(words, config.top_ngram_words) > limit:
@@ -114,19 +111,18 @@ def _find_repetition(text: str, words: list[str], config: FilterConfig) -> str:
 
 
 def duplicate_line_fractions(text: str) -> tuple[float, float]:
-    """The share of lines that repeat an earlier line, and the share of characters in them; empty lines do not count."""
+    """The share of lines that repeat an earlier line, and of characters in them, without empty lines."""
     lines = [line for line in (line.strip() for line in text.split("\n")) if line]
     if not lines:
         return 0.0, 0.0
     repeats = [(line, count - 1) for line, count in Counter(lines).items() if count > 1]
-    num_chars = sum(map(len, lines))
-    return sum(count for _, count in repeats) / len(lines), sum(
-        len(line) * count for line, count in repeats
-    ) / num_chars
+    repeated_lines = sum(count for _, count in repeats)
+    repeated_chars = sum(len(line) * count for line, count in repeats)
+    return repeated_lines / len(lines), repeated_chars / sum(map(len, lines))
 
 
 def top_ngram_char_fraction(words: list[str], size: int) -> float:
-    """The share of the characters of all words that lie in the most frequent n-gram of `size` words; 0 if none repeats."""
+    """The share of all words' characters in the most frequent n-gram of `size` words; 0 if none repeats."""
     if len(words) < size:
         return 0.0
     counts = Counter(zip(*(words[start:] for start in range(size)), strict=False))
@@ -138,7 +134,7 @@ def top_ngram_char_fraction(words: list[str], size: int) -> float:
 
 
 def duplicate_ngram_char_fraction(words: list[str], size: int) -> float:
-    """The share of the characters of all words that lie in n-grams of `size` words seen before, overlaps counted once."""
+    """The share of all words' characters in repeated n-grams of `size` words, overlaps counted once."""
     ngrams = list(zip(*(words[start:] for start in range(size)), strict=False))
     if len(set(ngrams)) == len(ngrams):
         return 0.0
@@ -163,10 +159,13 @@ def classifier(languages: tuple[str, ...]) -> Callable[[str], str]:
         py3langid = importlib.import_module("py3langid")
     except ModuleNotFoundError as error:
         raise UserError(
-            f"languages must be null where py3langid is not installed, got {list(languages)}; run: pip install 'lumi-train[langid]'"
+            "languages",
+            "must be null where py3langid is not installed",
+            got=list(languages),
+            remedy="run: pip install 'lumi-train[langid]'",
         ) from error
     known = {str(code) for code, _ in py3langid.rank("")}
     unknown = sorted(set(languages) - known)
     if unknown:
-        raise UserError(f"languages must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        raise UserError("languages", f"must be among {', '.join(sorted(known))}", got=", ".join(unknown))
     return lambda text: str(py3langid.classify(text[:LANGUAGE_CHARS])[0])

@@ -1,9 +1,8 @@
-"""The corpus folder on disk: Parquet shards and `manifest.json`, written whole or not at all, verified when read.
+"""The corpus folder: Parquet shards and `manifest.json`, written whole or not at all, verified when read.
 
-A corpus holds texts or conversations: its first column is `text` or `messages`, its second `source`.
+A corpus holds texts or conversations: its first column is `text` or `messages`, its second is `source`.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,16 +12,16 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumi.chat.messages import Conversation, Message
+from lumi.chat.messages import Conversation, contents, from_json, to_json
 from lumi.config import UserError, read_json, write_json
-from lumi.corpus.conversations import contents
+from lumi.corpus.documents import Document
 from lumi.host.storage import sha256_file
 
 KIND = "lumi-corpus"
 FORMAT = 1
 ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
 TEXTS = pa.schema([("text", pa.string()), ("source", pa.string())])
-# What the libraries of the hub read and write as a column of conversations.
+# The column of conversations as the libraries of the hub read and write it.
 CONVERSATIONS = pa.schema(
     [
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
@@ -30,6 +29,7 @@ CONVERSATIONS = pa.schema(
     ]
 )
 MAKE_ONE = "lumi prepare --config CONFIG --output-dir"
+SHARD_KEYS = ("bytes", "documents", "file", "sha256")
 
 Manifest = dict[str, Any]
 
@@ -49,10 +49,10 @@ class ConversationBatch(NamedTuple):
 
 
 class CorpusReader:
-    """A finished corpus folder; the sizes of its shards are checked when it is opened, their SHA-256 before they are read.
+    """A finished corpus folder. Each shard's SHA-256 is checked before it is read.
 
-    `iter_batches`, `iter_shard` and iteration give the documents of a corpus of texts, `iter_conversations` those of a corpus of
-    conversations, `iter_texts` the words of either.
+    `iter_batches`, `iter_shard` and iteration give the documents of a corpus of texts, `iter_conversations`
+    those of a corpus of conversations, and `iter_texts` the text of either.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -67,7 +67,7 @@ class CorpusReader:
 
     @property
     def num_shards(self) -> int:
-        """Shards are read independently of each other, in processes of their own if that is wanted."""
+        """How many shards there are. They can be read independently, in one process each."""
         return len(self.manifest["shards"])
 
     @property
@@ -85,11 +85,14 @@ class CorpusReader:
             yield from self.iter_shard(index, batch_documents)
 
     def iter_shard(self, index: int, batch_documents: int = 1024) -> Iterator[CorpusBatch]:
-        """The documents of shard `index` (from 0) in order. Raises UserError as `iter_batches`."""
+        """The documents of shard `index` (from 0) in order. Raises UserError as `iter_batches` does."""
         if self.holds_conversations:
             raise UserError(
-                f"{self.folder} must be a corpus of texts here, got one of conversations;"
-                " `lumi tokenize` and `lumi tokenizer` take it, or prepare sources without `conversation`"
+                f"{self.folder}",
+                "must be a corpus of texts here",
+                got="one of conversations",
+                remedy="`lumi tokenize` and `lumi tokenizer` take it,"
+                " or prepare sources without `conversation`",
             )
         for documents, sources in self._read_shard(index, batch_documents):
             yield CorpusBatch(documents, sources)
@@ -102,17 +105,17 @@ class CorpusReader:
         """
         if not self.holds_conversations:
             raise UserError(
-                f"{self.folder} must be a corpus of conversations here, got one of texts;"
-                " prepare sources that have a `conversation`, such as configs/corpus/chat.json"
+                f"{self.folder}",
+                "must be a corpus of conversations here",
+                got="one of texts",
+                remedy="prepare sources that have a `conversation`, such as configs/corpus/chat.json",
             )
         for index in range(self.num_shards):
             for documents, sources in self._read_shard(index, batch_documents):
-                yield ConversationBatch(
-                    [tuple(Message(**message) for message in messages) for messages in documents], sources
-                )
+                yield ConversationBatch([from_json(messages) for messages in documents], sources)
 
     def iter_texts(self, batch_documents: int = 1024) -> Iterator[str]:
-        """The text of every document in order; of a conversation its contents, a line end between them.
+        """The text of every document in order: of a conversation its contents, a line end between messages.
 
         Raises:
             UserError: a shard is damaged: which, what was expected, what came.
@@ -134,7 +137,7 @@ class CorpusReader:
                 yield batch.column(0).to_pylist(), batch.column(1).to_pylist()
 
     def verify(self) -> None:
-        """Read every shard and compare its SHA-256. Raises UserError as `iter_batches`."""
+        """Read every shard and compare its SHA-256. Raises UserError as `iter_batches` does."""
         for shard in self.manifest["shards"]:
             _check_shard(self.folder, shard, read=True)
 
@@ -148,29 +151,27 @@ def read_corpus(folder: str | Path) -> CorpusReader:
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        got = (
-            "a folder without the manifest.json of a corpus"
-            if folder.is_dir()
-            else "a file"
-            if folder.exists()
-            else "nothing"
+        got = "a file" if folder.exists() else "nothing"
+        if folder.is_dir():
+            got = "a folder without the manifest.json of a corpus"
+        raise UserError(
+            f"{folder}", "must be a corpus folder", got=got, remedy=f"make one: {MAKE_ONE} {folder}"
         )
-        raise UserError(f"{folder} must be a corpus folder, got {got}; make one: {MAKE_ONE} {folder}")
     for shard in manifest["shards"]:
         _check_shard(folder, shard, read=False)
     return CorpusReader(folder, manifest)
 
 
 def is_corpus(folder: str | Path) -> bool:
-    """Whether a folder holds a finished corpus; its shards are not looked at."""
+    """Whether a folder holds a finished corpus; its shards are not checked."""
     return read_manifest(Path(folder)) is not None
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a corpus, or None if the folder holds none (or that of another stage).
+    """The manifest of a corpus, or None if the folder holds none, or that of another stage.
 
     Raises:
-        UserError: the manifest is damaged, or of a later version of Lumi.
+        UserError: the manifest is damaged, or was written by a later version of Lumi.
     """
     path = folder / "manifest.json"
     if not path.is_file():
@@ -180,36 +181,35 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{path}: format must be {FORMAT}, got {manifest.get('format')}; make the corpus again with this version of lumi"
+            f"{path}: format",
+            f"must be {FORMAT}",
+            got=manifest.get("format"),
+            remedy="make the corpus again with this version of lumi",
         )
-    keys = {"file", "documents", "bytes", "sha256"}
+    remake = f"make the corpus again: {MAKE_ONE} {folder}"
     shards = manifest.get("shards")
     if not isinstance(manifest.get("documents"), int) or not isinstance(shards, list):
-        raise UserError(
-            f"{path}: must hold documents and shards; the file is damaged, make the corpus again: {MAKE_ONE} {folder}"
-        )
+        raise UserError(f"{path}:", "must hold documents and shards", remedy=f"the file is damaged, {remake}")
     if manifest.get("columns") not in (TEXTS.names, CONVERSATIONS.names):
         expected = " or ".join(", ".join(schema.names) for schema in (TEXTS, CONVERSATIONS))
+        raise UserError(f"{path}: columns", f"must be {expected}", got=manifest.get("columns"), remedy=remake)
+    if not all(map(_is_shard, shards)):
         raise UserError(
-            f"{path}: columns must be {expected}, got {manifest.get('columns')}; make the corpus again: {MAKE_ONE} {folder}"
+            f"{path}: shards", f"must hold {', '.join(SHARD_KEYS)}", remedy=f"the file is damaged, {remake}"
         )
-    for shard in shards:
-        # A name with a folder in it could point anywhere.
-        if (
-            not isinstance(shard, dict)
-            or not keys <= shard.keys()
-            or Path(str(shard["file"])).name != shard["file"]
-        ):
-            raise UserError(
-                f"{path}: shards must hold {', '.join(sorted(keys))}; the file is damaged, make the corpus again"
-            )
     return manifest
 
 
-class CorpusWriter:
-    """Writes shards beside their final place, and puts them there all at once in `commit`; used as a context.
+def _is_shard(shard: Any) -> bool:
+    if not isinstance(shard, dict) or not set(SHARD_KEYS) <= shard.keys():
+        return False
+    return Path(str(shard["file"])).name == shard["file"]  # a name with a folder in it could point anywhere
 
-    The same documents give the same bytes: shards and row groups end where the bytes of text say so.
+
+class CorpusWriter:
+    """A context that writes shards beside their final place; `commit` moves all of them there.
+
+    The same documents give the same files: the bytes of text alone decide where shards and row groups end.
     """
 
     def __init__(self, folder: Path, shard_bytes: int, *, conversations: bool = False) -> None:
@@ -217,7 +217,7 @@ class CorpusWriter:
         self.schema = CONVERSATIONS if conversations else TEXTS
         self.shards: list[dict[str, Any]] = []
         self._building = folder / ".building"
-        self._texts: list[str] = []
+        self._documents: list[Document] = []
         self._sources: list[str] = []
         self._group_bytes = self._file_bytes = self._file_documents = 0
         self._file: pq.ParquetWriter | None = None
@@ -232,9 +232,9 @@ class CorpusWriter:
             self._file.close()
         shutil.rmtree(self._building, ignore_errors=True)
 
-    def add(self, text: str, source: str, num_bytes: int) -> None:
-        """Append a document of `num_bytes` bytes of UTF-8; a conversation comes as the JSON of its messages."""
-        self._texts.append(text)
+    def add(self, document: Document, source: str, num_bytes: int) -> None:
+        """Append a document whose text has `num_bytes` bytes of UTF-8."""
+        self._documents.append(document)
         self._sources.append(source)
         self._group_bytes += num_bytes
         if self._group_bytes >= min(ROW_GROUP_BYTES, self.shard_bytes - self._file_bytes):
@@ -243,7 +243,7 @@ class CorpusWriter:
             self._close()
 
     def commit(self, manifest: Manifest, card: str) -> Manifest:
-        """Finish: shards and card into the folder, the manifest last. Shards of an earlier corpus go only after that."""
+        """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards."""
         self._flush()
         self._close()
         manifest = {
@@ -266,15 +266,17 @@ class CorpusWriter:
         return manifest
 
     def _flush(self) -> None:
-        if not self._texts:
+        if not self._documents:
             return
         if self._file is None:
             self._file = pq.ParquetWriter(self._building / "shard.parquet", self.schema, compression="zstd")
-        documents = self._texts if self.schema is TEXTS else [json.loads(text) for text in self._texts]
-        self._file.write_table(pa.table([documents, self._sources], schema=self.schema))
+        column = [
+            document if isinstance(document, str) else to_json(document) for document in self._documents
+        ]
+        self._file.write_table(pa.table([column, self._sources], schema=self.schema))
         self._file_bytes += self._group_bytes
-        self._file_documents += len(self._texts)
-        self._texts, self._sources, self._group_bytes = [], [], 0
+        self._file_documents += len(self._documents)
+        self._documents, self._sources, self._group_bytes = [], [], 0
 
     def _close(self) -> None:
         if self._file is None:
@@ -301,6 +303,9 @@ def _check_shard(folder: Path, shard: dict[str, Any], *, read: bool) -> None:
             expected, got = f"SHA-256 {shard['sha256']}", f"SHA-256 {sha256_file(path)}"
     if got != expected:
         raise UserError(
-            f"{path} must have {expected}, got {got}: the shard is damaged; copy it again from where it came,"
-            f" or make it again: {MAKE_ONE} {folder} --use-cache"
+            f"{path}",
+            f"must have {expected}",
+            got=got,
+            remedy="the shard is damaged: copy it again from where it came,"
+            f" or make it again: {MAKE_ONE} {folder} --use-cache",
         )

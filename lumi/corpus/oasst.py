@@ -1,6 +1,7 @@
-"""Trees of messages with ranked replies, as OpenAssistant publishes them (Koepf et al. 2023, arXiv:2304.07327).
+"""Trees of messages with ranked replies, as in OpenAssistant (Koepf et al. 2023, arXiv:2304.07327).
 
-Of each tree the path of the best-ranked replies is taken: rank 0 is the one that people liked most.
+A tree gives one conversation: the path of the best-ranked replies. Rank 0 is the reply that people liked
+most.
 """
 
 import math
@@ -15,9 +16,9 @@ ROLES: dict[str, Literal["user", "assistant"]] = {"prompter": "user", "assistant
 
 @dataclass(frozen=True, kw_only=True)
 class OasstFormat(Format):
-    """A tree per record, nested: `prompt` is a message with `text`, `role`, `rank`, `lang`, `deleted` and `replies`.
+    """A nested tree per record. `prompt` is a message: `text`, `role`, `rank`, `lang`, `deleted`, `replies`.
 
-    `lang`: only trees whose prompt was written in this language, as the data says.
+    `lang`: take only trees whose prompt has this language, according to the data.
     """
 
     kind: Literal["oasst"] = "oasst"
@@ -33,9 +34,10 @@ class OasstFormat(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class OasstMessagesFormat(Format):
-    """A message per row, as on the hub (OpenAssistant/oasst2); the rows of one tree count as one record.
+    """A message per row, as on the hub (OpenAssistant/oasst2). The rows of one tree count as one record.
 
-    The source is read to its end and held in memory before its first tree is given, so that a tree is whole wherever its rows stand.
+    The rows of a tree may stand anywhere, so the source is read to its end and held in memory before its
+    first tree.
     """
 
     kind: Literal["oasst_messages"] = "oasst_messages"
@@ -47,7 +49,7 @@ class OasstMessagesFormat(Format):
         _check_lang(self.lang)
 
     def read(self, record: dict[str, Any]) -> Conversation:
-        # `reading` has put the rows of a tree together, in the field "rows".
+        # `reading` has joined the rows of the tree in the field "rows".
         nodes: dict[str, dict[str, Any]] = {}
         for row in record["rows"]:
             read_string(row, "message_tree_id")
@@ -67,7 +69,8 @@ class OasstMessagesFormat(Format):
             else:
                 raise MalformedConversation(
                     "malformed_tree",
-                    f"parent_id must be a message of the same tree, got {parent_id!r} in message {identity!r}",
+                    f"parent_id must be a message of the same tree, got {parent_id!r}"
+                    f" in message {identity!r}",
                 )
         if len(prompts) != 1:
             raise MalformedConversation(
@@ -77,13 +80,13 @@ class OasstMessagesFormat(Format):
 
 
 def best_path(prompt: Any, lang: str | None) -> Conversation:
-    """From the prompt to a leaf, by the reply of the lowest rank: one without a rank comes last, of equals the first is taken.
+    """The messages from the prompt to a leaf, at each step by the reply of the lowest rank.
 
-    Replies that were deleted do not count.
+    A reply without a rank comes last; of equal ranks the first reply is taken. Deleted replies do not count.
 
     Raises:
-        MalformedConversation: not a tree of messages ("malformed_tree"), another role ("unknown_role"), a prompt in another
-            language than `lang` ("other_language") or one that was deleted ("deleted").
+        MalformedConversation: not a tree of messages ("malformed_tree"), another role ("unknown_role"), a
+            prompt in a language other than `lang` ("other_language") or a deleted prompt ("deleted").
     """
     messages: list[Message] = []
     _check_node(prompt)

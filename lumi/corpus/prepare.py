@@ -1,7 +1,6 @@
 """The stage `prepare`: sources -> cleaned, filtered, de-duplicated documents in a corpus folder."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import re
 import shutil
@@ -15,13 +14,14 @@ from pathlib import Path
 from lumi.config import UserError, to_dict
 from lumi.corpus import processing
 from lumi.corpus.cache import SourceCache, cache_key
+from lumi.corpus.counts import SourceCounts
 from lumi.corpus.deduplication import Deduplicator
 from lumi.corpus.filters import classifier
 from lumi.corpus.folder import CorpusReader, CorpusWriter, Manifest, read_manifest
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.processing import Outcome, make_batches
 from lumi.corpus.reading import open_source
-from lumi.corpus.report import SourceCounts, data_card, find_warnings, noun, summary_table
+from lumi.corpus.report import data_card, find_warnings, noun, summary_table
 from lumi.corpus.sources import Source, describe, identify
 from lumi.host.progress import progress_bar
 from lumi.host.workers import Workers, num_cores
@@ -42,28 +42,34 @@ def prepare(
 
     Args:
         config: sources, filters, budgets.
-        output_dir: a new or empty folder, or a corpus folder of the same config (with `use_cache`: of any config).
-        use_cache: reuse what an earlier or interrupted run left in `output_dir/.cache`; without it everything is done anew.
+        output_dir: a new or empty folder, or a corpus folder of the same config (with `use_cache`: of any
+            config).
+        use_cache: reuse what an earlier or interrupted run left in `output_dir/.cache`; otherwise begin anew.
         analyze_only: print what would be kept and dropped, and write nothing.
         num_workers: processes for cleaning, filters and fingerprints; None: one for each usable core.
 
     Returns:
-        The manifest; with `analyze_only` what it would say, without shards.
+        The manifest; with `analyze_only` the manifest that a run would write, without shards.
 
     Raises:
-        UserError: a source cannot be read, the folder holds something else, no document is kept, the disk is full.
+        UserError: a source cannot be read, the folder holds something else, no document is kept, the disk
+            is full.
     """
-    recipe = config.recipe
+    rules = config.rules
     all_workers = Workers(
-        processing.process_batch, recipe, num_cores() if num_workers is None else num_workers
+        processing.process_batch, rules, num_cores() if num_workers is None else num_workers
     )
     folder = Path(output_dir)
-    if recipe.filters.languages is not None:
-        classifier(recipe.filters.languages)
+    if rules.filters.languages is not None:
+        classifier(rules.filters.languages)  # refuses an unknown language before any work
     keys = {source.name: _source_key(source, config) for source in config.sources}
     caches = {
-        name: SourceCache(folder / ".cache" / f"{name}-{key}", writable=not analyze_only)
-        for name, key in keys.items()
+        source.name: SourceCache(
+            folder / ".cache" / f"{source.name}-{keys[source.name]}",
+            conversations=source.holds_conversations,
+            writable=not analyze_only,
+        )
+        for source in config.sources
     }
     with _interruptible(writes=not analyze_only), all_workers as workers:
         if analyze_only:
@@ -74,8 +80,8 @@ def prepare(
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(
-                f"{error.filename or folder} cannot be written: {reason}; finished batches are kept:"
-                " mend this, then run again with --use-cache"
+                f"{error.filename or folder} cannot be written: {reason}",
+                remedy="finished batches are kept: mend this, then run again with --use-cache",
             ) from error
 
 
@@ -103,50 +109,49 @@ def _write(
             print(f"{folder} is up to date: {old['documents']:,} {noun(old)}")
             return old
         if not use_cache:
-            if not (folder / "manifest.json").exists() and any(
-                cache.folder.exists() for cache in caches.values()
-            ):
-                print(
-                    f"lumi: {folder}: what an interrupted run left is discarded; --use-cache goes on from it",
-                    file=sys.stderr,
-                )
-            for cache in caches.values():
-                cache.clear()
+            _discard(folder, caches)
         with CorpusWriter(
             folder, config.shard_bytes, conversations=config.conversation_filters is not None
         ) as writer:
             manifest = _summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs_key}
             if not manifest["documents"]:
                 raise UserError(
-                    "sources must give at least one document that is kept, got none: "
-                    + "; ".join(manifest["warnings"])
-                    + "; see what each filter drops with --analyze-only, and loosen it"
+                    "sources",
+                    "must give at least one document that is kept",
+                    got=f"none: {'; '.join(manifest['warnings'])}",
+                    remedy="see what each filter drops with --analyze-only, and loosen it",
                 )
             manifest = writer.commit(manifest, data_card(manifest))
-        for path in (
-            folder / ".cache"
-        ).iterdir():  # what other configs left: the cache holds what the last run used
-            if path.is_dir() and path not in [cache.folder for cache in caches.values()]:
+        in_use = [cache.folder for cache in caches.values()]
+        for path in (folder / ".cache").iterdir():  # runs of other configs may have left more
+            if path.is_dir() and path not in in_use:
                 shutil.rmtree(path)
     print(summary_table(manifest))
-    shards = f"{len(manifest['shards'])} shard{'s' * (len(manifest['shards']) > 1)}"
-    print(
-        f"{manifest['documents']:,} {noun(manifest)} in {shards}: {folder} ({folder}/.cache may be deleted)"
-    )
+    shards = "1 shard" if len(manifest["shards"]) == 1 else f"{len(manifest['shards'])} shards"
+    made = f"{manifest['documents']:,} {noun(manifest)} in {shards}"
+    print(f"{made}: {folder} ({folder}/.cache may be deleted)")
     return manifest
+
+
+def _discard(folder: Path, caches: dict[str, SourceCache]) -> None:
+    """Clear the caches; say so where they are what an interrupted run left."""
+    if not (folder / "manifest.json").exists() and any(cache.folder.exists() for cache in caches.values()):
+        lost = f"{folder}: what an interrupted run left is discarded; --use-cache goes on from it"
+        print(f"lumi: {lost}", file=sys.stderr)
+    for cache in caches.values():
+        cache.clear()
 
 
 def _run(
     config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers, writer: CorpusWriter | None
 ) -> list[SourceCounts]:
-    """Take every source in order until its budget is reached; decisions about duplicates are made here, one by one."""
+    """Take every source in order until its budget is reached; find duplicates one document at a time."""
     deduplicator = Deduplicator(config.deduplication, has_parts=config.conversation_filters is not None)
     all_counts = []
     for source in config.sources:
-        counts = SourceCounts(source.name, describe(source))
-        batches = _process_source(
-            source, config.recipe.filters.max_chars, caches.get(source.name), workers, counts
-        )
+        counts = SourceCounts(name=source.name, origin=describe(source))
+        max_chars = config.rules.filters.max_chars
+        batches = _process_source(source, max_chars, caches.get(source.name), workers, counts)
         with closing(batches), progress_bar(source.name, " documents") as bar:
             for outcomes in batches:
                 before = counts.read
@@ -167,18 +172,15 @@ def _take(
     deduplicator: Deduplicator,
     writer: CorpusWriter | None,
 ) -> None:
-    """Count and write a batch; stops in the middle of it when the budget is reached."""
+    """Count and write a batch, up to the document that reaches the budget."""
     duplicates = deduplicator.decide([outcome.fingerprint for outcome in outcomes])
     for outcome, duplicate in zip(outcomes, duplicates, strict=True):
-        counts.read += 1
-        if outcome.text is None or duplicate:
+        if outcome.document is None or duplicate:
             counts.drop(outcome.reason or duplicate, outcome.detail)
             continue
-        counts.kept += 1
-        counts.shortened += outcome.shortened
-        counts.num_bytes += outcome.num_bytes
+        counts.keep(outcome.num_bytes, shortened=outcome.shortened)
         if writer is not None:
-            writer.add(outcome.text, source.name, outcome.num_bytes)
+            writer.add(outcome.document, source.name, outcome.num_bytes)
         enough_tokens = (
             source.max_tokens is not None and counts.num_bytes >= source.max_tokens * config.bytes_per_token
         )
@@ -190,7 +192,7 @@ def _take(
 def _process_source(
     source: Source, max_chars: int, cache: SourceCache | None, workers: Workers, counts: SourceCounts
 ) -> Generator[list[Outcome], None, None]:
-    """The outcomes of a source in batches: first what the cache holds, then the rest, which is added to the cache."""
+    """The outcomes of a source in batches: first those in the cache, then the others, which go into it."""
     num_cached = 0
     if cache is not None:
         counts.facts = cache.facts() or {}
@@ -213,8 +215,10 @@ def _process_source(
 
 def _summarize(config: PrepareConfig, all_counts: list[SourceCounts]) -> Manifest:
     sources = [counts.to_json(config.bytes_per_token) for counts in all_counts]
-    budgets = [source.max_tokens is not None or source.max_documents is not None for source in config.sources]
-    warnings = find_warnings(sources, budgets)
+    warnings = []
+    for source, counts in zip(config.sources, all_counts, strict=True):
+        has_budget = source.max_tokens is not None or source.max_documents is not None
+        warnings += find_warnings(counts, has_budget=has_budget, bytes_per_token=config.bytes_per_token)
     for warning in warnings:
         print(f"lumi: warning: {warning}", file=sys.stderr)
     return {
@@ -229,46 +233,41 @@ def _summarize(config: PrepareConfig, all_counts: list[SourceCounts]) -> Manifes
 
 
 def _versions(config: PrepareConfig) -> dict[str, str]:
-    packages = ["ftfy", "rensa", "pyarrow", *(["py3langid"] if config.recipe.filters.languages else [])]
+    packages = ["ftfy", "rensa", "pyarrow", *(["py3langid"] if config.rules.filters.languages else [])]
     return {package: importlib.metadata.version(package) for package in packages}
 
 
 def _source_key(source: Source, config: PrepareConfig) -> str:
-    """Everything that decides the outcomes of a source: not its budget, nor the threshold of near duplicates."""
+    """All that decides the outcomes of a source; its budget and the threshold of near duplicates do not."""
     fingerprints = {key: value for key, value in to_dict(config.deduplication).items() if key != "threshold"}
     batches = [processing.BATCH_DOCUMENTS, processing.BATCH_CHARS]
-    recipe = [
-        to_dict(config.cleaning),
-        to_dict(config.recipe.filters),
-        fingerprints,
-        batches,
-        _versions(config),
-    ]
-    return cache_key([CACHE_FORMAT, identify(source), *recipe])
+    rules = [to_dict(config.cleaning), to_dict(config.rules.filters), fingerprints, batches]
+    return cache_key([CACHE_FORMAT, identify(source), *rules, _versions(config)])
 
 
 def _check_output(folder: Path, config: PrepareConfig, use_cache: bool) -> Manifest | None:
-    """The manifest of the corpus that is already there, if this run may replace it. Raises UserError if it may not."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir must be a folder, got a file: {folder}")
+    """The manifest of the corpus that is there, or None. Raises UserError if this run must not replace it."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise UserError("--output-dir", "must be a folder", got=f"a file: {folder}")
     manifest = read_manifest(folder)
     if manifest is None:
-        foreign = (
-            sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name))
-            if folder.exists()
-            else []
-        )
+        foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name))
         if foreign:
             raise UserError(
-                f"--output-dir must be new, empty or a corpus folder, got {folder} with {', '.join(foreign[:3])} in it"
+                "--output-dir",
+                "must be new, empty or a corpus folder",
+                got=f"{folder} with {', '.join(foreign[:3])} in it",
             )
     elif manifest.get("config") != to_dict(config) and not use_cache:
-        changed = sorted(
-            key for key, value in to_dict(config).items() if manifest.get("config", {}).get(key) != value
-        )
+        old = manifest.get("config", {})
+        changed = sorted(key for key, value in to_dict(config).items() if old.get(key) != value)
         raise UserError(
-            f"--output-dir must not hold a corpus of another config, got {folder} (made with other {', '.join(changed)});"
-            " choose another folder, or add --use-cache to replace it, reusing the sources that did not change"
+            "--output-dir",
+            "must not hold a corpus of another config",
+            got=f"{folder} (made with other {', '.join(changed)})",
+            remedy="choose another folder, or add --use-cache to replace it and reuse the unchanged sources",
         )
     return manifest
 
@@ -285,20 +284,24 @@ def _is_whole(folder: Path, manifest: Manifest) -> bool:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """One run at a time in a folder; the kernel drops the lock of a process that was killed."""
+    import fcntl  # not on Windows
+
     (folder / ".cache").mkdir(exist_ok=True)
     with open(folder / ".cache" / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"--output-dir must be used by one run at a time, got {folder}, where another one is at work"
+                "--output-dir",
+                "must be used by one run at a time",
+                got=f"{folder}, where another run is at work",
             ) from error
         yield
 
 
 @contextlib.contextmanager
 def _interruptible(writes: bool) -> Iterator[None]:
-    """SIGTERM ends the run like Ctrl-C, through every `finally`; a second one ends it at once."""
+    """SIGTERM ends the run as Ctrl-C does, through every `finally`; a second one ends it at once."""
 
     def terminate(signum: int, _frame: object) -> None:
         signal.signal(signum, signal.SIG_DFL)
@@ -309,12 +312,8 @@ def _interruptible(writes: bool) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        kept = (
-            "finished batches are kept, run again with --use-cache to go on"
-            if writes
-            else "nothing was written"
-        )
-        print(f"lumi: interrupted; {kept}", file=sys.stderr)
+        kept = "finished batches are kept, run again with --use-cache to go on"
+        print(f"lumi: interrupted; {kept if writes else 'nothing was written'}", file=sys.stderr)
         raise
     finally:
         if in_main_thread:

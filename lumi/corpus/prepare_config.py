@@ -6,17 +6,22 @@ from lumi.corpus.cleaning import CleaningConfig
 from lumi.corpus.conversation_filters import ConversationFilterConfig
 from lumi.corpus.deduplication import DeduplicationConfig
 from lumi.corpus.filters import FilterConfig
-from lumi.corpus.processing import Recipe
+from lumi.corpus.processing import RecordRules
 from lumi.corpus.sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """`bytes_per_token`: the estimate behind budgets and reports; `shard_bytes`: text in one shard, before compression.
+    """What goes into a corpus.
 
-    A source is read until its budget of documents that are kept (`max_tokens` estimated, `max_documents`) is reached.
-    All sources give texts, which `filters` judges, or all give conversations, which `conversation_filters` judges: that one of the
-    two is always set, to its defaults if it was not given, and the other is None.
+    A source is read until enough of its documents are kept: `max_documents`, or `max_tokens` by an
+    estimate. All sources give texts, which `filters` judges, or all give conversations, which
+    `conversation_filters` judges. The one that fits is set to its defaults if it is not given; the other is
+    None.
+
+    Args:
+        bytes_per_token: the estimate behind budgets and reports.
+        shard_bytes: text in one shard, before compression.
     """
 
     sources: tuple[Source, ...]
@@ -47,22 +52,24 @@ class PrepareConfig:
         texts = [source.name for source in self.sources if not source.holds_conversations]
         if conversations and texts:
             raise ValueError(
-                "sources must all give texts, or all conversations (python_questions, and those with `conversation`),"
-                f" got texts from {', '.join(texts)} and conversations from {', '.join(conversations)}; prepare two corpora"
+                "sources must all give texts, or all conversations (python_questions, and those with"
+                f" `conversation`), got texts from {', '.join(texts)} and conversations from"
+                f" {', '.join(conversations)}; prepare two corpora"
             )
-        fitting, other = (
-            ("conversation_filters", "filters") if conversations else ("filters", "conversation_filters")
-        )
+        if conversations:
+            what, fitting, other = "conversations", "conversation_filters", "filters"
+            defaults: FilterConfig | ConversationFilterConfig = ConversationFilterConfig()
+        else:
+            what, fitting, other = "texts", "filters", "conversation_filters"
+            defaults = FilterConfig()
         if getattr(self, other) is not None:
-            raise ValueError(
-                f"{other} must be left out for sources of {'conversations' if conversations else 'texts'}; use {fitting}"
-            )
+            raise ValueError(f"{other} must be left out for sources of {what}; use {fitting}")
         if getattr(self, fitting) is None:
-            object.__setattr__(self, fitting, ConversationFilterConfig() if conversations else FilterConfig())
+            object.__setattr__(self, fitting, defaults)
 
     @property
-    def recipe(self) -> Recipe:
-        """What decides what becomes of a record by itself."""
+    def rules(self) -> RecordRules:
+        """What decides what becomes of one record."""
         filters = self.filters or self.conversation_filters
         assert filters is not None
-        return Recipe(self.cleaning, filters, self.deduplication)
+        return RecordRules(self.cleaning, filters, self.deduplication)

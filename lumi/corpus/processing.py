@@ -1,25 +1,25 @@
-"""The work on one batch that needs no other batch: cleaning, filters and fingerprints. It runs in worker processes."""
+"""The work on a batch that needs no other batch: cleaning, filters, fingerprints. Worker processes run it."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from lumi.chat.messages import Conversation, contents
 from lumi.corpus.cleaning import CleaningConfig, clean_text
 from lumi.corpus.conversation_filters import (
     ConversationFilterConfig,
     clean_conversation,
     find_conversation_fault,
 )
-from lumi.corpus.conversations import contents, pack, unpack
 from lumi.corpus.deduplication import DeduplicationConfig, Fingerprint, fingerprint
+from lumi.corpus.documents import Document, Record, count_chars, text_of
 from lumi.corpus.filters import FilterConfig, find_fault
-from lumi.corpus.reading import Record
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARS = 4_000_000
 
 
-class Recipe(NamedTuple):
-    """Everything that decides what becomes of a record by itself; the filters say whether records are texts or conversations."""
+class RecordRules(NamedTuple):
+    """The rules that decide what becomes of one record; their filters judge texts, or conversations."""
 
     cleaning: CleaningConfig
     filters: FilterConfig | ConversationFilterConfig
@@ -27,12 +27,13 @@ class Recipe(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one record: what is kept of it, or None with the reason (and the place, if it was malformed).
+    """What became of one record: the cleaned document, or None with the reason; `detail` as in `Record`.
 
-    `text` is that of `Record`, `num_bytes` the UTF-8 of what is said in it; `shortened`: messages of a conversation were left out.
+    `num_bytes`: the UTF-8 of its text (of a conversation, of its contents). `shortened`: messages were left
+    out.
     """
 
-    text: str | None
+    document: Document | None
     fingerprint: Fingerprint | None
     num_bytes: int = 0
     reason: str = ""
@@ -40,63 +41,57 @@ class Outcome(NamedTuple):
     shortened: bool = False
 
 
-def process_batch(recipe: Recipe, records: list[Record]) -> list[Outcome]:
+def process_batch(rules: RecordRules, records: list[Record]) -> list[Outcome]:
     """Clean, filter and fingerprint; one outcome per record, in order."""
-    outcomes: list[Outcome] = []
-    texts: list[str] = []
-    answers: list[str] = []
-    for record in records:
-        outcome, said, answered = _process(record, recipe)
-        outcomes.append(outcome)
-        if outcome.text is not None:
-            texts.append(said)
-            answers.append(answered)
-    holds_texts = isinstance(recipe.filters, FilterConfig)
-    fingerprints = iter(fingerprint(texts, recipe.deduplication, None if holds_texts else answers))
+    outcomes = [_process(record, rules) for record in records]
+    kept = [outcome.document for outcome in outcomes if outcome.document is not None]
+    answers = None
+    if isinstance(rules.filters, ConversationFilterConfig):
+        answers = [_answers(document) for document in kept if not isinstance(document, str)]
+    fingerprints = iter(fingerprint([text_of(document) for document in kept], rules.deduplication, answers))
     return [
-        outcome if outcome.text is None else outcome._replace(fingerprint=next(fingerprints))
+        outcome if outcome.document is None else outcome._replace(fingerprint=next(fingerprints))
         for outcome in outcomes
     ]
 
 
-def _process(record: Record, recipe: Recipe) -> tuple[Outcome, str, str]:
-    """The outcome, without its fingerprint, what is said in it (the text, or the contents of the conversation), and the answers."""
-    if record.text is None:
-        return Outcome(None, None, 0, record.reason, record.detail), "", ""
-    if isinstance(recipe.filters, FilterConfig):
-        return _process_text(record.text, recipe.cleaning, recipe.filters)
-    return _process_conversation(record.text, recipe.cleaning, recipe.filters)
-
-
-def _process_text(text: str, cleaning: CleaningConfig, filters: FilterConfig) -> tuple[Outcome, str, str]:
-    if len(text) > filters.max_chars:  # before any work: this is what makes a huge document cheap
+def _process(record: Record, rules: RecordRules) -> Outcome:
+    """The outcome without its fingerprint."""
+    document, filters = record.document, rules.filters
+    if document is None:
+        return _drop(record.reason, record.detail)
+    if count_chars(document) > filters.max_chars:  # before any work, so that a huge document costs nothing
         return _drop("too_long")
+    if isinstance(document, str):
+        assert isinstance(filters, FilterConfig)
+        return _process_text(document, rules.cleaning, filters)
+    assert isinstance(filters, ConversationFilterConfig)
+    return _process_conversation(document, rules.cleaning, filters)
+
+
+def _process_text(text: str, cleaning: CleaningConfig, filters: FilterConfig) -> Outcome:
     text = clean_text(text, cleaning)
     reason = "empty" if not text or text.isspace() else find_fault(text, filters)
-    return _drop(reason) if reason else (Outcome(text, None, len(text.encode())), text, "")
+    return _drop(reason) if reason else Outcome(text, None, len(text.encode()))
 
 
 def _process_conversation(
-    text: str, cleaning: CleaningConfig, filters: ConversationFilterConfig
-) -> tuple[Outcome, str, str]:
-    original = unpack(text)
-    if sum(len(message.content) for message in original) > filters.max_chars:
-        return _drop("too_long")
+    original: Conversation, cleaning: CleaningConfig, filters: ConversationFilterConfig
+) -> Outcome:
     messages = clean_conversation(original, cleaning)
     reason = find_conversation_fault(messages, filters)
     if reason:
         return _drop(reason)
-    said = contents(messages)
-    answers = contents([message for message in messages if message.role == "assistant"])
-    return (
-        Outcome(pack(messages), None, len(said.encode()), shortened=len(messages) < len(original)),
-        said,
-        answers,
-    )
+    shortened = len(messages) < len(original)
+    return Outcome(messages, None, len(contents(messages).encode()), shortened=shortened)
 
 
-def _drop(reason: str) -> tuple[Outcome, str, str]:
-    return Outcome(None, None, 0, reason), "", ""
+def _answers(conversation: Conversation) -> str:
+    return contents([message for message in conversation if message.role == "assistant"])
+
+
+def _drop(reason: str, detail: str = "") -> Outcome:
+    return Outcome(None, None, reason=reason, detail=detail)
 
 
 def make_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -105,7 +100,7 @@ def make_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     num_chars = 0
     for record in records:
         batch.append(record)
-        num_chars += len(record.text or "")
+        num_chars += 0 if record.document is None else count_chars(record.document)
         if len(batch) >= BATCH_DOCUMENTS or num_chars >= BATCH_CHARS:
             yield batch
             batch, num_chars = [], 0

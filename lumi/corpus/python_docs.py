@@ -1,4 +1,8 @@
-"""Python's own documentation as documents; `python -m lumi.corpus.python_docs PACKAGE...` writes them as JSON lines."""
+"""Python's own documentation as documents.
+
+`python -m lumi.corpus.python_docs documents PACKAGE...` writes them as JSON lines, `... entries PACKAGE...`
+the entries.
+"""
 
 import hashlib
 import importlib.metadata
@@ -20,10 +24,10 @@ LAYOUT_VERSION = 2  # part of the cache key: raise it when the same Python would
 
 
 def read_entries(packages: tuple[str, ...]) -> Iterator[Entry]:
-    """The (qualified name, signature, docstring) entries of some packages, collected in a process of its own.
+    """The entries of packages, collected in another process.
 
     Args:
-        packages: "topics", "stdlib" and names of importable packages, in the order that is wanted.
+        packages: "topics", "stdlib" and names of importable packages; the entries come in this order.
 
     Raises:
         UserError: a package cannot be imported.
@@ -32,13 +36,19 @@ def read_entries(packages: tuple[str, ...]) -> Iterator[Entry]:
 
 
 def open_entries(packages: tuple[str, ...]) -> tuple[dict[str, Any], Iterator[Entry]]:
-    """What was found (sha256, documents, skipped modules) and the entries of `read_entries`. Raises UserError as it does."""
+    """What was found (sha256, documents, skipped modules), and the entries as `read_entries` gives them.
+
+    Raises:
+        UserError: a package cannot be imported.
+    """
     header, lines = _collect(packages, "entries")
     return header, (Entry(**json.loads(line)) for line in lines)
 
 
 def read_python_docs(packages: tuple[str, ...]) -> tuple[dict[str, Any], Iterator[str]]:
-    """What was found (sha256, documents, skipped modules) and the documents; the same for one Python and its packages.
+    """What was found (sha256, documents, skipped modules), and the documents.
+
+    The same Python with the same packages gives the same documents.
 
     Raises:
         UserError: a package cannot be imported.
@@ -48,7 +58,7 @@ def read_python_docs(packages: tuple[str, ...]) -> tuple[dict[str, Any], Iterato
 
 
 def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """The versions that decide what the documentation says, Python's first."""
+    """The versions that decide what the documentation says: of Python, then of the packages."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in packages:
         if package not in ("topics", "stdlib"):
@@ -56,13 +66,16 @@ def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
                 versions[package] = importlib.metadata.version(package)
             except importlib.metadata.PackageNotFoundError as error:
                 raise UserError(
-                    f"packages must name installed packages, got {package!r}: pip install it, or leave it out"
+                    "packages",
+                    "must name installed packages",
+                    got=repr(package),
+                    remedy="pip install it, or leave it out",
                 ) from error
     return versions
 
 
 def group_documents(entries: Iterable[Entry]) -> Iterator[str]:
-    """Documents of moderate size: a topic, a class with its methods, or the functions and small classes of a module."""
+    """Documents of moderate size: a topic, a class with methods, functions and small classes of a module."""
     document, module = "", ""
     for kind, owner, section in _sections(entries):
         apart = (
@@ -88,7 +101,7 @@ def render_entry(entry: Entry) -> str:
 
 
 def _sections(entries: Iterable[Entry]) -> Iterator[tuple[str, str, str]]:
-    """(kind, module, text) of what should stay together: a class with its methods, or one function."""
+    """(kind, module, text) of what stays together: a class with its methods, or one function."""
     section: list[str] = []
     kind, module, owner = "", "", ""
     for entry in entries:
@@ -116,17 +129,9 @@ def _collect(packages: tuple[str, ...], what: str) -> tuple[dict[str, Any], Iter
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("DISPLAY", None)
-    # -P: a file of the user called random.py must not be imported as the standard library's
-    command = [
-        sys.executable,
-        "-P",
-        "-W",
-        "ignore",
-        "-m",
-        __spec__.name if __spec__ else "lumi.corpus.python_docs",
-        what,
-        *packages,
-    ]
+    # -P: a file random.py of the user must not be imported instead of the standard library's
+    module = __spec__.name if __spec__ else "lumi.corpus.python_docs"
+    command = [sys.executable, "-P", *("-W", "ignore"), *("-m", module), what, *packages]
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -139,8 +144,9 @@ def _collect(packages: tuple[str, ...], what: str) -> tuple[dict[str, Any], Iter
     first = child.stdout.readline()
     if not first:
         raise UserError(
-            f"the documentation of {', '.join(packages)} cannot be collected: the process that imports them ended with"
-            f" exit code {child.wait()}; try with fewer packages, or run: {' '.join(command)}"
+            f"the documentation of {', '.join(packages)} cannot be collected:"
+            f" the process that imports them ended with exit code {child.wait()}",
+            remedy=f"try with fewer packages, or run: {' '.join(command)}",
         )
     header = json.loads(first)
     unknown = sorted(set(packages) & set(header["skipped_modules"]))
@@ -149,7 +155,10 @@ def _collect(packages: tuple[str, ...], what: str) -> tuple[dict[str, Any], Iter
         child.wait()
         child.stdout.close()
         raise UserError(
-            f"packages must name importable packages, got {', '.join(unknown)}; pip install them, or leave them out"
+            "packages",
+            "must name importable packages",
+            got=", ".join(unknown),
+            remedy="pip install them, or leave them out",
         )
     return header, _lines_of(child, header["documents"])
 
@@ -167,12 +176,15 @@ def _lines_of(child: "subprocess.Popen[bytes]", expected: int) -> Iterator[bytes
         child.wait()
     if num_lines != expected:
         raise UserError(
-            f"the documentation must have {expected} documents, got {num_lines}: the process that collects it died; run again"
+            "the documentation",
+            f"must have {expected} documents",
+            got=f"{num_lines}: the process that collects it died",
+            remedy="run again",
         )
 
 
 def _main(what: str, packages: tuple[str, ...]) -> None:
-    # Modules print and warn when they are imported: only our own lines may reach the pipe.
+    # Modules print and warn when they are imported. Only our own lines may reach the pipe.
     pipe = os.fdopen(os.dup(1), "wb")
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)

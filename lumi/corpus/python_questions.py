@@ -1,4 +1,4 @@
-"""Questions about Python's library, and their answers from its own documentation: conversations that need no download."""
+"""Questions about Python's library, answered from its documentation: conversations without a download."""
 
 import hashlib
 import re
@@ -10,11 +10,10 @@ from lumi.corpus.docstrings import Entry
 from lumi.corpus.python_docs import open_entries
 
 PHRASING_VERSION = 2  # part of the cache key: raise it when the same entries would give other conversations
-LONGEST_SIGNATURE = 100  # characters; longer ones are nothing that one asks for in a sentence
-LEAST_WORDS = (
-    3  # of what is no sentence: "device", "self % other" answer nothing, "Bisection algorithms." does
-)
-KNOWN_AS = {"builtins.": "", "posix.": "os.", "posixpath.": "os.path."}  # names that nobody writes
+LONGEST_SIGNATURE = 100  # characters; a longer one does not fit into a sentence
+# Words of a text without a full stop: "device" and "self % other" answer nothing.
+LEAST_WORDS = 3
+KNOWN_AS = {"builtins.": "", "posix.": "os.", "posixpath.": "os.path."}  # how people write these names
 
 CALL = "How do I call `{}`?"
 FUNCTION = ("What does `{}` do?", "What is `{}` for?", "Explain `{}`.")
@@ -22,15 +21,12 @@ ATTRIBUTE = ("What is `{}`?", "Explain `{}`.")
 CLASS = ("What is `{}`?", "What is the class `{}` for?")
 MODULE = ("What is the module `{}` for?", "What does the module `{}` do?")
 
-# The first line of many docstrings: `name(arguments)`, `name(arguments) -> type`, `name(arguments) -- what it does`.
+# The first line of many docstrings: `name(arguments)`, `name(arguments) -> type`, `name(arguments) -- text`.
 SIGNATURE = re.compile(r"[\w.]+(?:\(.*?\)|(?= ->|: ))(?:\s*\[.*\])?(?:\s*(?:->|--|:)\s*(?P<rest>.*))?")
 RESULT = re.compile(r"^\w+[.,]\s+")  # "-> x.  Generates an int with k random bits."
-LAYOUT = re.compile(
-    r"\s|[-*+#|:@>=~.]|\d+[.)]\s"
-)  # a line that begins so belongs to code, a list, a table, fields
-SENTENCE_END = re.compile(
-    r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!a\.k\.a\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`'\"(])"
-)
+LAYOUT = re.compile(r"\s|[-*+#|:@>=~.]|\d+[.)]\s")  # how a line of code, a list, a table or a field begins
+ABBREVIATIONS = r"(?<!e\.g\.)(?<!i\.e\.)(?<!a\.k\.a\.)(?<!etc\.)(?<!vs\.)"
+SENTENCE_END = re.compile(rf"(?<=[.!?]){ABBREVIATIONS}\s+(?=[A-Z`'\"(])")
 MARKUP = (
     (re.compile(r":[\w:]+:`~?([^`<]+)(?:\s<[^`]*)?`"), r"`\1`"),  # :func:`name`
     (re.compile(r"``([^`]+)``"), r"`\1`"),
@@ -45,25 +41,26 @@ def read_questions(
     held_out_fraction: float,
     max_answer_chars: int,
 ) -> tuple[dict[str, Any], Iterator[Conversation | str]]:
-    """What was found (sha256, entries, skipped modules) and, for each entry of the modules on one side, a question and its answer.
+    """What was found (sha256, entries, skipped modules), and for each entry of one side a conversation.
 
-    For an entry that gives none the reason: "no_summary", its documentation gives no answer; "answer_in_train", on the side "held_out":
-    a module of the other side is documented in the same words.
+    An entry without a conversation gives a reason. "no_summary": its documentation gives no answer.
+    "answer_in_train", on the side "held_out": the documentation of a module on the side "train" has the
+    same words.
+
+    Args:
+        packages, modules, held_out_fraction, max_answer_chars: as in `PythonQuestionsSource`.
 
     Raises:
         UserError: a package cannot be imported.
     """
     header, entries = open_entries(packages)
-    facts = {
-        "sha256": header["sha256"],
-        "entries": header["documents"],
-        "skipped_modules": header["skipped_modules"],
-    }
+    facts = {"sha256": header["sha256"], "entries": header["documents"]}
+    facts["skipped_modules"] = header["skipped_modules"]
     return facts, _ask_side(entries, modules, held_out_fraction, max_answer_chars)
 
 
 def ask(entry: Entry, max_answer_chars: int) -> Conversation | None:
-    """A question about an entry, in one of a few phrasings that its name decides, and the answer; None if there is none."""
+    """A question about an entry and the answer, or None. A hash of the name picks one of a few phrasings."""
     summary = summarize(entry.docstring, max_answer_chars)
     if not summary:
         return None
@@ -82,12 +79,12 @@ def ask(entry: Entry, max_answer_chars: int) -> Conversation | None:
 
 
 def summarize(docstring: str, max_chars: int) -> str:
-    """The sentences at the start of a docstring, in one line of at most `max_chars` characters; "" if there are none."""
+    """The first sentences of a docstring in one line of at most `max_chars` characters, or ""."""
     text = " ".join(" ".join(_first_paragraph(docstring)).split())
     for pattern, replacement in MARKUP:
         text = pattern.sub(replacement, text)
     sentences = SENTENCE_END.split(text)
-    if sentences[-1].endswith((":", ",", ";")):  # it leads to something that is no prose
+    if sentences[-1].endswith((":", ",", ";")):  # it introduces a list or code
         sentences.pop()
     if not sentences or not sentences[0]:
         return ""
@@ -97,9 +94,10 @@ def summarize(docstring: str, max_chars: int) -> str:
         least_words = LEAST_WORDS
     summary = ""
     for sentence in sentences:
-        if len(summary) + len(sentence) + bool(summary) > max_chars:
+        longer = f"{summary} {sentence}" if summary else sentence
+        if len(longer) > max_chars:
             break
-        summary += " " * bool(summary) + sentence
+        summary = longer
     begins_well = summary[:1].isalpha() or summary.startswith("`")
     if not begins_well or len(re.findall(r"[A-Za-z]+", summary)) < least_words:
         return ""
@@ -107,7 +105,7 @@ def summarize(docstring: str, max_chars: int) -> str:
 
 
 def is_held_out(module: str, fraction: float) -> bool:
-    """Whether a module is among the `fraction` that is kept from training: its name alone decides."""
+    """Whether a module is among the `fraction` that is held out from training. Its name alone decides."""
     return _hash(module) < fraction * 2**64
 
 
@@ -115,18 +113,22 @@ def _ask_side(
     entries: Iterable[Entry], modules: str, held_out_fraction: float, max_answer_chars: int
 ) -> Iterator[Conversation | str]:
     train_answers: set[str] = set()
-    if modules == "held_out":  # the modules of both sides are mixed, so all must be known before the first
+    if (
+        modules == "held_out"
+    ):  # modules of both sides alternate, so all entries must be read before the first answer
         entries = list(entries)
         train = [entry for entry in entries if not is_held_out(_module(entry), held_out_fraction)]
         train_answers = {summarize(entry.docstring, max_answer_chars) for entry in train}
     for entry in entries:
         if modules != "all" and is_held_out(_module(entry), held_out_fraction) != (modules == "held_out"):
             continue
-        pair = ask(entry, max_answer_chars)
-        if pair is None:
+        conversation = ask(entry, max_answer_chars)
+        if conversation is None:
             yield "no_summary"
+        elif summarize(entry.docstring, max_answer_chars) in train_answers:
+            yield "answer_in_train"
         else:
-            yield "answer_in_train" if summarize(entry.docstring, max_answer_chars) in train_answers else pair
+            yield conversation
 
 
 def _module(entry: Entry) -> str:
@@ -134,29 +136,27 @@ def _module(entry: Entry) -> str:
 
 
 def _first_paragraph(docstring: str) -> list[str]:
-    """The lines of the first paragraph of prose: without signatures, and up to where something else begins."""
+    """The lines of the first paragraph of prose: after signatures, up to a list, code or an empty line."""
     lines = docstring.strip().split("\n")
     while lines and (match := SIGNATURE.fullmatch(lines[0].strip())):
         rest = RESULT.sub("", match["rest"] or "")
         is_prose = rest[:1].isalpha() and len(rest.split()) >= LEAST_WORDS
-        stands_alone = (
-            len(lines) > 1 and not lines[1].strip() and not rest.endswith(".")
-        )  # "-> floating point number": a type
+        # "-> floating point number": a type
+        stands_alone = len(lines) > 1 and not lines[1].strip() and not rest.endswith(".")
         if is_prose and not stands_alone:
             lines[0] = rest
             break
         lines.pop(0)
         while lines and not lines[0].strip():
             lines.pop(0)
-    end = next(
-        (index for index, line in enumerate(lines) if index and (not line.strip() or LAYOUT.match(line))),
-        len(lines),
-    )
-    return lines[:end]
+    for index, line in enumerate(lines):
+        if index > 0 and (not line.strip() or LAYOUT.match(line)):
+            return lines[:index]
+    return lines
 
 
 def _call(name: str, entry: Entry) -> str:
-    """`` `name(arguments)`.  `` for a function or method, without `self`; "" if it would say little or much."""
+    """`` `name(arguments)`.  `` for a function or method, without `self`; "" if it says little or is long."""
     signature = re.sub(r"^\((?:self|cls)(?:, /)?(?:, )?", "(", entry.signature)
     says_little = entry.kind not in ("function", "method") or signature in ("", "(*args, **kwargs)")
     if says_little or "<" in signature or len(name + signature) > LONGEST_SIGNATURE:

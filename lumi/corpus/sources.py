@@ -1,4 +1,9 @@
-"""Where text comes from: the config of each kind of source, and what identifies its content."""
+"""Where data comes from: the config of each kind of source, and what identifies its content.
+
+A location says where data lies: in files, or in a dataset on the hub. `lumi evaluate` reads locations. A
+source of the stage `prepare` is a location, or the documentation inside this Python, with a name and a
+budget.
+"""
 
 import os
 import re
@@ -33,14 +38,73 @@ ConversationFormat = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnySource:
-    """What every source has: a name in reports, and a budget of what is kept of it."""
+class Checked:
+    """The root of locations and sources: every class checks its own fields and calls `super()`."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a field has an impossible value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset(Checked):
+    """A dataset on the Hugging Face hub. It is streamed: only the rows that are read are downloaded."""
+
+    kind: Literal["hub"] = "hub"
+    dataset: str
+    subset: str | None = None
+    split: str = "validation"
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("dataset", "split"):
+            if getattr(self, key) == "":
+                raise ValueError(f'{key} must be a name, got ""')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Checked):
+    """Local files: `paths` holds paths and glob patterns. A file named `.gz` is unpacked while it is read."""
+
+    kind: str
+    paths: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_patterns(self.paths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlFiles(Files):
+    """Files with one JSON object per line."""
+
+    kind: Literal["jsonl"] = "jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonFiles(Files):
+    """Files that hold one JSON array of objects; each is held in memory while it is read."""
+
+    kind: Literal["json"] = "json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles(Files):
+    """UTF-8 text files."""
+
+    kind: Literal["text"] = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSource(Checked):
+    """What every source of `prepare` has: a name in reports, and a budget of what is kept of it."""
 
     name: str
     max_tokens: int | None = None
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name must be letters, digits, '.', '_' and '-', got {self.name!r}")
         for key in ("max_tokens", "max_documents"):
@@ -50,13 +114,13 @@ class AnySource:
 
     @property
     def holds_conversations(self) -> bool:
-        """Whether its records are conversations, not texts."""
+        """Whether its documents are conversations, not texts."""
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordSource(AnySource):
-    """A source of records with fields: a text in one of them, or a conversation, in one of the formats of chat data."""
+class RecordSource(NamedSource):
+    """A source of records with fields: a text in one of them, or a conversation in a format of chat data."""
 
     text_field: str = "text"
     conversation: ConversationFormat | None = None
@@ -76,69 +140,37 @@ class RecordSource(AnySource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubSource(RecordSource):
-    """A dataset on the Hugging Face hub, streamed: nothing beyond the budget is downloaded (but all rows of "oasst_messages")."""
+class HubSource(HubDataset, RecordSource):
+    """A dataset on the hub, read until the budget is reached; "oasst_messages" needs all of its rows."""
 
-    kind: Literal["hub"] = "hub"
-    dataset: str
-    subset: str | None = None
     split: str = "train"
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("dataset", "split"):
-            if getattr(self, key) == "":
-                raise ValueError(f'{key} must be a name, got ""')
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlSource(RecordSource):
-    """Files with one JSON object per line, plain or gzip (`.gz`)."""
-
-    kind: Literal["jsonl"] = "jsonl"
-    paths: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_patterns(self.paths)
+class JsonlSource(JsonlFiles, RecordSource):
+    """Files with one JSON object per line."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonSource(RecordSource):
-    """Files that hold one JSON array of objects, plain or gzip (`.gz`); each is held in memory while it is read."""
-
-    kind: Literal["json"] = "json"
-    paths: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_patterns(self.paths)
+class JsonSource(JsonFiles, RecordSource):
+    """Files that hold one JSON array of objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetSource(RecordSource):
-    """Parquet files with a column of text, or the columns of a conversation."""
+class ParquetSource(Files, RecordSource):
+    """Parquet files with a column of text, or with the columns of a conversation."""
 
     kind: Literal["parquet"] = "parquet"
-    paths: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_patterns(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSource(AnySource):
-    """UTF-8 text files: a document per file, or the pieces between `separator` ("\\n\\n": blank lines), plain or gzip."""
+class TextSource(TextFiles, NamedSource):
+    """UTF-8 text files: a document per file, or the pieces between `separator` ("\\n\\n": blank lines)."""
 
-    kind: Literal["text"] = "text"
-    paths: tuple[str, ...]
     separator: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_patterns(self.paths)
         if self.separator == "":
             raise ValueError(
                 'separator must be null (one document per file) or at least one character, got ""'
@@ -146,8 +178,11 @@ class TextSource(AnySource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PythonDocsSource(AnySource):
-    """The documentation inside this Python: "topics" (the language reference), "stdlib", and any installed package."""
+class PythonDocsSource(NamedSource):
+    """The documentation inside this Python.
+
+    `packages`: "topics" (the language reference), "stdlib", and names of installed packages.
+    """
 
     kind: Literal["python_docs"] = "python_docs"
     packages: tuple[str, ...] = ("topics", "stdlib", "numpy", "torch")
@@ -158,11 +193,12 @@ class PythonDocsSource(AnySource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PythonQuestionsSource(AnySource):
-    """Questions about the modules, classes and functions of "stdlib" and installed packages, answered from their documentation.
+class PythonQuestionsSource(NamedSource):
+    """Questions about the modules, classes and functions of packages, with answers from their documentation.
 
-    `modules`: whole modules are on one side, "train" or "held_out", so that two corpora share none; a hash of its name puts
-    `held_out_fraction` of them there. `max_answer_chars`: an answer ends with the last sentence within this limit.
+    `packages`: "stdlib" and names of installed packages. `modules`: a hash of its name puts each module on
+    one side, `held_out_fraction` of them on "held_out", the others on "train", so that two corpora share no
+    module. `max_answer_chars`: an answer ends with the last sentence within this limit.
     """
 
     kind: Literal["python_questions"] = "python_questions"
@@ -176,7 +212,7 @@ class PythonQuestionsSource(AnySource):
         _check_packages(self.packages)
         if "topics" in self.packages:
             raise ValueError(
-                "packages must be stdlib or names of packages, got topics, of which nothing can be asked"
+                "packages must be stdlib or names of packages, got topics, which gives no questions"
             )
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction must be within 0 and 1, got {self.held_out_fraction}")
@@ -188,7 +224,7 @@ class PythonQuestionsSource(AnySource):
         return True
 
 
-FileSource = JsonlSource | JsonSource | ParquetSource | TextSource
+Location = HubDataset | JsonlFiles | JsonFiles | TextFiles
 Source = (
     HubSource
     | JsonlSource
@@ -200,23 +236,12 @@ Source = (
 )
 
 
-def find_files(source: FileSource) -> list[str]:
-    """The files of a local source: its paths in order, the matches of each sorted.
-
-    Raises:
-        UserError: a path matches no file.
-    """
-    try:
-        return matching_files(source.paths)
-    except UserError as error:
-        raise UserError(f"source {source.name!r}: {error}") from error
-
-
 def identify(source: Source) -> dict[str, Any]:
-    """What decides which documents a source gives: its config without name and budget, its files, its versions.
+    """What decides which documents a source gives: its config without name and budget, files, versions.
 
     Raises:
-        UserError: a path matches no file, a package of `python_docs` or `python_questions` is not installed.
+        UserError: a path matches no file, or a package of `python_docs` or `python_questions` is not
+            installed.
     """
     config = {
         key: value
@@ -229,13 +254,16 @@ def identify(source: Source) -> dict[str, Any]:
         return config | {"versions": installed_versions(source.packages), "phrasing": PHRASING_VERSION}
     if isinstance(source, HubSource):
         return config
-    stats = [(path, os.stat(path)) for path in find_files(source)]
+    try:
+        stats = [(path, os.stat(path)) for path in matching_files(source.paths)]
+    except UserError as error:
+        raise error.within(f"source {source.name!r}") from error
     return config | {"files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]}
 
 
-def describe(source: Source) -> str:
-    """One phrase for a report: kind and address."""
-    if isinstance(source, HubSource):
+def describe(source: Source | Location) -> str:
+    """One phrase for messages and reports: kind and address."""
+    if isinstance(source, HubDataset):
         parts = [source.dataset, source.subset, source.split, source.revision]
         return "hub: " + " / ".join(part for part in parts if part)
     if isinstance(source, PythonDocsSource):

@@ -1,4 +1,4 @@
-"""How good a model is: held-out loss while training, and `lumi evaluate`: tasks, perplexity and smoke tests."""
+"""How good a model is: held-out loss during training; tasks, texts and smoke tests of `lumi evaluate`."""
 
 from lumi.evaluation.held_out import HeldOut, evaluating, held_out_loss
 

@@ -1,4 +1,4 @@
-"""`lumi evaluate`: a model -> tasks, perplexity and smoke tests -> evaluation_results.json and evaluation_report.md."""
+"""`lumi evaluate`: a model -> tasks, perplexity and smoke tests -> results as JSON and as a report."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,22 +17,24 @@ import torch
 import lumi
 import lumi.configs
 from lumi.config import UserError, to_dict, write_json
+from lumi.corpus.sources import describe
 from lumi.data.token_cache import open_or_tokenize
 from lumi.data.token_store import Split
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions
 from lumi.evaluation.perplexity import (
-    Document,
+    ScoredDocument,
     TextConfig,
     WindowConfig,
     perplexity,
     store_documents,
     text_documents,
 )
-from lumi.evaluation.records import describe, tightest
+from lumi.evaluation.records import tightest
 from lumi.evaluation.report import format_table, report
 from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
 from lumi.formats.pretrained import Pretrained
+from lumi.tokenizer.tokenizer import Tokenizer
 
 CONFIGS = Path(lumi.configs.__file__).parent / "evaluation"
 RESULTS_FILE, REPORT_FILE = "evaluation_results.json", "evaluation_report.md"
@@ -40,8 +42,12 @@ RESULTS_FILE, REPORT_FILE = "evaluation_results.json", "evaluation_report.md"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured. `batch_tokens`: how many tokens one pass holds; it decides speed and memory, not results. None: 1,024 on the CPU,
-    where a larger batch falls out of the caches (measured: 1.4 times slower at 8,192), 16,384 on CUDA."""
+    """What is measured.
+
+    `batch_tokens`: how many tokens one pass holds; it decides speed and memory, not results. None: 16,384
+    on CUDA, and 1,024 on the CPU, where a larger batch falls out of the caches (measured: 8,192 is 1.4
+    times slower).
+    """
 
     tasks: tuple[TaskConfig, ...] = ()
     texts: tuple[TextConfig, ...] = ()
@@ -59,14 +65,16 @@ class EvaluationConfig:
 
 
 class _Text(NamedTuple):
-    """Documents to measure under a name: those of a text, or those of a split of a token store, of which `format` is "store".
-    `source` says where they come from, and `limit` how many of the first."""
+    """Documents to measure under a name: those of a text, or the first `limit` of a split of a token store.
+
+    `format`: of the text, or "store". `source`: where the documents come from, for the report.
+    """
 
     name: str
     format: str
     source: str
     limit: int | None
-    documents: list[Document] | Split
+    documents: list[ScoredDocument] | Split
 
 
 def evaluate(
@@ -77,23 +85,26 @@ def evaluate(
     data_dirs: Sequence[str | Path] = (),
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a model; leaves the results and a report in `output_dir`, and prints them as a table.
+    """Measure a model; write the results and a report into `output_dir`, and print them as a table.
 
-    All data is read before the model is run, so that what is missing shows at once. Both files are written after each task and text, with
-    `finished` false until the end; what ends the evaluation before, an error or Ctrl-C, says on stderr what they hold.
+    All data is read before the model is run, so that what is missing shows at once. Both files are written
+    after each task and text, with `finished` false until the end. An error or Ctrl-C before the end prints
+    what they hold to stderr.
 
     Args:
         config: what to measure.
         pretrained: the model, its tokenizer and its folder.
         output_dir: is made; results of an earlier evaluation in it are replaced.
-        data_dirs: token stores or corpus folders of the model's tokenizer; their validation splits are measured.
-        limit: at most so many examples of each task and documents of each text.
+        data_dirs: token stores or corpus folders of the model's tokenizer; their validation splits are
+            measured.
+        limit: how many examples of each task and documents of each text at most.
 
     Returns:
-        What is written to the results file.
+        What the results file holds.
 
     Raises:
-        UserError: nothing to do, two texts of one name, data that cannot be read, or a model whose output is not finite.
+        UserError: nothing to do, two texts of one name, data that cannot be read, or a model whose output
+            is not finite.
     """
     started = time.monotonic()
     output_dir, folders = Path(output_dir), list(map(Path, data_dirs))
@@ -102,25 +113,10 @@ def evaluate(
     batch_tokens = config.batch_tokens or (16_384 if model.output_weight.is_cuda else 1024)
     config.windows.resolve(model.config.max_positions)
     questions = [read_questions(task, limit) for task in config.tasks]
-    texts = [
-        _Text(
-            text.name,
-            text.format,
-            describe(text.source),
-            tightest(text.limit, limit),
-            text_documents(text, tokenizer, limit),
-        )
-        for text in config.texts
-    ]
-    for folder in folders:
-        split = open_or_tokenize(folder, tokenizer).split("validation")
-        texts.append(_Text(str(folder), "store", f"store: {folder} / validation", limit, split))
-    smoke = config.smoke_tests
-    tests = (
-        encode_smoke_tests(smoke, read_smoke_tests(smoke), tokenizer, model.config.max_positions)
-        if smoke
-        else None
-    )
+    texts = [*_read_texts(config, tokenizer, limit), *_open_stores(folders, tokenizer, limit)]
+    smoke, tests = config.smoke_tests, None
+    if smoke is not None:
+        tests = encode_smoke_tests(smoke, read_smoke_tests(smoke), tokenizer, model.config.max_positions)
     output_dir.mkdir(parents=True, exist_ok=True)
 
     results = _facts(pretrained) | {"limit": limit, "config": to_dict(config)}
@@ -134,10 +130,8 @@ def evaluate(
             _save(results, output_dir, started)
         if smoke is not None and tests is not None:
             source = f"prompts of {smoke.path or 'the shipped ' + SHIPPED.name}"
-            results["smoke_tests"] = {
-                "source": source,
-                **dataclasses.asdict(run_smoke_tests(smoke, tests, model, tokenizer)),
-            }
+            measured = dataclasses.asdict(run_smoke_tests(smoke, tests, model, tokenizer))
+            results["smoke_tests"] = {"source": source, **measured}
     except (KeyboardInterrupt, UserError):
         print(_kept(results, output_dir), file=sys.stderr)
         raise
@@ -148,29 +142,41 @@ def evaluate(
     return results
 
 
+def _read_texts(config: EvaluationConfig, tokenizer: Tokenizer, limit: int | None) -> Iterator[_Text]:
+    for text in config.texts:
+        most, documents = tightest(text.limit, limit), text_documents(text, tokenizer, limit)
+        yield _Text(text.name, text.format, describe(text.source), most, documents)
+
+
+def _open_stores(folders: Sequence[Path], tokenizer: Tokenizer, limit: int | None) -> Iterator[_Text]:
+    for folder in folders:
+        split = open_or_tokenize(folder, tokenizer).split("validation")
+        yield _Text(str(folder), "store", f"store: {folder} / validation", limit, split)
+
+
 def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path], limit: int | None) -> None:
-    """What can be refused before anything is read."""
+    """Refuse what can be refused before anything is read."""
     if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, got {limit}")
+        raise UserError("--limit", "must be at least 1", got=limit)
     if not (config.tasks or config.texts or config.smoke_tests or data_dirs):
-        raise UserError(
-            "the config must name at least one of tasks, texts and smoke_tests, got none; or pass --data-dirs"
-        )
+        expectation = "must name at least one of tasks, texts and smoke_tests"
+        raise UserError("the config", expectation, got="none", remedy="or pass --data-dirs")
     if len({folder.resolve() for folder in data_dirs}) < len(data_dirs):
-        raise UserError(
-            f"--data-dirs must be different folders, got {' '.join(map(str, data_dirs))}; leave one out"
-        )
+        got = " ".join(map(str, data_dirs))
+        raise UserError("--data-dirs", "must be different folders", got=got, remedy="leave one out")
     names = Counter([*(text.name for text in config.texts), *map(str, data_dirs)])
     if twice := [name for name, count in names.items() if count > 1]:
         raise UserError(
-            f"texts and --data-dirs must have different names, got {twice[0]!r} twice; leave one out or rename the text"
+            "texts and --data-dirs",
+            "must have different names",
+            got=f"{twice[0]!r} twice",
+            remedy="leave one out or rename the text",
         )
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "a folder that cannot be written to" if there.is_dir() else "a file"
-        raise UserError(
-            f"--output-dir must be a folder that can be written to, got {output_dir}: {there} is {what}"
-        )
+        got = f"{output_dir}: {there} is {what}"
+        raise UserError("--output-dir", "must be a folder that can be written to", got=got)
 
 
 def _save(results: dict[str, Any], output_dir: Path, started: float) -> None:
@@ -180,7 +186,7 @@ def _save(results: dict[str, Any], output_dir: Path, started: float) -> None:
 
 
 def _kept(results: dict[str, Any], output_dir: Path) -> str:
-    """What an evaluation that was stopped leaves, as one line."""
+    """What an evaluation that was stopped has written, as one line."""
     measured = [*results["tasks"], *results["perplexity"]]
     if not measured:
         return "stopped before anything was measured; nothing was written"
@@ -205,13 +211,13 @@ def _run_text(
     text: _Text, windows: WindowConfig, pretrained: Pretrained, batch_tokens: int
 ) -> dict[str, Any]:
     begun = time.monotonic()
-    documents = (
-        store_documents(text.documents, pretrained.tokenizer, text.limit)
-        if isinstance(text.documents, Split)
-        else text.documents
-    )
+    documents: Iterable[ScoredDocument]
+    if isinstance(text.documents, Split):
+        documents = store_documents(text.documents, pretrained.tokenizer, text.limit)
+        answers_only = text.documents.mask is not None
+    else:
+        documents, answers_only = text.documents, False
     result = perplexity(pretrained.model, documents, windows, batch_tokens=batch_tokens, name=text.name)
-    answers_only = isinstance(text.documents, Split) and text.documents.mask is not None
     data = {"format": text.format, "source": text.source, "limit": text.limit, "answers_only": answers_only}
     return {**data, **dataclasses.asdict(result), "seconds": _seconds(begun)}
 

@@ -1,10 +1,11 @@
 """Held-out loss: nats per token and bits per byte.
 
-Protocol: the documents of a split in order, in windows of `sequence_length` tokens without overlap; a document cut by a window's
-edge goes on without context. Every target counts, each document's EOS included, and the bytes are those of the text that the
-targets stand for: so the figure does not depend on the tokenizer, and compares with a compressor's output over the same bytes.
-Of conversations the targets are the answers and what ends them, in the rows of `lumi.data.rows.ConversationRows`: whole conversations, but
-for those longer than a row, which end at an earlier answer or are left out.
+Protocol: the documents of a split in order, in windows of `sequence_length` tokens that do not overlap. A
+document that a window's edge cuts goes on without context. Every target counts, each document's EOS
+included. The bytes are those of the text that the targets stand for, so the figure does not depend on the
+tokenizer and compares with a compressor's output over the same bytes. In conversations the targets are the
+answers and the tokens that end them. Their rows are those of `lumi.data.rows.ConversationRows`: whole
+conversations; one longer than a row ends at an earlier answer or is left out.
 """
 
 import math
@@ -23,7 +24,7 @@ from lumi.parallel.world import World
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The result: `loss` in nats per token, `bits_per_byte`, and how many of both were read."""
+    """`loss` in nats per token, `bits_per_byte`, and how many tokens and bytes they rest on."""
 
     loss: float
     bits_per_byte: float
@@ -50,7 +51,7 @@ def held_out_loss(
             cuts it short.
 
     Returns:
-        None where `stopping` ended it.
+        None if `stopping` ended it.
 
     Raises:
         UserError: a process cannot read its data; as `World.fail_together`.

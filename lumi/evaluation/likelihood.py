@@ -1,13 +1,14 @@
-"""The log-likelihood of continuations: what multiple choice tasks are scored by.
+"""The log-likelihood of continuations, by which multiple choice tasks are scored.
 
-Tokens are made as lm-evaluation-harness makes them (github.com/EleutherAI/lm-evaluation-harness, `_encode_pair`): white space at the
-end of the context moves to the continuation, context + continuation is encoded as one text, and the continuation's tokens are those
-behind the context's. Where a token reaches over the boundary, so that the context's tokens are no beginning of the whole's, the
-harness would lose a piece of the continuation; here the two are then encoded one after the other. BOS stands in front. What is longer
-than the model's positions is cut from the left, BOS included; the last token is predicted and never read.
+Texts become tokens as in lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness,
+`_encode_pair`). White space at the end of the context moves to the continuation. Context + continuation is
+encoded as one text, and the continuation's tokens are those after the context's. A token may reach over the
+boundary, so that the whole does not begin with the context's tokens. The harness then loses a piece of the
+continuation; here the two are encoded one after the other instead. BOS comes first. A text longer than the
+model's positions is cut from the left, BOS included. The last token is predicted and never read.
 
-The context is run once for all continuations of it: its last position gives the first token of each, and the rest is run against
-copies of its keys and values.
+A context is run once for all its continuations: its last position gives the first token of each, and the
+rest of each is run on a copy of the context's keys and values.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +26,14 @@ from lumi.tokenizer.tokenizer import Tokenizer
 _LOGIT_ROWS = 512  # at once: with 32,768 ids that is 64 MiB
 
 
-class Request(NamedTuple):
-    """Token ids of a context (at least one: BOS) and of the continuations to score behind it (at least one token each)."""
+class ScoringRequest(NamedTuple):
+    """Token ids of a context (at least BOS) and of the continuations to score after it (none empty)."""
 
     context: list[int]
     continuations: list[list[int]]
 
 
-def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> Request:
+def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> ScoringRequest:
     """Texts to tokens, as the module says. Raises UserError for a continuation of no tokens."""
     kept = context.rstrip()
     space = context[len(kept) :]
@@ -43,17 +44,16 @@ def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[s
         joins = whole[: len(context_ids)] == context_ids
         ids = whole[len(context_ids) :] if joins else tokenizer.encode(space + continuation, continues=True)
         if not ids:
-            raise UserError(
-                f"a continuation must hold at least one token, got {continuation!r} behind {kept[-40:]!r}"
-            )
+            got = f"{continuation!r} behind {kept[-40:]!r}"
+            raise UserError("a continuation", "must hold at least one token", got=got)
         encoded.append(ids)
-    return Request([tokenizer.bos_id, *context_ids], encoded)
+    return ScoringRequest([tokenizer.bos_id, *context_ids], encoded)
 
 
 @torch.inference_mode()
 def score(
     model: Transformer,
-    requests: Sequence[Request],
+    requests: Sequence[ScoringRequest],
     *,
     batch_tokens: int,
     on_done: Callable[[int], object] | None = None,
@@ -63,16 +63,16 @@ def score(
     Args:
         model: in evaluation mode, on its device.
         requests: contexts with their continuations.
-        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the result.
+        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the
+            result.
         on_done: called with the number of continuations scored since the last call.
 
     Raises:
         UserError: a continuation is longer than the model's positions, or the model's output is not finite.
     """
     jobs = list(_jobs(requests, model.config.max_positions))
-    jobs.sort(
-        key=lambda job: (len(job.context), max(map(len, job.continuations))), reverse=True
-    )  # the largest first: memory shows early
+    # The largest first, so that a lack of memory shows early.
+    jobs.sort(key=lambda job: (len(job.context), max(map(len, job.continuations))), reverse=True)
     results = [[0.0] * len(request.continuations) for request in requests]
     for batch in _batches(jobs, batch_tokens):
         done = 0
@@ -86,7 +86,7 @@ def score(
 
 
 class _Job(NamedTuple):
-    """A request, or one continuation of it, cut to the model's positions. `places`: which continuations of request number `request`."""
+    """Continuations `places` of request number `request`, with the context cut to the model's positions."""
 
     context: list[int]
     continuations: list[list[int]]
@@ -94,20 +94,18 @@ class _Job(NamedTuple):
     places: list[int]
 
 
-def _jobs(requests: Sequence[Request], max_positions: int) -> Iterator[_Job]:
+def _jobs(requests: Sequence[ScoringRequest], max_positions: int) -> Iterator[_Job]:
     for index, (context, continuations) in enumerate(requests):
         longest = max(map(len, continuations))
         if longest > max_positions:
-            raise UserError(
-                f"a continuation must be at most as long as the model's {max_positions} positions, got {longest} tokens"
-            )
+            expectation = f"must be at most as long as the model's {max_positions} positions"
+            raise UserError("a continuation", expectation, got=f"{longest} tokens")
         if len(context) + longest - 1 <= max_positions:
             yield _Job(context, continuations, index, list(range(len(continuations))))
         else:  # how much of the context stays depends on the continuation
             for place, continuation in enumerate(continuations):
-                yield _Job(
-                    context[-(max_positions + 1 - len(continuation)) :], [continuation], index, [place]
-                )
+                kept = context[-(max_positions + 1 - len(continuation)) :]
+                yield _Job(kept, [continuation], index, [place])
 
 
 def _batches(jobs: Sequence[_Job], batch_tokens: int) -> Iterator[list[_Job]]:
@@ -122,34 +120,28 @@ def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) ->
     device = model.output_weight.device
     context_BT = _pad([job.context for job in jobs]).to(device)
     last_B = torch.tensor([len(job.context) - 1 for job in jobs], device=device)
-    second_pass = any(len(ids) > 1 for job in jobs for ids in job.continuations)
-    cache = (
-        [LayerCache(len(jobs), context_BT.shape[1], model, device) for _ in model.layers]
-        if second_pass
-        else None
+    continuations = [ids for job in jobs for ids in job.continuations]
+    row_C = torch.tensor([row for row, job in enumerate(jobs) for _ in job.continuations], device=device)
+    # Sorted by length; a continuation of one token needs no second pass.
+    longer = sorted(
+        (index for index, ids in enumerate(continuations) if len(ids) > 1),
+        key=lambda index: len(continuations[index]),
     )
+    cache = None
+    if longer:
+        cache = [LayerCache(len(jobs), context_BT.shape[1], model, device) for _ in model.layers]
     hidden_BD = model.hidden(context_BT, cache=cache)[torch.arange(len(jobs), device=device), last_B]
-
-    rows = [(row, ids) for row, job in enumerate(jobs) for ids in job.continuations]
-    first_row_C = torch.tensor([row for row, _ in rows], device=device)
-    logits_BV = model.logits(hidden_BD)
-    sums = token_log_probabilities(
-        logits_BV, torch.tensor([ids[0] for _, ids in rows]).to(device), first_row_C
-    ).tolist()
-    if cache is not None:
-        longer = sorted(
-            (index for index, (_, ids) in enumerate(rows) if len(ids) > 1),
-            key=lambda index: len(rows[index][1]),
-        )
-        while longer:
-            # The last is the longest: as many rows as fit with its length.
-            count = max(1, batch_tokens // (context_BT.shape[1] + len(rows[longer[-1]][1])))
-            chosen, longer = longer[-count:], longer[:-count]
-            row_C, ids = first_row_C[chosen], [rows[index][1] for index in chosen]
-            for index, more in zip(
-                chosen, _score_rest(model, cache, row_C, last_B[row_C] + 1, ids), strict=True
-            ):
-                sums[index] += more
+    first_C = torch.tensor([ids[0] for ids in continuations]).to(device)
+    sums = token_log_probabilities(model.logits(hidden_BD), first_C, row_C).tolist()
+    while longer:
+        assert cache is not None
+        # The last is the longest: take as many as fit with its length.
+        count = max(1, batch_tokens // (context_BT.shape[1] + len(continuations[longer[-1]])))
+        chosen, longer = longer[-count:], longer[:-count]
+        rows = row_C[chosen]
+        rest = _score_rest(model, cache, rows, last_B[rows] + 1, [continuations[index] for index in chosen])
+        for index, more in zip(chosen, rest, strict=True):
+            sums[index] += more
     scores = iter(sums)
     return [[next(scores) for _ in job.continuations] for job in jobs]
 
@@ -161,7 +153,10 @@ def _score_rest(
     start_C: Tensor,
     continuations: Sequence[list[int]],
 ) -> list[float]:
-    """Sums of continuations without their first tokens; number c begins at `start_C[c]` of row `row_C[c]` of the cache."""
+    """Sums over continuations without their first tokens.
+
+    Continuation number c begins at position `start_C[c]` of row `row_C[c]` of the cache.
+    """
     device = row_C.device
     inputs_CT = _pad([ids[:-1] for ids in continuations]).to(device)
     targets_CT = _pad([ids[1:] for ids in continuations]).to(device)
@@ -198,7 +193,7 @@ def log_probabilities_of(model: Transformer, hidden_ND: Tensor, targets_N: Tenso
 
 
 def token_log_probabilities(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> Tensor:
-    """As `log_probabilities_of`, from logits (rows, V) float32; target n stands in row `row_N[n]`, None: in row n."""
+    """As `log_probabilities_of`, from float32 logits (rows, V); target n belongs to row `row_N[n]` or n."""
     row_N = torch.arange(len(targets_N), device=targets_N.device) if row_N is None else row_N
     log_probabilities_N = (logits_NV[row_N, targets_N] - logits_NV.logsumexp(dim=-1)[row_N]).double()
     require_finite(log_probabilities_N)

@@ -1,4 +1,4 @@
-"""Accuracy on a multiple choice task: the choice of the highest log-likelihood is the model's answer."""
+"""Accuracy on a multiple choice task: the model's answer is the choice with the highest log-likelihood."""
 
 import math
 from collections import Counter
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lumi.config import UserError
+from lumi.corpus.sources import describe
 from lumi.evaluation.likelihood import encode_request, score
-from lumi.evaluation.records import describe, read_records, tightest
+from lumi.evaluation.records import read_records, tightest
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
 from lumi.host.progress import progress_bar
 from lumi.model.transformer import Transformer
@@ -18,10 +19,11 @@ DELIMITER = " "  # between a context and a choice
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """Shares in [0, 1]. `acc_norm` is scored by log-likelihood per character of the choice, as the harness does.
+    """Shares in [0, 1]. `acc_norm` is scored by log-likelihood per character of the choice, like the harness.
 
-    `chance` is what guessing gives, `majority` what always giving the most frequent place of the right answer gives. Standard errors
-    are those of a mean, sqrt(p (1 - p) / (n - 1)) as in the harness; None for a single example.
+    `chance` is the accuracy of guessing, `majority` that of always giving the place where the right answer
+    stands most often. Standard errors are those of a mean, sqrt(p (1 - p) / (n - 1)) as in the harness;
+    None for a single example.
     """
 
     acc: float
@@ -37,7 +39,8 @@ def read_questions(config: TaskConfig, limit: int | None = None) -> list[Questio
     """The questions of a task.
 
     Args:
-        limit: at most so many, besides the config's own limit.
+        config: the task.
+        limit: how many at most, besides the config's own limit.
 
     Raises:
         UserError: the records cannot be read, or one holds no question of this kind (names it).
@@ -66,21 +69,17 @@ def score_questions(
     """
     requests, owners = [], []
     for number, question in enumerate(questions):
+        choices = [DELIMITER + choice for choice in question.choices]
         if len(set(question.contexts)) == 1:
-            requests.append(
-                encode_request(
-                    tokenizer, question.contexts[0], [DELIMITER + choice for choice in question.choices]
-                )
-            )
-            owners.append(number)
+            asked = [encode_request(tokenizer, question.contexts[0], choices)]
         else:
-            for context, choice in zip(question.contexts, question.choices, strict=True):
-                requests.append(encode_request(tokenizer, context, [DELIMITER + choice]))
-                owners.append(number)
+            pairs = zip(question.contexts, choices, strict=True)
+            asked = [encode_request(tokenizer, context, [choice]) for context, choice in pairs]
+        requests += asked
+        owners += [number] * len(asked)
     scores: list[list[float]] = [[] for _ in questions]
-    with progress_bar(
-        name, " choices", total=sum(len(question.choices) for question in questions)
-    ) as progress:
+    num_choices = sum(len(question.choices) for question in questions)
+    with progress_bar(name, " choices", total=num_choices) as progress:
         found = score(model, requests, batch_tokens=batch_tokens, on_done=progress.update)
     for owner, some in zip(owners, found, strict=True):
         scores[owner] += some
@@ -92,14 +91,15 @@ def accuracy(
 ) -> TaskResult:
     """Count the right answers; of equal scores the first choice counts."""
     if not questions:
-        raise UserError("a task must have at least one question, got none")
+        raise UserError("a task", "must have at least one question", got="none")
     right, right_norm = 0, 0
     for question, plain in zip(questions, scores, strict=True):
-        per_character = [
-            value / max(len(text), 1) for value, text in zip(plain, question.choices, strict=True)
-        ]
-        right += _largest(plain) == question.answer
-        right_norm += _largest(per_character) == question.answer
+        lengths = [max(len(choice), 1) for choice in question.choices]
+        per_character = [value / length for value, length in zip(plain, lengths, strict=True)]
+        if _largest(plain) == question.answer:
+            right += 1
+        if _largest(per_character) == question.answer:
+            right_norm += 1
     number = len(questions)
     return TaskResult(
         acc=right / number,
@@ -113,7 +113,7 @@ def accuracy(
 
 
 def standard_error(share: float, number: int) -> float | None:
-    """Of a share of `number` examples: sqrt(p (1 - p) / (n - 1)); None for one example, which says nothing of the spread."""
+    """sqrt(p (1 - p) / (n - 1)) for a share of `number` examples; None for one, which shows no spread."""
     return math.sqrt(share * (1 - share) / (number - 1)) if number > 1 else None
 
 

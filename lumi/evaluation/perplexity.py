@@ -1,10 +1,11 @@
-"""Perplexity by rolling windows: of texts, and of the validation split of token stores.
+"""Perplexity by rolling windows, of texts and of the validation split of token stores.
 
-Each document stands alone behind BOS. The first window predicts its first `window_tokens` tokens; each further one predicts the next
-`stride_tokens`, and has read as many tokens before them as fit into the window. With a stride as long as the window, the default, that
-is lm-evaluation-harness's `loglikelihood_rolling` (github.com/EleutherAI/lm-evaluation-harness); a shorter stride gives every token more
-context and costs more. EOS is not predicted. In a token store with a loss mask the trained tokens alone count: the answers, and the
-tokens that end them.
+Each document stands alone after BOS. The first window predicts the first `window_tokens` tokens of the
+document. Each further one predicts the next `stride_tokens` and reads as many tokens before them as fit
+into the window. By default the stride is as long as the window, which is lm-evaluation-harness's
+`loglikelihood_rolling` (github.com/EleutherAI/lm-evaluation-harness). A shorter stride gives every token
+more context and costs more. EOS is not predicted. In a token store with a loss mask only the trained tokens
+count: the answers and the tokens that end them.
 """
 
 import math
@@ -18,32 +19,28 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lumi.config import UserError
+from lumi.corpus.sources import Location, describe
 from lumi.data.token_store import Split
 from lumi.evaluation import wikitext
 from lumi.evaluation.likelihood import log_probabilities_of
-from lumi.evaluation.records import (
-    HubSource,
-    JsonlSource,
-    TextSource,
-    describe,
-    read_records,
-    text_field,
-    tightest,
-)
+from lumi.evaluation.records import read_records, text_field, tightest
 from lumi.host.progress import progress_bar
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 
-_GROUP_PASSES = 16  # windows of about so many passes are sorted by length together
+_GROUP_PASSES = 16  # the windows of about 16 passes are sorted by length together
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """A text to measure. `format` "wikitext": pages of WikiText (see `lumi.evaluation.wikitext`); "plain": a document per record.
-    `limit` takes the first so many documents."""
+    """A text to measure.
+
+    `format`: "plain" takes each record as a document, "wikitext" splits WikiText into its pages (see
+    `lumi.evaluation.wikitext`). `limit` takes only the first documents.
+    """
 
     name: str
-    source: HubSource | JsonlSource | TextSource
+    source: Location
     text_field: str = "text"
     format: Literal["plain", "wikitext"] = "plain"
     limit: int | None = None
@@ -57,41 +54,37 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """Tokens that one pass reads, and that it moves on by. None: the model's positions, and the whole window."""
+    """How many tokens a window reads (None: the model's positions) and moves on by (None: a whole window)."""
 
     window_tokens: int | None = None
     stride_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("window_tokens", "stride_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
+        window, stride = self.window_tokens, self.stride_tokens
+        for name, value in (("window_tokens", window), ("stride_tokens", stride)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if (
-            self.window_tokens is not None
-            and self.stride_tokens is not None
-            and self.stride_tokens > self.window_tokens
-        ):
-            raise ValueError(
-                f"stride_tokens must be at most window_tokens = {self.window_tokens}, got {self.stride_tokens}"
-            )
+        if window is not None and stride is not None and stride > window:
+            raise ValueError(f"stride_tokens must be at most window_tokens = {window}, got {stride}")
 
     def resolve(self, max_positions: int) -> tuple[int, int]:
         """Window and stride for a model. Raises UserError where they do not fit its positions."""
         window = self.window_tokens or max_positions
         if window > max_positions:
-            raise UserError(
-                f"windows.window_tokens must be at most the model's {max_positions} positions, got {window}"
-            )
+            expectation = f"must be at most the model's {max_positions} positions"
+            raise UserError("windows.window_tokens", expectation, got=window)
         stride = self.stride_tokens or window
         if stride > window:
-            raise UserError(
-                f"windows.stride_tokens must be at most the window, here the model's {window} positions, got {stride}"
-            )
+            expectation = f"must be at most the window, here the model's {window} positions"
+            raise UserError("windows.stride_tokens", expectation, got=stride)
         return window, stride
 
 
-class Document(NamedTuple):
-    """`tokens` (T,) int64, BOS first; `scored` (T,) bool, which of them are counted (never the first); words and bytes of those."""
+class ScoredDocument(NamedTuple):
+    """`tokens` (T,) int64, BOS first; `scored` (T,) bool, which of them count, never the first.
+
+    `words`, `bytes`: of the text that the scored tokens stand for.
+    """
 
     tokens: np.ndarray
     scored: np.ndarray
@@ -101,7 +94,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityResult:
-    """exp of nats per token, word and byte; None where there are no such units, or the figure is past what a float holds."""
+    """exp of the nats per token, word and byte; None if there are no such units or a float cannot hold it."""
 
     token_perplexity: float | None
     word_perplexity: float | None
@@ -116,11 +109,15 @@ class PerplexityResult:
     stride_tokens: int
 
 
-def text_documents(config: TextConfig, tokenizer: Tokenizer, limit: int | None = None) -> list[Document]:
+def text_documents(
+    config: TextConfig, tokenizer: Tokenizer, limit: int | None = None
+) -> list[ScoredDocument]:
     """The documents of a text, without empty ones.
 
     Args:
-        limit: at most so many, besides the config's own limit.
+        config: the text.
+        tokenizer: of the model.
+        limit: how many at most, besides the config's own limit.
 
     Raises:
         UserError: it cannot be read, or holds no text.
@@ -141,15 +138,17 @@ def text_documents(config: TextConfig, tokenizer: Tokenizer, limit: int | None =
         tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
         if len(tokens) > 1:
             documents.append(
-                Document(tokens, np.arange(len(tokens)) > 0, count_words(original), len(original.encode()))
+                ScoredDocument(
+                    tokens, np.arange(len(tokens)) > 0, count_words(original), len(original.encode())
+                )
             )
     if not documents:
-        raise UserError(f"{place}: must hold text, got none")
+        raise UserError(f"{place}:", "must hold text", got="none")
     return documents
 
 
-def store_documents(split: Split, tokenizer: Tokenizer, limit: int | None = None) -> Iterator[Document]:
-    """The documents of a split of a token store; words and bytes are counted on the decoded text."""
+def store_documents(split: Split, tokenizer: Tokenizer, limit: int | None = None) -> Iterator[ScoredDocument]:
+    """At most `limit` documents of a split of a token store; words and bytes are of the decoded text."""
     for index in range(min(split.num_documents, limit or split.num_documents)):
         start, stop = int(split.offsets[index]), int(split.offsets[index + 1])
         tokens = split.tokens[start:stop].astype(np.int64)
@@ -160,20 +159,20 @@ def store_documents(split: Split, tokenizer: Tokenizer, limit: int | None = None
             continue
         runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
         texts = [tokenizer.decode(tokens[run].tolist(), continues=bool(run[0] > 1)) for run in runs]
-        yield Document(
+        yield ScoredDocument(
             tokens, scored, sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
         )
 
 
 def count_words(text: str) -> int:
-    """Words as the harness counts them: the pieces between white space, an empty one before or behind it included."""
+    """Words as the harness counts them: the pieces between white space, empty ones at the ends included."""
     return len(re.split(r"\s+", text))
 
 
 @torch.inference_mode()
 def perplexity(
     model: Transformer,
-    documents: Iterable[Document],
+    documents: Iterable[ScoredDocument],
     config: WindowConfig,
     *,
     batch_tokens: int,
@@ -183,13 +182,15 @@ def perplexity(
 
     Args:
         model: in evaluation mode.
-        documents: their tokens below the model's vocabulary.
+        documents: with token ids that the model knows.
         config: of the windows.
-        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the result.
+        batch_tokens: how many tokens one pass holds, padding included; it decides speed and memory, not the
+            result.
         name: of the progress line.
 
     Raises:
-        UserError: the window does not fit the model, there is nothing to count, or the model's output is not finite.
+        UserError: the window does not fit the model, there is nothing to count, or the model's output is
+            not finite.
     """
     window, stride = config.resolve(model.config.max_positions)
     nats, counts = 0.0, np.zeros(4, dtype=np.int64)
@@ -204,7 +205,7 @@ def perplexity(
             )
     number, tokens, words, num_bytes = counts.tolist()
     if tokens == 0:
-        raise UserError(f"{name}: must hold at least one token to count, got none")
+        raise UserError(f"{name}:", "must hold at least one token to count", got="none")
     return PerplexityResult(
         token_perplexity=_exp(nats, tokens),
         word_perplexity=_exp(nats, words),
@@ -221,16 +222,16 @@ def perplexity(
 
 
 class Window(NamedTuple):
-    """Tokens that one pass reads, the ones that it should have predicted, and which of these count; (T,) each."""
+    """The tokens that one window reads, the tokens that it predicts, and which of these count; (T,) each."""
 
     inputs: np.ndarray
     targets: np.ndarray
     scored: np.ndarray
 
 
-def rolling_windows(document: Document, window: int, stride: int) -> Iterator[Window]:
-    """Windows in which every token but the first is counted once, where it is `scored` at all."""
-    last = len(document.tokens) - 1  # the last token is read by no one
+def rolling_windows(document: ScoredDocument, window: int, stride: int) -> Iterator[Window]:
+    """Windows that together count every scored token once."""
+    last = len(document.tokens) - 1  # no window needs to read the last token
     done = 0
     while done < last:
         end = min(done + (stride if done else window), last)
@@ -243,10 +244,10 @@ def rolling_windows(document: Document, window: int, stride: int) -> Iterator[Wi
 
 
 def _groups(
-    documents: Iterable[Document], window: int, stride: int, group_tokens: int
-) -> Iterator[list[tuple[Document, list[Window]]]]:
+    documents: Iterable[ScoredDocument], window: int, stride: int, group_tokens: int
+) -> Iterator[list[tuple[ScoredDocument, list[Window]]]]:
     """Documents with their windows, together about `group_tokens` tokens."""
-    group: list[tuple[Document, list[Window]]] = []
+    group: list[tuple[ScoredDocument, list[Window]]] = []
     size = 0
     for document in documents:
         parts = list(rolling_windows(document, window, stride))
@@ -270,14 +271,13 @@ def _batches(windows: list[Window], batch_tokens: int) -> Iterator[Sequence[Wind
 
 def _log_probability(model: Transformer, windows: Sequence[Window]) -> float:
     device = model.output_weight.device
-    inputs_BT, targets_BT, scored_BT = (
-        pad_sequence([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], batch_first=True).to(
-            device
-        )
-        for rows in zip(*windows, strict=True)
-    )
+    inputs_BT, targets_BT, scored_BT = (_pad(arrays).to(device) for arrays in zip(*windows, strict=True))
     hidden_BTD = model.hidden(inputs_BT)
     return float(log_probabilities_of(model, hidden_BTD[scored_BT], targets_BT[scored_BT]).sum())
+
+
+def _pad(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    return pad_sequence([torch.from_numpy(np.ascontiguousarray(array)) for array in arrays], batch_first=True)
 
 
 def _exp(nats: float, units: int) -> float | None:

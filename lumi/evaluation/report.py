@@ -1,4 +1,4 @@
-"""Results of an evaluation as a table for the terminal, and as Markdown with the protocol beside every figure."""
+"""Results of an evaluation: a table for the terminal, and Markdown with the protocol of every figure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from lumi.evaluation.tasks import TASKS
 
 
 class Figure(NamedTuple):
-    """One line of the table, all of it text; `number` is how many examples, tokens or prompts it rests on."""
+    """One line of the table, as text. `number`: how many examples, tokens or prompts the value rests on."""
 
     name: str
     metric: str
@@ -37,47 +37,37 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 def report(results: Mapping[str, Any]) -> str:
     """A Markdown page."""
-    limit = (
-        ""
-        if results["limit"] is None
-        else f" The first {results['limit']:,} of each task and text at most (--limit)."
-    )
+    limit = ""
+    if results["limit"] is not None:
+        limit = f" The first {results['limit']:,} of each task and text at most (--limit)."
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     adapter = f" with the adapter `{results['adapter']}`" if results["adapter"] else ""
     lines = [
         f"# Evaluation of {results['model']}",
         "",
-        f"{results['parameters']:,} parameters{adapter}, {results['dtype']} on {results['device']}, tokenizer "
-        f"`{results['tokenizer_fingerprint'][:16]}`; {versions}; {results['date']}, {results['seconds']:.0f} s.{limit}",
+        f"{results['parameters']:,} parameters{adapter}, {results['dtype']} on {results['device']},"
+        f" tokenizer `{results['tokenizer_fingerprint'][:16]}`; {versions}; {results['date']},"
+        f" {results['seconds']:.0f} s.{limit}",
         "",
-        *(
-            []
-            if results["finished"]
-            else ["**Not finished**: the evaluation was stopped before it had measured everything.", ""]
-        ),
-        *_markdown(("", "metric", "value", "baseline", "of", "protocol"), figures(results)),
     ]
+    if not results["finished"]:
+        lines += ["**Not finished**: the evaluation was stopped before it had measured everything.", ""]
+    lines += _markdown(("", "metric", "value", "baseline", "of", "protocol"), figures(results))
     if results["smoke_tests"]:
         lines += ["", "## Smoke tests that failed", ""]
-        failed = [
-            answer for answer in results["smoke_tests"]["answers"] if not all(answer["checks"].values())
-        ]
-        rows = [
-            (
-                answer["category"],
-                answer["prompt"],
-                answer["answer"],
-                ", ".join(name for name, met in answer["checks"].items() if not met),
-            )
-            for answer in failed
-        ]
+        rows = []
+        for answer in results["smoke_tests"]["answers"]:
+            failed = ", ".join(name for name, met in answer["checks"].items() if not met)
+            if failed:
+                rows.append((answer["category"], answer["prompt"], answer["answer"], failed))
         lines += _markdown(("category", "prompt", "answer", "failed"), rows) if rows else ["None."]
     return "\n".join(lines) + "\n"
 
 
 def _task_figures(tasks: Mapping[str, Any]) -> Iterator[Figure]:
     for name, task in tasks.items():
-        protocol = f"{_data(task, 'example')}; zero-shot, without chat template, {TASKS[task['kind']].protocol}; highest log-likelihood"
+        how = f"zero-shot, without chat template, {TASKS[task['kind']].protocol}; highest log-likelihood"
+        protocol = f"{_data(task, 'example')}; {how}"
         baseline = f"majority {task['majority']:.2%}, chance {task['chance']:.2%}"
         number = _count(task["examples"], "example")
         yield Figure(name, "acc", _share(task["acc"], task["acc_stderr"]), baseline, number, protocol)
@@ -90,9 +80,8 @@ def _perplexity_figures(texts: Mapping[str, Any]) -> Iterator[Figure]:
     for name, text in texts.items():
         sizes = f"windows of {_count(text['window_tokens'], 'token')}, stride {text['stride_tokens']:,}"
         what = "answers alone, with what ends them" if text["answers_only"] else "EOS not counted"
-        original = (
-            "; words and bytes of the file before detokenisation" if text["format"] == "wikitext" else ""
-        )
+        is_wikitext = text["format"] == "wikitext"
+        original = "; words and bytes of the file before detokenisation" if is_wikitext else ""
         documents = "the document" if text["documents"] == 1 else f"each of {text['documents']:,} documents"
         protocol = f"{_data(text, 'document')}; {sizes}, {documents} behind BOS; {what}{original}"
         words = f"{protocol}; words: the pieces between white space"
@@ -102,12 +91,10 @@ def _perplexity_figures(texts: Mapping[str, Any]) -> Iterator[Figure]:
             ("byte", text["bytes"], protocol),
         )
         for unit, number, how in units:
-            yield Figure(
-                name, f"{unit} perplexity", _number(text[f"{unit}_perplexity"]), "", _count(number, unit), how
-            )
-        yield Figure(
-            name, "bits per byte", _number(text["bits_per_byte"]), "", _count(text["bytes"], "byte"), protocol
-        )
+            value = _number(text[f"{unit}_perplexity"])
+            yield Figure(name, f"{unit} perplexity", value, "", _count(number, unit), how)
+        num_bytes = _count(text["bytes"], "byte")
+        yield Figure(name, "bits per byte", _number(text["bits_per_byte"]), "", num_bytes, protocol)
 
 
 def _smoke_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
@@ -131,11 +118,9 @@ def _cell(text: str) -> str:
 
 
 def _data(part: Mapping[str, Any], unit: str) -> str:
-    return (
-        part["source"]
-        if part["limit"] is None
-        else f"the first {_count(part['limit'], unit)} of {part['source']}"
-    )
+    if part["limit"] is None:
+        return str(part["source"])
+    return f"the first {_count(part['limit'], unit)} of {part['source']}"
 
 
 def _count(number: int, unit: str) -> str:
@@ -149,6 +134,6 @@ def _share(value: float, error: float | None) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "n/a"
-    return (
-        f"{value:.4g}" if value < 9999.5 else f"{value:,.1f}" if value < 1e6 else f"{value:.3e}"
-    )  # %g is exponential from 10,000 on
+    if value < 9999.5:  # from 10,000 on, %g is exponential
+        return f"{value:.4g}"
+    return f"{value:,.1f}" if value < 1e6 else f"{value:.3e}"

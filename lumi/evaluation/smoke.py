@@ -1,20 +1,28 @@
-"""Smoke tests: does the model answer, stop, not repeat itself, and know what every child knows? Greedy, so that a run can be repeated.
+"""Smoke tests: does the model answer, stop, not repeat itself, and know what every child knows?
 
-They find what is broken, a template or a mask or a stop token, and are no measure of quality.
+They find what is broken (a template, a mask, a stop token) and do not measure quality. Answers are greedy,
+so that a run can be repeated.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import lumi.configs
 from lumi.chat import rendering as chat
-from lumi.chat.messages import Message
+from lumi.chat.messages import Message, contents
 from lumi.config import UserError, load_config
 from lumi.host.progress import progress_bar
-from lumi.inference.generation import SamplingConfig, check_prompts, filler_id, generate_ids, text_ids
+from lumi.inference.generation import (
+    Completion,
+    SamplingConfig,
+    check_prompts,
+    filler_id,
+    generate_ids,
+    text_ids,
+)
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -26,9 +34,10 @@ _BATCH = 16
 class SmokeConfig:
     """Which prompts, and how an answer is judged.
 
-    `path`: a JSON file of `SmokeTests`; None: the one that is shipped. `style` "chat" asks through the tokenizer's chat template, "text"
-    lets the model go on with a text; "auto" is "chat" where the tokenizer has a template. `max_repetition`: the largest share of runs of
-    `repetition_tokens` tokens that may have been there before.
+    `path`: a JSON file of `SmokeTests`; None: the one that is shipped. `style`: "chat" asks through the
+    tokenizer's chat template, "text" lets the model continue a text, "auto" is "chat" if the tokenizer has
+    a template. An answer repeats itself if more than `max_repetition` of its runs of `repetition_tokens`
+    tokens occurred in it before.
     """
 
     path: str | None = None
@@ -46,8 +55,8 @@ class SmokeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """A message of a conversation."""
+class SmokeMessage:
+    """A message of a conversation, in the JSON of the smoke tests."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -55,13 +64,14 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class SmokePrompt:
-    """A question, or the conversation up to one, and words that a right answer holds (upper and lower case are the same).
+    """A question (`prompt`), or a conversation that ends with one (`messages`), and words of a right answer.
 
-    `text` is what a model without a chat template is given to go on with; None: the question itself.
+    An answer must hold one of `any_of` and each of `all_of`, in upper or lower case. `text`: what a model
+    without a chat template continues; None: the question itself.
     """
 
     prompt: str | None = None
-    messages: tuple[Turn, ...] = ()
+    messages: tuple[SmokeMessage, ...] = ()
     text: str | None = None
     any_of: tuple[str, ...] = ()
     all_of: tuple[str, ...] = ()
@@ -76,10 +86,10 @@ class SmokePrompt:
 
     @property
     def conversation(self) -> tuple[Message, ...]:
-        """The messages, of which a single prompt is the user's."""
-        return tuple(Message(turn.role, turn.content) for turn in self.messages) or (
-            Message("user", self.prompt or ""),
-        )
+        """The messages; a single prompt is one message of the user."""
+        if self.prompt:
+            return (Message("user", self.prompt),)
+        return tuple(Message(message.role, message.content) for message in self.messages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +105,7 @@ class SmokeTests:
 
 @dataclass(frozen=True, kw_only=True)
 class SmokeAnswer:
-    """What was asked and answered, and each check that applies with its outcome."""
+    """A prompt, its answer, and the outcome of each check that applies."""
 
     category: str
     prompt: str
@@ -106,13 +116,13 @@ class SmokeAnswer:
 
     @property
     def passed(self) -> bool:
-        """Whether all checks are met."""
+        """Whether the answer passes all checks."""
         return all(self.checks.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmokeResult:
-    """`categories`: how many prompts of each passed, and how many there are."""
+    """`categories`: for each, how many prompts passed, and how many there are."""
 
     style: Literal["chat", "text"]
     passed: int
@@ -122,12 +132,18 @@ class SmokeResult:
 
 
 def read_smoke_tests(config: SmokeConfig) -> SmokeTests:
-    """The prompts that a config names. Raises UserError where the file is not one of smoke tests."""
+    """The prompts that a config names. Raises UserError if the file does not hold smoke tests."""
     return load_config(SmokeTests, config.path or SHIPPED)
 
 
+def _encode(prompt: SmokePrompt, tokenizer: Tokenizer, is_chat: bool) -> list[int]:
+    if is_chat:
+        return chat.prompt_ids(tokenizer, prompt.conversation)
+    return text_ids(tokenizer, _text(prompt))
+
+
 class EncodedTests(NamedTuple):
-    """Smoke tests as a model is given them: the token ids of every prompt, category by category, and what ends an answer."""
+    """Smoke tests for one tokenizer: the ids of every prompt in order, and the ids that end an answer."""
 
     tests: SmokeTests
     is_chat: bool
@@ -141,29 +157,27 @@ def encode_smoke_tests(
     """Encode every prompt, before any work.
 
     Args:
-        tokenizer: of the model; its chat template asks.
-        max_positions: the model's.
+        config: decides whether prompts are asked through the chat template.
+        tests: the prompts.
+        tokenizer: of the model.
+        max_positions: of the model.
 
     Raises:
-        UserError: style "chat" without a chat template, one that refuses a prompt (names it), a prompt longer than the model's positions.
+        UserError: style "chat" without a chat template, a template that refuses a prompt, or a prompt that
+            is longer than the model's positions; it names the prompt.
     """
     is_chat = config.style == "chat" or (config.style == "auto" and bool(tokenizer.chat_template))
     encoded = []
     for category, prompts in tests.categories.items():
         for number, prompt in enumerate(prompts, start=1):
             try:
-                ids = (
-                    chat.prompt_ids(tokenizer, prompt.conversation)
-                    if is_chat
-                    else text_ids(tokenizer, _text(prompt))
-                )
+                ids = _encode(prompt, tokenizer, is_chat)
                 check_prompts([ids], max_positions)
             except UserError as error:
-                raise UserError(f"smoke tests: {category}, prompt {number}: {error}") from error
+                raise error.within(f"smoke tests: {category}, prompt {number}") from error
             encoded.append(ids)
-    return EncodedTests(
-        tests, is_chat, encoded, chat.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id})
-    )
+    stop_ids = chat.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id})
+    return EncodedTests(tests, is_chat, encoded, stop_ids)
 
 
 def run_smoke_tests(
@@ -172,59 +186,70 @@ def run_smoke_tests(
     """Ask every prompt and check the answers.
 
     Args:
+        config: how answers are made and judged.
         encoded: what `encode_smoke_tests` made with the same config and tokenizer.
         model: in evaluation mode.
+        tokenizer: of the model.
 
     Raises:
         UserError: the model's output is not finite.
     """
-    tests, is_chat, asked, stop_ids = encoded
-    entries = [(category, prompt) for category, prompts in tests.categories.items() for prompt in prompts]
+    categories = encoded.tests.categories
+    entries = [(category, prompt) for category, prompts in categories.items() for prompt in prompts]
     answers: list[SmokeAnswer] = []
     with progress_bar("smoke tests", " prompts", total=len(entries)) as progress:
         for start in range(0, len(entries), _BATCH):
             completions = generate_ids(
                 model,
-                asked[start : start + _BATCH],
+                encoded.prompts[start : start + _BATCH],
                 SamplingConfig(temperature=0, max_new_tokens=config.max_new_tokens),
-                stop_ids=stop_ids,
+                stop_ids=encoded.stop_ids,
                 pad_id=filler_id(tokenizer),
                 vocab_size=tokenizer.vocab_size,
             )
-            for (category, prompt), completion in zip(
-                entries[start : start + _BATCH], completions, strict=True
-            ):
-                text = tokenizer.decode(completion.ids, continues=True)
-                share = repetition(completion.ids, config.repetition_tokens)
-                stopped = completion.stopped if is_chat else None
-                answers.append(
-                    SmokeAnswer(
-                        category=category,
-                        prompt="\n".join(message.content for message in prompt.conversation)
-                        if is_chat
-                        else _text(prompt),
-                        answer=text,
-                        tokens=len(completion.ids),
-                        repetition=share,
-                        checks=check(prompt, text, stopped, share <= config.max_repetition),
-                    )
-                )
+            asked = entries[start : start + _BATCH]
+            for (category, prompt), completion in zip(asked, completions, strict=True):
+                answers.append(_judge(config, category, prompt, completion, tokenizer, encoded.is_chat))
             progress.update(len(completions))
-    categories = {
-        name: (sum(answer.passed for answer in answers if answer.category == name), len(prompts))
-        for name, prompts in tests.categories.items()
-    }
     return SmokeResult(
-        style="chat" if is_chat else "text",
-        passed=sum(answer.passed for answer in answers),
+        style="chat" if encoded.is_chat else "text",
+        passed=_count_passed(answers),
         prompts=len(answers),
-        categories=categories,
+        categories={
+            name: (_count_passed(answer for answer in answers if answer.category == name), len(prompts))
+            for name, prompts in categories.items()
+        },
         answers=tuple(answers),
     )
 
 
+def _count_passed(answers: Iterable[SmokeAnswer]) -> int:
+    return sum(1 for answer in answers if answer.passed)
+
+
+def _judge(
+    config: SmokeConfig,
+    category: str,
+    prompt: SmokePrompt,
+    completion: Completion,
+    tokenizer: Tokenizer,
+    is_chat: bool,
+) -> SmokeAnswer:
+    text = tokenizer.decode(completion.ids, continues=True)
+    share = repetition(completion.ids, config.repetition_tokens)
+    stopped = completion.stopped if is_chat else None
+    return SmokeAnswer(
+        category=category,
+        prompt=contents(prompt.conversation) if is_chat else _text(prompt),
+        answer=text,
+        tokens=len(completion.ids),
+        repetition=share,
+        checks=check(prompt, text, stopped, varied=share <= config.max_repetition),
+    )
+
+
 def check(prompt: SmokePrompt, answer: str, stopped: bool | None, varied: bool) -> dict[str, bool]:
-    """The checks that apply. `stopped` is None for a text that goes on: it has no end that could be asked for."""
+    """The outcome of each check that applies. `stopped`: None for a continued text, which has no end."""
     checks = {"not_empty": bool(answer.strip()), "not_repeating": varied}
     if stopped is not None:
         checks["stops"] = stopped
@@ -236,7 +261,7 @@ def check(prompt: SmokePrompt, answer: str, stopped: bool | None, varied: bool) 
 
 
 def repetition(ids: Sequence[int], length: int) -> float:
-    """The share of the runs of `length` tokens that came before in the same answer; 0 where there are none."""
+    """The share of the runs of `length` tokens that occur earlier in the same answer; 0 without runs."""
     runs = [tuple(ids[start : start + length]) for start in range(len(ids) - length + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
@@ -246,4 +271,4 @@ def _holds(answer: str, words: str) -> bool:
 
 
 def _text(prompt: SmokePrompt) -> str:
-    return prompt.text or "\n".join(message.content for message in prompt.conversation) + "\n"
+    return prompt.text or contents(prompt.conversation) + "\n"

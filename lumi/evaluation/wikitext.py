@@ -1,7 +1,8 @@
-"""WikiText (Merity et al. 2016, arXiv:1609.07843) as lm-evaluation-harness reads it: whole pages, its token marks taken out again.
+"""WikiText (Merity et al. 2016, arXiv:1609.07843) as lm-evaluation-harness reads it: detokenised pages.
 
-The raw text is one sentence of tokens a line, with spaces around punctuation and "@-@", "@,@", "@.@" for what stood without. A model is
-given the text as it was once written; words and bytes are counted on what stands in the file, so that figures compare.
+The file is cut into tokens: it has spaces around punctuation, and "@-@", "@,@" and "@.@" inside words and
+numbers. The model gets the text as it was written; words and bytes are counted in the file, so that figures
+compare.
 """
 
 import re
@@ -37,7 +38,8 @@ def pages(rows: Iterable[str]) -> list[str]:
     """The pages of a WikiText split; each begins with its heading, " = Title = ".
 
     Args:
-        rows: the file, whole or in lines with their ends; the hub's data set has "" where the file has the blank line " \\n".
+        rows: the file, whole or in lines with their ends. The hub's dataset has "" where the file has the
+            line " \\n".
     """
     found: list[list[str]] = [[]]
     for line in "".join(row or " \n" for row in rows).split("\n"):
@@ -49,7 +51,7 @@ def pages(rows: Iterable[str]) -> list[str]:
 
 
 def detokenize(page: str) -> str:
-    """The text of a page as it was before it was cut into tokens (in the harness's version, its order of replacements included)."""
+    """The text of a page before it was cut into tokens, by the harness's replacements in their order."""
     for old, new in _JOINED:
         page = page.replace(old, new)
     for pattern, new in _PAIRS:
@@ -60,7 +62,7 @@ def detokenize(page: str) -> str:
 
 
 def _is_title(line: str) -> bool:
-    """Whether it is a heading of the first level, and not " = = Section = = "."""
+    """Whether a line is a heading of the first level; " = = Section = = " is not."""
     return (
         line.startswith("= ")
         and line.endswith(" =")

@@ -1,6 +1,14 @@
 import pytest
 
-from lumi.chat.messages import MalformedConversation, Message, find_disorder, parse_messages, to_json
+from lumi.chat.messages import (
+    MalformedConversation,
+    Message,
+    contents,
+    find_disorder,
+    from_json,
+    parse_messages,
+    to_json,
+)
 
 SYSTEM, USER, ASSISTANT = (Message(role, role) for role in ("system", "user", "assistant"))
 
@@ -14,7 +22,12 @@ def test_messages_survive_the_way_to_json_and_back():
     messages = parse_messages(data)
     assert messages == (Message("system", ""), Message("user", "ü\n"), Message("assistant", "b"))
     assert to_json(messages) == data
+    assert from_json(data) == messages
     assert parse_messages([data[1] | {"name": "x"}]) == (Message("user", "ü\n"),)
+
+
+def test_contents_stand_below_each_other():
+    assert contents((Message("user", 'q "\\ \n\u2028😀'), Message("assistant", ""))) == 'q "\\ \n\u2028😀\n'
 
 
 @pytest.mark.parametrize(

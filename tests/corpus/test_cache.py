@@ -39,9 +39,9 @@ def processed(monkeypatch):
     texts = []
     process_batch = processing.process_batch
 
-    def count(recipe, records):
-        texts.extend(record.text for record in records)
-        return process_batch(recipe, records)
+    def count(rules, records):
+        texts.extend(record.document for record in records)
+        return process_batch(rules, records)
 
     monkeypatch.setattr(processing, "process_batch", count)
     return texts
@@ -184,14 +184,15 @@ from lumi.corpus import PrepareConfig, prepare, processing
 processing.BATCH_DOCUMENTS = 4
 process_batch = processing.process_batch
 
-def slow(recipe, records):
+def slow(rules, records):
     (Path(sys.argv[3]) / str(os.getpid())).touch()
     time.sleep(0.1)
-    return process_batch(recipe, records)
+    return process_batch(rules, records)
 
 processing.process_batch = slow
 if __name__ == "__main__":
-    prepare(load_config(PrepareConfig, sys.argv[1]), sys.argv[2], use_cache=True, num_workers=int(sys.argv[4]))
+    config = load_config(PrepareConfig, sys.argv[1])
+    prepare(config, sys.argv[2], use_cache=True, num_workers=int(sys.argv[4]))
 """
 
 

@@ -15,7 +15,10 @@ def f(x):\t# tab, trailing spaces\x20\x20
 class C:
     pass
 '''
-MARKDOWN = "# Title\n\n\n* item\twith tab\n  * nested — “quoted” ’apostrophe’  \n\n```c\nint\tx = a<b>>c;\n```\n| a | b |\n|---|---|\n\n…end\n"
+MARKDOWN = (
+    "# Title\n\n\n* item\twith tab\n  * nested — “quoted” ’apostrophe’  \n\n"
+    "```c\nint\tx = a<b>>c;\n```\n| a | b |\n|---|---|\n\n…end\n"
+)
 
 
 def clean(text, **options):

@@ -1,9 +1,8 @@
 import pytest
 
-from lumi.chat.messages import MalformedConversation, Message
+from lumi.chat.messages import MalformedConversation
 from lumi.config import UserError, from_dict
 from lumi.corpus import JsonlSource
-from lumi.corpus.conversations import contents, pack, unpack
 
 
 def read(conversation, record):
@@ -122,7 +121,8 @@ def test_malformed_records_have_a_reason(conversation, record, reason, message):
     [
         (
             {"kind": "x"},
-            'conversation.kind must be one of "alpaca", "dolly", "messages", "sharegpt", "prompt_response", "oasst", .*"x"',
+            'conversation.kind must be one of "alpaca", "dolly", "messages", "sharegpt", "prompt_response", '
+            '"oasst", .*"x"',
         ),
         ({"kind": "messages", "field": ""}, 'conversation field must be a name, got ""'),
         ({"kind": "sharegpt", "answer_field": ""}, 'answer_field must be a name, got ""'),
@@ -141,9 +141,3 @@ def test_malformed_records_have_a_reason(conversation, record, reason, message):
 def test_impossible_formats_are_refused(conversation, message):
     with pytest.raises(UserError, match=message):
         read(conversation, {})
-
-
-def test_a_packed_conversation_is_unpacked_as_it_was():
-    messages = (Message("user", 'q "\\ \n\u2028😀'), Message("assistant", ""))
-    assert unpack(pack(messages)) == messages
-    assert contents(messages) == messages[0].content + "\n"

@@ -15,7 +15,7 @@ def decide(texts, **options):
 
 
 def pair(shared, different):
-    """Two texts of words of their own; with single-word shingles their Jaccard is shared / (shared + 2 different)."""
+    """Two texts; with single-word shingles their Jaccard similarity is shared / (shared + 2 different)."""
     common = [f"word{i}" for i in range(shared)]
     return [" ".join(common + [f"{side}{i}" for i in range(different)]) for side in ("left", "right")]
 

@@ -22,7 +22,8 @@ OPEN = {
     "max_duplicate_ngram_char_fraction": None,
 }
 PROSE = (
-    "The fox lives in the forest and hunts at dusk. Its den lies under an old oak, whose roots keep the rain out."
+    "The fox lives in the forest and hunts at dusk. Its den lies under an old oak, whose roots keep the rain"
+    " out."
     " In spring there are four cubs, which learn to catch mice before summer is over; by autumn they leave."
 )
 

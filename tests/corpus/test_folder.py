@@ -5,16 +5,16 @@ import pytest
 from lumi.chat.messages import Message
 from lumi.config import UserError
 from lumi.corpus import ConversationBatch, CorpusBatch, is_corpus, read_corpus
-from lumi.corpus.conversations import pack
+from lumi.corpus.documents import text_of
 from lumi.corpus.folder import CorpusWriter
 
 
-def write(folder, texts, shard_bytes=1 << 20, **options):
+def write(folder, documents, shard_bytes=1 << 20, **options):
     folder.mkdir(exist_ok=True)
     with CorpusWriter(folder, shard_bytes, **options) as writer:
-        for index, text in enumerate(texts):
-            writer.add(text, f"s{index % 2}", len(text.encode()))
-        return writer.commit({"documents": len(texts)}, "# card\n")
+        for index, document in enumerate(documents):
+            writer.add(document, f"s{index % 2}", len(text_of(document).encode()))
+        return writer.commit({"documents": len(documents)}, "# card\n")
 
 
 TEXTS = [f"document {index}\n\tmit Ümlaut 😀\n" for index in range(25)]
@@ -53,11 +53,8 @@ CONVERSATIONS = [
 ]
 
 
-PACKED = [pack(messages) for messages in CONVERSATIONS]
-
-
 def test_conversations_come_back_in_order_with_their_sources(tmp_path):
-    write(tmp_path / "c", PACKED, shard_bytes=200, conversations=True)
+    write(tmp_path / "c", CONVERSATIONS, shard_bytes=200, conversations=True)
     reader = read_corpus(tmp_path / "c")
     assert reader.holds_conversations
     assert reader.manifest["columns"] == ["messages", "source"]
@@ -78,7 +75,7 @@ def test_conversations_come_back_in_order_with_their_sources(tmp_path):
 def test_the_hub_reads_the_shards_of_conversations(tmp_path):
     from datasets import load_dataset
 
-    write(tmp_path / "c", PACKED, conversations=True)
+    write(tmp_path / "c", CONVERSATIONS, conversations=True)
     (shard,) = (tmp_path / "c").glob("shard-*.parquet")
     rows = load_dataset("parquet", data_files=str(shard), split="train", streaming=True)
     assert [row["messages"] for row in rows] == [
@@ -88,7 +85,7 @@ def test_the_hub_reads_the_shards_of_conversations(tmp_path):
 
 def test_texts_and_conversations_are_not_taken_for_each_other(tmp_path):
     write(tmp_path / "texts", TEXTS)
-    write(tmp_path / "chat", PACKED, conversations=True)
+    write(tmp_path / "chat", CONVERSATIONS, conversations=True)
     texts, chat = read_corpus(tmp_path / "texts"), read_corpus(tmp_path / "chat")
     assert not texts.holds_conversations
     assert list(texts.iter_texts()) == TEXTS
@@ -148,7 +145,7 @@ def test_what_is_not_a_corpus_is_refused_with_the_command_that_makes_one(tmp_pat
     ]:
         with pytest.raises(
             UserError,
-            match=rf"{name} must be a corpus folder, got {got}; make one: lumi prepare --config .* --output-dir",
+            match=rf"{name} must be a corpus folder, got {got}; make one: lumi prepare .* --output-dir",
         ):
             read_corpus(tmp_path / name)
         assert not is_corpus(tmp_path / name)

@@ -4,7 +4,6 @@ import pytest
 
 from lumi.config import from_dict
 from lumi.corpus import JsonlSource
-from lumi.corpus.conversations import unpack
 from lumi.corpus.reading import open_source
 
 
@@ -57,13 +56,13 @@ def read(tmp_path, conversation, records, skip=0):
 
 
 def said(record):
-    return [message.content for message in unpack(record.text)]
+    return [message.content for message in record.document]
 
 
 def test_the_best_ranked_path(tmp_path):
     (record,) = read(tmp_path, {"kind": "oasst"}, [{"prompt": TREE}])
     assert said(record) == BEST
-    assert [message.role for message in unpack(record.text)] == ["user", "assistant"] * 2
+    assert [message.role for message in record.document] == ["user", "assistant"] * 2
 
 
 def test_the_flat_form_gives_the_same(tmp_path):
@@ -173,7 +172,7 @@ def test_the_language_that_is_wanted(tmp_path, kind):
 )
 def test_malformed_trees_have_a_reason(tmp_path, tree, reason, message):
     (record,) = read(tmp_path, {"kind": "oasst"}, [{"prompt": tree}])
-    assert (record.text, record.reason) == (None, reason)
+    assert (record.document, record.reason) == (None, reason)
     assert message in record.detail
 
 

@@ -1,11 +1,10 @@
 import errno
 import json
 import random
-from pathlib import Path
 
 import pytest
 
-from lumi.config import UserError, from_dict, load_config, read_json, to_dict
+from lumi.config import UserError, from_dict, load_config, to_dict
 from lumi.corpus import (
     ConversationFilterConfig,
     DeduplicationConfig,
@@ -360,7 +359,8 @@ def test_no_document_at_all_is_an_error_and_leaves_no_corpus(tmp_path):
     config = PrepareConfig(sources=(jsonl(tmp_path / "a.jsonl", ["x", "y"]),))
     with pytest.raises(
         UserError,
-        match=r"sources must give at least one document that is kept, got none: .*2 too_short.*--analyze-only",
+        match=r"sources must give at least one document that is kept, got none: .*2 too_short"
+        r".*--analyze-only",
     ):
         prepare(config, tmp_path / "c", num_workers=1)
     assert not (tmp_path / "c" / "manifest.json").exists()
@@ -377,7 +377,7 @@ def test_a_source_that_gives_nothing_shows_its_first_malformed_record(tmp_path, 
     warnings = [
         "source 'a': no document is kept of 3 read (3 missing_text); the first malformed one: missing_text: "
         f"{tmp_path}/a.jsonl:1: no field 'response'; it has 'instruction', 'context', 'output'",
-        f"the first malformed one: malformed_json: {tmp_path}/b.jsonl:1: Expecting value: ",
+        f"the first malformed one: malformed_json: {tmp_path}/b.jsonl:1: not valid JSON: Expecting value: ",
         'for a file that is one JSON array use kind "json"',
     ]
     printed = capsys.readouterr().err
@@ -430,7 +430,7 @@ def test_a_corpus_of_another_config_is_replaced_only_when_asked(mixed, tmp_path)
     before = tree(tmp_path / "c")
     with pytest.raises(
         UserError,
-        match=r"must not hold a corpus of another config, got .* \(made with other filters, shard_bytes\).*--use-cache",
+        match=r"another config, got .* \(made with other filters, shard_bytes\).*--use-cache",
     ):
         prepare(other, tmp_path / "c", num_workers=1)
     assert tree(tmp_path / "c") == before
@@ -462,82 +462,6 @@ def test_a_glob_without_files_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"sources": []}, "sources must hold at least one source, got none"),
-        (
-            {"sources": [{"kind": "python_docs", "name": "a"}] * 2},
-            "sources must have different names, got 'a' more than once",
-        ),
-        ({"bytes_per_token": 0.0}, "bytes_per_token must be above 0, got 0.0"),
-        ({"shard_bytes": 10}, "shard_bytes must be at least 1024, got 10"),
-        (
-            {"filters": {"min_chars": 5, "max_chars": 4}},
-            r"filters max_chars must be at least min_chars \(5\), got 4",
-        ),
-        ({"filter": {}}, "did you mean 'filters'"),
-        (
-            {"sources": [{"kind": "python_docs", "name": "a"}, {"kind": "python_questions", "name": "b"}]},
-            "sources must all give texts, or all conversations .* got texts from a and conversations from b; prepare two corpora",
-        ),
-        (
-            {"conversation_filters": {}},
-            "conversation_filters must be left out for sources of texts; use filters",
-        ),
-        (
-            {"sources": [{"kind": "python_questions", "name": "b"}], "filters": {}},
-            "filters must be left out for sources of conversations; use conversation_filters",
-        ),
-    ],
-)
-def test_impossible_configs_are_refused(values, message):
-    with pytest.raises(UserError, match=message):
-        from_dict(PrepareConfig, {"sources": [{"kind": "python_docs", "name": "a"}]} | values)
-
-
 def test_num_workers_must_be_positive(mixed, tmp_path):
     with pytest.raises(UserError, match="--num-workers must be at least 1, got 0"):
         prepare(mixed, tmp_path / "c", num_workers=0)
-
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-@pytest.mark.parametrize(
-    ("name", "num_parameters"),
-    [
-        ("micro", 9_438_336),
-        ("tiny", 23_072_000),
-        ("small", 41_686_656),
-        ("medium", 83_898_880),
-        ("base", 276_861_696),
-    ],
-)
-def test_corpus_configs_hold_twenty_tokens_per_parameter(name, num_parameters):
-    config = load_config(PrepareConfig, CONFIGS / "corpus" / f"{name}.json")
-    # a tenth more: duplicates between sources are free, but an estimate by bytes is not exact
-    assert sum(source.max_tokens for source in config.sources) >= 1.1 * 20 * num_parameters
-
-
-def test_the_demo_needs_no_network():
-    config = load_config(PrepareConfig, CONFIGS / "demo" / "prepare.json")
-    assert {source.kind for source in config.sources} == {"python_docs"}
-
-
-def test_the_questions_of_the_demo_need_no_network_and_two_sides_differ_in_nothing_else():
-    sides = {side: read_json(CONFIGS / "demo" / f"questions_{side}.json") for side in ("train", "held_out")}
-    for side, config in sides.items():
-        assert [source.pop("modules") for source in config["sources"]] == [side]
-        assert {source["kind"] for source in config["sources"]} == {"python_questions"}
-    assert sides["train"] == sides["held_out"]
-
-
-def test_the_chat_config_names_its_datasets():
-    config = load_config(PrepareConfig, CONFIGS / "corpus" / "chat.json")
-    assert {source.dataset: source.conversation.kind for source in config.sources} == {
-        "yahma/alpaca-cleaned": "alpaca",
-        "databricks/databricks-dolly-15k": "dolly",
-        "OpenAssistant/oasst2": "oasst_messages",
-        "HuggingFaceTB/smoltalk": "messages",
-    }

@@ -6,7 +6,7 @@ import pytest
 
 from lumi.config import UserError
 from lumi.corpus import read_entries
-from lumi.corpus.docstrings import Entry, _signature
+from lumi.corpus.docstrings import Entry
 from lumi.corpus.python_docs import LONG_CHARS, _collect, group_documents, read_python_docs, render_entry
 
 PACKAGES = ("topics", "stdlib")
@@ -96,14 +96,6 @@ def test_grouping():
         "n\n\nAbout n.",
         'The "if" statement',
     ]
-
-
-def test_signatures_hide_addresses_and_folders():
-    def function(a, b=object(), c=sys.prefix + "/lib", d=3):  # noqa: B008
-        pass
-
-    assert _signature(function) == "(a, b=..., c=..., d=3)"
-    assert _signature(None) == ""
 
 
 def test_modules_that_cannot_be_imported_are_counted(collected):

@@ -1,8 +1,8 @@
 import pytest
 
 from lumi.config import UserError, from_dict
-from lumi.corpus import Entry, PythonQuestionsSource
-from lumi.corpus.conversations import unpack
+from lumi.corpus import Entry, PythonQuestionsSource, python_questions
+from lumi.corpus.documents import text_of
 from lumi.corpus.python_questions import ask, is_held_out, summarize
 from lumi.corpus.reading import open_source
 from lumi.corpus.sources import identify
@@ -107,17 +107,24 @@ def test_the_share_of_modules_that_is_held_out():
 
 @pytest.fixture(scope="module")
 def sides():
-    """Of each side the records and the facts."""
+    """Of each side the records and the facts; the entries, which all sides share, are collected once."""
+    header, entries = python_questions.open_entries(("stdlib",))
+    entries = list(entries)
     sources = {
         side: PythonQuestionsSource(name="x", modules=side, held_out_fraction=0.3)
         for side in ("all", "train", "held_out")
     }
-    opened = {side: open_source(source, 1000) for side, source in sources.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(python_questions, "open_entries", lambda packages: (header, iter(entries)))
+        opened = {side: open_source(source, 1000) for side, source in sources.items()}
     return {side: (list(found.records), found.facts) for side, found in opened.items()}
 
 
 def test_train_and_held_out_share_no_module_and_are_all(sides):
-    texts = {side: {record.text for record in records if record.text} for side, (records, _) in sides.items()}
+    texts = {
+        side: {text_of(record.document) for record in records if record.document}
+        for side, (records, _) in sides.items()
+    }
     assert not texts["train"] & texts["held_out"]
     missing = texts["all"] - texts["train"] - texts["held_out"]
     assert texts["train"] | texts["held_out"] < texts["all"]
@@ -142,7 +149,7 @@ def test_train_and_held_out_share_no_module_and_are_all(sides):
 
 def test_no_answer_that_is_held_out_stands_in_a_module_of_the_other_side(sides):
     train, held_out = (
-        [unpack(record.text)[1].content for record in sides[side][0] if record.text]
+        [record.document[1].content for record in sides[side][0] if record.document]
         for side in ("train", "held_out")
     )
     assert len(held_out) > 1000
@@ -157,11 +164,11 @@ def test_no_answer_that_is_held_out_stands_in_a_module_of_the_other_side(sides):
 
 def test_what_gives_no_answer_is_counted(sides):
     records, facts = sides["all"]
-    assert {record.reason for record in records if record.text is None} == {"no_summary"}
+    assert {record.reason for record in records if record.document is None} == {"no_summary"}
     assert len(facts["sha256"]) == 64
     for record in records:
-        if record.text is not None:
-            question, answer = unpack(record.text)
+        if record.document is not None:
+            question, answer = record.document
             assert (question.role, answer.role) == ("user", "assistant")
             assert len(answer.content) <= 300
             assert "\n" not in question.content + answer.content

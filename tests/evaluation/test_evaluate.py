@@ -242,7 +242,8 @@ def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokeni
         ),
         (
             ["tasks.0.kind=piqa"],
-            "task 'boolq': jsonl: boolq.jsonl, record 1: 'goal' must be a string, got no such field (it has question",
+            "task 'boolq': jsonl: boolq.jsonl, record 1: 'goal' must be a string,"
+            " got no such field (it has question",
         ),
         (
             ["windows.window_tokens=1000"],

@@ -22,7 +22,7 @@ WORLD = SimpleNamespace(
 
 
 def test_bits_per_byte_by_hand():
-    """Two documents in windows of 4; each window's log-likelihoods are summed with torch's own log_softmax."""
+    """Two documents in windows of 4; torch's own log_softmax gives each window's log-likelihoods."""
     model = Transformer(
         ModelConfig(vocab_size=11, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24), REFERENCE
     ).init_weights(0)

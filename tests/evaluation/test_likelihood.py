@@ -1,4 +1,4 @@
-"""Log-likelihoods against the definition (no cache, no batch, one continuation at a time) and against transformers."""
+"""Log-likelihoods against the definition (no cache, one continuation at a time) and against transformers."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 from synthetic import document
 
 from lumi.config import UserError
-from lumi.evaluation.likelihood import Request, encode_request, score
+from lumi.evaluation.likelihood import ScoringRequest, encode_request, score
 from lumi.formats.hf_format import save_model
 
 # Logits are float32 and below 10 in size: an ulp is 1e-6, and at most 40 tokens are summed.
@@ -28,10 +28,12 @@ def some_requests(vocab_size, seed=0, longest=60):
     rng = random.Random(seed)
     ids = lambda count: [rng.randrange(vocab_size) for _ in range(count)]
     requests = [
-        Request(ids(rng.randint(1, longest)), [ids(rng.randint(1, 30)) for _ in range(rng.randint(1, 4))])
+        ScoringRequest(
+            ids(rng.randint(1, longest)), [ids(rng.randint(1, 30)) for _ in range(rng.randint(1, 4))]
+        )
         for _ in range(12)
     ]
-    requests += [Request(ids(9), [[5], [6]]), Request([1], [ids(3), ids(1)])]
+    requests += [ScoringRequest(ids(9), [[5], [6]]), ScoringRequest([1], [ids(3), ids(1)])]
     return requests
 
 
@@ -59,9 +61,13 @@ def test_one_token_choices_take_one_pass(opinionated_model, monkeypatch):
     monkeypatch.setattr(
         opinionated_model, "hidden", lambda *a, **k: passes.append(a[0].shape) or real(*a, **k)
     )
-    score(opinionated_model, [Request([1, 9, 8], [[5], [6]]), Request([1, 7], [[5], [6]])], batch_tokens=100)
+    score(
+        opinionated_model,
+        [ScoringRequest([1, 9, 8], [[5], [6]]), ScoringRequest([1, 7], [[5], [6]])],
+        batch_tokens=100,
+    )
     assert passes == [(2, 3)]
-    score(opinionated_model, [Request([1, 9, 8], [[5, 4, 3], [6, 2]])], batch_tokens=100)
+    score(opinionated_model, [ScoringRequest([1, 9, 8], [[5, 4, 3], [6, 2]])], batch_tokens=100)
     assert passes[1:] == [
         (1, 3),
         (2, 2),
@@ -73,18 +79,19 @@ def test_long_contexts_are_cut_from_the_left(opinionated_model):
     rng = random.Random(1)
     context = [rng.randrange(384) for _ in range(positions + 20)]
     continuations = [[rng.randrange(384) for _ in range(count)] for count in (1, 2, 30, positions)]
-    fitting = Request(context[: positions - 1], [[3, 4]])  # exactly full
-    got = score(opinionated_model, [Request(context, continuations), fitting], batch_tokens=200)
+    fitting = ScoringRequest(context[: positions - 1], [[3, 4]])  # exactly full
+    got = score(opinionated_model, [ScoringRequest(context, continuations), fitting], batch_tokens=200)
     expected = [[by_definition(opinionated_model, context, ids) for ids in continuations]]
     expected += [[by_definition(opinionated_model, fitting.context, [3, 4])]]
     assert_same(got, expected)
-    lost = score(opinionated_model, [Request([5, 6, *context[2:]], continuations)], batch_tokens=200)
+    lost = score(opinionated_model, [ScoringRequest([5, 6, *context[2:]], continuations)], batch_tokens=200)
     assert_same(lost, expected[:1])  # what was cut off makes no difference
     with pytest.raises(
         UserError,
-        match=f"a continuation must be at most as long as the model's {positions} positions, got {positions + 1}",
+        match=f"a continuation must be at most as long as the model's {positions} positions,"
+        f" got {positions + 1}",
     ):
-        score(opinionated_model, [Request([1], [[3] * (positions + 1)])], batch_tokens=200)
+        score(opinionated_model, [ScoringRequest([1], [[3] * (positions + 1)])], batch_tokens=200)
 
 
 def test_it_is_what_transformers_says(opinionated_model, tokenizer, tmp_path):
@@ -127,7 +134,7 @@ def test_nothing_is_lost_where_a_token_reaches_over_the_boundary(tokenizer):
 
 
 def test_an_empty_context_is_bos_alone(tokenizer):
-    assert encode_request(tokenizer, "", ["The river"]) == Request(
+    assert encode_request(tokenizer, "", ["The river"]) == ScoringRequest(
         [tokenizer.bos_id], [tokenizer.encode("The river")]
     )
     assert encode_request(tokenizer, " \n", ["x"]).context == [tokenizer.bos_id]
@@ -143,4 +150,4 @@ def test_a_broken_model_is_refused(opinionated_model):
         broken.final_norm.weight[3] = float("nan")
     for continuations in ([[5]], [[5, 6]]):
         with pytest.raises(UserError, match="the model's output must be finite, got NaN or infinity"):
-            score(broken, [Request([1, 2], continuations)], batch_tokens=10)
+            score(broken, [ScoringRequest([1, 2], continuations)], batch_tokens=10)

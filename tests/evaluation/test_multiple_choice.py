@@ -5,9 +5,9 @@ import statistics
 import pytest
 
 from lumi.config import UserError
-from lumi.evaluation.likelihood import Request, score
+from lumi.corpus import JsonlFiles
+from lumi.evaluation.likelihood import ScoringRequest, score
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions, standard_error
-from lumi.evaluation.records import JsonlSource
 from lumi.evaluation.tasks import Question, TaskConfig
 
 
@@ -33,16 +33,15 @@ def test_accuracy_by_hand():
 
 
 def test_characters_and_not_bytes_normalise():
-    """As in the harness: "éé" has two characters, in UTF-8 four bytes; its -2.5 is -1.25 and -0.625 for each; "abc" has -1 for either."""
+    """As in the harness: "éé" has two characters (-1.25 each), in UTF-8 four bytes; "abc" has -1 for both."""
     result = accuracy([Question(("q",) * 2, ("éé", "abc"), 1)], [[-2.5, -3]], normalised=True)
     assert result.acc_norm == 1
 
 
 def test_standard_error():
     assert standard_error(0.25, 4) == pytest.approx(statistics.stdev([0, 1, 0, 0]) / math.sqrt(4))
-    assert (
-        f"{standard_error(0.6217, 3270):.4f}" == "0.0085"
-    )  # of BoolQ's majority, with the harness's four digits
+    boolq_majority = standard_error(0.6217, 3270)
+    assert f"{boolq_majority:.4f}" == "0.0085"  # the harness's four digits
     assert standard_error(1.0, 1) is None
 
 
@@ -56,7 +55,9 @@ def test_contexts_of_their_own_and_shared_ones(opinionated_model, tokenizer):
         ("The river", " finds a stone"),
         *((context, " was late.") for context in own.contexts),
     ]
-    requests = [Request([tokenizer.bos_id, *encode(a)], [encode(a + b)[len(encode(a)) :]]) for a, b in pairs]
+    requests = [
+        ScoringRequest([tokenizer.bos_id, *encode(a)], [encode(a + b)[len(encode(a)) :]]) for a, b in pairs
+    ]
     expected = [only for [only] in score(opinionated_model, requests, batch_tokens=1)]
     expected = [expected[:2], expected[2:], expected[:2]]
     for row, wanted in zip(got, expected, strict=True):
@@ -66,7 +67,7 @@ def test_contexts_of_their_own_and_shared_ones(opinionated_model, tokenizer):
 def test_limits_and_the_place_of_a_bad_record(tmp_path):
     records = [{"goal": str(i), "sol1": "a", "sol2": "b", "label": i % 2} for i in range(5)] + [{"goal": "x"}]
     (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, records)))
-    source = JsonlSource(paths=(str(tmp_path / "piqa.jsonl"),))
+    source = JsonlFiles(paths=(str(tmp_path / "piqa.jsonl"),))
     config = TaskConfig(kind="piqa", name="p", source=source, limit=4)
     assert [question.answer for question in read_questions(config)] == [0, 1, 0, 1]
     assert len(read_questions(config, 3)) == 3

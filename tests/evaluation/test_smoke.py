@@ -9,9 +9,9 @@ from lumi.config import UserError, from_dict
 from lumi.evaluation import smoke
 from lumi.evaluation.smoke import (
     SmokeConfig,
+    SmokeMessage,
     SmokePrompt,
     SmokeTests,
-    Turn,
     check,
     encode_smoke_tests,
     read_smoke_tests,
@@ -71,9 +71,9 @@ def scripted(monkeypatch, tokenizer, answers):
 
 def test_a_chat_model_is_asked_through_its_template(opinionated_model, tokenizer, monkeypatch):
     turns = (
-        Turn(role="user", content="A"),
-        Turn(role="assistant", content="B"),
-        Turn(role="user", content="C"),
+        SmokeMessage(role="user", content="A"),
+        SmokeMessage(role="assistant", content="B"),
+        SmokeMessage(role="user", content="C"),
     )
     tests = SmokeTests(
         categories={"one": (PROMPT,), "two": (SmokePrompt(messages=turns), SmokePrompt(prompt="D"))}

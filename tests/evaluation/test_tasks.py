@@ -139,7 +139,7 @@ def test_bad_records(kind, record, message):
         ({"sauce": 1}, "sauce unknown key (value 1); did you mean 'source'?"),
         (
             {"source": {"kind": "text", "paths": ["x"]}},
-            'source.kind must be one of "hub", "jsonl", got "text"',
+            'source.kind must be one of "hub", "jsonl", "json", got "text"',
         ),
     ],
 )

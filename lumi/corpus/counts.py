@@ -1,0 +1,116 @@
+"""How many records of each source were kept, and how many dropped by reason, from the run to the manifest."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+NUM_EXAMPLES = 5
+# In the order in which a record meets them.
+REASONS = (
+    "malformed_json",
+    "invalid_utf8",
+    "missing_text",
+    "wrong_type",
+    "malformed_messages",
+    "malformed_tree",
+    "unknown_role",
+    "other_language",
+    "deleted",
+    "no_summary",
+    "answer_in_train",
+    "empty",
+    "no_answer",
+    "system_not_first",
+    "roles_do_not_alternate",
+    "empty_turn",
+    "too_many_messages",
+    "short_answer",
+    "too_short",
+    "too_long",
+    "blocked_phrase",
+    "symbol_to_word_ratio",
+    "duplicate_lines",
+    "duplicate_line_chars",
+    "top_ngram",
+    "duplicate_ngrams",
+    "language",
+    "exact_duplicate",
+    "near_duplicate",
+)
+
+
+@dataclass(kw_only=True)
+class SourceCounts:
+    """What became of the records of a source: read == kept + the sum of dropped.
+
+    Args:
+        name, origin: of the source.
+        shortened: how many of the kept conversations lack messages.
+        num_bytes: of UTF-8 text kept.
+        dropped: by reason, one of REASONS.
+        examples: the first few malformed records, each with its reason and place.
+        budget_reached: whether the source was left because enough of it was kept.
+        facts: what was found out when the source was opened.
+    """
+
+    name: str
+    origin: str
+    read: int = 0
+    kept: int = 0
+    shortened: int = 0
+    num_bytes: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    budget_reached: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def keep(self, num_bytes: int, *, shortened: bool) -> None:
+        """Count a record whose document is kept."""
+        self.read += 1
+        self.kept += 1
+        self.num_bytes += num_bytes
+        if shortened:
+            self.shortened += 1
+
+    def drop(self, reason: str, detail: str) -> None:
+        """Count a record that is dropped; `detail` describes a malformed one."""
+        self.read += 1
+        self.dropped[reason] += 1
+        if detail and len(self.examples) < NUM_EXAMPLES:
+            self.examples.append(f"{reason}: {detail}")
+
+    def estimate_tokens(self, bytes_per_token: float) -> int:
+        """How many tokens are kept, by the estimate of the config."""
+        return round(self.num_bytes / bytes_per_token)
+
+    def to_json(self, bytes_per_token: float) -> dict[str, Any]:
+        """The entry of the manifest."""
+        return {
+            "name": self.name,
+            "origin": self.origin,
+            "read": self.read,
+            "kept": self.kept,
+            "shortened": self.shortened,
+            "dropped": {reason: self.dropped[reason] for reason in sorted(self.dropped, key=REASONS.index)},
+            "bytes": self.num_bytes,
+            "estimated_tokens": self.estimate_tokens(bytes_per_token),
+            "budget_reached": self.budget_reached,
+            "malformed_examples": self.examples,
+            **self.facts,
+        }
+
+
+def from_manifest(manifest: dict[str, Any]) -> list[SourceCounts]:
+    """The counts of every source of a corpus, from the entries that `to_json` made."""
+    return [_from_json(dict(entry)) for entry in manifest["sources"]]
+
+
+def _from_json(entry: dict[str, Any]) -> SourceCounts:
+    del entry["estimated_tokens"]  # it follows from the bytes
+    return SourceCounts(
+        num_bytes=entry.pop("bytes"),
+        dropped=Counter(entry.pop("dropped")),
+        examples=entry.pop("malformed_examples"),
+        **{key: entry.pop(key) for key in ("name", "origin", "read", "kept", "shortened", "budget_reached")},
+        facts=entry,
+    )

@@ -1,0 +1,33 @@
+import json
+
+from lumi.corpus.counts import NUM_EXAMPLES, SourceCounts, from_manifest
+
+
+def counted():
+    counts = SourceCounts(name="x", origin="text: a.txt", facts={"sha256": "ab", "documents": 9})
+    counts.keep(10, shortened=False)
+    counts.drop("near_duplicate", "")
+    counts.keep(32, shortened=True)
+    for number in range(NUM_EXAMPLES + 2):
+        counts.drop("malformed_json", f"a.txt:{number}")
+    return counts
+
+
+def test_every_record_is_counted_once_and_the_first_malformed_ones_are_kept():
+    counts = counted()
+    assert (counts.read, counts.kept, counts.shortened, counts.num_bytes) == (NUM_EXAMPLES + 5, 2, 1, 42)
+    assert counts.read == counts.kept + counts.dropped.total()
+    assert counts.examples == [f"malformed_json: a.txt:{number}" for number in range(NUM_EXAMPLES)]
+    assert counts.estimate_tokens(4.0) == 10  # 42 / 4, rounded half to even
+
+
+def test_the_entry_of_the_manifest_names_reasons_in_the_order_in_which_they_are_met():
+    entry = counted().to_json(4.0)
+    assert list(entry["dropped"].items()) == [("malformed_json", NUM_EXAMPLES + 2), ("near_duplicate", 1)]
+    assert (entry["bytes"], entry["estimated_tokens"], entry["sha256"]) == (42, 10, "ab")
+
+
+def test_counts_come_back_from_the_manifest():
+    entries = json.loads(json.dumps([counted().to_json(4.0)]))
+    assert from_manifest({"sources": entries}) == [counted()]
+    assert entries[0]["bytes"] == 42  # the manifest is left as it was

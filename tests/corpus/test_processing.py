@@ -1,0 +1,69 @@
+import pytest
+
+from lumi.chat.messages import Message
+from lumi.corpus import (
+    CleaningConfig,
+    ConversationFilterConfig,
+    DeduplicationConfig,
+    FilterConfig,
+    processing,
+)
+from lumi.corpus.deduplication import fingerprint
+from lumi.corpus.documents import Record
+from lumi.corpus.processing import Outcome, RecordRules, make_batches, process_batch
+
+PROSE = "The fox lives in the forest and hunts at dusk; its den lies under an old oak."
+DEDUPLICATION = DeduplicationConfig()
+TEXTS = RecordRules(CleaningConfig(), FilterConfig(min_chars=10, max_chars=100), DEDUPLICATION)
+CHATS = RecordRules(CleaningConfig(), ConversationFilterConfig(max_chars=60), DEDUPLICATION)
+
+
+def test_one_outcome_for_each_text_in_order():
+    records = [
+        Record(PROSE + "\r\n"),
+        Record(None, "malformed_json", "a.jsonl:2: no"),
+        Record("x" * 101),
+        Record(" \n"),
+        Record("short"),
+        Record("Für alle, immer."),
+    ]
+    first, second = fingerprint([PROSE, "Für alle, immer."], DEDUPLICATION)
+    assert process_batch(TEXTS, records) == [
+        Outcome(PROSE + "\n", first, len(PROSE) + 1),
+        Outcome(None, None, reason="malformed_json", detail="a.jsonl:2: no"),
+        Outcome(None, None, reason="too_long"),
+        Outcome(None, None, reason="empty"),
+        Outcome(None, None, reason="too_short"),
+        Outcome("Für alle, immer.", second, 17),
+    ]
+
+
+def test_a_conversation_stays_one_and_its_answers_are_its_part():
+    question, answer = Message("user", "Für wen?\x00"), Message("assistant", "Für alle.")
+    records = [
+        Record((question, answer, question)),
+        Record((question, answer._replace(content="x" * 61))),
+        Record((answer, question)),
+    ]
+    (expected,) = fingerprint(["Für wen?\nFür alle."], DEDUPLICATION, ["Für alle."])
+    kept, too_long, disordered = process_batch(CHATS, records)
+    cleaned = (question._replace(content="Für wen?"), answer)
+    assert kept == Outcome(cleaned, expected, 9 + 1 + 10, shortened=True)
+    assert (too_long.document, too_long.reason) == (None, "too_long")
+    assert (disordered.document, disordered.reason) == (None, "roles_do_not_alternate")
+
+
+@pytest.mark.parametrize(("name", "limit"), [("BATCH_DOCUMENTS", 3), ("BATCH_CHARS", 30)])
+def test_batches_end_at_a_number_of_documents_or_characters(name, limit, monkeypatch):
+    monkeypatch.setattr(processing, name, limit)
+    text = Record("0123456789")
+    chat = Record((Message("user", "01234"), Message("assistant", "56789")))
+    records = [text, chat, text, chat, chat]
+    assert list(make_batches(records)) == [records[:3], records[3:]]
+    assert list(make_batches([])) == []
+
+
+def test_records_without_a_document_count_no_characters(monkeypatch):
+    monkeypatch.setattr(processing, "BATCH_CHARS", 10)
+    nothing, text = Record(None, "missing_text"), Record("0123456789")
+    assert list(make_batches([nothing, nothing, text, nothing])) == [[nothing, nothing, text], [nothing]]

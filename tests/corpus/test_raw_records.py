@@ -1,0 +1,173 @@
+"""Files as they are written; the hub through a stand-in for `datasets`."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lumi.config import UserError
+from lumi.corpus import HubDataset, JsonFiles, JsonlFiles, ParquetSource, TextFiles, TextSource
+from lumi.corpus.documents import Record
+from lumi.corpus.raw_records import CHUNK_BYTES, RawRecord, read_pieces
+
+
+def read(location, **options):
+    return list(read_pieces(location, **options))
+
+
+def texts(location, **options):
+    return [piece.document for piece in read(location, **options)]
+
+
+def jsonl(tmp_path, *lines):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))
+    return JsonlFiles(paths=(str(path),))
+
+
+def test_fields_are_given_as_they_are_with_their_place(tmp_path):
+    location = jsonl(tmp_path, '{"a": [1, null]}', "", "{}", "3")
+    path = location.paths[0]
+    assert read(location) == [
+        RawRecord({"a": [1, None]}, f"{path}:1"),
+        RawRecord({}, f"{path}:3"),
+        Record(None, "malformed_json", f"{path}:4: must be an object, got int"),
+    ]
+    assert read(location, skip=1) == read(location)[1:]
+    (tmp_path / "data.json").write_text('[{"a": 1}, {}]')
+    path = str(tmp_path / "data.json")
+    assert read(JsonFiles(paths=(path,)), skip=1) == [RawRecord({}, f"{path}:item 2")]
+
+
+def test_jsonl_that_is_an_array_hints_at_the_other_kind(tmp_path):
+    hint = '; for a file that is one JSON array use kind "json"'
+    for lines in (
+        ['[{"text": "a"}]'],
+        ["[", '{"text": "a"}', "]"],
+        ['[{"text": "' + "a" * CHUNK_BYTES * 2 + '"}]'],
+    ):
+        first, *others = read(jsonl(tmp_path, *lines), max_chars=1000)
+        assert first.document is None
+        assert first.detail.endswith(hint)
+        assert not any(hint in str(piece) for piece in others)
+    assert not any(hint in str(piece) for piece in read(jsonl(tmp_path, "{", '["list"]')))
+
+
+def test_a_line_that_is_huge_is_passed_over_without_being_held(tmp_path):
+    huge = {"text": "x" * 3 * CHUNK_BYTES}
+    location = jsonl(tmp_path, '{"text": "a"}', json.dumps(huge), '{"text": "b"}')
+    first, second, third = read(location, max_chars=10)
+    assert (first.fields, third.fields) == ({"text": "a"}, {"text": "b"})
+    assert (second.document, second.reason) == (None, "too_long")
+    assert f"{location.paths[0]}:2: a line of more than" in second.detail
+    assert read(location)[1].fields == huge  # no limit was given
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b'{"a": 1}\n{"a": 2}\n', "Extra data"),
+        (b'{"a": 1}', "dict"),
+        (b"", "Expecting value"),
+        (b'["\xff"]', "can't decode"),
+        (b"[" * 99999, ""),
+    ],
+)
+def test_json_that_is_no_array_is_refused(tmp_path, content, got):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    message = rf'data.json must hold one JSON array of objects, got .*{got}.*; .* use kind "jsonl"'
+    with pytest.raises(UserError, match=message):
+        read(JsonFiles(paths=(str(path),)))
+
+
+def test_parquet_of_dictionary_and_large_strings(tmp_path):
+    columns = [pa.array(["a", "b", "a"]).dictionary_encode(), pa.array(["a", "b", "a"], pa.large_string())]
+    for index, column in enumerate(columns):
+        path = tmp_path / f"{index}.parquet"
+        pq.write_table(pa.table({"text": column}), path)
+        assert texts(ParquetSource(name="x", paths=(str(path),))) == ["a", "b", "a"]
+
+
+def test_text_is_a_document_per_file_or_per_separator(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\n\r\ntwo\ntwo\r\n\r\n\n\nthree\n".encode())
+    whole = TextFiles(paths=(str(path),))
+    assert texts(whole) == ["one\r\n\r\ntwo\ntwo\r\n\r\n\n\nthree\n"]
+    assert texts(TextSource(name="x", paths=(str(path),), separator="\n\n")) == ["one", "two\ntwo", "three"]
+    assert texts(TextSource(name="x", paths=(str(path),), separator="two")) == ["one", "three"]
+    path.write_bytes(b"")
+    assert texts(whole) == [""]
+    assert texts(TextSource(name="x", paths=(str(path),), separator="--")) == []
+
+
+def test_text_reports_bytes_that_are_not_utf8_and_pieces_that_are_huge(tmp_path):
+    path = tmp_path / "a.txt"
+    # 3 MB without a separator, which then lies across the border of two chunks
+    path.write_bytes(b"ok\n==\n\xff\n==\n" + b"x\n" * (3 * CHUNK_BYTES // 2) + b"\n==\nlast")
+    pieces = read(TextSource(name="x", paths=(str(path),), separator="\n==\n"), max_chars=100)
+    assert [(piece.document, piece.reason) for piece in pieces] == [
+        ("ok", ""),
+        (None, "invalid_utf8"),
+        (None, "too_long"),
+        ("last", ""),
+    ]
+    assert pieces[1].detail.startswith(f"{path}:3: invalid UTF-8")
+    assert pieces[2].detail.startswith(f"{path}:5: more than 400 bytes")
+    pieces = read(TextFiles(paths=(str(path),)), max_chars=100)
+    assert [piece.reason for piece in pieces] == ["too_long"]
+
+
+def test_separators_across_chunks_are_found(tmp_path):
+    path = tmp_path / "a.txt"
+    for offset in range(6):
+        path.write_bytes(b"a" * (CHUNK_BYTES - offset) + b"\r\n\r\n" + b"b" * 10)
+        pieces = texts(TextSource(name="x", paths=(str(path),), separator="\n\n"), max_chars=10**7)
+        assert [len(piece) for piece in pieces] == [CHUNK_BYTES - offset, 10]
+
+
+def test_globs_are_sorted_and_each_file_comes_once(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    assert texts(TextFiles(paths=("b.txt", "**/*.txt"))) == ["b.txt", "a.txt", "sub/c.txt"]
+    with pytest.raises(UserError, match=r"^paths must match at least one file, got '\*.md'"):
+        read(TextFiles(paths=("a.txt", "*.md")))
+
+
+def stand_in(monkeypatch, load_dataset):
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_the_hub_is_streamed(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return ({"n": i} for i in range(10**9))
+
+    stand_in(monkeypatch, load_dataset)
+    dataset = HubDataset(dataset="allenai/ai2_arc", subset="ARC-Easy", split="test", revision="abc")
+    pieces = read_pieces(dataset)
+    assert [next(pieces), next(pieces)] == [
+        RawRecord({"n": 0}, "allenai/ai2_arc:row 1"),
+        RawRecord({"n": 1}, "allenai/ai2_arc:row 2"),
+    ]
+    assert asked == [
+        (("allenai/ai2_arc", "ARC-Easy"), {"split": "test", "revision": "abc", "streaming": True})
+    ]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    def load_dataset(*arguments, **options):
+        raise ConnectionError("no route\nto host")
+
+    stand_in(monkeypatch, load_dataset)
+    message = r"^hub: a/b / validation cannot be read: no route; check its name and your network"
+    with pytest.raises(UserError, match=message) as caught:
+        read(HubDataset(dataset="a/b"))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,92 @@
+from collections import Counter
+
+from lumi.corpus.counts import SourceCounts
+from lumi.corpus.report import data_card, find_warnings, summary_table
+
+FIRST = SourceCounts(
+    name="first", origin="jsonl: a", read=1200, kept=1000, num_bytes=4_000_000, dropped=Counter(too_long=200)
+)
+SECOND = SourceCounts(
+    name="second",
+    origin="text: b",
+    read=7,
+    kept=4,
+    shortened=2,
+    num_bytes=30_001,
+    dropped=Counter(near_duplicate=1, malformed_json=2),
+    examples=["malformed_json: b:3: no"],
+    facts={"sha256": "abc"},
+)
+
+
+def manifest(*sources, **values):
+    return {
+        "sources": [source.to_json(4.0) for source in sources],
+        "config": {
+            "bytes_per_token": 4.0,
+            "cleaning": {"repair_text": True},
+            "filters": {"min_chars": 5},
+            "conversation_filters": None,
+            "deduplication": {"exact": True},
+        },
+        "documents": 1004,
+        "bytes": 4_030_001,
+        "estimated_tokens": 1_007_500,
+        "warnings": [],
+        "environment": {"python": "3.11.7"},
+    } | values
+
+
+def test_the_table_has_a_column_for_each_source_and_one_for_all():
+    assert summary_table(manifest(FIRST, SECOND)).splitlines() == [
+        "                             first  second      total",
+        "documents read               1,200       7      1,207",
+        "kept                         1,000       4      1,004",
+        "kept, but shortened              0       2          2",
+        "dropped: malformed_json          0       2          2",
+        "dropped: too_long              200       0        200",
+        "dropped: near_duplicate          0       1          1",
+        "megabytes kept                4.00    0.03       4.03",
+        "estimated tokens         1,000,000   7,500  1,007,500",
+    ]
+
+
+def test_the_table_of_one_source_has_no_total():
+    assert summary_table(manifest(FIRST)).splitlines() == [
+        "                       first",
+        "documents read         1,200",
+        "kept                   1,000",
+        "dropped: too_long        200",
+        "megabytes kept          4.00",
+        "estimated tokens   1,000,000",
+    ]
+
+
+def test_warnings():
+    nothing = SourceCounts(
+        name="x",
+        origin="",
+        read=3,
+        dropped=Counter(too_short=1, missing_text=2),
+        examples=["missing_text: a:1"],
+    )
+    (warning,) = find_warnings(nothing, has_budget=False, bytes_per_token=4.0)
+    assert warning == (
+        "source 'x': no document is kept of 3 read (2 missing_text, 1 too_short);"
+        " the first malformed one: missing_text: a:1"
+    )
+    empty = SourceCounts(name="x", origin="")
+    assert "of 0 read (it is empty)" in find_warnings(empty, has_budget=True, bytes_per_token=4.0)[0]
+    (warning,) = find_warnings(FIRST, has_budget=True, bytes_per_token=4.0)
+    assert warning == "source 'first' ended before its budget: 1,000,000 estimated tokens"
+    assert find_warnings(FIRST, has_budget=False, bytes_per_token=4.0) == []
+
+
+def test_the_data_card():
+    card = data_card(manifest(FIRST, SECOND, warnings=["look here"]))
+    assert "1,004 documents, 4.03 MB of UTF-8 text, about 1,007,500 tokens (4.0 bytes per token)" in card
+    assert "| second | text: b | 4 | 0.03 | 7,500 |" in card
+    assert "- look here\n- second: 2 of 4 conversations are kept without what the user said last" in card
+    assert "- malformed in second: malformed_json: b:3: no\n- second: SHA-256 of its documents abc\n" in card
+    assert "- filters: `min_chars` 5\n- deduplication: `exact` True\n- made with python 3.11.7\n" in card
+    assert "## Notes" not in data_card(manifest(FIRST))
