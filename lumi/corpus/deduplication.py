@@ -26,9 +26,9 @@ class DeduplicationConfig:
     """What counts as a duplicate. The first of them, in the order of the sources, stays.
 
     Two documents are near duplicates if the estimated Jaccard similarity of their sets of `shingle_words`
-    successive words is at least `threshold`, in (0, 1]. The estimate's standard error is sqrt(threshold (1
-    - threshold) / num_permutations). Two conversations must be that similar twice: as a whole, and in their
-    answers alone.
+    successive words is at least `threshold`, in (0, 1]. The standard error of the estimate is
+    sqrt(threshold (1 - threshold) / num_permutations). Two conversations must be that similar twice: as a
+    whole, and in their answers alone.
     """
 
     exact: bool = True
@@ -167,10 +167,9 @@ class Deduplicator:
         signature = self._stack([item])[0]
         candidates = sorted({*packed, *self._bands.find_recent(hashes)})
         if candidates:
-            equal = self._signatures[candidates] == signature  # (candidates, views, permutations)
-            least = equal.sum(axis=2).min(axis=1)  # of the views
-            rounding = 1e-6
-            if least.max() >= self.config.threshold * self.config.num_permutations - rounding:
+            agreements = (self._signatures[candidates] == signature).sum(axis=2)  # (candidates, views)
+            required = self.config.threshold * self.config.num_permutations - 1e-6  # float rounding
+            if (agreements >= required).all(axis=1).any():
                 return "near_duplicate"
         if self._num_kept == len(self._signatures):
             self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])

@@ -12,12 +12,11 @@ from lumi.corpus.sources import Source
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What goes into a corpus.
+    """What goes into a corpus, and how it is cleaned and filtered.
 
     A source is read until enough of its documents are kept: `max_documents`, or `max_tokens` by an
     estimate. All sources give texts, which `filters` judges, or all give conversations, which
-    `conversation_filters` judges. The one that fits is set to its defaults if it is not given; the other is
-    None.
+    `conversation_filters` judges: the one that fits has its defaults if it is not given, the other is None.
 
     Args:
         bytes_per_token: the estimate behind budgets and reports.
@@ -69,7 +68,7 @@ class PrepareConfig:
 
     @property
     def rules(self) -> RecordRules:
-        """What decides what becomes of one record."""
+        """The rules for a single record."""
         filters = self.filters or self.conversation_filters
         assert filters is not None
         return RecordRules(self.cleaning, filters, self.deduplication)

@@ -19,7 +19,7 @@ BATCH_CHARS = 4_000_000
 
 
 class RecordRules(NamedTuple):
-    """The rules that decide what becomes of one record; their filters judge texts, or conversations."""
+    """The rules for a single record; the filters judge texts, or conversations."""
 
     cleaning: CleaningConfig
     filters: FilterConfig | ConversationFilterConfig

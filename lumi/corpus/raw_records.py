@@ -45,7 +45,7 @@ Piece = RawRecord | Record  # a text, or something that cannot be read, is a Rec
 def read_pieces(
     location: Location | ParquetSource, *, max_chars: int = UNLIMITED, skip: int = 0
 ) -> Iterator[Piece]:
-    """What stands at a location, piece by piece, behind the first `skip` pieces.
+    """What stands at a location, piece by piece, after the first `skip` pieces.
 
     A piece far longer than `max_chars` characters is passed over in chunks and never held in memory.
 

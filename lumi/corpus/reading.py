@@ -33,7 +33,7 @@ class OpenSource(NamedTuple):
 
 
 def open_source(source: Source, max_chars: int, skip: int = 0) -> OpenSource:
-    """Begin to read a source behind its first `skip` records.
+    """Begin to read a source after its first `skip` records.
 
     A piece far longer than `max_chars` characters is never held in memory.
 

@@ -44,7 +44,7 @@ def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[s
         joins = whole[: len(context_ids)] == context_ids
         ids = whole[len(context_ids) :] if joins else tokenizer.encode(space + continuation, continues=True)
         if not ids:
-            got = f"{continuation!r} behind {kept[-40:]!r}"
+            got = f"{continuation!r} after {kept[-40:]!r}"
             raise UserError("a continuation", "must hold at least one token", got=got)
         encoded.append(ids)
     return ScoringRequest([tokenizer.bos_id, *context_ids], encoded)

@@ -137,11 +137,9 @@ def text_documents(
     for original, text in zip(originals, texts, strict=True):
         tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
         if len(tokens) > 1:
-            documents.append(
-                ScoredDocument(
-                    tokens, np.arange(len(tokens)) > 0, count_words(original), len(original.encode())
-                )
-            )
+            scored = np.arange(len(tokens)) > 0
+            num_bytes = len(original.encode())
+            documents.append(ScoredDocument(tokens, scored, count_words(original), num_bytes))
     if not documents:
         raise UserError(f"{place}:", "must hold text", got="none")
     return documents
@@ -159,9 +157,8 @@ def store_documents(split: Split, tokenizer: Tokenizer, limit: int | None = None
             continue
         runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
         texts = [tokenizer.decode(tokens[run].tolist(), continues=bool(run[0] > 1)) for run in runs]
-        yield ScoredDocument(
-            tokens, scored, sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
-        )
+        num_bytes = sum(len(text.encode()) for text in texts)
+        yield ScoredDocument(tokens, scored, sum(map(count_words, texts)), num_bytes)
 
 
 def count_words(text: str) -> int:

@@ -83,7 +83,7 @@ def _perplexity_figures(texts: Mapping[str, Any]) -> Iterator[Figure]:
         is_wikitext = text["format"] == "wikitext"
         original = "; words and bytes of the file before detokenisation" if is_wikitext else ""
         documents = "the document" if text["documents"] == 1 else f"each of {text['documents']:,} documents"
-        protocol = f"{_data(text, 'document')}; {sizes}, {documents} behind BOS; {what}{original}"
+        protocol = f"{_data(text, 'document')}; {sizes}, {documents} after BOS; {what}{original}"
         words = f"{protocol}; words: the pieces between white space"
         units = (
             ("token", text["tokens"], protocol),
