@@ -1,4 +1,5 @@
-"""The layout that the design promises: imports point upstream, every file has its test, no line is too long."""
+"""The layout that the design promises: imports point upstream, every file has its test, no line is too
+long."""
 
 import ast
 import importlib.metadata
@@ -65,7 +66,8 @@ def test_kernels_know_nothing_of_the_rest():
 
 
 def test_no_name_shadows_another_module():
-    """A script's folder comes first on sys.path: a file lumi/queue.py would become `import queue` for everybody."""
+    """A script's folder comes first on sys.path: a file lumi/queue.py would become `import queue` for
+    everybody."""
     taken = {name.lower() for name in sys.stdlib_module_names} | {
         name.lower() for name in importlib.metadata.packages_distributions()
     }

@@ -47,8 +47,8 @@ def held_out_loss(
     Args:
         token_bytes: (V,) int, the UTF-8 bytes that each token stands for.
         max_tokens: of each split; None: all.
-        stopping: asked before each batch by all processes together; they must get the same answer. None: nothing
-            cuts it short.
+        stopping: asked before each batch by all processes together; they must get the same answer. None:
+            nothing cuts it short.
 
     Returns:
         None if `stopping` ended it.

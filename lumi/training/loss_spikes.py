@@ -1,5 +1,6 @@
 """Loss spikes: the mark of a bad batch, or of a run that is about to diverge.
- Chowdhery et al. (2022, arXiv:2204.02311, section 5.1) skip the batches of spikes after the fact; Lumi skips
+
+Chowdhery et al. (2022, arXiv:2204.02311, section 5.1) skip the batches of spikes after the fact; Lumi skips
 the step as it happens. A loss is a spike beyond median + k standard deviations of the last losses. A falling
 loss widens the deviation and keeps the median above the newest loss, so the test rather misses a spike than
 invents one.

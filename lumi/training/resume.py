@@ -53,7 +53,8 @@ def check_resumable(
 
 
 def _resolved(saved: dict[str, Any], where: str) -> dict[str, Any]:
-    """Saved values with the numbers of `model` that follow from others: older checkpoints hold null for them."""
+    """Saved values with the numbers of `model` that follow from others: older checkpoints hold null for
+    them."""
     if saved["model"] is None:
         return saved
     return saved | {"model": to_dict(from_dict(ModelConfig, saved["model"], where))}

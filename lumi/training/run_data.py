@@ -135,7 +135,8 @@ class RunData:
                     raise error.within(f"{folder}, {name} split") from error
 
     def _in_template(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer for `final/`, with the chat template of the stores' conversations if there are any."""
+        """The tokenizer for `final/`, with the chat template of the stores' conversations if there are
+        any."""
         names = sorted(
             {store.manifest.template for store in self.stores if store.manifest.template is not None}
         )

@@ -1,5 +1,6 @@
 """What a run says while it works: `metrics.jsonl`, `loss.png`, the progress line, and lines for people.
- Only the main process writes. A full disk ends no step half done: the log keeps the fault, and `check` raises
+
+Only the main process writes. A full disk ends no step half done: the log keeps the fault, and `check` raises
 it where all processes can end together.
 """
 

@@ -1,5 +1,6 @@
 """`status.json` in a run's folder: how the run stands, for whoever started it.
- torchrun exits with 1 even when a signal ended a run that saved everything. A scheduler's script reads here
+
+torchrun exits with 1 even when a signal ended a run that saved everything. A scheduler's script reads here
 whether the run can go on.
 """
 

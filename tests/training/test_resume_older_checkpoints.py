@@ -1,4 +1,5 @@
-"""Checkpoints from before a model's derived numbers were computed: they hold null for `num_kv_heads` and `head_dim`."""
+"""Checkpoints from before a model's derived numbers were computed: they hold null for `num_kv_heads` and
+`head_dim`."""
 
 import pytest
 
