@@ -15,9 +15,9 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
-# No -march=native: a wheel must run on other machines than the one that built it. -fno-math-errno: without it,
-# loops with a square root are not vectorised. Threads come from OpenMP where the usual compiler has it, else from
-# std::thread.
+# No -march=native: a wheel must run on other machines than the one that built it. -fno-math-errno: loops with
+# a square root are not vectorised without it. Threads come from OpenMP where the usual compiler has it, else
+# from std::thread.
 if sys.platform == "win32":
     compile_args, link_args = ["/O2"], []
 elif sys.platform == "darwin":
@@ -50,8 +50,8 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHES]
         targets.append(f"arch=compute_{CUDA_ARCHES[-1]},code=compute_{CUDA_ARCHES[-1]}")
-        # Without -fmad=false nvcc chooses, path by path, which products to fuse: results would depend on where
-        # tensors lie.
+        # Without -fmad=false nvcc chooses, path by path, which products to fuse. Then results would depend on
+        # where tensors lie.
         flags = "-std=c++17 -O3 -fmad=false --threads 2 -Xcompiler -fPIC,-fvisibility=hidden".split()
         flags += [flag for target in targets for flag in ("-gencode", target)]
 

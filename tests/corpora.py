@@ -1,8 +1,6 @@
 """Corpus folders of texts and conversations that a test chooses, and some to choose from."""
 
-import json
-
-from lumi.chat.messages import Message, to_json
+from lumi.chat.messages import Message
 from lumi.corpus.folder import CorpusWriter
 
 PROSE = (
@@ -47,8 +45,8 @@ def write_chats(folder, chats, sources=None):
 def _write(folder, documents, sources, conversations):
     with CorpusWriter(folder, 1 << 20, conversations=conversations) as writer:
         for document, source in zip(documents, sources, strict=True):
-            text = json.dumps(to_json(document)) if conversations else document
-            writer.add(text, source, len(text.encode()))
+            contents = [message.content for message in document] if conversations else [document]
+            writer.add(document, source, sum(len(content.encode()) for content in contents))
         kept = [
             {"name": name, "origin": "made up", "kept": sources.count(name)} for name in sorted(set(sources))
         ]
