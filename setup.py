@@ -1,7 +1,7 @@
 """Builds `lumi._csrc` from csrc/ and installs kernels/ and configs/ as `lumi.kernels` and `lumi.configs`.
 
 The CUDA files are compiled if there is an nvcc in $CUDA_HOME/bin or, without that variable, on PATH.
-LUMI_CUDA=0 leaves them out; LUMI_CUDA=1 makes a missing nvcc an error.
+LUMI_CUDA=0 leaves them out. LUMI_CUDA=1 makes a missing nvcc an error.
 """
 
 import os
@@ -15,8 +15,8 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
-# No -march=native: a wheel must run on other machines than the one that built it. -fno-math-errno: loops with
-# a square root are not vectorised without it. Threads come from OpenMP where the usual compiler has it, else
+# No -march=native: a wheel must run on other machines than the one that built it. Without -fno-math-errno,
+# loops with a square root are not vectorised. Threads come from OpenMP where the usual compiler has it, else
 # from std::thread.
 if sys.platform == "win32":
     compile_args, link_args = ["/O2"], []
@@ -50,8 +50,7 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHES]
         targets.append(f"arch=compute_{CUDA_ARCHES[-1]},code=compute_{CUDA_ARCHES[-1]}")
-        # Without -fmad=false nvcc chooses, path by path, which products to fuse. Then results would depend on
-        # where tensors lie.
+        # Without -fmad=false, nvcc fuses other products on other paths: results would depend on where tensors lie.
         flags = "-std=c++17 -O3 -fmad=false --threads 2 -Xcompiler -fPIC,-fvisibility=hidden".split()
         flags += [flag for target in targets for flag in ("-gencode", target)]
 
@@ -68,7 +67,7 @@ class BuildExtension(build_ext):
             extension.extra_objects += pool.map(compile_file, sorted(Path("csrc").glob("*.cu")))
         extension.define_macros.append(("LUMI_HAS_CUDA", None))
         extension.library_dirs.append(library_dir)
-        # Static: there is nothing to find at run time, and no second copy beside torch's.
+        # Static: there is nothing to find at run time, and no version that could disagree with torch's.
         extension.libraries += ["cudart_static", "dl", "rt"]
 
 

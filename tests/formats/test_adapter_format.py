@@ -7,15 +7,14 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from crafted_models import LORA_KINDS
+from crafted_models import LORA_KINDS, save_adapted, save_base
 
 from lumi.config import UserError
 from lumi.formats.adapter_format import is_adapter, load_adapter, save_adapter, weights_fingerprint
-from lumi.formats.hf_format import load_model, save_model
+from lumi.formats.hf_format import load_model
 from lumi.formats.pretrained import load_pretrained
 from lumi.kernels.bundle import REFERENCE
-from lumi.model.lora import LoraConfig, adapters, add_lora, token_matrices, trained_rows
-from lumi.model.transformer import ModelConfig, Transformer
+from lumi.model.lora import LoraConfig, add_lora, token_matrices, trained_rows
 
 IDS = torch.randint(6, 384, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -25,48 +24,14 @@ def our_logits(model):
         return model.eval().logits(model.hidden(IDS))
 
 
-def save_base(tokenizer, folder, tied=False):
-    shape = {
-        "num_layers": 2,
-        "model_dim": 32,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mlp_dim": 48,
-        "max_positions": 64,
-        "tied_embeddings": tied,
-    }
-    model = Transformer(ModelConfig(vocab_size=384, **shape), REFERENCE).init_weights(0)
-    with torch.no_grad():
-        for index, parameter in enumerate(model.parameters()):
-            parameter.add_(
-                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1
-            )
-    save_model(folder, model, tokenizer)
-    return folder
-
-
 @pytest.fixture
 def base_dir(tokenizer, tmp_path):
     return save_base(tokenizer, tmp_path / "base")
 
 
-def adapted(base_dir, config):
-    model = load_model(base_dir, REFERENCE)
-    add_lora(model, config)
-    with torch.no_grad():
-        for index, (_, module) in enumerate(adapters(model)):
-            module.lora_B.copy_(
-                0.2 * torch.randn(module.lora_B.shape, generator=torch.Generator().manual_seed(index))
-            )
-            if module.lora_magnitude is not None:
-                module.lora_magnitude.mul_(1.3)
-    return model
-
-
 @pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
 def test_peft_computes_the_same_from_our_adapter(config, base_dir, tokenizer, tmp_path, recwarn):
-    model = adapted(base_dir, config)
-    save_adapter(tmp_path / "adapter", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))
+    model = save_adapted(base_dir, config, tokenizer, tmp_path / "adapter")
     assert is_adapter(tmp_path / "adapter")
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -104,10 +69,8 @@ def test_we_compute_the_same_from_theirs(targets, base_dir, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
-    base_dir, config = (
-        save_base(tokenizer, tmp_path / "base", tied),
-        LoraConfig(rank=4, tokens=("<|im_start|>", "<|im_end|>")),
-    )
+    base_dir = save_base(tokenizer, tmp_path / "base", tied)
+    config = LoraConfig(rank=4, tokens=("<|im_start|>", "<|im_end|>"))
     model = load_model(base_dir, REFERENCE)
     add_lora(model, config, token_ids=[4, 5])
     with torch.no_grad():
@@ -119,9 +82,8 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
     ids = torch.tensor([[1, 4, 90, 5, 4, 91, 5]])
     with torch.no_grad():
         expected, ours = theirs(ids).logits, model.eval().logits(model.hidden(ids))
-        assert (
-            ours - load_pretrained(base_dir, device="cpu").model.logits(model.hidden(ids))
-        ).abs().max() > 0.1
+        untrained = load_pretrained(base_dir, device="cpu").model.logits(model.hidden(ids))
+        assert (ours - untrained).abs().max() > 0.1
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     loaded = load_pretrained(tmp_path / "ours", device="cpu").model
     assert torch.equal(loaded.logits(loaded.hidden(ids)), ours)
@@ -145,10 +107,7 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
 
 def test_it_comes_back_as_it_went(base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4, alpha=6, dropout=0.1, targets=("v_proj", "up_proj"))
-    model = adapted(base_dir, config)
-    save_adapter(
-        tmp_path / "run" / "final", model, config, tokenizer, base_dir, weights_fingerprint(base_dir)
-    )
+    model = save_adapted(base_dir, config, tokenizer, tmp_path / "run" / "final")
     expected = our_logits(model)
     by_itself = load_pretrained(tmp_path / "run", device="cpu")
     with_base = load_pretrained(base_dir, adapter_path=tmp_path / "run" / "final", device="cpu")
@@ -271,15 +230,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("damage", "message"), REFUSALS, ids=[message[:30] for _, message in REFUSALS])
 def test_refuses(damage, message, base_dir, tokenizer, tmp_path):
-    config = LoraConfig(rank=4)
-    save_adapter(
-        tmp_path / "adapter",
-        adapted(base_dir, config),
-        config,
-        tokenizer,
-        base_dir,
-        weights_fingerprint(base_dir),
-    )
+    save_adapted(base_dir, LoraConfig(rank=4), tokenizer, tmp_path / "adapter")
     damage(base_dir, tmp_path / "adapter")
     with pytest.raises(UserError, match=message) as caught:
         load_adapter(tmp_path / "adapter", load_model(base_dir, REFERENCE), base_dir, tokenizer)
@@ -288,8 +239,7 @@ def test_refuses(damage, message, base_dir, tokenizer, tmp_path):
 
 def test_targets_of_single_layers_are_named_whole(base_dir, tokenizer, tmp_path, recwarn):
     config = LoraConfig(rank=4, targets=("layers.1.attention.q_proj", "v_proj"))
-    model = adapted(base_dir, config)
-    save_adapter(tmp_path / "adapter", model, config, tokenizer, base_dir, weights_fingerprint(base_dir))
+    model = save_adapted(base_dir, config, tokenizer, tmp_path / "adapter")
     targets = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
     assert targets == ["model.layers.1.self_attn.q_proj", "v_proj"]
     theirs = peft.PeftModel.from_pretrained(
@@ -298,44 +248,3 @@ def test_targets_of_single_layers_are_named_whole(base_dir, tokenizer, tmp_path,
     assert not [str(warning.message) for warning in recwarn if "adapter" in str(warning.message).lower()]
     with torch.no_grad():
         torch.testing.assert_close(our_logits(model), theirs(IDS).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_an_adapter_without_a_tokenizer_takes_the_base_s(base_dir, tokenizer, tmp_path):
-    theirs = peft.get_peft_model(
-        transformers.AutoModelForCausalLM.from_pretrained(base_dir),
-        peft.LoraConfig(target_modules=["q_proj"]),
-    )
-    theirs.save_pretrained(tmp_path / "adapter")
-    assert load_pretrained(tmp_path / "adapter", device="cpu").tokenizer.fingerprint == tokenizer.fingerprint
-    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    assert (
-        load_pretrained(tmp_path / "adapter", device="cpu").tokenizer.chat_template
-        == "{{ messages[0]['content'] }}"
-    )
-
-
-def test_a_path_must_be_what_it_is_given_for(base_dir, tokenizer, tmp_path):
-    config = LoraConfig(rank=4)
-    save_adapter(
-        tmp_path / "adapter",
-        adapted(base_dir, config),
-        config,
-        tokenizer,
-        base_dir,
-        weights_fingerprint(base_dir),
-    )
-    with pytest.raises(UserError, match="--adapter-path must hold an adapter"):
-        load_pretrained(base_dir, adapter_path=base_dir, device="cpu")
-    with pytest.raises(UserError, match="--model-path must be a whole model where --adapter-path is given"):
-        load_pretrained(tmp_path / "adapter", adapter_path=tmp_path / "adapter", device="cpu")
-    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(UserError, match="the adapter does not name its base"):
-        load_pretrained(tmp_path / "adapter", device="cpu")
-    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(base_dir))
-    base_dir.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="pass both: the base by --model-path, this by --adapter-path"):
-        load_pretrained(tmp_path / "adapter", device="cpu")
-    assert (
-        load_pretrained(tmp_path / "moved", adapter_path=tmp_path / "adapter", device="cpu").adapter
-        == tmp_path / "adapter"
-    )

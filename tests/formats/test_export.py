@@ -1,4 +1,4 @@
-"""What is exported and merged computes what the model in memory computes; transformers is the judge of the folders."""
+"""Exported and merged folders compute what the model in memory computes; transformers is the judge."""
 
 import errno
 import json
@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from crafted_models import add_noise
 
 import lumi.formats.export
 from lumi.cli import dispatch
@@ -31,17 +32,8 @@ IDS = torch.randint(6, 384, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def build(tokenizer, **changes):
-    model = (
-        Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **(SHAPE | changes)), REFERENCE)
-        .init_weights(0)
-        .eval()
-    )
-    with torch.no_grad():
-        for index, parameter in enumerate(model.parameters()):
-            parameter.add_(
-                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1
-            )
-    return model
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, **(SHAPE | changes))
+    return add_noise(Transformer(config, REFERENCE).init_weights(0).eval())
 
 
 def logits(model):
@@ -114,9 +106,8 @@ def test_narrower_weights_in_shards(run, tmp_path, dtype):
     batch = torch.randint(384, (2, 64), generator=torch.Generator().manual_seed(0))
     original = load_model(run, REFERENCE)
     with torch.no_grad():
-        expected = (
-            (model.logits(model.hidden(batch)) - original.logits(original.hidden(batch))).abs().max().item()
-        )
+        difference = model.logits(model.hidden(batch)) - original.logits(original.hidden(batch))
+    expected = difference.abs().max().item()
     assert done.difference == expected > 0
     assert not torch.equal(before, logits(model))
     assert f"at most {expected:.3g}" in str(done)
@@ -245,10 +236,10 @@ def test_weights_that_do_not_fit(run, tokenizer, tmp_path, monkeypatch):
     model = build(tokenizer)
     model.final_norm.weight.data[3] = 1e5
     save_model(tmp_path / "large", model, tokenizer)
-    with pytest.raises(
-        UserError,
-        match=r"--dtype must be able to hold every weight, got float16, in which final_norm\.weight is not finite",
-    ):
+    message = (
+        r"--dtype must be able to hold every weight, got float16, in which final_norm\.weight is not finite"
+    )
+    with pytest.raises(UserError, match=message):
         export_model(tmp_path / "large", tmp_path / "out", dtype="float16")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(
@@ -274,26 +265,12 @@ def test_sizes_that_are_none(text):
 
 def test_the_commands(run, tokenizer, tmp_path, capsys):
     adapter, _ = add_adapter(run, LORA["lora"], tokenizer)
-    options = ["--dtype", "bfloat16", "--max-shard-size", "60KB"]
-    assert (
-        dispatch(["export", "--model-path", str(run), "--output-dir", str(tmp_path / "exported"), *options])
-        == 0
-    )
-    assert (
-        "files of weights, 0.2 MB; read back and compared: the logits differ by at most 0."
-        in capsys.readouterr().out
-    )
-    merging = [
-        "merge",
-        "--model-path",
-        str(adapter),
-        "--base-path",
-        str(run),
-        "--output-dir",
-        str(tmp_path / "merged"),
-        *options,
-    ]
-    assert dispatch(merging) == 0
+    options = "--dtype bfloat16 --max-shard-size 60KB --output-dir".split()
+    assert dispatch(["export", "--model-path", str(run), *options, str(tmp_path / "exported")]) == 0
+    printed = capsys.readouterr().out
+    assert "files of weights, 0.2 MB; read back and compared: the logits differ by at most 0." in printed
+    paths = ["--model-path", str(adapter), "--base-path", str(run)]
+    assert dispatch(["merge", *paths, *options, str(tmp_path / "merged")]) == 0
     assert "merged in float64: the logits differ by at most " in capsys.readouterr().out
     for name in ("exported", "merged"):
         assert len(list((tmp_path / name).glob("model-*.safetensors"))) > 2

@@ -1,4 +1,4 @@
-"""What a model is asked, what is remembered of it, and the loop around it on a pipe. The terminal is in test_chat_command.py."""
+"""What a model is asked, what is remembered, and the loop on a pipe. test_dialogue_terminal.py has the terminal."""
 
 import builtins
 import io

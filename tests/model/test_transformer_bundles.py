@@ -1,4 +1,6 @@
-"""The same weights under two bundles: one training step of a whole model, with adapters and without, judged by float64."""
+"""The same weights under two bundles: one training step, with adapters and without, judged by float64."""
+
+import functools
 
 import pytest
 import torch
@@ -19,18 +21,21 @@ SHAPES = {
 }
 
 
-def step(shape, ops, dtype, device, compute_dtype, lora=None, seed=0, how="plain"):
-    """Loss and gradients of one packed batch; weights and arithmetic in `dtype`, products in `compute_dtype`."""
-    config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, mlp_dim=96, **shape)
-    model = Transformer(
-        config, ops, compute_dtype=compute_dtype, gradient_checkpointing=how == "checkpointed"
-    ).init_weights(seed)
+LORA = LoraConfig(rank=3, alpha=5)
+
+
+@functools.cache  # several tests need the same steps, and Triton's interpreter takes seconds for each
+def step(shape, ops, dtype, device, lora, seed, how="plain"):
+    """Loss and gradients of one packed batch, all in `dtype`."""
+    sizes = SHAPES[shape]
+    config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, mlp_dim=96, **sizes)
+    model = Transformer(config, ops, compute_dtype=dtype).init_weights(seed)
+    model.gradient_checkpointing = how == "checkpointed"
     generator = torch.Generator().manual_seed(seed)
     if lora is not None:
         add_lora(model, lora)
-        for _, module in adapters(
-            model
-        ):  # B begins at zero, and A would have no gradient; much larger, norms amplify rounding errors
+        # With a B of zero, A has no gradient; with a large one, norms amplify rounding errors.
+        for _, module in adapters(model):
             module.lora_B.data = 0.05 * torch.randn(module.lora_B.shape, generator=generator)
     model = model.to(device, dtype)
     for layer in model.layers if how == "compiled" else ():
@@ -42,29 +47,29 @@ def step(shape, ops, dtype, device, compute_dtype, lora=None, seed=0, how="plain
     cu_seqlens = torch.tensor([0, 17, 39, 40, 80], dtype=torch.int32, device=device)
     loss = model(tokens, targets, positions, cu_seqlens)
     loss.backward()
-    return {
-        "loss": loss.detach(),
-        **{name: parameter.grad for name, parameter in trained_tensors(model).items()},
-    }
+    gradients = {name: parameter.grad for name, parameter in trained_tensors(model).items()}
+    return {"loss": loss.detach()} | gradients
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_step_under_triton_is_one_under_the_reference(shape, device):
-    exact = step(SHAPES[shape], REFERENCE, torch.float64, device, torch.float64)
-    same_dtype = step(SHAPES[shape], REFERENCE, torch.float32, device, torch.float32)
-    actual = step(SHAPES[shape], TRITON, torch.float32, device, torch.float32)
+    exact = step(shape, REFERENCE, torch.float64, device, None, 0)
+    same_dtype = step(shape, REFERENCE, torch.float32, device, None, 0)
+    actual = step(shape, TRITON, torch.float32, device, None, 0)
     assert exact.keys() == actual.keys()
     for name in exact:
         assert_parity(name, actual[name], same_dtype[name], exact[name])
 
 
 def test_one_step_with_adapters(device):
-    """On all seven linears of each layer; what is trained is the adapters alone. All A's and all B's of several models are judged
-    together: one rounding error reaches most of one model's gradients."""
-    lora, shape, seeds = LoraConfig(rank=3, alpha=5), SHAPES["grouped"], range(4)
-    exact = [step(shape, REFERENCE, torch.float64, device, torch.float64, lora, seed) for seed in seeds]
-    same_dtype = [step(shape, REFERENCE, torch.float32, device, torch.float32, lora, seed) for seed in seeds]
-    actual = [step(shape, TRITON, torch.float32, device, torch.float32, lora, seed) for seed in seeds]
+    """Adapters on all seven linears of each layer; they alone are trained.
+
+    All A's and all B's of several models are judged together: one rounding error reaches most gradients of a model.
+    """
+    exact, same_dtype, actual = (
+        [step("grouped", ops, dtype, device, LORA, seed) for seed in range(4)]
+        for ops, dtype in ((REFERENCE, torch.float64), (REFERENCE, torch.float32), (TRITON, torch.float32))
+    )
     assert exact[0].keys() == actual[0].keys()
     assert len(exact[0]) == 1 + 2 * 7 * 2
     for part in ("loss", "lora_A", "lora_B"):
@@ -74,14 +79,12 @@ def test_one_step_with_adapters(device):
         assert_parity(part, joined(actual), joined(same_dtype), joined(exact))
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=3, alpha=5)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "adapters"])
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
 def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
-    """Bit for bit, under the Triton bundle: every operator stands in a graph as one node with known shapes."""
-    plain, other = (
-        step(SHAPES["grouped"], TRITON, torch.float32, device, torch.float32, lora, how=h)
-        for h in ("plain", how)
-    )
+    """Bit for bit, under the Triton bundle: every operator is one node of the graph, with known shapes."""
+    plain = step("grouped", TRITON, torch.float32, device, lora, 0)
+    other = step("grouped", TRITON, torch.float32, device, lora, 0, how)
     assert plain.keys() == other.keys()
     for name in plain:
         assert torch.equal(plain[name], other[name]), name
@@ -89,7 +92,7 @@ def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
 def test_one_graph_serves_all_lengths(lora, device):
-    """Under `compile` a layer must not be compiled again for each length: shapes of fake results follow the symbols of their inputs."""
+    """A layer is not compiled again for each length: the shapes of fake results follow those of the inputs."""
     config = ModelConfig(vocab_size=97, num_layers=1, model_dim=32, num_heads=2, mlp_dim=48)
     model = Transformer(config, TRITON).init_weights(0)
     if lora is not None:
@@ -104,7 +107,8 @@ def test_one_graph_serves_all_lengths(lora, device):
 
 @pytest.mark.gpu
 def test_a_step_waits_for_nothing_and_can_be_captured():
-    """Forward and backward of a packed batch whose offsets are on the device: no synchronisation, and a CUDA graph replays them."""
+    """A packed batch with its offsets on the device: forward and backward synchronise nothing, and a CUDA graph
+    replays them."""
     config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=96)
     model = Transformer(config, TRITON, compute_dtype=torch.bfloat16).init_weights(0).to("cuda")
     tokens, targets = (torch.randint(0, 97, (2, 40), device="cuda") for _ in range(2))
