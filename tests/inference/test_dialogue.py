@@ -1,4 +1,5 @@
-"""What a model is asked, what is remembered, and the loop on a pipe. test_dialogue_terminal.py has the terminal."""
+"""What a model is asked, what is remembered, and the loop on a pipe. test_dialogue_terminal.py has the
+terminal."""
 
 import builtins
 import io

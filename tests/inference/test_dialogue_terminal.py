@@ -42,7 +42,8 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def expect(self, pattern):
-        """Wait until `pattern` is on the screen; returns the match and takes away what stands up to its end."""
+        """Wait until `pattern` is on the screen; returns the match and takes away what stands up to its
+        end."""
         deadline = time.monotonic() + PATIENCE
         while not (match := re.search(pattern, self.unread)):
             ready, _, _ = select.select([self.master], [], [], 1)
@@ -132,7 +133,8 @@ def test_control_c_stops_an_answer_and_not_the_program(chat):
     terminal.type(CONTROL_C)
     terminal.type(
         "\n"
-    )  # a signal in the moment in which Python's readline has not begun to wait is seen with the next line only
+        # a signal in the moment in which Python's readline has not begun to wait is seen with the next line only
+    )
     terminal.expect(r"\[Ctrl-C again leaves, as do /exit and Ctrl-D\]\n> ")
     terminal.type("/exit\n")
     assert terminal.process.wait(PATIENCE) == 0

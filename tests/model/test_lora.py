@@ -234,7 +234,8 @@ def test_dropout_is_of_training_alone_and_follows_the_seed():
 
 
 def recorded(operator=REFERENCE.lora_linear):
-    """A bundle that writes down how many linears each call of `lora_linear` had, and the list that it writes to."""
+    """A bundle that writes down how many linears each call of `lora_linear` had, and the list that it writes
+    to."""
     calls = []
 
     def recording(x, weights, *adapters):
@@ -284,7 +285,8 @@ def test_one_layer_alone_is_adapted():
 
 @pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
 def test_the_fast_operator_trains_the_same_adapters(config):
-    """The gradients of all adapters of several models together, judged by float64: one rounding error reaches most of one model's."""
+    """The gradients of all adapters of several models together, judged by float64: one rounding error reaches
+    most of one model's."""
     fast = dataclasses.replace(REFERENCE, lora_linear=lora_linear)
     gradients = []
     for dtype, ops in ((torch.float32, fast), (torch.float32, REFERENCE), (torch.float64, REFERENCE)):

@@ -1,8 +1,8 @@
 """Test cases in forks of one process that has torch imported, for importing it takes longer than most cases.
 
-`run_case("saver_processes", "layouts", folder)` calls `saver_processes.main("layouts", folder)` in a process of its own. The
-server is started by the first case of a pytest process; it imports a module once, forks for every case, and ends with pytest.
-`python case_server.py` is the server.
+`run_case("saver_processes", "layouts", folder)` calls `saver_processes.main("layouts", folder)` in a process
+of its own. The server is started by the first case of a pytest process; it imports a module once, forks for
+every case, and ends with pytest. `python case_server.py` is the server.
 """
 
 import atexit
@@ -83,7 +83,10 @@ def _kill_group(leader):
 
 
 def serve():
-    """A line of JSON asks for a process, or how one ended; a line answers. Ends, with all cases, when the input does."""
+    """A line of JSON asks for a process, or how one ended; a line answers.
+
+    Ends, with all cases, when the input does.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a module prints is no answer
     codes = {}
