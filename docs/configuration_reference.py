@@ -8,7 +8,6 @@ The meaning of a key stands in the source, beside the field. The first of these 
     `sequence_length`: a clause in the docstring of the class
     sequence_length: an entry under "Args:" or "Attributes:" in that docstring
 
-A key that the source does not explain is looked up in configuration_meanings.json, by class and name.
 A key whose type is a config class may do without: the first sentence of that class explains it.
 """
 
@@ -35,9 +34,6 @@ from lumi.tokenizer.training import TokenizerConfig
 from lumi.training.run_config import TrainConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
-ELSEWHERE: dict[str, str] = json.loads(
-    PAGE.with_name("configuration_meanings.json").read_text(encoding="utf-8")
-)
 ROOTS = (
     (PrepareConfig, "Preparing a corpus", "lumi prepare --config FILE", "configs/corpus, configs/demo"),
     (TokenizerConfig, "Training a tokenizer", "lumi tokenizer --config FILE", "configs/tokenizer"),
@@ -115,8 +111,7 @@ def meanings(cls: type) -> dict[str, str]:
     found = {}
     for field in dataclasses.fields(cls):
         own = beside.get(field.name) or docstring.get(field.name, "")
-        elsewhere = (ELSEWHERE.get(f"{base.__name__}.{field.name}", "") for base in cls.__mro__)
-        about = next(filter(None, elsewhere), "") or _about(list(config_classes(hints[field.name])))
+        about = _about(list(config_classes(hints[field.name])))
         if field.name == "kind" and kind_of(cls):
             own = "Chooses this kind."
         if own.startswith(("null: ", "None: ")) and about:  # what it is, then what its absence means

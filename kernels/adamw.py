@@ -95,20 +95,26 @@ def adamw(
     A replay reads only `norm` and the tensors' values anew. Call this once before a capture: the first call
     loads the kernels.
 
-    Args: params: floating tensors of any shapes, all on one device; written. No memory may overlap, here or
-        below. grads: gradients, one for each parameter, of its shape and dtype; left alone. exp_avgs,
-        exp_avg_sqs: running means of gradients and of their squares, likewise; written. weight_decays: one
-        for each parameter, at least 0. step: the number of this step, counted from 1. lr: learning rate.
-        beta1, beta2: in [0, 1). eps: positive. norm: float64 scalar on the parameters' device, the L2 norm of
-        all gradients as they are; None: do not clip.
-            If it is not finite, nothing is written.
+    Args:
+        params: floating tensors of any shapes, all on one device; written. No memory may overlap, here or
+            below.
+        grads: gradients, one for each parameter, of its shape and dtype; left alone.
+        exp_avgs, exp_avg_sqs: running means of gradients and of their squares, likewise; written.
+        weight_decays: one for each parameter, at least 0.
+        step: the number of this step, counted from 1.
+        lr: learning rate.
+        beta1, beta2: in [0, 1).
+        eps: positive.
+        norm: float64 scalar on the parameters' device, the L2 norm of all gradients as they are; None: do not
+            clip. If it is not finite, nothing is written.
         max_norm: positive; the largest norm that gradients may have once `loss_scale` is divided out.
         loss_scale: positive; the factor that is in the gradients.
         copies: bfloat16 tensors, one for each parameter, of its shape; written with the new parameters. None:
             no copies.
 
-    Raises: ValueError: if lengths, shapes, dtypes or devices do not fit each other, or a number is out of its
-        range.
+    Raises:
+        ValueError: if lengths, shapes, dtypes or devices do not fit each other, or a number is out of its
+            range.
 
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """

@@ -145,6 +145,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5)
         ValueError: if `residual` or `weight` does not fit `x`, a dtype is none of the three, or D is out of
             range.
 
+
+
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """
     check_operands(x, weight)

@@ -558,9 +558,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> Tensor:
     Returns:
         y (B, T, H, K), dtype of `q`, contiguous. Differentiable once, in q, k and v.
 
-    Raises: ValueError: if the shapes do not fit each other or the plan, dtypes or devices differ, a dtype is
-        none of the three, or K is
-            above 128.
+    Raises:
+        ValueError: if the shapes do not fit each other or the plan, dtypes or devices differ, a dtype is none
+            of the three, or K is above 128.
 
     Source: Dao 2023, https://arxiv.org/abs/2307.08691.
     """

@@ -65,9 +65,9 @@ def attention_plan_reference(
     Returns:
         the plan that `attention_reference` takes.
 
-    Raises: ValueError: if cu_seqlens is not int32 of one dimension, does not run from 0 to batch * length
-        without falling,
-            or leaves out a row boundary; if window is below 1.
+    Raises:
+        ValueError: if cu_seqlens is not int32 of one dimension, does not run from 0 to batch * length without
+            falling, or leaves out a row boundary; if window is below 1.
     """
     if cu_seqlens is None and window is None:
         return MaskPlan(batch=batch, length=length, mask=None)

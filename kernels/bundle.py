@@ -169,18 +169,18 @@ TRITON = Ops(
 def select(name: str, device: torch.device | str, head_dim: int) -> Ops:
     """The bundle called `name` for a model on `device`.
 
-    Args: name: "reference", "triton" or "auto". "auto" is triton on a GPU of compute capability 8.0 or newer,
-        for
-            heads that its kernels take; elsewhere it is reference.
+    Args:
+        name: "reference", "triton" or "auto". "auto" is triton on a GPU of compute capability 8.0 or newer,
+            for heads that its kernels take; elsewhere it is reference.
         device: where the model will run.
         head_dim: K, of the model.
 
     Returns:
         `REFERENCE` or `TRITON`.
 
-    Raises: ValueError: for another name, and for "triton" in three cases: Triton is not installed; the device
-        is not
-            CUDA and TRITON_INTERPRET is not 1 (Triton's interpreter: slow, for tests); the kernels do not
+    Raises:
+        ValueError: for another name, and for "triton" in three cases: Triton is not installed; the device is
+            not CUDA and TRITON_INTERPRET is not 1 (Triton's interpreter: slow, for tests); the kernels do not
             take heads of this size.
     """
     device = torch.device(device)

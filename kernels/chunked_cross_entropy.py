@@ -105,13 +105,15 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum of the cross-entropy losses of all rows with a target.
 
-    Args: hidden_ND: final hidden states (N, D), any floating dtype. weight_VD: output projection (V, D), any
-        floating dtype. It is cast to the dtype of `hidden_ND` for the products; its
-            gradient has its own dtype.
+    Args:
+        hidden_ND: final hidden states (N, D), any floating dtype.
+        weight_VD: output projection (V, D), any floating dtype. It is cast to the dtype of `hidden_ND` for
+            the products; its gradient has its own dtype.
         targets_N, z_loss, expected_dloss: as in `linear_cross_entropy`.
 
-    Returns: scalar, float32 (float64 for float64 hidden), in nats. Divide by the number of counted targets of
-        the whole step.
+    Returns:
+        scalar, float32 (float64 for float64 hidden), in nats. Divide by the number of counted targets of the
+        whole step.
 
     Raises:
         ValueError: if the shapes do not fit, targets are not int64, or a number is out of range.

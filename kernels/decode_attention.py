@@ -329,9 +329,9 @@ def decode_attention(
 ) -> Tensor:
     """Attend from T new tokens to the cache slots up to each one's own.
 
-    Args: q: queries (B, T, H, K), already rotated, float32 / bfloat16 / float16, any strides. K is a multiple
-        of
-            8, 8 <= K <= 256; it is padded to the next power of two, at least 16.
+    Args:
+        q: queries (B, T, H, K), already rotated, float32 / bfloat16 / float16, any strides. K is a multiple
+            of 8, 8 <= K <= 256; it is padded to the next power of two, at least 16.
         k_cache: keys (B, S, G, K); with a page table (P, page_size, G, K). The new tokens' keys are already
             in their slots. Dtype and device of `q`, any strides; a last stride other than 1 costs a copy of
             the whole cache. A query sees the slots up to its own. Slots past the largest position of a row's
@@ -339,15 +339,17 @@ def decode_attention(
         v_cache: values, likewise.
         positions: (B, T) int64 or int32, the slot of each query, below S. Rows may stand at different
             positions. A query at a negative one sees nothing, and its result is zero.
-        page_table: (B, max_pages) int32: slot s of row b is slot s % page_size of page
-            page_table[b, s // page_size], and S is max_pages * page_size. page_size is a power of two, at
-            least 16. Entries past a row's largest position are never read.
+        page_table: (B, max_pages) int32: slot s of row b is slot s % page_size of page page_table[b, s //
+            page_size], and S is max_pages * page_size. page_size is a power of two, at least 16. Entries past
+            a row's largest position are never read.
 
     Returns:
         y (B, T, H, K), dtype of `q`, contiguous. Not differentiable: for inference only.
 
-    Raises: ValueError: if shapes, dtypes or devices do not fit each other, or K or the page size is none of
-        the above. RuntimeError: when a gradient is asked for.
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit each other, or K or the page size is none of the
+            above.
+        RuntimeError: when a gradient is asked for.
 
     Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """

@@ -38,11 +38,13 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     A CUDA graph keeps the tensors' addresses as they were at capture. Call this once before a capture: the
     first call loads the kernels.
 
-    Args: tensors: any number of floating tensors of any shapes. NaN and inf propagate. Empty tensors count as
-        zero.
+    Args:
+        tensors: any number of floating tensors of any shapes. NaN and inf propagate. Empty tensors count as
+            zero.
 
-    Returns: scalar float64 tensor on the first tensor's device (CPU if there is none). The call does not wait
-        for it.
+    Returns:
+        scalar float64 tensor on the first tensor's device (CPU if there is none). The call does not wait for
+        it.
 
     Raises:
         ValueError: if an element is not a tensor of a real floating dtype.

@@ -220,12 +220,15 @@ def workspace_bytes(
 
     Backward adds V * D elements of the weight's dtype if that is not `dweight_dtype`.
 
-    Args: N, D, V: rows, model dim, vocabulary. dtype, weight_dtype: of hidden and of weight. needs_dhidden,
-        needs_dweight: which gradients are wanted. device_type: "cuda", or "cpu" for Triton's interpreter.
-        There, dweight of 16-bit products needs float32 copies of the
-            factors.
+    Args:
+        N, D, V: rows, model dim, vocabulary.
+        dtype, weight_dtype: of hidden and of weight.
+        needs_dhidden, needs_dweight: which gradients are wanted.
+        device_type: "cuda", or "cpu" for Triton's interpreter. There, dweight of 16-bit products needs
+            float32 copies of the factors.
 
-    Returns: bytes of one chunk's logits, the cast weight, dhidden, dweight and the losses. The allocator's
+    Returns:
+        bytes of one chunk's logits, the cast weight, dhidden, dweight and the losses. The allocator's
         rounding and the workspace of cuBLAS are not counted.
     """
     size, rows = dtype.itemsize, triton_chunk_rows(N, V, dtype.itemsize)
@@ -405,9 +408,10 @@ def linear_cross_entropy(
     """Sum of the cross-entropy losses of all rows with a target. Only one chunk of rows has its logits in
     memory at a time.
 
-    Args: hidden_ND: final hidden states (N, D), float32 / bfloat16 / float16. weight_VD: output projection
-        (V, D), one of the same dtypes, 1 <= V. It is cast to the dtype of `hidden_ND` once. Its
-            gradient is summed in float32 and has its own dtype.
+    Args:
+        hidden_ND: final hidden states (N, D), float32 / bfloat16 / float16.
+        weight_VD: output projection (V, D), one of the same dtypes, 1 <= V. It is cast to the dtype of
+            `hidden_ND` once. Its gradient is summed in float32 and has its own dtype.
         targets_N: (N,) int64 in [0, V), or -100 for a row that does not count.
         z_loss: weight of lse^2, at least 0; 0 leaves it out.
         expected_dloss: the gradient that the loss will get in backward: f, if the caller runs `(loss *
@@ -417,14 +421,15 @@ def linear_cross_entropy(
             gradient of the logits is rounded to the dtype of hidden. So with float16 this is the place for
             loss scaling. 2^-100 to 2^100 in size.
 
-    Returns: scalar, float32, in nats, not multiplied by `expected_dloss`. NaN if a target is out of range.
-        Divide by the number of counted targets of the whole step. Differentiable once, in `hidden_ND` and
+    Returns:
+        scalar, float32, in nats, not multiplied by `expected_dloss`. NaN if a target is out of range. Divide
+        by the number of counted targets of the whole step. Differentiable once, in `hidden_ND` and
         `weight_VD`. Backward runs once: it scales the gradients that the forward left, in place. Extra
         memory: `workspace_bytes`.
 
-    Raises: ValueError: if shapes do not fit, devices differ, a dtype is none of the three, targets are not
-        int64, or a number is out
-            of range.
+    Raises:
+        ValueError: if shapes do not fit, devices differ, a dtype is none of the three, targets are not int64,
+            or a number is out of range.
 
     Source: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
     """

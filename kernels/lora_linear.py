@@ -182,19 +182,21 @@ def lora_linear(
 ) -> list[Tensor]:
     """The adapted linears of one input, with gradients of `x` and the adapters.
 
-    Args: x: activations (..., I), float32 / bfloat16 / float16, any strides. 1 <= I. weights: frozen matrices
-        (O_i, I), at least one; device of `x`. 1 <= O_i. A matrix of another dtype than `x` is
-            cast in every call, and the cast copy is kept for backward.
+    Args:
+        x: activations (..., I), float32 / bfloat16 / float16, any strides. 1 <= I.
+        weights: frozen matrices (O_i, I), at least one; device of `x`. 1 <= O_i. A matrix of another dtype
+            than `x` is cast in every call, and the cast copy is kept for backward.
         As: (R_i, I), one for each weight; device of `x`, any floating dtype, the same for all. 1 <= R_i.
         Bs: (O_i, R_i), one for each weight; as `As`.
         scales: s_i, one for each weight.
 
-    Returns: One y_i (..., O_i) for each weight, dtype of `x`, contiguous. Differentiable once, in `x`, `As`
-        and `Bs`; each gradient has its tensor's dtype.
+    Returns:
+        One y_i (..., O_i) for each weight, dtype of `x`, contiguous. Differentiable once, in `x`, `As` and
+        `Bs`; each gradient has its tensor's dtype.
 
-    Raises: ValueError: if there are no weights, the lists differ in length, shapes or devices do not fit, x's
-        dtype is none
-            of the three, or a weight requires a gradient: it would get none.
+    Raises:
+        ValueError: if there are no weights, the lists differ in length, shapes or devices do not fit, x's
+            dtype is none of the three, or a weight requires a gradient: it would get none.
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """

@@ -272,8 +272,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     Returns:
         y (..., D), dtype of `x`, contiguous. Differentiable once, in `x` and `weight`.
 
-    Raises: ValueError: if `weight` is not (D,), devices differ, a dtype is none of the three, or D is out of
-        range.
+    Raises:
+        ValueError: if `weight` is not (D,), devices differ, a dtype is none of the three, or D is out of
+            range.
 
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """

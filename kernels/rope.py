@@ -32,9 +32,10 @@ _NUM_WARPS = 4
 class RopeScaling:
     """Llama 3's slowing of low frequencies.
 
-    Args: factor: how many times slower the lowest frequencies turn; at least 1. low_freq_factor: frequencies
-        that turn fewer times than this in `original_max_positions` tokens are slowed by
-            all of `factor`; > 0.
+    Args:
+        factor: how many times slower the lowest frequencies turn; at least 1.
+        low_freq_factor: frequencies that turn fewer times than this in `original_max_positions` tokens are
+            slowed by all of `factor`; > 0.
         high_freq_factor: frequencies that turn more often than this stay as they are; those between the two
             are interpolated. Above `low_freq_factor`.
         original_max_positions: tokens that the model was pre-trained on.
@@ -236,9 +237,11 @@ _rope_op.register_autograd(_backward, setup_context=_save)
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of their positions.
 
-    Args: q: queries (B, T, H, K), float32 / bfloat16 / float16, any strides; K even. k: keys (B, T, G, K),
-        dtype and device of `q`. cos, sin: (B, T, K) float32 as `rope_table` makes them, both halves of K
-        alike: only the first is read.
+    Args:
+        q: queries (B, T, H, K), float32 / bfloat16 / float16, any strides; K even.
+        k: keys (B, T, G, K), dtype and device of `q`.
+        cos, sin: (B, T, K) float32 as `rope_table` makes them, both halves of K alike: only the first is
+            read.
 
     Returns:
         q and k turned, same shapes and dtype, contiguous. Differentiable in q and k.

@@ -168,6 +168,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: if shapes, dtypes or devices differ, a dtype is none of the three, or there is no last
             dimension.
 
+
+
     Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
     """
     if gate.ndim == 0 or gate.shape[-1] == 0:

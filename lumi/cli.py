@@ -64,7 +64,7 @@ def tokenizer(argv: list[str]) -> int:
 
 def tokenize(argv: list[str]) -> int:
     """corpus folders -> a token store, split into train and validation by document"""
-    from lumi.chat.rendering import TEMPLATES
+    from lumi.chat.templates import TEMPLATES
     from lumi.data import tokenization
     from lumi.tokenizer.tokenizer import Tokenizer
 

@@ -17,7 +17,9 @@ class ConversationFilterConfig:
     """
 
     max_chars: int = 100_000
+    # Messages, with the system message; longer conversations are dropped; null: off.
     max_messages: int | None = None
+    # Characters of each answer; a conversation with a shorter one is dropped.
     min_answer_chars: int = 1
     blocked_phrases: tuple[str, ...] = ("as an ai language model",)
     languages: tuple[str, ...] | None = None

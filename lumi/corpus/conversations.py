@@ -74,6 +74,7 @@ class MessagesFormat(Format):
     """A list of {"role", "content"} in `field`."""
 
     kind: Literal["messages"] = "messages"
+    # The field that holds the list of messages.
     field: str = "messages"
 
     def __post_init__(self) -> None:
@@ -95,7 +96,9 @@ class ShareGptFormat(Format):
     """
 
     kind: Literal["sharegpt"] = "sharegpt"
+    # The field that holds the list of turns.
     field: str = "conversations"
+    # The field with one more turn, the preferred answer; null: there is none.
     answer_field: str | None = None
 
     def __post_init__(self) -> None:
@@ -119,8 +122,11 @@ class PromptResponseFormat(Format):
     """A question and its answer in two fields, and perhaps a system message in a third."""
 
     kind: Literal["prompt_response"] = "prompt_response"
+    # The field with the question.
     prompt_field: str = "prompt"
+    # The field with the answer.
     response_field: str = "response"
+    # The field with the system message; null: there is none.
     system_field: str | None = None
 
     def __post_init__(self) -> None:

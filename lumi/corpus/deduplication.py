@@ -31,11 +31,17 @@ class DeduplicationConfig:
     whole, and in their answers alone.
     """
 
+    # Drop documents that are equal to an earlier one.
     exact: bool = True
+    # Drop documents that are similar to an earlier one, by MinHash.
     near: bool = True
+    # The estimated similarity, in (0, 1], from which two documents are near duplicates.
     threshold: float = 0.8
+    # Hash functions of a MinHash signature, 16 to 4096; more estimate better.
     num_permutations: int = 128
+    # Successive words that are compared as one item.
     shingle_words: int = 5
+    # Chooses the hash functions.
     seed: int = 1
 
     def __post_init__(self) -> None:

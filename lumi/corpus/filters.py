@@ -20,16 +20,27 @@ SYMBOLS = ("#", "...", "…")
 class FilterConfig:
     """Limits of a document that is kept; the defaults suit web pages and prose."""
 
+    # Shorter documents are dropped.
     min_chars: int = 200
+    # Longer documents are dropped.
     max_chars: int = 1_000_000
+    # A document with one of these phrases is dropped, whatever its case.
     blocked_phrases: tuple[str, ...] = ("lorem ipsum",)
+    # The most hashes and ellipses per word; null: off.
     max_symbol_to_word_ratio: float | None = 0.1
+    # The largest share of lines that repeat an earlier line; null: off.
     max_duplicate_line_fraction: float | None = 0.3
+    # The largest share of characters in such lines; null: off.
     max_duplicate_line_char_fraction: float | None = 0.2
+    # The words in an n-gram of the next limit.
     top_ngram_words: int = 2
+    # The largest share of characters in the most frequent n-gram; null: off.
     max_top_ngram_char_fraction: float | None = 0.2
+    # The words in an n-gram of the next limit.
     duplicate_ngram_words: int = 5
+    # The largest share of characters in repeated n-grams; null: off.
     max_duplicate_ngram_char_fraction: float | None = 0.15
+    # Codes such as `en`; other documents are dropped (needs py3langid); null: off.
     languages: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

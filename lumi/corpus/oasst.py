@@ -41,6 +41,7 @@ class OasstMessagesFormat(Format):
     """
 
     kind: Literal["oasst_messages"] = "oasst_messages"
+    # Keep only trees whose prompt is in this language, by the data's own label; null: all.
     lang: str | None = None
     required = ("message_id", "parent_id", "message_tree_id", "text", "role")
     optional = ("lang", "rank", "deleted")

@@ -23,7 +23,9 @@ class PrepareConfig:
         shard_bytes: text in one shard, before compression.
     """
 
+    # Where the text or the conversations come from; at least one.
     sources: tuple[Source, ...]
+    # What is repaired in each text before the filters see it.
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     filters: FilterConfig | None = None
     conversation_filters: ConversationFilterConfig | None = None

@@ -50,9 +50,13 @@ class HubDataset(Checked):
     """A dataset on the Hugging Face hub. It is streamed: only the rows that are read are downloaded."""
 
     kind: Literal["hub"] = "hub"
+    # The dataset's name on the hub, for example `wikimedia/wikipedia`.
     dataset: str
+    # The dataset's configuration; null: its only one.
     subset: str | None = None
+    # The dataset's split.
     split: str = "validation"
+    # A commit or tag of the dataset; null: the newest.
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +71,7 @@ class Files(Checked):
     """Local files: `paths` holds paths and glob patterns. A file named `.gz` is unpacked while it is read."""
 
     kind: str
+    # Files, or patterns such as `data/*.jsonl`.
     paths: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -99,8 +104,11 @@ class TextFiles(Files):
 class NamedSource(Checked):
     """What every source of `prepare` has: a name in reports, and a budget of what is kept of it."""
 
+    # The name in reports: letters, digits, `.`, `_` and `-`.
     name: str
+    # Stop when this many tokens are kept, by estimate; null: read all.
     max_tokens: int | None = None
+    # Stop when this many documents are kept; null: read all.
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
@@ -122,7 +130,9 @@ class NamedSource(Checked):
 class RecordSource(NamedSource):
     """A source of records with fields: a text in one of them, or a conversation in a format of chat data."""
 
+    # The field of a record that holds its text.
     text_field: str = "text"
+    # How a record is read as a conversation; null: it is a text.
     conversation: ConversationFormat | None = None
 
     def __post_init__(self) -> None:
@@ -143,6 +153,7 @@ class RecordSource(NamedSource):
 class HubSource(HubDataset, RecordSource):
     """A dataset on the hub, read until the budget is reached; "oasst_messages" needs all of its rows."""
 
+    # The dataset's split.
     split: str = "train"
 
 
@@ -167,6 +178,7 @@ class ParquetSource(Files, RecordSource):
 class TextSource(TextFiles, NamedSource):
     """UTF-8 text files: a document per file, or the pieces between `separator` ("\\n\\n": blank lines)."""
 
+    # What stands between two documents of a file; null: a file is one document.
     separator: str | None = None
 
     def __post_init__(self) -> None:
@@ -204,6 +216,7 @@ class PythonQuestionsSource(NamedSource):
     kind: Literal["python_questions"] = "python_questions"
     packages: tuple[str, ...] = ("stdlib",)
     modules: Literal["all", "train", "held_out"] = "all"
+    # The share of the modules on the held-out side, between 0 and 1.
     held_out_fraction: float = 0.05
     max_answer_chars: int = 300
 

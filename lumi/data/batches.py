@@ -40,6 +40,7 @@ class BatchConfig:
 
     sequence_length: int = 1024
     batch_tokens: int = 65_536
+    # Rows that one process holds at a time; "auto": as many as fit into memory.
     micro_batch_size: int | Literal["auto"] = 8
 
     def __post_init__(self) -> None:

@@ -39,10 +39,13 @@ class TextConfig:
     `lumi.evaluation.wikitext`). `limit` takes only the first documents.
     """
 
+    # The name in the results.
     name: str
     source: Location
+    # The field of a record that holds its text.
     text_field: str = "text"
     format: Literal["plain", "wikitext"] = "plain"
+    # Only the first so many documents; null: all.
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,7 +59,9 @@ class TextConfig:
 class WindowConfig:
     """How many tokens a window reads (None: the model's positions) and moves on by (None: a whole window)."""
 
+    # Tokens that one pass reads; null: as many as the model has positions.
     window_tokens: int | None = None
+    # Tokens by which the window moves on; null: the whole window.
     stride_tokens: int | None = None
 
     def __post_init__(self) -> None:

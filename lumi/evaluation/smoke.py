@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import lumi.configs
-from lumi.chat import rendering as chat
+from lumi.chat import rendering
 from lumi.chat.messages import Message, contents
 from lumi.config import UserError, load_config
 from lumi.host.progress import progress_bar
@@ -42,8 +42,11 @@ class SmokeConfig:
 
     path: str | None = None
     style: Literal["auto", "chat", "text"] = "auto"
+    # The most tokens of an answer.
     max_new_tokens: int = 96
+    # Tokens in a run that counts as repeated.
     repetition_tokens: int = 4
+    # The largest share of an answer's runs of `repetition_tokens` tokens that may repeat earlier ones.
     max_repetition: float = 0.3
 
     def __post_init__(self) -> None:
@@ -138,7 +141,7 @@ def read_smoke_tests(config: SmokeConfig) -> SmokeTests:
 
 def _encode(prompt: SmokePrompt, tokenizer: Tokenizer, is_chat: bool) -> list[int]:
     if is_chat:
-        return chat.prompt_ids(tokenizer, prompt.conversation)
+        return rendering.prompt_ids(tokenizer, prompt.conversation)
     return text_ids(tokenizer, _text(prompt))
 
 
@@ -176,7 +179,7 @@ def encode_smoke_tests(
             except UserError as error:
                 raise error.within(f"smoke tests: {category}, prompt {number}") from error
             encoded.append(ids)
-    stop_ids = chat.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id})
+    stop_ids = rendering.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id})
     return EncodedTests(tests, is_chat, encoded, stop_ids)
 
 

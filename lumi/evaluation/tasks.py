@@ -30,6 +30,7 @@ class TaskConfig:
     """A multiple choice task. `kind`: prompt and scoring. `limit`: how many records of `source` it takes."""
 
     kind: TaskKind
+    # The name in the results.
     name: str
     source: HubDataset | JsonlFiles | JsonFiles
     limit: int | None = None

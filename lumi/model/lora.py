@@ -39,14 +39,20 @@ class LoraConfig:
     which costs a gradient of both matrices.
     """
 
+    # The rank R of an adapter.
     rank: int = 16
+    # The adapter's product is multiplied by alpha / rank.
     alpha: float = 32.0
+    # Dropout on an adapter's input, 0 to below 1.
     dropout: float = 0.0
+    # Multiply by alpha / sqrt(rank) instead.
     rslora: bool = False
+    # Also train the length of each row (DoRA).
     dora: bool = False
     targets: str | tuple[str, ...] = ALL_LINEAR
     tokens: tuple[str, ...] = ()
-    base_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen matrices, in training
+    # The dtype of the frozen matrices in training; a base that is loaded keeps its own.
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -27,18 +27,30 @@ from lumi.kernels.rope import RopeScaling, rope_table
 class ModelConfig:
     """The shape of a model. The exported `config.json` holds all of it."""
 
+    # Token ids; that of the tokenizer.
     vocab_size: int
+    # Transformer layers.
     num_layers: int
+    # Width of the residual stream.
     model_dim: int
+    # Query heads of a layer.
     num_heads: int
+    # Width inside the MLP.
     mlp_dim: int
-    num_kv_heads: int = derived()  # null: num_heads
-    head_dim: int = derived()  # null: model_dim / num_heads
+    # Key and value heads of a layer, shared by groups of query heads; null: num_heads.
+    num_kv_heads: int = derived()
+    # Width of a head; it must be even; null: model_dim / num_heads.
+    head_dim: int = derived()
+    # The longest sequence, in tokens.
     max_positions: int = 2048
+    # The base of the rotary frequencies.
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    # Added to the mean square in RMSNorm.
     norm_eps: float = 1e-5
+    # Use the embedding as the output projection too.
     tied_embeddings: bool = False
+    # Normalise queries and keys, head by head.
     qk_norm: bool = False
 
     def __post_init__(self) -> None:

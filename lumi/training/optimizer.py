@@ -30,13 +30,21 @@ class OptimizerConfig:
     trains the matrices of the layers, and AdamW the rest.
     """
 
+    # `adamw` for everything, or `muon` for the matrices of the layers and AdamW for the rest.
     kind: Literal["adamw", "muon"] = "adamw"
+    # The highest learning rate, reached after warm-up.
     peak_lr: float = 1e-3
-    weight_decay: float = 0.1  # of matrices; vectors have none
+    # Weight decay of matrices; norms have none.
+    weight_decay: float = 0.1
+    # AdamW: decay of the mean of the gradients.
     beta1: float = 0.9
+    # AdamW: decay of the mean of their squares.
     beta2: float = 0.95
+    # AdamW: added to the denominator.
     eps: float = 1e-8
+    # Muon: decay of the mean of the gradients.
     muon_momentum: float = 0.95
+    # Gradients are scaled down to this joint L2 norm.
     max_grad_norm: float = 1.0
     schedule: CosineSchedule | WarmupStableDecay = field(default_factory=CosineSchedule)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lumi.chat.rendering import TEMPLATES
+from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError
 from lumi.data.batches import Batch, Batches, prefetch
 from lumi.data.rows import ConversationRows, make_rows, validation_rows

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lumi.checkpoint.checkpoint import (
-    REMEDY,
     Checkpoint,
     list_checkpoints,
     open_checkpoint,
     prune_checkpoints,
     step_of,
 )
+from lumi.checkpoint.manifest import REMEDY
 from lumi.config import UserError
 from lumi.host.locks import lock_file
 from lumi.host.storage import DamagedError, discard_folders, make_folder, sweep_temporaries
@@ -252,7 +252,9 @@ def _check_state(checkpoint: Checkpoint) -> None:
     state, path = checkpoint.state, checkpoint.path
     step = state.get("step") if isinstance(state, dict) else None
     if not _is_step(step):
-        raise UserError(f"{path / 'state.json'}: step must be a whole number from 0, got {step!r}; {REMEDY}")
+        raise UserError(
+            f"{path / 'state.json'}:", "step must be a whole number from 0", got=repr(step), remedy=REMEDY
+        )
     named = re.fullmatch(r"step-(\d+)", path.name)
     if named and int(named[1]) != step:
         expectation = f"step must be {int(named[1])}, as the folder's name says"
@@ -265,9 +267,8 @@ def _check_state(checkpoint: Checkpoint) -> None:
         and isinstance(best["loss"], float)
         and math.isfinite(best["loss"])
     ):
-        raise UserError(
-            f"{path / 'state.json'}: best must be null, or a step and a loss, got {best!r}; {REMEDY}"
-        )
+        expectation = "best must be null, or a step and a loss"
+        raise UserError(f"{path / 'state.json'}:", expectation, got=repr(best), remedy=REMEDY)
 
 
 def _is_step(value: Any) -> bool:

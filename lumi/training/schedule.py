@@ -13,7 +13,9 @@ class CosineSchedule:
     """
 
     kind: Literal["cosine"] = "cosine"
+    # Steps in which the rate rises from 0 to its peak.
     warmup_steps: int = 100
+    # The last rate, as a share of the peak.
     final_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
@@ -28,8 +30,11 @@ class WarmupStableDecay:
     """
 
     kind: Literal["wsd"] = "wsd"
+    # Steps in which the rate rises from 0 to its peak.
     warmup_steps: int = 100
+    # The share of all steps in which the rate falls, at the end.
     decay_fraction: float = 0.2
+    # The last rate, as a share of the peak.
     final_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:

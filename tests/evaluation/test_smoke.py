@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lumi.chat import rendering as chat
+from lumi.chat import rendering
 from lumi.config import UserError, from_dict
 from lumi.evaluation import smoke
 from lumi.evaluation.smoke import (
@@ -82,11 +82,11 @@ def test_a_chat_model_is_asked_through_its_template(opinionated_model, tokenizer
     result = run(SmokeConfig(max_new_tokens=9), tests, opinionated_model, tokenizer)
     [(prompts, sampling, options)] = asked
     assert prompts == [
-        chat.prompt_ids(tokenizer, prompt.conversation)
+        rendering.prompt_ids(tokenizer, prompt.conversation)
         for category in tests.categories.values()
         for prompt in category
     ]
-    assert options["stop_ids"] == chat.stop_ids(tokenizer)
+    assert options["stop_ids"] == rendering.stop_ids(tokenizer)
     assert (sampling.temperature, sampling.max_new_tokens) == (0, 9)
     assert (result.style, result.passed, result.prompts) == ("chat", 1, 3)
     assert result.categories == {"one": (1, 1), "two": (0, 2)}

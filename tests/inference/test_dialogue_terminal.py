@@ -133,7 +133,7 @@ def test_control_c_stops_an_answer_and_not_the_program(chat):
     terminal.type(CONTROL_C)
     terminal.type(
         "\n"
-        # a signal in the moment in which Python's readline has not begun to wait is seen with the next line only
+        # a signal before Python's readline has begun to wait is seen with the next line only
     )
     terminal.expect(r"\[Ctrl-C again leaves, as do /exit and Ctrl-D\]\n> ")
     terminal.type("/exit\n")

@@ -1,13 +1,11 @@
 """Muon on whole matrices; `group_processes.py` runs it on parts, in several processes."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from case_server import run_case
 from parity import assert_parity
-from runs import launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumi.kernels.bundle import REFERENCE
@@ -154,8 +152,7 @@ def test_a_step_makes_few_calls_and_never_waits():
 
 def test_parts_are_updated_as_whole_matrices(tmp_path):
     """Tall, wide and uneven matrices on 2 and 4 processes: FSDP2, hybrid sharding, tensor parallelism."""
-    script = Path(__file__).parents[1] / "processes" / "group_processes.py"
-    launch([sys.executable, "-W", "ignore", str(script), "muon", str(tmp_path)])
+    run_case("group_processes", "muon", tmp_path, log=tmp_path / "log")
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32), (1, 7)])

@@ -3,7 +3,8 @@ import pytest
 from splits import make_conversations
 
 from lumi.chat.messages import Message
-from lumi.chat.rendering import TEMPLATES, render
+from lumi.chat.rendering import render
+from lumi.chat.templates import TEMPLATES
 from lumi.data.rows import ConversationRows
 from lumi.data.store_manifest import SplitManifest
 from lumi.data.token_store import Split

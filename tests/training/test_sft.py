@@ -18,7 +18,8 @@ import lumi.train
 import lumi.training.trainer
 import lumi.training.validation
 from lumi.chat.messages import Message
-from lumi.chat.rendering import TEMPLATES, prompt_ids, stop_ids
+from lumi.chat.rendering import prompt_ids, stop_ids
+from lumi.chat.templates import TEMPLATES
 from lumi.checkpoint.checkpoint import open_checkpoint
 from lumi.config import UserError, from_dict, read_json
 from lumi.corpus import DeduplicationConfig, JsonlSource, PrepareConfig, prepare
