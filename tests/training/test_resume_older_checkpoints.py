@@ -1,4 +1,4 @@
-"""Checkpoints from before a model's derived numbers were computed: they hold null for `num_kv_heads` and `head_dim`."""
+"""Older checkpoints hold null for `num_kv_heads` and `head_dim`, where newer ones hold the numbers."""
 
 import pytest
 
