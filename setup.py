@@ -50,7 +50,7 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHES]
         targets.append(f"arch=compute_{CUDA_ARCHES[-1]},code=compute_{CUDA_ARCHES[-1]}")
-        # Without -fmad=false nvcc fuses other products on other paths: results depend on where tensors lie.
+        # Without -fmad=false, nvcc fuses products path by path: results would depend on where tensors lie.
         flags = "-std=c++17 -O3 -fmad=false --threads 2 -Xcompiler -fPIC,-fvisibility=hidden".split()
         flags += [flag for target in targets for flag in ("-gencode", target)]
 

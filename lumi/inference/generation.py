@@ -99,9 +99,7 @@ def generate_ids(
     lengths = [len(prompt) for prompt in prompts]
     device = model.output_weight.device
     capacity = min(max(lengths) + config.max_new_tokens, model.config.max_positions)
-    tokens = torch.full((len(prompts), capacity), pad_id, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    tokens = _padded(prompts, capacity, pad_id).to(device)
     length_B = torch.tensor(lengths, device=device)
     rows = torch.arange(len(prompts), device=device)
     generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(prompts))]
@@ -151,6 +149,13 @@ def require_finite(values: Tensor) -> None:
     if not values.isfinite().all():
         got = "NaN or infinity: its weights are broken, or --dtype is too narrow for them"
         raise UserError("the model's output", "must be finite", got=got)
+
+
+def _padded(prompts: Sequence[Sequence[int]], length: int, pad_id: int) -> Tensor:
+    tokens = torch.full((len(prompts), length), pad_id)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    return tokens
 
 
 def _positions(block: Tensor) -> Tensor:

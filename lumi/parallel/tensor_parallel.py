@@ -68,8 +68,12 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
         layer.forward = _on_local_parameters(layer, dict.fromkeys(dict(layer.named_parameters()), False))
     model.token_embedding.register_forward_pre_hook(lambda _, inputs: (_own_tokens(inputs[0], mesh),))
     of_root = [name for name, _ in model.named_parameters() if not name.startswith("layers.")]
-    forward = _on_local_parameters(model, dict.fromkeys(of_root, True))
-    model.forward = lambda tokens, targets, *rest: forward(tokens, _own_tokens(targets, mesh), *rest)  # type: ignore[method-assign]
+    local_forward = _on_local_parameters(model, dict.fromkeys(of_root, True))
+
+    def forward(tokens: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+        return local_forward(tokens, _own_tokens(targets, mesh), *rest)
+
+    model.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def _placement(name: str, parameter: Tensor) -> Placement:

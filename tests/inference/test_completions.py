@@ -49,10 +49,8 @@ def one_by_one(tokenizer, config):
         if "prompt" in record:
             ids, stop = [tokenizer.bos_id, *tokenizer.encode(record["prompt"])], frozenset({tokenizer.eos_id})
         else:
-            ids, stop = (
-                prompt_ids(tokenizer, [Message(**message) for message in record["messages"]]),
-                stop_ids(tokenizer),
-            )
+            messages = [Message(**message) for message in record["messages"]]
+            ids, stop = prompt_ids(tokenizer, messages), stop_ids(tokenizer)
         options = {"stop_ids": stop, "pad_id": tokenizer.pad_id, "vocab_size": tokenizer.vocab_size}
         [completion] = generate_ids(model, [ids], replace(config, seed=config.seed + number), **options)
         yield record | {
@@ -88,27 +86,15 @@ def test_each_kind_ends_at_its_own_tokens(tokenizer):
 
 
 def command(model_dir, *options):
-    return [
-        "generate",
-        "--model-path",
-        str(model_dir),
-        "--temperature",
-        "0",
-        "--max-new-tokens",
-        "9",
-        *map(str, options),
-    ]
+    sampling = ["--temperature", "0", "--max-new-tokens", "9"]
+    return ["generate", "--model-path", str(model_dir), *sampling, *map(str, options)]
 
 
 def test_files_and_pipes(model_dir, tokenizer, tmp_path, monkeypatch, capfdbinary):
     expected = list(one_by_one(tokenizer, SamplingConfig(max_new_tokens=9, temperature=0.0)))
     (tmp_path / "in.jsonl").write_bytes(LINES)
-    assert (
-        run(
-            dispatch, command(model_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-        )
-        == 0
-    )
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert run(dispatch, command(model_dir, *files)) == 0
     written = (tmp_path / "out.jsonl").read_bytes()
     assert [json.loads(line) for line in written.splitlines()] == expected
     assert "é".encode() in written
@@ -187,12 +173,8 @@ def test_finished_batches_are_not_lost(model_dir, tmp_path, monkeypatch, capsys)
 )
 def test_a_malformed_line_is_named_before_any_work(line, message, model_dir, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_bytes(LINES + b"\n" + line + b"\n")
-    assert (
-        run(
-            dispatch, command(model_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-        )
-        == 2
-    )
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert run(dispatch, command(model_dir, *files)) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'in.jsonl'}: line 9: {message}")
     assert error.count("\n") == 1

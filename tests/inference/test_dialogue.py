@@ -1,5 +1,4 @@
-"""What a model is asked, what is remembered, and the loop on a pipe. test_dialogue_terminal.py has the
-terminal."""
+"""What a model is asked, what is remembered, and the loop on a pipe. The terminal has a file of its own."""
 
 import builtins
 import io
@@ -54,10 +53,8 @@ def test_every_prompt_is_the_whole_conversation(tokenizer, prompts):
         prompt_ids(tokenizer, roles("one <|im_end|>", system="Be brief.")),
         prompt_ids(tokenizer, roles("one <|im_end|>", first.text, "two", system="Be brief.")),
     ]
-    assert (
-        second.text
-        != Dialogue(dialogue.model, tokenizer, SHORT, system="Be brief.").answer("two", ignore).text
-    )
+    fresh = Dialogue(dialogue.model, tokenizer, SHORT, system="Be brief.")
+    assert second.text != fresh.answer("two", ignore).text
     dialogue.reset()
     dialogue.answer("three", ignore)
     assert prompts[-1] == prompt_ids(tokenizer, roles("three", system="Be brief."))
@@ -230,21 +227,10 @@ def test_a_pipe_gets_answers_alone(tokenizer, monkeypatch, capsys):
 
 def test_commands_and_remarks_on_a_pipe(tokenizer, monkeypatch, capsys):
     a = tokenizer.encode("a")[0]
-    dialogue = Dialogue(
-        speller(tokenizer, {None: a, a: a}, max_positions=100), tokenizer, SHORT, system="Old."
-    )
-    lines = [
-        "one",
-        "two",
-        "/undo",
-        "three " + "?" * 40,
-        "/reset",
-        "/system New one.",
-        "four",
-        "/usr/bin is a path",
-        "/exit",
-        "five",
-    ]
+    model = speller(tokenizer, {None: a, a: a}, max_positions=100)
+    dialogue = Dialogue(model, tokenizer, SHORT, system="Old.")
+    lines = ["one", "two", "/undo", "three " + "?" * 40, "/reset"]
+    lines += ["/system New one.", "four", "/usr/bin is a path", "/exit", "five"]
     assert pipe(monkeypatch, "\n".join(lines).encode(), dialogue) == 0
     captured = capsys.readouterr()
     assert captured.out == "a" * 8 + ("\n" + "a" * 8) * 4 + "\n"

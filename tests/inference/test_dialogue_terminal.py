@@ -1,4 +1,4 @@
-"""`lumi chat` as a person has it: a process on a terminal of its own."""
+"""`lumi chat` as a person uses it: a process on a terminal of its own."""
 
 import os
 import pty
@@ -20,20 +20,14 @@ CONTROL_C, CONTROL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """A process whose standard streams are a pseudo-terminal, which is also what Ctrl-C reaches it by."""
+    """A process on a pseudo-terminal, through which Ctrl-C reaches it as well."""
 
     def __init__(self, *command):
-        self.master, self.slave = (
-            pty.openpty()
-        )  # we hold both ends, or reading would fail while nobody has opened it yet
-        # A session's leader gets the first terminal that it opens for its own, hence the shell.
-        shell = [
-            "sh",
-            "-c",
-            'terminal=$1; shift; exec "$@" <"$terminal" >"$terminal" 2>&1',
-            "sh",
-            os.ttyname(self.slave),
-        ]
+        # We hold both ends: reading would fail before the process has opened its own.
+        self.master, self.slave = pty.openpty()
+        # The first terminal that a session's leader opens becomes its own. Hence the shell.
+        script = 'terminal=$1; shift; exec "$@" <"$terminal" >"$terminal" 2>&1'
+        shell = ["sh", "-c", script, "sh", os.ttyname(self.slave)]
         environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([*shell, *map(str, command)], start_new_session=True, env=environment)
         self.unread = ""
@@ -42,8 +36,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def expect(self, pattern):
-        """Wait until `pattern` is on the screen; returns the match and takes away what stands up to its
-        end."""
+        """Wait until `pattern` is on the screen. Returns the match and drops the text up to its end."""
         deadline = time.monotonic() + PATIENCE
         while not (match := re.search(pattern, self.unread)):
             ready, _, _ = select.select([self.master], [], [], 1)
@@ -68,18 +61,8 @@ def chat(tokenizer, tmp_path):
 
     def start(max_positions, *options):
         save_model(tmp_path / "final", wanderer(tokenizer, max_positions), tokenizer)
-        command = (
-            sys.executable,
-            "-m",
-            "lumi.cli",
-            "chat",
-            "--model-path",
-            tmp_path / "final",
-            "--temperature",
-            "0",
-            *options,
-        )
-        terminals.append(Terminal(*command))
+        chat = (sys.executable, "-m", "lumi.cli", "chat", "--model-path", tmp_path / "final")
+        terminals.append(Terminal(*chat, "--temperature", "0", *options))
         terminals[-1].expect(r"/help lists the commands.*\n> ")
         return terminals[-1]
 
@@ -90,12 +73,8 @@ def chat(tokenizer, tmp_path):
 
 def test_a_conversation(chat, tokenizer):
     terminal = chat(512, "--max-new-tokens", "12", "--system", "Be brief.")
-    here = Dialogue(
-        wanderer(tokenizer, 512),
-        tokenizer,
-        SamplingConfig(max_new_tokens=12, temperature=0.0),
-        system="Be brief.",
-    )
+    sampling = SamplingConfig(max_new_tokens=12, temperature=0.0)
+    here = Dialogue(wanderer(tokenizer, 512), tokenizer, sampling, system="Be brief.")
 
     def ask(question):
         terminal.type(question + "\n")
@@ -131,10 +110,8 @@ def test_control_c_stops_an_answer_and_not_the_program(chat):
     terminal.type("/undo\n")
     terminal.expect(r"\[turns that are left: 1\]\n> ")
     terminal.type(CONTROL_C)
-    terminal.type(
-        "\n"
-        # a signal before Python's readline has begun to wait is seen with the next line only
-    )
+    # A signal before Python's readline begins to wait is noticed with the next line only.
+    terminal.type("\n")
     terminal.expect(r"\[Ctrl-C again leaves, as do /exit and Ctrl-D\]\n> ")
     terminal.type("/exit\n")
     assert terminal.process.wait(PATIENCE) == 0

@@ -41,10 +41,7 @@ def greedy(count, **changes):
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tied_embeddings": True}], ids=str)
 def test_the_cache_changes_no_token(changes):
     model = build(**changes)
-    for config in (
-        greedy(40),
-        greedy(40, repetition_penalty=2.0),
-    ):  # the penalty makes an untrained model wander
+    for config in (greedy(40), greedy(40, repetition_penalty=2.0)):  # with a penalty, untrained models wander
         with_cache = generate_ids(model, PROMPTS, config, **NO_STOP)
         assert with_cache == generate_ids(model, PROMPTS, config, **NO_STOP, use_cache=False)
         assert [(len(row.ids), row.stopped) for row in with_cache] == [(40, False)] * 3
@@ -94,10 +91,9 @@ def test_positions_end_a_row():
 
 def test_ids_beyond_the_tokenizer_are_never_chosen():
     model = build()
-    wide = generate_ids(model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP)
-    narrow = generate_ids(
-        model, PROMPTS, SamplingConfig(max_new_tokens=40, temperature=2.0), **NO_STOP, vocab_size=20
-    )
+    config = SamplingConfig(max_new_tokens=40, temperature=2.0)
+    wide = generate_ids(model, PROMPTS, config, **NO_STOP)
+    narrow = generate_ids(model, PROMPTS, config, **NO_STOP, vocab_size=20)
     assert max(max(row.ids) for row in wide) >= 20 > max(max(row.ids) for row in narrow)
 
 
@@ -137,9 +133,8 @@ def frequencies(config, tokens=None, count=4000):
 def test_sampling_follows_the_distribution(changes, expected):
     got = frequencies(SamplingConfig(**{"temperature": 1.0} | changes))
     assert all((g == 0) == (e == 0) for g, e in zip(got.tolist(), expected, strict=True))
-    torch.testing.assert_close(
-        got, torch.tensor(expected), atol=4 * 0.5 / 4000**0.5, rtol=0
-    )  # four standard errors
+    four_standard_errors = 4 * 0.5 / 4000**0.5
+    torch.testing.assert_close(got, torch.tensor(expected), atol=four_standard_errors, rtol=0)
 
 
 def test_repetition_penalty_by_hand():
@@ -180,16 +175,10 @@ def test_the_bounds_themselves_can_be_sampled_from(changes):
 def test_a_broken_model_is_refused(value, temperature):
     logits = torch.zeros(2, 5)
     logits[1, 3] = value
-    with pytest.raises(
-        UserError, match="the model's output must be finite, got NaN or infinity: its weights are broken"
-    ):
-        sample(
-            logits,
-            torch.zeros(2, 1, dtype=torch.int64),
-            torch.ones(2),
-            SamplingConfig(temperature=temperature),
-            [torch.Generator()] * 2,
-        )
+    message = "the model's output must be finite, got NaN or infinity: its weights are broken"
+    tokens, config = torch.zeros(2, 1, dtype=torch.int64), SamplingConfig(temperature=temperature)
+    with pytest.raises(UserError, match=message):
+        sample(logits, tokens, torch.ones(2), config, [torch.Generator()] * 2)
 
 
 def test_text_is_streamed_in_whole_characters(tokenizer):

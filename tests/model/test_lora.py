@@ -234,8 +234,7 @@ def test_dropout_is_of_training_alone_and_follows_the_seed():
 
 
 def recorded(operator=REFERENCE.lora_linear):
-    """A bundle that writes down how many linears each call of `lora_linear` had, and the list that it writes
-    to."""
+    """A bundle that records how many linears each call of `lora_linear` has, and the list of its records."""
     calls = []
 
     def recording(x, weights, *adapters):
@@ -285,27 +284,17 @@ def test_one_layer_alone_is_adapted():
 
 @pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
 def test_the_fast_operator_trains_the_same_adapters(config):
-    """The gradients of all adapters of several models together, judged by float64: one rounding error reaches
-    most of one model's."""
+    """Float64 judges the gradients of several models: one rounding error reaches most of one model's."""
     fast = dataclasses.replace(REFERENCE, lora_linear=lora_linear)
     gradients = []
     for dtype, ops in ((torch.float32, fast), (torch.float32, REFERENCE), (torch.float64, REFERENCE)):
         models = [adapted(config, dtype, ops=ops, seed=seed).to(dtype).train() for seed in range(4)]
         for model in models:
             for _, module in adapters(model):
-                module.lora_B.data /= (
-                    5  # larger ones amplify every rounding error on the way through the norms
-                )
+                module.lora_B.data /= 5  # larger ones amplify rounding errors on the way through the norms
             model(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
-        gradients.append(
-            torch.cat(
-                [
-                    parameter.grad.flatten()
-                    for model in models
-                    for parameter in trained_tensors(model).values()
-                ]
-            )
-        )
+        trained = [parameter for model in models for parameter in trained_tensors(model).values()]
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trained]))
     assert_parity("gradient", *gradients)
 
 

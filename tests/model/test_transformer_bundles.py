@@ -64,8 +64,7 @@ def test_one_step_under_triton_is_one_under_the_reference(shape, device):
 def test_one_step_with_adapters(device):
     """Adapters on all seven linears of each layer; they alone are trained.
 
-    All A's and all B's of several models are judged together: one rounding error reaches most gradients of a
-    model.
+    All A's and all B's of several models are judged together: one rounding error reaches most of one model's.
     """
     exact, same_dtype, actual = (
         [step("grouped", ops, dtype, device, LORA, seed) for seed in range(4)]
@@ -93,8 +92,7 @@ def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
 def test_one_graph_serves_all_lengths(lora, device):
-    """A layer is not compiled again for each length: the shapes of fake results follow those of the
-    inputs."""
+    """A layer is compiled once for all lengths: the shapes of fake results follow those of the inputs."""
     config = ModelConfig(vocab_size=97, num_layers=1, model_dim=32, num_heads=2, mlp_dim=48)
     model = Transformer(config, TRITON).init_weights(0)
     if lora is not None:
@@ -109,9 +107,7 @@ def test_one_graph_serves_all_lengths(lora, device):
 
 @pytest.mark.gpu
 def test_a_step_waits_for_nothing_and_can_be_captured():
-    """A packed batch with its offsets on the device: forward and backward synchronise nothing, and a CUDA
-    graph replays them.
-    """
+    """With offsets on the device, nothing synchronises, and a CUDA graph replays the step."""
     config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=96)
     model = Transformer(config, TRITON, compute_dtype=torch.bfloat16).init_weights(0).to("cuda")
     tokens, targets = (torch.randint(0, 97, (2, 40), device="cuda") for _ in range(2))
