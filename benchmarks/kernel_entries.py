@@ -1,6 +1,6 @@
 """What `inspect_kernels.py` looks at: every kernel at model sizes, with the blocks that its launcher chooses.
 
-A new kernel is a new function here. The dtype under inspection is written T.
+A new kernel is a new function here, and a line in `entries`. The dtype under inspection is written T.
 """
 
 from collections.abc import Iterator

@@ -126,7 +126,7 @@ def _backward(
 _add_rms_norm_op.register_autograd(_backward, setup_context=_save)
 
 
-# --- public function: the only name other packages import ---
+# --- the public function ---
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:

@@ -543,7 +543,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
 _attention_op.register_autograd(_backward, setup_context=_save)
 
 
-# --- public function: the only name other packages import ---
+# --- the public function ---
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> Tensor:

@@ -321,7 +321,7 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table
     return q.new_empty(q.shape)
 
 
-# --- public function: the only name other packages import ---
+# --- the public function ---
 
 
 def decode_attention(

@@ -395,7 +395,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 _linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
 
 
-# --- public function: the only name other packages import ---
+# --- the public function ---
 
 
 def linear_cross_entropy(
@@ -450,11 +450,3 @@ def linear_cross_entropy(
         hidden_ND, weight_VD, targets_N, float(z_loss), float(expected_dloss), *needs
     )
     return loss
-
-
-def __getattr__(name: str) -> Any:
-    if name == "chunk_rows":  # lumi/plan.py imports it from here; it lives in chunked_cross_entropy
-        from lumi.kernels.chunked_cross_entropy import chunk_rows
-
-        return chunk_rows
-    raise AttributeError(name)

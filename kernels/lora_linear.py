@@ -174,7 +174,7 @@ def _backward(
 _lora_linear_op.register_autograd(_backward, setup_context=_save)
 
 
-# --- public function: the only name other packages import ---
+# --- the public function ---
 
 
 def lora_linear(

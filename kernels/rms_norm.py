@@ -258,7 +258,7 @@ def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
 _rms_norm_op.register_autograd(_backward, setup_context=_save)
 
 
-# --- public function: the only name other packages import ---
+# --- the public function ---
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

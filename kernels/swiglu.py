@@ -152,7 +152,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
 _swiglu_op.register_autograd(_backward, setup_context=_save)
 
 
-# --- public function: the only name other packages import ---
+# --- the public function ---
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class BatchConfig:
 
     @property
     def micro_batch_rows(self) -> int:
-        """The micro-batch size as a number. `lumi.training.preflight` has replaced "auto" by then."""
+        """The micro-batch size as a number. `resolve_run` has replaced "auto" by then."""
         assert self.micro_batch_size != "auto"
         return self.micro_batch_size
 
@@ -241,7 +241,7 @@ def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tu
 
 
 def collate(rows: Sequence[TokenRow]) -> Batch:
-    """Rows of T + 1 tokens -> a batch of (B, T). Targets are shifted and masked here and nowhere else."""
+    """Rows of T + 1 tokens -> a batch of (B, T). Targets are shifted here and nowhere else."""
     tokens_BU = np.stack([row.tokens for row in rows])
     starts_BU = np.stack([row.starts for row in rows])
     trained_BU = np.stack([row.trained for row in rows])

@@ -33,7 +33,7 @@ class ParallelConfig:
     different rows too (FSDP, Zhao et al. 2023, arXiv:2304.11277).
     `tensor`: processes that share the products of every layer and read the same rows (Shoeybi et al. 2019,
     arXiv:1909.08053, with sequence-parallel norms, Korthikanti et al. 2022, arXiv:2205.05198).
-    The processes of one `tensor` group have consecutive ranks, then those of `shard`.
+    Ranks count along `tensor` first, then `shard`, then `replicate`.
 
     `reduce_dtype`: the dtype in which processes sum gradients, if the run computes in bfloat16; otherwise it
     is float32. With FSDP2 the micro-steps of a step also add up in it: float32 is more exact over many of

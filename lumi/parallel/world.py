@@ -49,8 +49,7 @@ class World:
     def fail_together(self, *, interruptible: bool = False) -> Iterator[None]:
         """A block of work that ends all processes if it fails on one of them.
 
-        The work itself exchanges nothing with other processes, or fails on all of them alike. For work of one
-        process:
+        Call no collective inside that may fail on some processes only. For work of one process:
 
             with world.fail_together(interruptible=True):
                 if world.is_main:

@@ -16,6 +16,7 @@ from lumi.planning.cluster import Cluster, group_size
 from lumi.planning.communication import collectives
 from lumi.planning.scale import checkpoint_bytes, step_time
 from lumi.training.memory import memory_of
+from lumi.training.micro_batch import micro_batches, with_micro_batch
 from lumi.training.run_config import TrainConfig
 
 USABLE_SHARE = 0.9  # of a GPU's memory: the rest is for CUDA, NCCL and the gaps that the allocator leaves
@@ -63,13 +64,10 @@ def checked_layout(config: TrainConfig, cluster: Cluster) -> Layout:
 
 def _with_micro_batch(config: TrainConfig, cluster: Cluster) -> TrainConfig:
     """The config with the largest micro-batch that fits; of one row where none does."""
-    one = replace(config, batches=replace(config.batches, micro_batch_size=1))
-    layout = checked_layout(one, cluster)
-    rows = one.batches.micro_steps(layout.data)
-    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
-    sized = [replace(config, batches=replace(config.batches, micro_batch_size=size)) for size in sizes]
-    fitting = (each for each in sized if _memory_of(each, layout)["total"] <= _usable(cluster))
-    return next(fitting, one)
+    layout = checked_layout(with_micro_batch(config, 1), cluster)
+    candidates = micro_batches(config, layout)
+    fitting = (each for each in candidates if _memory_of(each, layout)["total"] <= _usable(cluster))
+    return next(fitting, candidates[-1])
 
 
 def _kernels(config: TrainConfig) -> str:

@@ -17,7 +17,7 @@ class LossSpikes:
     """Recognises spikes by the losses of the last `window` steps. Processes with equal losses get equal
     answers.
 
-    A spike is recorded as the highest loss that is none. So each spike raises the limit a little: a loss that
+    A spike is recorded as the limit itself. So each spike raises the limit a little: a loss that
     has risen for good, or one step in ten of harder data, is soon no spike any more.
 
     Args:

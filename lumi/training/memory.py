@@ -8,7 +8,8 @@ import torch
 
 from lumi.data.batches import BatchConfig
 from lumi.kernels.bundle import REFERENCE
-from lumi.kernels.linear_cross_entropy import chunk_rows, workspace_bytes
+from lumi.kernels.chunked_cross_entropy import chunk_rows
+from lumi.kernels.linear_cross_entropy import workspace_bytes
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.layout import Layout
 from lumi.training.run_config import TrainConfig

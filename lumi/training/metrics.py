@@ -104,7 +104,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 class Meter:
     """The time between two readings, what of it was waiting for data, and tokens per second."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start, self.tokens, self.waited = time.perf_counter(), 0, 0.0
 
     def add(self, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""The micro-batch of a run: the largest that fits into the memory that is free."""
+"""The micro-batch of a run: the one that it had, or the largest that fits into the free memory."""
 
 import contextlib
 import dataclasses
@@ -12,11 +12,7 @@ from lumi.parallel.layout import Layout
 from lumi.training.memory import memory_of
 from lumi.training.run_config import TrainConfig
 
-USABLE = (
-    0.9  # of the memory that is free: the estimate knows nothing of torch's own, fragments and peaks between
-)
-
-
+USABLE = 0.9  # of the free memory: the estimate leaves out torch itself, fragmentation and short peaks
 # The two generations of control groups: folder, limit, use, and the pages of files within it, which make way.
 _CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
@@ -71,9 +67,8 @@ def choose_micro_batch(
         UserError: `batch_tokens` does not come out even, the free memory is unknown, or not even one row
             fits.
     """
-    rows = with_micro_batch(config, 1).batches.micro_steps(layout.data)  # of one process in a step
-    sizes = [size for size in (before or 0, *range(rows, 0, -1)) if size and rows % size == 0]
-    candidates = [with_micro_batch(config, size) for size in sizes]
+    candidates = micro_batches(config, layout)
+    candidates.sort(key=lambda candidate: candidate.batches.micro_batch_size != before)
     if not free:
         raise UserError(
             "batches.micro_batch_size must be a number on this system, "
@@ -93,3 +88,9 @@ def choose_micro_batch(
 def with_micro_batch(config: TrainConfig, size: int) -> TrainConfig:
     """The config with a micro-batch of `size` rows."""
     return dataclasses.replace(config, batches=dataclasses.replace(config.batches, micro_batch_size=size))
+
+
+def micro_batches(config: TrainConfig, layout: Layout) -> list[TrainConfig]:
+    """The config with each micro-batch that divides one process's rows of a step, the largest first."""
+    rows = with_micro_batch(config, 1).batches.micro_steps(layout.data)
+    return [with_micro_batch(config, size) for size in range(rows, 0, -1) if rows % size == 0]

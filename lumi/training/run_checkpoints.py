@@ -84,7 +84,7 @@ class RunCheckpoints:
         """
         step = state.step
         if self.saved_step == step:
-            return None  # a signal during a step that saved comes here again
+            return None  # a signal came in a step that saved; the next step asks for the same save again
         self.saved_step = step
         state.note_best(step)
         values = state.to_json() | {"identity": self.identity, "config": to_dict(self.run.config)}

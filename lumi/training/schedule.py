@@ -13,7 +13,7 @@ class CosineSchedule:
     """
 
     kind: Literal["cosine"] = "cosine"
-    # Steps in which the rate rises from 0 to its peak.
+    # Steps of linear warm-up. The last one of them has the peak rate.
     warmup_steps: int = 100
     # The last rate, as a share of the peak.
     final_lr_ratio: float = 0.1
@@ -30,7 +30,7 @@ class WarmupStableDecay:
     """
 
     kind: Literal["wsd"] = "wsd"
-    # Steps in which the rate rises from 0 to its peak.
+    # Steps of linear warm-up. The last one of them has the peak rate.
     warmup_steps: int = 100
     # The share of all steps in which the rate falls, at the end.
     decay_fraction: float = 0.2

@@ -36,7 +36,7 @@ from lumi.training.validation import Validation
 
 
 class Trainer:
-    """Everything that one run holds on one process. `train` is the loop; the rest is what it calls."""
+    """Everything that one run holds on one process. `run_to_the_end` is the whole run, `train` its loop."""
 
     def __init__(self, run: ResolvedRun, world: World, folder: RunFolder):
         config, start = run.config, run.start
@@ -110,8 +110,8 @@ class Trainer:
                 self.save()
                 return False
             _seed(config.seed, step, world)  # what a step draws depends on nothing before it
-            # Gradients are means over the processes that read different rows. The loss is the sum over all
-            # targets, divided by their number.
+            # DDP and FSDP2 average gradients over the groups that read different rows; `layout.data` undoes
+            # that.
             dloss = state.loss_scale.value * world.layout.data / num_targets
             losses: list[Tensor] = []
             for index, batch in enumerate(batches, start=1):
@@ -138,7 +138,7 @@ class Trainer:
                 )
             )
         if self.checkpoints.saved_step is None:
-            self.save()  # resumed at the last step of another run: final/ comes from a checkpoint of this run
+            self.save()  # no step was left to do; final/ is written from a checkpoint of this run
         return not state.validation_due  # a signal cut the last one short
 
     def inputs(self) -> Iterator[StepInput]:
@@ -150,7 +150,8 @@ class Trainer:
             self.watchdog.mark(step, "waiting for data")
             with self.log.meter.waiting():
                 step_input = next(inputs)
-            # A process that waits for the others must stand behind the one that waits for its data.
+            # Whoever has its data stands at a later mark than whoever still waits for it: the watchdog blames
+            # the earliest.
             self.watchdog.mark(step, "counting targets")
             yield step_input
 
