@@ -4,6 +4,7 @@ What would fail after a night, for want of memory or of room on the disk, fails 
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,7 @@ class Rehearsal(NamedTuple):
         micro_step, last_micro_step: seconds; the last one of a step exchanges gradients.
         validation: seconds of one batch; None: there is nothing to validate.
         save, stall: seconds of a save, and those that the loop waits for it.
-        peak_bytes: of memory, so far.
+        peak_bytes: of memory, so far; None where the system does not count it.
     """
 
     micro_step: float
@@ -31,7 +32,7 @@ class Rehearsal(NamedTuple):
     validation: float | None
     save: float
     stall: float
-    peak_bytes: int
+    peak_bytes: int | None
 
     def describe(self, micro_steps: int, num_steps: int) -> str:
         """One line for people. The step's time is without the optimizer's."""
@@ -41,10 +42,8 @@ class Rehearsal(NamedTuple):
             f"{num_steps:,} steps {_duration(step * num_steps)}",
         ]
         parts += [] if self.validation is None else [f"a batch of validation {_duration(self.validation)}"]
-        parts += [
-            f"a save {_duration(self.save)} (the loop waits {_duration(self.stall)})",
-            f"peak memory {self.peak_bytes / 2**20:,.0f} MiB",
-        ]
+        parts.append(f"a save {_duration(self.save)} (the loop waits {_duration(self.stall)})")
+        parts += [] if self.peak_bytes is None else [f"peak memory {self.peak_bytes / 2**20:,.0f} MiB"]
         return "preflight: " + ", ".join(parts)
 
 
@@ -87,12 +86,15 @@ def _seconds(work: Callable[[], None], world: World) -> float:
     return time.perf_counter() - start
 
 
-def _peak_bytes(device: torch.device) -> int:
+def _peak_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes
 
 
 def _duration(seconds: float) -> str:

@@ -114,7 +114,7 @@ def resolve_model(
     try:
         return dataclasses.replace(config, model=shape), shape, folder
     except ValueError as error:
-        raise UserError(f"--model-path {folder}: {error}") from error
+        raise UserError(f"--model-path {folder}:", str(error)) from error
 
 
 def _select_ops(name: str, device: torch.device, head_dim: int) -> Ops:

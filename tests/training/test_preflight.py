@@ -16,7 +16,9 @@ def test_the_line_for_people():
         "preflight: a step takes about 1 s, 7,200 steps 2 h 0 min, a batch of validation 500 ms, "
         "a save 3 s (the loop waits 12.5 ms), peak memory 3,072 MiB"
     )
-    assert "validation" not in Rehearsal(0.25, 0.25, None, 3.0, 0.0, 0).describe(1, 1)
+    unknown = Rehearsal(0.25, 0.25, None, 3.0, 0.0, None).describe(1, 1)
+    assert "validation" not in unknown
+    assert "memory" not in unknown
 
 
 def test_it_rehearses_and_changes_nothing(start, capsys, monkeypatch):
