@@ -3,8 +3,8 @@
     python benchmarks/optimizer.py [--output-dir benchmarks/results]
 
 torch: `clip_grad_norm_` (foreach), `AdamW(fused=True)`, a foreach copy. The floor reads gradients twice (for
-the norm, for the update), weights and both states once, and writes weights, states and copy once: 34 bytes
-for each parameter.
+the norm and for the update), reads weights and both states once, and writes weights, states and copy once: 34
+bytes for each parameter.
 """
 
 import sys
@@ -34,7 +34,7 @@ WEIGHT_DECAY = 0.1
 
 @dataclass(frozen=True)
 class State:
-    """What an optimizer owns, from its first step on, with gradients whose norm has to be clipped."""
+    """What an optimizer owns from its first step on, with gradients whose norm exceeds the limit."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -43,12 +43,12 @@ class State:
     copies: list[Tensor]
 
     def to(self, dtype: torch.dtype) -> "State":
-        """Copies of all in `dtype`, but for the bfloat16 copies, which are new."""
+        """Everything copied in `dtype`; the bfloat16 copies are new and empty."""
         lists = ([t.detach().to(dtype, copy=True) for t in tensors] for tensors in self.lists()[:4])
         return State(*lists, [torch.empty_like(t) for t in self.copies])
 
     def lists(self) -> list[list[Tensor]]:
-        """The five, in order."""
+        """The five lists, in the order of the fields."""
         return [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies]
 
     def decays(self) -> list[float]:
@@ -80,7 +80,7 @@ def lumi_step(state: State, norm: Callable = global_norm, update: Callable = ada
 
 
 def torch_step(state: State, device: torch.device) -> Callable[[], None]:
-    """torch's own, on parameters that share `state`'s memory."""
+    """torch's own step, on parameters that share the memory of `state`."""
     parameters = [torch.nn.Parameter(p) for p in state.params]
     for parameter, grad in zip(parameters, state.grads, strict=True):
         parameter.grad = grad
@@ -144,14 +144,13 @@ def measure_model(results: Results, name: str, config: ModelConfig, *, graph: bo
 
 
 def run(results: Results, models: dict[str, ModelConfig] = MODELS) -> None:
-    """Every model, in a graph and from Python."""
+    """Measure every model, in a CUDA graph and launched from Python."""
     for name, config in models.items():
         for graph in (True, False):
             launch = "in a graph" if graph else "from Python"
             with results.case(f"optimizer {name} {launch}"):
                 times = measure_model(results, name, config, graph=graph)
-                case = f"clip + AdamW + bfloat16 copy, {name} parameters, {launch}"
-                text = f"{case}: times as fast as torch's fused path"
+                text = f"clip + AdamW + bfloat16 copy, {name}, {launch}: times as fast as torch's fused path"
                 results.claim(text, measure.ratio(times, "torch fused"), at_least=OVER_TORCH)
 
 

@@ -41,6 +41,7 @@ DEMO = {
     "prepare": PrepareConfig,
     "tokenizer": TokenizerConfig,
     "pretrain": TrainConfig,
+    "pretrain_small": TrainConfig,
     "finetune": TrainConfig,
     "evaluation": EvaluationConfig,
     "questions_train": PrepareConfig,

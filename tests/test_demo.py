@@ -7,9 +7,11 @@ import re
 import pytest
 
 import lumi.demo
-from lumi.config import read_json
+from lumi.config import read_json, to_dict
 from lumi.corpus import read_corpus
 from lumi.data.token_store import TokenStore
+from lumi.planning import pace
+from lumi.planning.pace import Pace
 from lumi.tokenizer.tokenizer import Tokenizer
 
 TRAIN = {
@@ -38,14 +40,15 @@ def small_configs(tmp_path, monkeypatch):
     """The demo's configs, with the topics alone to pre-train on, and the questions of one small package."""
     folder = tmp_path / "configs"
     folder.mkdir()
-    shipped = {path.stem: read_json(path) for path in lumi.demo.CONFIGS.glob("*.json")}
+    shipped = {path.stem: read_json(path) for path in pace.CONFIGS.glob("*.json")}
     shipped["prepare"]["sources"][0]["packages"] = ["topics"]
     for side in ("train", "held_out"):
         shipped[f"questions_{side}"]["sources"][0] |= {"packages": ["jinja2"], "held_out_fraction": 0.3}
     shipped |= {"tokenizer": {"vocab_size": 512}, "pretrain": PRETRAIN, "finetune": FINETUNE}
     for name, data in shipped.items():
         (folder / f"{name}.json").write_text(json.dumps(data))
-    monkeypatch.setattr(lumi.demo, "CONFIGS", folder)
+    monkeypatch.setattr(pace, "CONFIGS", folder)
+    monkeypatch.setattr(pace, "fast_bfloat16", lambda device: False)  # computes in float32
 
 
 def records(folder, kind):
@@ -103,13 +106,9 @@ def test_all_stages_and_a_second_call(small_configs, tmp_path, capsys):
     assert (output / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_both_trainings_are_cut_to_the_minutes_they_may_take(small_configs, tmp_path, monkeypatch):
-    monkeypatch.setattr(lumi.demo, "step_seconds", lambda config: 2.0 if config.dtype == "float32" else 1.0)
-
-    def steps(minutes):
-        demo = lumi.demo.Demo(tmp_path / "none", minutes, "cpu")
-        configs = [demo.config(name) for name in ("pretrain", "finetune")]
-        assert [config.dtype for config in configs] == ["bfloat16"] * 2
-        return [config.num_steps for config in configs]
-
-    assert [steps(minutes) for minutes in (0.1, 0.95, 9.0, 0)] == [[35, 17], [57, 28], [60, 30], [60, 30]]
+def test_a_demo_that_has_begun_keeps_its_pace(small_configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "step_seconds", lambda *args: pytest.fail("measured again"))
+    config = Pace("pretrain", "bfloat16", 0.5).config("pretrain")
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "config.json").write_text(json.dumps(to_dict(config)))
+    assert lumi.demo.Demo(tmp_path, 5.0, "cpu")._pace() == Pace("pretrain", "bfloat16", 0.5)

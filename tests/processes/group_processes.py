@@ -145,10 +145,11 @@ def matrices(seed):
 
 
 def step_with_muon(rank, size, folder):
-    """Steps on parts against steps on whole matrices; learning rates change, and one matrix has no gradient.
+    """Steps on parts against steps on whole matrices.
 
-    In bfloat16 the truth is torch's Muon, bit for bit. In float32 it is ours in float64, and parts may be
-    twice as wrong as whole matrices: products of one matrix and of several differ in rounding.
+    Learning rates change, and one matrix has no gradient in one step. In bfloat16 the truth is torch's Muon,
+    bit for bit. In float32 it is ours in float64, and parts may be twice as wrong as whole matrices: products
+    of one matrix and of several differ in rounding.
     """
     layouts = {2: [(1, 2, 1), (1, 1, 2)], 4: [(1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]}[size]
     with joined(rank, size, folder):

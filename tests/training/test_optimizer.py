@@ -205,8 +205,7 @@ def test_no_gradients_no_step():
 
 
 def test_states_and_updates_are_those_of_torch():
-    """A checkpoint of one resumes in the other: same names, shapes and dtypes, same numbers but for
-    rounding."""
+    """A checkpoint of one resumes in the other: names, shapes, dtypes, and numbers but for rounding."""
     model, optimizer = build(weight_decay=0.1)
     other, other_optimizer = build(weight_decay=0.1)
     config = other_optimizer.config
