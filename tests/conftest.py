@@ -99,15 +99,23 @@ def store_dir(corpus_dir, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def start(store_dir, tokenizer_dir, tmp_path):
-    """Train in this process; returns the run folder. Keywords are changes to `runs.CONFIG`."""
-    from runs import merged
+def start(store_dir, tokenizer_dir, tmp_path, monkeypatch):
+    """Train in this process; returns the run folder. Keywords are changes to `runs.CONFIG`.
 
+    Drawing takes half of the time of such a run: `loss.png` is empty, unless `draws`.
+    """
+    from runs import merged, touch_picture
+
+    import lumi.training.run_log
     from lumi.config import from_dict
     from lumi.training.run import train
     from lumi.training.run_config import Paths, TrainConfig
 
-    def start(name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, **changes):
+    def start(
+        name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, draws=False, **changes
+    ):
+        if not draws:
+            monkeypatch.setattr(lumi.training.run_log, "draw_loss", touch_picture)
         paths = Paths([str(d) for d in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume)
         assert train(from_dict(TrainConfig, merged(changes)), paths, "cpu") == expect
         return tmp_path / name

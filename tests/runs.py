@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from pathlib import Path
 
 from lumi.training.metrics import read_metrics
 
@@ -47,6 +48,11 @@ def wait_for_step(metrics, step, *processes):
         assert all(process.poll() is None for process in processes), "the run ended early"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def touch_picture(metrics, picture, title):
+    """What tests put in the place of `draw_loss`, which takes longer than most of their runs."""
+    Path(picture).touch()
 
 
 def losses(folder):

@@ -412,7 +412,7 @@ def test_sigterm_to_one_of_two(place, runs, uninterrupted, validated):
 
 
 def test_sigterm_to_torchrun(runs, uninterrupted):
-    changes, log = {"num_steps": 100, "save_every": 50}, runs.folder / "log"
+    changes, log = {"num_steps": 60, "save_every": 30}, runs.folder / "log"
     torchrun = start_torchrun(runs, log, **changes)
     wait_for_step(runs.folder / "run" / "metrics.jsonl", 6, torchrun)
     torchrun.terminate()
@@ -585,7 +585,7 @@ def test_stopped_at_every_step(kind, runs, uninterrupted):
     changes = {
         "optimizer": {"kind": kind},
         "num_steps": 8,
-        "batches": {"batch_tokens": 1536},
+        "batches": {"batch_tokens": 1536, "micro_batch_size": 16},
         "max_loss_sigmas": 4.0,
     }
     faults = [(0, "short_spike_window", 3), (0, "spoil", [3], "nan", "loss"), (0, "spoil", [6], 3.0, "loss")]

@@ -78,6 +78,7 @@ def end(process, seconds=120):
             kill_node(process.pid)
 
 
+@pytest.mark.soak  # a minute of waiting; test_faults.py loses a rank under one torchrun
 def test_a_node_is_lost_and_another_takes_its_place(options, uninterrupted, tmp_path):
     """The survivor's torchrun waits for the new one, and both go on from the newest checkpoint, bit for
     bit."""

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 
+import pytest
 from runs import ENVIRONMENT, final_weights, launch, losses, wait_for_step
 
 
@@ -18,6 +19,7 @@ def kill_after(command, metrics, step, number):
     return process.wait(timeout=60)
 
 
+@pytest.mark.soak  # test_faults.py proves it in float32, at every kind of moment
 def test_killed_and_resumed_is_bit_identical(command, tmp_path):
     """In bfloat16; tests/test_faults.py kills in float32, at every kind of moment."""
     changes = {"num_steps": 30, "save_every": 4, "validate_every": 15, "dtype": "bfloat16"}
@@ -48,6 +50,7 @@ def two_processes(command, tmp_path):
     ]
 
 
+@pytest.mark.soak  # test_faults.py counts the lines of every error that it makes
 def test_an_error_of_the_main_process_is_said_once(command, start, tmp_path):
     start("used")
     processes = two_processes(command("used"), tmp_path)

@@ -18,7 +18,7 @@ from lumi.training.run_config import TrainConfig
 
 
 def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):
-    folder = start(num_steps=60, validate_every=20, save_every=20)
+    folder = start(num_steps=60, validate_every=20, save_every=20, draws=True)
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json",
