@@ -336,7 +336,7 @@ def demo(argv: list[str]) -> int:
     arguments = parser("lumi demo", _summary(demo))
     minutes = "what the whole demo may take on a CPU; training is cut to fit; 0: all steps of the config"
     arguments.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    arguments.add_argument("--minutes", type=float, default=4.5, help=minutes)
+    arguments.add_argument("--minutes", type=float, default=4.0, help=minutes)
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = arguments.parse_args(argv)
     return lumi.demo.demo(options.output_dir, options.minutes, options.device)
