@@ -180,12 +180,10 @@ def _print_plan(pace: Pace, rehearsal: Rehearsal, gone: float) -> None:
     steps = {"pre-train": rehearsal.pretrain, "fine-tune": rehearsal.finetune}
     print(f"\nplan: {_duration(gone + rehearsal.total(pace))} in all; {gone:.0f} s are gone, these follow:")
     for stage, seconds in rehearsal.stages(pace).items():
-        of = (
-            f": {configs[stage].num_steps} steps of {steps[stage]:.2f} s, {pace.dtype}"
-            if stage in configs
-            else ""
-        )
-        print(f"  {stage:<10} {seconds:4.0f} s{of}", flush=True)
+        line = f"  {stage:<10} {seconds:4.0f} s"
+        if stage in configs:
+            line += f": {configs[stage].num_steps} steps of {steps[stage]:.2f} s, {pace.dtype}"
+        print(line, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -30,9 +30,7 @@ from lumi.parallel.tensor_pieces import piece
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic
 _NUM_STEPS = 5
 _EPS = 1e-7  # the least norm that a matrix is divided by
-_STACK_ELEMENTS = (
-    2**24
-)  # of one stack at most: enough to keep a GPU busy, and below 256 MiB of temporary memory
+_STACK_ELEMENTS = 2**24  # of one stack at most: they keep a GPU busy in 256 MiB of temporary memory
 
 
 class Muon(torch.optim.Optimizer):
