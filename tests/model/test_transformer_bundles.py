@@ -79,8 +79,15 @@ def test_one_step_with_adapters(device):
         assert_parity(part, joined(actual), joined(same_dtype), joined(exact))
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "adapters"])
-@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+@pytest.mark.parametrize(
+    ("how", "lora"),
+    [
+        pytest.param("compiled", LORA, id="compiled-adapters"),
+        pytest.param("checkpointed", None, id="checkpointed-whole"),
+        pytest.param("compiled", None, marks=pytest.mark.soak, id="compiled-whole"),
+        pytest.param("checkpointed", LORA, marks=pytest.mark.soak, id="checkpointed-adapters"),
+    ],
+)
 def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
     """Bit for bit, under the Triton bundle: every operator is one node of the graph, with known shapes."""
     plain = step("grouped", TRITON, torch.float32, device, lora, 0)

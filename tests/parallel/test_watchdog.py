@@ -119,6 +119,7 @@ def test_a_store_that_does_not_answer(group):
     assert codes == {1: EXIT_HUNG}
 
 
+@pytest.mark.soak  # a hung save of test_faults.py goes the same way
 @of("stop in save", "another", 2)
 def test_a_process_that_stops_in_a_save_is_named(group):
     """Even while the save of another process moves."""

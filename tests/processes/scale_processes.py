@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lumi.training.muon
 from lumi.data.batches import BatchConfig
 from lumi.kernels.bundle import REFERENCE, TRITON
 from lumi.model.transformer import ModelConfig, Transformer
@@ -26,6 +27,9 @@ from lumi.parallel.layout import Layout, ParallelConfig
 from lumi.parallel.sharding import gradient_sync, parallelize
 from lumi.training.optimizer import Optimizer, OptimizerConfig
 from lumi.training.run_config import TrainConfig
+
+# Plans are made for GPUs: directions are sent in bfloat16, whatever this CPU would choose.
+lumi.training.muon.fast_bfloat16 = lambda device: True
 
 MODEL = {
     "vocab_size": 51,

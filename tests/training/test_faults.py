@@ -263,6 +263,7 @@ def end_torchrun(torchrun, log):
             print(log.read_text()[-3000:])
 
 
+@pytest.mark.soak  # torchrun itself; the tests above kill ranks and start them again
 def test_torchrun_starts_again_after_a_rank_was_killed(runs, uninterrupted):
     changes, log = {"num_steps": 40}, runs.folder / "log"
     torchrun = start_torchrun(runs, log, "--max-restarts=1", **changes)

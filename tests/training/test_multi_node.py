@@ -199,6 +199,7 @@ def slurm(options, tmp_path):
                     kill_node(task)
 
 
+@pytest.mark.soak  # a minute of waiting; the tests below run the script on tasks that end at once
 def test_a_slurm_job_saves_before_its_time_is_up_and_is_requeued(slurm, uninterrupted, tmp_path):
     run = tmp_path / "run"
     job = slurm.start(run)
