@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+with torch.device("cpu"):  # torch lists its constructors once: not while one of them is replaced
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
