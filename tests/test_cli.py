@@ -46,6 +46,7 @@ def call(folder, program, arguments):
     return done.stdout
 
 
+@pytest.mark.soak  # as commands in processes of their own; test_demo.py runs all stages in this one
 def test_raw_text_to_generated_text(tmp_path):
     write_jsonl(tmp_path / "raw.jsonl", 400)
     (tmp_path / "prepare.json").write_text(json.dumps(PREPARE))

@@ -528,7 +528,9 @@ def small_disk(disk_of):
     return disk_of("3m")
 
 
-@pytest.mark.parametrize(("processes", "room"), [(None, 0), more(2, 0), more(None, 200_000), (2, 200_000)])
+@pytest.mark.parametrize(
+    ("processes", "room"), [(None, 0), more(2, 0), more(None, 200_000), more(2, 200_000)]
+)
 def test_a_full_disk_ends_the_run_and_not_its_checkpoint(room, processes, small_disk, runs, uninterrupted):
     """Not even the log can be written; or all but the next checkpoint."""
     folder, filler = small_disk / "run", small_disk / "of somebody else"

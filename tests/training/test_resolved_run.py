@@ -35,12 +35,13 @@ def test_switches_reach_the_run(start, monkeypatch):
         return real(self)
 
     monkeypatch.setattr(Trainer, "run_to_the_end", spy)
-    plain = losses(start("plain"))
+    short = {"num_steps": 4}
+    plain = losses(start("plain", **short))
     assert seen == {"compute_dtype": torch.float32, "checkpointing": False, "ops": "reference"}
-    assert losses(start("recomputing", gradient_checkpointing=True)) == plain
+    assert losses(start("recomputing", gradient_checkpointing=True, **short)) == plain
     assert seen["checkpointing"]
     for dtype in ("bfloat16", "float16"):
-        narrow = losses(start(dtype, dtype=dtype))
+        narrow = losses(start(dtype, dtype=dtype, **short))
         assert seen["compute_dtype"] == getattr(torch, dtype)
         assert narrow != plain
         assert narrow == pytest.approx(plain, rel=0.02)

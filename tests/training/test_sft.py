@@ -207,6 +207,7 @@ def test_the_loss_is_the_sum_over_trained_tokens_by_their_number(start, base_dir
     assert record["loss"] == pytest.approx(nats / count, rel=1e-5)
 
 
+@pytest.mark.soak  # tests/parallel/test_sharding.py trains adapters on two processes
 def test_two_processes_share_the_trained_tokens(start, chat_dir, base_dir, tokenizer_dir, tmp_path):
     """Each has another number of trained tokens: a mean of their means would be another loss."""
     changes = {
