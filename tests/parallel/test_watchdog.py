@@ -101,8 +101,9 @@ def of(fault, store, size):
 def test_a_stopped_process_is_named_and_all_end(group):
     codes, errors = group.end()
     line = error_line(errors)
-    said = f"error: step 3: rank 0 (host {HOST}, pid {group.pids()[0]}) gives no sign of life"
-    assert line.startswith(said)
+    # The others come to step 4 if rank 0 had sent its share of step 3 before it was stopped.
+    said = f"rank 0 (host {HOST}, pid {group.pids()[0]}) gives no sign of life"
+    assert line.startswith((f"error: step 3: {said}", f"error: step 4: {said}"))
     assert re.search(r"last seen: it stands at step \d, .*, in \w+\.py:\d+ ", line)
     assert codes == {1: EXIT_HUNG, 2: EXIT_HUNG}
     assert len((group.folder / "stopped").read_text().splitlines()) == 1
