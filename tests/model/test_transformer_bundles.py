@@ -61,6 +61,7 @@ def test_one_step_under_triton_is_one_under_the_reference(shape, device):
         assert_parity(name, actual[name], same_dtype[name], exact[name])
 
 
+@pytest.mark.soak  # the operators of a step and of adapters have their own parity tests
 def test_one_step_with_adapters(device):
     """Adapters on all seven linears of each layer; they alone are trained.
 

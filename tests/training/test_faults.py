@@ -412,6 +412,7 @@ def test_sigterm_to_one_of_two(place, runs, uninterrupted, validated):
     assert_same(runs.folder / "run", uninterrupted(2, **changes))
 
 
+@pytest.mark.soak  # torchrun hands the signal on; the tests above send it to each process
 def test_sigterm_to_torchrun(runs, uninterrupted):
     changes, log = {"num_steps": 60, "save_every": 30}, runs.folder / "log"
     torchrun = start_torchrun(runs, log, **changes)
