@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(PYTEST)
 
-# The same proofs over more cases, some 20 minutes on two cores; SOAK=3/10 runs a tenth of them.
+# The same proofs over more cases; SOAK=3/10 runs a tenth of them.
 soak: $(VENV)/installed-test
 	$(PYTEST) --soak $(SOAK)
 
