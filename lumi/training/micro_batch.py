@@ -67,8 +67,8 @@ def choose_micro_batch(
         UserError: `batch_tokens` does not come out even, the free memory is unknown, or not even one row
             fits.
     """
-    candidates = micro_batches(config, layout)
-    candidates.sort(key=lambda candidate: candidate.batches.micro_batch_size != before)
+    sizes = micro_batches(config, layout)  # ends with one row
+    candidates = [each for each in sizes if each.batches.micro_batch_size == before] + sizes
     if not free:
         raise UserError(
             "batches.micro_batch_size must be a number on this system, "

@@ -1,5 +1,8 @@
 """The held-out loss of a run, as the loop asks for it."""
 
+from collections.abc import Callable, Sequence
+
+from lumi.data.token_store import Split
 from lumi.evaluation import HeldOut, held_out_loss
 from lumi.model.transformer import Transformer
 from lumi.parallel.sharding import reshard
@@ -24,16 +27,18 @@ class Validation:
             self.watchdog.mark(step, "validation")
             return self.world.sum(self.world.stop.received)[0] > 0
 
-        splits, token_bytes = self.data.validation, self.data.tokenizer.token_bytes
-        batches, max_tokens = self.config.batches, self.config.validation_tokens
-        result = held_out_loss(self.model, splits, token_bytes, batches, self.world, max_tokens, stopping)
-        reshard(self.model)
-        return result
+        return self._loss(self.data.validation, self.config.validation_tokens, stopping)
 
     def rehearse(self) -> None:
         """Measure one batch, for its time and its memory."""
         batches = self.config.batches
         one_batch = self.world.layout.data * batches.micro_batch_rows * batches.sequence_length
-        splits, token_bytes = self.data.validation[:1], self.data.tokenizer.token_bytes
-        held_out_loss(self.model, splits, token_bytes, batches, self.world, one_batch)
+        self._loss(self.data.validation[:1], one_batch)
+
+    def _loss(
+        self, splits: Sequence[Split], max_tokens: int | None, stopping: Callable[[], bool] | None = None
+    ) -> HeldOut | None:
+        token_bytes, batches = self.data.tokenizer.token_bytes, self.config.batches
+        result = held_out_loss(self.model, splits, token_bytes, batches, self.world, max_tokens, stopping)
         reshard(self.model)
+        return result

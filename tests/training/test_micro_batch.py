@@ -57,6 +57,10 @@ def test_a_resumed_run_keeps_its_micro_batch_where_it_fits():
     assert chosen(2**40, before=4) == 4
     assert chosen(2**40, before=5) == 24  # the run had another batch then
     assert chosen(int(needed(4) / USABLE) + 1, before=8) == 4
+    with pytest.raises(
+        UserError, match=f"needs about {needed(1) / 2**20:,.0f} MiB for micro-batches of one row"
+    ):
+        chosen(1000, before=1)
 
 
 def test_refuses_what_does_not_fit():

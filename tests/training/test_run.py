@@ -21,7 +21,7 @@ def kill_after(command, metrics, step, number):
 
 @pytest.mark.soak  # test_faults.py proves it in float32, at every kind of moment
 def test_killed_and_resumed_is_bit_identical(command, tmp_path):
-    """In bfloat16; tests/test_faults.py kills in float32, at every kind of moment."""
+    """In bfloat16, started as users start it."""
     changes = {"num_steps": 30, "save_every": 4, "validate_every": 15, "dtype": "bfloat16"}
     launch(command("straight", **changes))
     killed = command("killed", "--resume-from-checkpoint", "auto", **changes)

@@ -1,18 +1,12 @@
 """What a run's config refuses, before anything is read."""
 
 import pytest
+from runs import CONFIG
 
 from lumi.config import UserError, from_dict
 from lumi.training.run_config import TrainConfig
 
-MODEL = {
-    "vocab_size": 384,
-    "num_layers": 2,
-    "model_dim": 32,
-    "num_heads": 2,
-    "mlp_dim": 64,
-    "max_positions": 128,
-}
+MODEL = CONFIG["model"]
 
 
 @pytest.mark.parametrize(

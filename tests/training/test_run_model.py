@@ -2,20 +2,14 @@
 
 import pytest
 import torch
+from runs import CONFIG
 
 from lumi.config import UserError, from_dict
 from lumi.kernels.bundle import REFERENCE
 from lumi.training.run_config import TrainConfig
 from lumi.training.run_model import build, start_fingerprint
 
-MODEL = {
-    "vocab_size": 384,
-    "num_layers": 2,
-    "model_dim": 32,
-    "num_heads": 2,
-    "mlp_dim": 64,
-    "max_positions": 128,
-}
+MODEL = CONFIG["model"]
 
 ROWS = {"sequence_length": 32, "batch_tokens": 64, "micro_batch_size": 2}
 
