@@ -57,10 +57,19 @@ def test_a_resumed_run_keeps_its_micro_batch_where_it_fits():
     assert chosen(2**40, before=4) == 4
     assert chosen(2**40, before=5) == 24  # the run had another batch then
     assert chosen(int(needed(4) / USABLE) + 1, before=8) == 4
-    with pytest.raises(
-        UserError, match=f"needs about {needed(1) / 2**20:,.0f} MiB for micro-batches of one row"
-    ):
-        chosen(1000, before=1)
+
+
+def test_the_message_is_about_one_row_whatever_the_run_had_before():
+    model = ModelConfig(vocab_size=100, num_layers=4, model_dim=128, num_heads=2, mlp_dim=512)
+    batches = BatchConfig(sequence_length=1024, batch_tokens=4096, micro_batch_size="auto")
+    config, layout = TrainConfig(model=model, batches=batches, num_steps=1), Layout(1, 1, 1)
+    one, two = (
+        f"{memory_of(with_micro_batch(config, size), layout, 'cpu', 'reference')['total'] / 2**20:,.0f} MiB"
+        for size in (1, 2)
+    )
+    assert one != two
+    with pytest.raises(UserError, match=f"needs about {one} for micro-batches of one row"):
+        choose_micro_batch(config, layout, "cpu", "reference", 1000, None, before=1)
 
 
 def test_refuses_what_does_not_fit():
