@@ -5,6 +5,7 @@ LUMI_CUDA=0 leaves them out. LUMI_CUDA=1 makes a missing nvcc an error.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,6 +26,12 @@ elif sys.platform == "darwin":
 else:
     compile_args, link_args = ["-O3", "-fno-math-errno", "-fopenmp"], ["-fopenmp"]
 
+# The CPU's operators are compiled once for each target; at run time the best that the processor has is taken.
+CPU_TARGETS = {"portable": []}
+if sys.platform == "linux" and platform.machine() == "x86_64":
+    avx512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+    CPU_TARGETS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx2", "-mfma", *avx512]}
+
 CUDA_ARCHES = (80, 89, 90, 100)  # the last one also as portable code, for newer GPUs
 OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 
@@ -43,7 +50,22 @@ class BuildExtension(build_ext):
                     raise
                 message = "lumi._csrc is built without its CUDA operators; on a GPU, torch's take their place"
                 print(f"warning: {error}: {message}", file=sys.stderr)
+        if sys.platform != "win32":  # its compiler lacks the vectors that these are written in
+            self._add_cpu_targets(extension)
         super().build_extension(extension)
+
+    def _add_cpu_targets(self, extension: Pybind11Extension) -> None:
+        for target, flags in CPU_TARGETS.items():
+            extension.extra_objects += self.compiler.compile(
+                ["csrc/cpu/target.cpp"],
+                output_dir=str(Path(self.build_temp) / target),
+                macros=[("LUMI_TARGET", target)],
+                extra_postargs=["-std=c++17", "-fvisibility=hidden", "-Wno-psabi", *compile_args, *flags],
+            )
+        extension.sources.append("csrc/cpu/choose.cpp")
+        extension.define_macros.append(("LUMI_HAS_CPU", None))
+        if len(CPU_TARGETS) > 1:
+            extension.define_macros.append(("LUMI_X86_TARGETS", None))
 
     def _add_cuda(self, extension: Pybind11Extension, nvcc: str, library_dir: str) -> None:
         folder = Path(self.build_temp) / "cuda"
@@ -100,7 +122,7 @@ setup(
         Pybind11Extension(
             "lumi._csrc",
             sorted(path.as_posix() for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(path.as_posix() for path in Path("csrc").iterdir() if path.suffix != ".cpp"),
+            depends=sorted(path.as_posix() for path in Path("csrc").rglob("*.*") if path.suffix != ".cpp"),
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=compile_args,

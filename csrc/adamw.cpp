@@ -36,7 +36,7 @@ void adamw(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const
         for (std::size_t start = 0; start < tensor.size; start += kPieceSize)
             pieces.push_back({&tensor, start});
     }
-    for_each_piece(pieces.size(), max_threads, [&](std::size_t i) {
+    for_each_piece(pieces.size(), max_threads, kPiecesPerThread, [&](std::size_t i, int) {
         const AdamWTensor& t = *pieces[i].tensor;
         const std::size_t start = pieces[i].start, size = std::min(kPieceSize, t.size - start);
         update(t.param + start, t.grad + start, t.exp_avg + start, t.exp_avg_sq + start, size, factor,

@@ -6,9 +6,11 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "adamw.h"
+#include "cpu/operators.h"
 #include "global_norm.h"
 
 namespace py = pybind11;
@@ -81,6 +83,30 @@ void adamw(const AdamWArguments& arguments, int max_threads) {
     lumi::adamw(arguments.tensors, arguments.step, arguments.clip, max_threads);
 }
 
+#ifdef LUMI_HAS_CPU
+// A module with the operators of one target on activations of one type. Addresses and sizes are not checked here.
+py::module_ cpu_module(py::module_& m, const lumi::CpuOperators& operators, const std::string& type) {
+    const std::string name = std::string("cpu_") + operators.target + "_" + type;
+    py::module_ table = m.def_submodule(name.c_str(), "Operators of csrc/cpu; operators.h says what they take.");
+    table.attr("target") = operators.target;
+    const py::call_guard<py::gil_scoped_release> release;
+    table.def("rms_norm", operators.rms_norm, release);
+    table.def("rms_norm_backward", operators.rms_norm_backward, release);
+    table.def("rms_norm_pieces", operators.rms_norm_pieces);
+    table.def("swiglu", operators.swiglu, release);
+    table.def("swiglu_backward", operators.swiglu_backward, release);
+    table.def("rope", operators.rope, release);
+    table.def("cross_entropy", operators.cross_entropy, release);
+    table.def("cross_entropy_scratch", operators.cross_entropy_scratch);
+    table.def("attention", operators.attention, release);
+    table.def("attention_backward", operators.attention_backward, release);
+    table.def("attention_scratch", operators.attention_scratch);
+    table.def("decode_attention", operators.decode_attention, release);
+    table.def("decode_scratch", operators.decode_scratch);
+    return table;
+}
+#endif
+
 #ifdef LUMI_HAS_CUDA
 void global_norm_cuda(const Addresses& pointers, const Sizes& sizes, std::uintptr_t norm,
                       std::uintptr_t partials, int device, std::uintptr_t stream) {
@@ -117,6 +143,13 @@ PYBIND11_MODULE(_csrc, m) {
              py::arg("loss_scale"));
     m.def("adamw", &adamw, py::arg("arguments"), py::arg("max_threads"),
           "One AdamW step in place, with clipping, on the CPU.");
+    py::list cpu_targets;  // pairs of modules, for float32 and bfloat16; of the best target first
+#ifdef LUMI_HAS_CPU
+    for (const lumi::CpuOperators* tables : lumi::cpu_targets())
+        cpu_targets.append(
+            py::make_tuple(cpu_module(m, tables[0], "float32"), cpu_module(m, tables[1], "bfloat16")));
+#endif
+    m.attr("cpu_targets") = cpu_targets;
 #ifdef LUMI_HAS_CUDA
     m.attr("has_cuda") = true;
     m.def("global_norm_cuda", &global_norm_cuda, py::arg("pointers"), py::arg("sizes"), py::arg("norm"),

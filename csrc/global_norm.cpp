@@ -42,7 +42,8 @@ double global_norm(const std::vector<FloatArray>& arrays, int max_threads) {
         }
     }
     std::vector<double> sums(pieces.size());
-    for_each_piece(pieces.size(), max_threads, [&](std::size_t i) { sums[i] = sum_of_squares(pieces[i]); });
+    for_each_piece(pieces.size(), max_threads, kPiecesPerThread,
+                   [&](std::size_t i, int) { sums[i] = sum_of_squares(pieces[i]); });
     double sum = 0.0;
     for (const double piece_sum : sums) sum += piece_sum;
     return std::sqrt(sum);

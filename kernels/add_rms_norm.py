@@ -22,12 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumi.kernels.native import check_taken, runs_directly
 from lumi.kernels.optional_triton import triton
 from lumi.kernels.rms_norm import (
     _rms_norm_backward_op,
     _rms_norm_fwd_kernel,
     check_operands,
     forward_config,
+    native_rms_norm_bwd,
+    native_rms_norm_fwd,
     rms_norm_bwd,
     rms_norm_reference,
 )
@@ -70,39 +73,47 @@ def add_rms_norm_fwd(
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-@torch.library.custom_op("lumi::add_rms_norm", mutates_args=())
-def _add_rms_norm_op(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, native: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y_ND, total_ND, rstd_N = add_rms_norm_fwd(
-        strided_rows(x), strided_rows(residual), weight.contiguous(), eps
-    )
+    x_ND, residual_ND, weight = strided_rows(x), strided_rows(residual), weight.contiguous()
+    if native:
+        y_ND, total_ND, rstd_N = native_rms_norm_fwd(x_ND, weight, eps, residual_ND)
+    else:
+        y_ND, total_ND, rstd_N = add_rms_norm_fwd(x_ND, residual_ND, weight, eps)
     return y_ND.view(x.shape), total_ND.view(x.shape), rstd_N
+
+
+_add_rms_norm_op = torch.library.custom_op("lumi::add_rms_norm", _add_rms_norm, mutates_args=())
 
 
 @torch.library.custom_op("lumi::add_rms_norm_backward", mutates_args=())
 def _add_rms_norm_backward_op(
-    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor, native: bool = False
 ) -> tuple[Tensor, Tensor]:
-    dx_ND, dweight_D = rms_norm_bwd(
+    dx_ND, dweight_D = (native_rms_norm_bwd if native else rms_norm_bwd)(
         strided_rows(dy), strided_rows(total), weight.contiguous(), rstd, strided_rows(dtotal)
     )
     return dx_ND.view(total.shape), dweight_D
 
 
 @_add_rms_norm_op.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, native: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = math.prod(x.shape[:-1])  # not numel(), which would tie a graph to one length
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
 
 
 @_add_rms_norm_backward_op.register_fake
-def _(dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor, native: bool = False
+) -> tuple[Tensor, Tensor]:
     return total.new_empty(total.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, _ = inputs
+    _, _, weight, _, ctx.native = inputs
     _, total, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)  # an output that nothing uses brings None, not zeros to write and read
@@ -111,16 +122,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(
     ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
     total, weight, rstd = ctx.saved_tensors
     if dy is None:
-        return dtotal, dtotal, None, None
+        return dtotal, dtotal, None, None, None
     if dtotal is None:
-        dx, dweight = _rms_norm_backward_op(dy, total, weight, rstd)
+        dx, dweight = _rms_norm_backward_op(dy, total, weight, rstd, ctx.native)
     else:
-        dx, dweight = _add_rms_norm_backward_op(dy, dtotal, total, weight, rstd)
+        dx, dweight = _add_rms_norm_backward_op(dy, dtotal, total, weight, rstd, ctx.native)
     # One tensor for both, as torch does for a sum: autograd adds in place only to what it alone holds.
-    return dx, dx, dweight, None
+    return dx, dx, dweight, None, None
 
 
 _add_rms_norm_op.register_autograd(_backward, setup_context=_save)
@@ -149,11 +160,25 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5)
 
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """
+    _check(x, residual, weight)
+    y, total, _ = _add_rms_norm_op(x, residual, weight, eps)
+    return y, total
+
+
+def add_rms_norm_native(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """As `add_rms_norm`, in C++: float32 or bfloat16 on a CPU."""
+    check_taken(x, residual)
+    _check(x, residual, weight)
+    y, total, _ = (_add_rms_norm if runs_directly(x) else _add_rms_norm_op)(x, residual, weight, eps, True)
+    return y, total
+
+
+def _check(x: Tensor, residual: Tensor, weight: Tensor) -> None:
     check_operands(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
             f"residual must have shape, dtype and device of x, {tuple(x.shape)}, {x.dtype}, {x.device}, "
             f"got {tuple(residual.shape)}, {residual.dtype}, {residual.device}"
         )
-    y, total, _ = _add_rms_norm_op(x, residual, weight, eps)
-    return y, total

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lumi.kernels.attention_plan import ORDER_BLOCK, IntervalPlan, MaskPlan
 from lumi.kernels.attention_tiles import architecture, tile
+from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
 from lumi.kernels.optional_triton import HAS_TRITON, tl, triton
 
 if HAS_TRITON:
@@ -489,11 +490,54 @@ def attention_bwd(
     return dq_NHK, dk_NGK, dv_NGK
 
 
+# --- C++ for CPUs: the same, by csrc/cpu/attention.h ---
+
+
+def native_attention_fwd(
+    q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, first_key_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `attention_fwd`, but lse_HN is the natural logarithm."""
+    (N, H, K), G, operators = q_NHK.shape, k_NGK.shape[1], cpu_operators(q_NHK.dtype)
+    y_NHK, lse_HN = torch.empty(q_NHK.shape, dtype=q_NHK.dtype), torch.empty(H, N)
+    starts, *scratch = _spans(first_key_N, K, q_NHK.dtype, backward=False)
+    inputs = q_NHK, k_NGK, v_NGK
+    operators.attention(
+        *map(address, (*inputs, first_key_N, starts, y_NHK, lse_HN, scratch[0])), scratch[1],
+        len(starts) - 1, H, G, K, *(s for t in inputs for s in t.stride()[:2]), torch.get_num_threads(),
+    )  # fmt: skip
+    return y_NHK, lse_HN
+
+
+def native_attention_bwd(
+    dy_NHK: Tensor, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, y_NHK: Tensor, lse_HN: Tensor,
+    first_key_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `attention_bwd`."""
+    (_, H, K), G, operators = q_NHK.shape, k_NGK.shape[1], cpu_operators(q_NHK.dtype)
+    outputs = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (q_NHK, k_NGK, v_NGK))
+    starts, *scratch = _spans(first_key_N, K, q_NHK.dtype, backward=True)
+    inputs = dy_NHK, q_NHK, k_NGK, v_NGK, y_NHK
+    operators.attention_backward(
+        *map(address, (*inputs, lse_HN, first_key_N, starts, *outputs, scratch[0])), scratch[1],
+        len(starts) - 1, H, G, K, *(s for t in inputs for s in t.stride()[:2]), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _spans(first_key_N: Tensor, K: int, dtype: torch.dtype, backward: bool) -> tuple[Tensor, Tensor, int]:
+    """Where the spans of tokens start that see nothing before them (and the number of tokens), and scratch
+    memory for all threads with the size of one's part."""
+    N, threads = len(first_key_N), torch.get_num_threads()
+    starts = (first_key_N == torch.arange(N)).nonzero()[:, 0]
+    starts = torch.cat((starts, torch.tensor([N])))
+    size = cpu_operators(dtype).attention_scratch(int(starts.diff().max()) if N else 0, K, backward)
+    return starts, torch.empty(threads * size), size
+
+
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-@torch.library.custom_op("lumi::attention", mutates_args=())
-def _attention_op(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -501,43 +545,52 @@ def _attention_op(
     last_query: Tensor,
     query_order: Tensor,
     key_order: Tensor,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    y_NHK, lse_HN = attention_fwd(_tokens(q), _tokens(k), _tokens(v), first_key, query_order)
+    inputs = _tokens(q), _tokens(k), _tokens(v), first_key
+    y_NHK, lse_HN = native_attention_fwd(*inputs) if native else attention_fwd(*inputs, query_order)
     return y_NHK.view(q.shape), lse_HN
+
+
+_attention_op = torch.library.custom_op("lumi::attention", _attention, mutates_args=())
 
 
 @torch.library.custom_op("lumi::attention_backward", mutates_args=())
 def _attention_backward_op(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
-    first_key: Tensor, last_query: Tensor, query_order: Tensor, key_order: Tensor,
+    first_key: Tensor, last_query: Tensor, query_order: Tensor, key_order: Tensor, native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = _tokens(dy), _tokens(q), _tokens(k), _tokens(v), _tokens(y)
-    dq_NHK, dk_NGK, dv_NGK = attention_bwd(*inputs, lse, first_key, last_query, query_order, key_order)
+    inputs = _tokens(dy), _tokens(q), _tokens(k), _tokens(v), _tokens(y), lse, first_key
+    if native:
+        dq_NHK, dk_NGK, dv_NGK = native_attention_bwd(*inputs)
+    else:
+        dq_NHK, dk_NGK, dv_NGK = attention_bwd(*inputs, last_query, query_order, key_order)
     return dq_NHK.view(q.shape), dk_NGK.view(k.shape), dv_NGK.view(v.shape)
 
 
 @_attention_op.register_fake
-def _(q: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(H, B * T, dtype=torch.float32)
 
 
 @_attention_backward_op.register_fake
-def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, *plan, ctx.native = inputs
     y, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # or autograd would fill an (H, N) with zeros, as the gradient of lse
-    ctx.save_for_backward(*inputs[:3], y, lse, *inputs[3:])
+    ctx.save_for_backward(q, k, v, y, lse, *plan)
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 7
-    return *_attention_backward_op(dy, *ctx.saved_tensors), None, None, None, None
+        return (None,) * 8
+    return *_attention_backward_op(dy, *ctx.saved_tensors, ctx.native), *(None,) * 5
 
 
 _attention_op.register_autograd(_backward, setup_context=_save)
@@ -570,6 +623,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> Tensor:
             f"head_dim must be at most {MAX_K} for this kernel, got {q.shape[-1]}; "
             '"kernels": "reference" takes any'
         )
+    _check_kind(q, k, v, plan)
+    y, _ = _attention_op(q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order)
+    return y
+
+
+def attention_native(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> Tensor:
+    """As `attention`, in C++, with any K: float32 or bfloat16 on a CPU."""
+    check_taken(q, k, v)
+    _check(q, k, v, plan)
+    _check_kind(q, k, v, plan)
+    native = _attention if runs_directly(q) else _attention_op
+    return native(q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order, True)[0]
+
+
+def _check_kind(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v), ("the plan", plan.first_key)):
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
@@ -577,5 +645,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> Tensor:
         raise ValueError(
             f"q, k and v must all be float32, bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
-    y, _ = _attention_op(q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order)
-    return y

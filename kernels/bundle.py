@@ -15,18 +15,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lumi.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from lumi.kernels.attention import MAX_K, attention, attention_reference
+from lumi.kernels.add_rms_norm import add_rms_norm, add_rms_norm_native, add_rms_norm_reference
+from lumi.kernels.attention import MAX_K, attention, attention_native, attention_reference
 from lumi.kernels.attention_plan import attention_plan, attention_plan_reference
 from lumi.kernels.chunked_cross_entropy import chunked_cross_entropy
-from lumi.kernels.decode_attention import decode_attention, decode_attention_reference
-from lumi.kernels.linear_cross_entropy import linear_cross_entropy
+from lumi.kernels.decode_attention import (
+    decode_attention,
+    decode_attention_native,
+    decode_attention_reference,
+)
+from lumi.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_native
 from lumi.kernels.lora_linear import lora_linear, lora_linear_reference
-from lumi.kernels.native import OLDEST_CAPABILITY, capability
+from lumi.kernels.native import OLDEST_CAPABILITY, capability, has_cpu_operators
 from lumi.kernels.optional_triton import HAS_TRITON
-from lumi.kernels.rms_norm import rms_norm, rms_norm_reference
-from lumi.kernels.rope import rope, rope_reference
-from lumi.kernels.swiglu import swiglu, swiglu_reference
+from lumi.kernels.rms_norm import rms_norm, rms_norm_native, rms_norm_reference
+from lumi.kernels.rope import rope, rope_native, rope_reference
+from lumi.kernels.swiglu import swiglu, swiglu_native, swiglu_reference
 
 
 class RMSNorm(Protocol):
@@ -166,40 +170,78 @@ TRITON = Ops(
 )
 
 
-def select(name: str, device: torch.device | str, head_dim: int) -> Ops:
+NATIVE = Ops(
+    name="native",
+    rms_norm=rms_norm_native,
+    add_rms_norm=add_rms_norm_native,
+    rope=rope_native,
+    attention_plan=attention_plan,
+    attention=attention_native,
+    decode_attention=decode_attention_native,
+    swiglu=swiglu_native,
+    lora_linear=lora_linear,
+    linear_cross_entropy=linear_cross_entropy_native,
+)
+
+
+def select(name: str, device: torch.device | str, head_dim: int, dtype: torch.dtype) -> Ops:
     """The bundle called `name` for a model on `device`.
 
     Args:
-        name: "reference", "triton" or "auto". "auto" is triton on a GPU of compute capability 8.0 or newer,
-            for heads that its kernels take; elsewhere it is reference.
+        name: "reference", "native", "triton" or "auto". "auto" is triton on a GPU of compute capability 8.0
+            or newer, for heads that its kernels take. It is native on a CPU, for float32 and bfloat16, where
+            these operators were built. Elsewhere it is reference.
         device: where the model will run.
         head_dim: K, of the model.
+        dtype: of the model's activations.
 
     Returns:
-        `REFERENCE` or `TRITON`.
+        `REFERENCE`, `NATIVE` or `TRITON`.
 
     Raises:
-        ValueError: for another name, and for "triton" in three cases: Triton is not installed; the device is
-            not CUDA and TRITON_INTERPRET is not 1 (Triton's interpreter: slow, for tests); the kernels do not
-            take heads of this size.
+        ValueError: for another name, and where the operators of that name do not run: "native" on a device or
+            for a dtype that "auto" does not take it for; "triton" without Triton, on a device that is not
+            CUDA if TRITON_INTERPRET is not 1 (Triton's interpreter: slow, for tests), and for heads that its
+            kernels do not take.
     """
     device = torch.device(device)
-    if name not in ("auto", "reference", "triton"):
-        raise ValueError(f"kernels must be 'auto', 'reference' or 'triton', got {name!r}")
-    fits = head_dim <= MAX_K and head_dim % 8 == 0
-    if name == "reference" or (
-        name == "auto" and not (fits and device.type == "cuda" and capability(device) >= OLDEST_CAPABILITY)
-    ):
+    if name not in ("auto", "reference", "native", "triton"):
+        raise ValueError(f"kernels must be 'auto', 'reference', 'native' or 'triton', got {name!r}")
+    if name == "native" or (name == "auto" and device.type == "cpu" and has_cpu_operators(dtype)):
+        return _native(device, dtype)
+    if name == "reference" or (name == "auto" and not _suits_triton(device, head_dim)):
         return REFERENCE
+    return _triton(name, device, head_dim)
+
+
+def _native(device: torch.device, dtype: torch.dtype) -> Ops:
+    if device.type != "cpu" or not has_cpu_operators(dtype):
+        raise ValueError(
+            f"kernels must not be 'native' for {str(dtype).removeprefix('torch.')} on {device.type}: these "
+            "operators are C++ for float32 and bfloat16 on CPUs (not on Windows); take 'auto'"
+        )
+    return NATIVE
+
+
+def _suits_triton(device: torch.device, head_dim: int) -> bool:
+    return device.type == "cuda" and capability(device) >= OLDEST_CAPABILITY and _fits(head_dim)
+
+
+def _fits(head_dim: int) -> bool:
+    return head_dim <= MAX_K and head_dim % 8 == 0
+
+
+def _triton(name: str, device: torch.device, head_dim: int) -> Ops:
     if not HAS_TRITON:
         raise ValueError(
             f"kernels must be 'reference' where Triton is not installed, got {name!r} on {device.type}"
         )
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"kernels must be 'reference' or 'auto' on {device.type} (Triton needs CUDA), got {name!r}"
+            f"kernels must be 'auto', 'native' or 'reference' on {device.type} (Triton needs CUDA), "
+            f"got {name!r}"
         )
-    if not fits:
+    if not _fits(head_dim):
         raise ValueError(
             f"head_dim must be a multiple of 8 up to {MAX_K} for kernels 'triton', got {head_dim}; "
             "'reference' takes any"

@@ -23,12 +23,13 @@ written and read, per row of results.
 """
 
 from functools import cache
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
 from lumi.kernels.optional_triton import tl, triton
 
 MAX_K = 256  # a tile's accumulator is held in registers
@@ -303,21 +304,54 @@ def decode_attention_launch(
     return y_BTHK
 
 
+# --- C++ for CPUs: the same, by csrc/cpu/decode_attention.h ---
+
+
+def native_decode_attention(
+    q_BTHK: Tensor, k_cache: Tensor, v_cache: Tensor, positions_BT: Tensor, page_table: Tensor | None
+) -> Tensor:
+    """As `decode_attention_launch`."""
+    (B, T, H, K), G, operators = q_BTHK.shape, k_cache.shape[2], cpu_operators(q_BTHK.dtype)
+    y_BTHK = torch.empty(q_BTHK.shape, dtype=q_BTHK.dtype)
+    page_size, table_stride, slots = 0, 0, k_cache.shape[1]
+    if page_table is not None:
+        page_size, table_stride = k_cache.shape[1], page_table.stride(0)
+        slots = page_size * page_table.shape[1]
+    positions_BT = positions_BT.to(torch.int64).contiguous()
+    used = min(int(positions_BT.max()) + 1, slots) if positions_BT.numel() else 0
+    threads, scratch_size = torch.get_num_threads(), operators.decode_scratch(max(used, 0), K)
+    scratch = torch.empty(threads * scratch_size)
+    tensors = q_BTHK, k_cache, v_cache, positions_BT, page_table, y_BTHK, scratch
+    strides = [stride for t in (q_BTHK, k_cache, v_cache) for stride in t.stride()[:3]]
+    operators.decode_attention(
+        *map(address, tensors), scratch_size, B, T, slots, H, G, K, page_size, table_stride, *strides, threads
+    )
+    return y_BTHK
+
+
 # --- registration: torch.compile sees one opaque operator with a known shape; it has no gradient ---
 
 
-@torch.library.custom_op("lumi::decode_attention", mutates_args=())
-def _decode_attention_op(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None
+def _decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    page_table: Tensor | None,
+    native: bool = False,
 ) -> Tensor:
     q, k_cache, v_cache = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache))
     if page_table is not None and page_table.stride(1) != 1:
         page_table = page_table.contiguous()
-    return decode_attention_launch(q, k_cache, v_cache, positions, page_table)
+    launch = native_decode_attention if native else decode_attention_launch
+    return launch(q, k_cache, v_cache, positions, page_table)
+
+
+_decode_attention_op = torch.library.custom_op("lumi::decode_attention", _decode_attention, mutates_args=())
 
 
 @_decode_attention_op.register_fake
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -353,10 +387,25 @@ def decode_attention(
 
     Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
-    _check_shapes(q, k_cache, v_cache, positions, page_table)
+    _check(q, k_cache, v_cache, positions, page_table)
     K = q.shape[3]
     if not 8 <= K <= MAX_K or K % 8:
         raise ValueError(f"K must be a multiple of 8 between 8 and {MAX_K}, got {K}")
+    return _decode_attention_op(q, k_cache, v_cache, positions, page_table)
+
+
+def decode_attention_native(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None = None
+) -> Tensor:
+    """As `decode_attention`, in C++, with any K: float32 or bfloat16 on a CPU."""
+    check_taken(q, k_cache, v_cache)
+    _check(q, k_cache, v_cache, positions, page_table)
+    native = _decode_attention if runs_directly(q) else _decode_attention_op
+    return native(q, k_cache, v_cache, positions, page_table, True)
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None) -> None:
+    _check_shapes(q, k_cache, v_cache, positions, page_table)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     if not q.dtype == k_cache.dtype == v_cache.dtype or q.dtype not in dtypes:
         raise ValueError(
@@ -371,4 +420,3 @@ def decode_attention(
             "q, the caches, positions and page_table must be on one device, "
             f"got {', '.join(map(str, devices))}"
         )
-    return _decode_attention_op(q, k_cache, v_cache, positions, page_table)

@@ -38,9 +38,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumi.kernels.native import address, check_taken, cpu_operators
 from lumi.kernels.optional_triton import tl, triton
 
 IGNORE_INDEX = -100
+# Logits of a chunk of the operator for CPUs: 512 rows of 32,768. A chunk of 16-bit products has more: what it
+# adds to dweight is not part of a product.
+NATIVE_LOGITS = {4: 2**24, 2: 2**26}
+NATIVE_MIN_ROWS = 256  # every chunk reads and writes all of dweight
 LOGITS_BYTES = 2**30  # of the one buffer for logits: 2048 rows of 262,144 16-bit logits
 MIN_CHUNK_ROWS = 2048  # even if they take more than LOGITS_BYTES
 _ROW_MULTIPLE = 128  # a matrix product's tile
@@ -343,33 +348,115 @@ def rescale(gradient: Tensor, dloss: Tensor, expected_dloss: float) -> None:
             _rescale_kernel[(num_programs,)](gradient, dloss, expected_dloss, num_elements, **config)
 
 
+# --- C++ for CPUs: products by torch, what is between them by csrc/cpu/cross_entropy.h ---
+
+
+def native_chunk_rows(N: int, V: int, element_size: int) -> int:
+    """Rows of a chunk of the operator for CPUs."""
+    rows = max(NATIVE_LOGITS[element_size] // V, NATIVE_MIN_ROWS)
+    return max(triton.cdiv(N, triton.cdiv(max(N, 1), rows)), 1)
+
+
+def native_workspace_bytes(N: int, D: int, V: int, dtype: torch.dtype, needs_dweight: bool = True) -> int:
+    """The most that `linear_cross_entropy_native` allocates, in bytes, gradients included. Arguments as
+    `workspace_bytes`."""
+    size, rows = dtype.itemsize, native_chunk_rows(N, V, dtype.itemsize)
+    casts = 0 if size == 4 else 2 * V * D * size  # of the weight, and of a chunk's dweight
+    return rows * V * size + casts + 2 * N * D * size + (4 * V * D if needs_dweight else 0)
+
+
+def native_linear_cross_entropy_fwd(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    expected_dloss: float,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `linear_cross_entropy_fwd`; dweight_VD is float32. Rows without a target take part in no product."""
+    counted = (targets_N != IGNORE_INDEX).nonzero()[:, 0]
+    if len(counted) and not 0 <= targets_N[counted].min() <= targets_N[counted].max() < len(weight_VD):
+        raise IndexError(f"targets must be below {len(weight_VD)} or {IGNORE_INDEX}, got others")
+    all_counted = len(counted) == len(targets_N)
+    hidden_MD, targets_M = (hidden_ND, targets_N) if all_counted else (hidden_ND[counted], targets_N[counted])
+    M, V, dtype = len(hidden_MD), len(weight_VD), hidden_ND.dtype
+    operators = cpu_operators(dtype)
+    weight, targets_M, loss = weight_VD.to(dtype), targets_M.contiguous(), 0.0
+    dhidden_MD = torch.empty(hidden_MD.shape if needs_dhidden else (0,), dtype=dtype)
+    dweight_VD = torch.zeros(weight_VD.shape if needs_dweight else (0,))
+    # The transpose of a chunk's logits: at these shapes products with it are a tenth faster.
+    columns_at_once = native_chunk_rows(M, V, dtype.itemsize)
+    buffer, losses_C = torch.empty(V * columns_at_once, dtype=dtype), torch.empty(columns_at_once)
+    scratch = torch.empty(operators.cross_entropy_scratch(V, columns_at_once))
+    for start in range(0, M, columns_at_once):
+        rows = slice(start, min(start + columns_at_once, M))
+        C, hidden_CD = rows.stop - start, hidden_MD[rows]
+        logits_VC = torch.mm(weight, hidden_CD.T, out=buffer[: V * C].view(V, C))
+        loss += operators.cross_entropy(
+            *map(address, (logits_VC, targets_M[rows], losses_C, scratch)), V, C,
+            z_loss, expected_dloss, needs_dhidden or needs_dweight, torch.get_num_threads(),
+        )  # fmt: skip
+        if needs_dhidden:
+            torch.mm(logits_VC.T, weight, out=dhidden_MD[rows])
+        if needs_dweight and dtype == torch.float32:
+            dweight_VD.addmm_(logits_VC, hidden_CD)
+        elif needs_dweight:
+            dweight_VD += logits_VC @ hidden_CD
+    if needs_dhidden and not all_counted:
+        dhidden_MD = torch.zeros_like(hidden_ND).index_copy_(0, counted, dhidden_MD)
+    return torch.tensor(loss, dtype=torch.float32), dhidden_MD, dweight_VD
+
+
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-_linear_cross_entropy_op = torch.library.custom_op(
-    "lumi::linear_cross_entropy", linear_cross_entropy_fwd, mutates_args=()
-)
+@torch.library.custom_op("lumi::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy_op(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    expected_dloss: float,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+    native: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    launch = native_linear_cross_entropy_fwd if native else linear_cross_entropy_fwd
+    return launch(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, needs_dhidden, needs_dweight)
 
 
 @torch.library.custom_op("lumi::linear_cross_entropy_rescale", mutates_args=("gradient",))
-def _rescale_op(gradient: Tensor, dloss: Tensor, expected_dloss: float) -> None:
-    rescale(gradient, dloss, expected_dloss)
+def _rescale_op(gradient: Tensor, dloss: Tensor, expected_dloss: float, native: bool = False) -> None:
+    if not native:
+        rescale(gradient, dloss, expected_dloss)
+    elif dloss.item() != expected_dloss:
+        gradient *= dloss / expected_dloss
 
 
 @_linear_cross_entropy_op.register_fake
-def _(hidden_ND: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_dhidden, needs_dweight = rest
-    gradients = _empty_gradients(hidden_ND, weight_VD, needs_dhidden, needs_dweight)
-    return hidden_ND.new_empty((), dtype=torch.float32), *gradients
+def _(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    expected_dloss: float,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+    native: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight = _empty_gradients(hidden_ND, weight_VD, needs_dhidden, needs_dweight)
+    dweight = dweight.float() if native else dweight
+    return hidden_ND.new_empty((), dtype=torch.float32), dhidden, dweight
 
 
 @_rescale_op.register_fake
-def _(gradient: Tensor, dloss: Tensor, expected_dloss: float) -> None:
+def _(gradient: Tensor, dloss: Tensor, expected_dloss: float, native: bool = False) -> None:
     return None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight_VD, _, _, ctx.expected_dloss, ctx.needs_dhidden, ctx.needs_dweight = inputs
+    _, weight_VD, _, _, ctx.expected_dloss, ctx.needs_dhidden, ctx.needs_dweight, ctx.native = inputs
     _, dhidden, dweight = output
     ctx.weight_dtype = weight_VD.dtype
     ctx.mark_non_differentiable(dhidden, dweight)
@@ -380,15 +467,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     dhidden, dweight = ctx.saved_tensors
     if dloss is None:
-        return (None,) * 7
+        return (None,) * 8
     if ctx.needs_dhidden:
-        _rescale_op(dhidden, dloss, ctx.expected_dloss)
+        _rescale_op(dhidden, dloss, ctx.expected_dloss, ctx.native)
     if ctx.needs_dweight:
-        _rescale_op(dweight, dloss, ctx.expected_dloss)
+        _rescale_op(dweight, dloss, ctx.expected_dloss, ctx.native)
     return (
         dhidden if ctx.needs_dhidden else None,
         dweight.to(ctx.weight_dtype) if ctx.needs_dweight else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 
@@ -433,6 +520,48 @@ def linear_cross_entropy(
 
     Source: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
     """
+    _check(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss)
+    return _apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, native=False)
+
+
+def linear_cross_entropy_native(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_loss: float = 0.0,
+    expected_dloss: float = 1.0,
+) -> Tensor:
+    """As `linear_cross_entropy`, on a CPU: hidden is float32 or bfloat16.
+
+    Extra memory: `native_workspace_bytes`.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`.
+        IndexError: if a target is out of range.
+    """
+    check_taken(hidden_ND)
+    _check(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss)
+    return _apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, native=True)
+
+
+def _apply(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    expected_dloss: float,
+    native: bool,
+) -> Tensor:
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden_ND, weight_VD)]
+    loss, _, _ = _linear_cross_entropy_op(
+        hidden_ND, weight_VD, targets_N, float(z_loss), float(expected_dloss), *needs, native
+    )
+    return loss
+
+
+def _check(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, expected_dloss: float
+) -> None:
     check_operands(hidden_ND, weight_VD, targets_N)
     check_numbers(z_loss, expected_dloss)
     if len(weight_VD) == 0:
@@ -445,8 +574,3 @@ def linear_cross_entropy(
             raise ValueError(
                 f"{name} must be on the device of hidden, {hidden_ND.device}, got {tensor.device}"
             )
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden_ND, weight_VD)]
-    loss, _, _ = _linear_cross_entropy_op(
-        hidden_ND, weight_VD, targets_N, float(z_loss), float(expected_dloss), *needs
-    )
-    return loss

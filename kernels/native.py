@@ -1,4 +1,4 @@
-"""Which tensors the operators compiled from csrc/ take.
+"""Which tensors the operators compiled from csrc/ take, and how they are called.
 
 These operators get bare addresses, so the caller must know what lies there. Every step asks about every
 tensor of a model. So each question goes to a whole list at once: a loop in C answers it, in some 50 ns per
@@ -8,6 +8,7 @@ tensor.
 from collections.abc import Sequence
 from functools import cache
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,48 @@ def native_device(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32)
     alike = devices.count(devices[0]) == len(tensors) and dtypes.count(dtype) == len(tensors)
     takes = alike and has_native(devices[0]) and all(map(Tensor.is_contiguous, tensors))
     return devices[0] if takes else None
+
+
+def has_cpu_operators(dtype: torch.dtype) -> bool:
+    """Whether the operators of csrc/cpu were built and take activations of this type: float32 or bfloat16."""
+    return dtype in _operators
+
+
+def check_taken(*tensors: Tensor) -> None:
+    """Raises ValueError unless the operators of csrc/cpu take these activations: of one type, on a CPU. They
+    may have any strides."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype != dtype or dtype not in _operators:
+            raise ValueError(
+                "the operators for CPUs take tensors of float32 or of bfloat16 on the CPU, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def cpu_operators(dtype: torch.dtype) -> Any:
+    """The operators of csrc/cpu on activations of this type: `operators.h` says what they
+    take."""
+    return _operators[dtype]
+
+
+def runs_directly(tensor: Tensor) -> bool:
+    """Whether nothing watches an operator, so that it need not be one of torch's.
+
+    torch's own calls cost as much as a small operator's work. Nothing watches without gradients and outside
+    of `torch.compile`, if the tensor is one of memory.
+    """
+    return not torch.is_grad_enabled() and type(tensor) in PLAIN_TYPES and not torch.compiler.is_compiling()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of a tensor's memory; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+_operators: dict[torch.dtype, Any] = {}  # of the best target that the processor has
+if _csrc.cpu_targets:
+    _operators.update(zip((torch.float32, torch.bfloat16), _csrc.cpu_targets[0], strict=True))
 
 
 @cache

@@ -20,6 +20,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
 from lumi.kernels.optional_triton import tl, triton
 from lumi.kernels.strided_rows import strided_rows
 
@@ -216,43 +217,83 @@ def rms_norm_bwd(
     return dx_ND, dweight_PD.sum(dim=0).to(weight_D.dtype)  # two-stage sum: deterministic, no atomics
 
 
+# --- C++ for CPUs: the same, by csrc/cpu/rms_norm.h ---
+
+
+def native_rms_norm_fwd(
+    x_ND: Tensor, weight_D: Tensor, eps: float, residual_ND: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns y_ND, x_ND + residual_ND (None without a residual) and rstd_N in float32."""
+    (N, D), weight_D = x_ND.shape, weight_D.float()
+    y_ND, rstd_N = torch.empty(N, D, dtype=x_ND.dtype), torch.empty(N)
+    total_ND = None if residual_ND is None else torch.empty_like(y_ND)
+    tensors = x_ND, residual_ND, weight_D, total_ND, y_ND, rstd_N
+    residual_stride = 0 if residual_ND is None else residual_ND.stride(0)
+    cpu_operators(x_ND.dtype).rms_norm(
+        *map(address, tensors), N, D, x_ND.stride(0), residual_stride, eps, torch.get_num_threads()
+    )
+    return y_ND, total_ND, rstd_N
+
+
+def native_rms_norm_bwd(
+    dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, dtotal_ND: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `rms_norm_bwd`."""
+    (N, D), operators, weight = x_ND.shape, cpu_operators(x_ND.dtype), weight_D.float()
+    dx_ND, dweight_D = torch.empty(N, D, dtype=x_ND.dtype), torch.empty(D)
+    partials_PD = torch.empty(operators.rms_norm_pieces(N, D), D)
+    tensors = dy_ND, dtotal_ND, x_ND, weight, rstd_N, dx_ND, dweight_D, partials_PD
+    dtotal_stride = 0 if dtotal_ND is None else dtotal_ND.stride(0)
+    strides = dy_ND.stride(0), dtotal_stride, x_ND.stride(0)
+    operators.rms_norm_backward(*map(address, tensors), N, D, *strides, torch.get_num_threads())
+    return dx_ND, dweight_D.to(weight_D.dtype)
+
+
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-@torch.library.custom_op("lumi::rms_norm", mutates_args=())
-def _rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y_ND, rstd_N = rms_norm_fwd(strided_rows(x), weight.contiguous(), eps)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, native: bool = False) -> tuple[Tensor, Tensor]:
+    if native:
+        y_ND, _, rstd_N = native_rms_norm_fwd(strided_rows(x), weight.contiguous(), eps)
+    else:
+        y_ND, rstd_N = rms_norm_fwd(strided_rows(x), weight.contiguous(), eps)
     return y_ND.view(x.shape), rstd_N
 
 
+_rms_norm_op = torch.library.custom_op("lumi::rms_norm", _rms_norm, mutates_args=())
+
+
 @torch.library.custom_op("lumi::rms_norm_backward", mutates_args=())
-def _rms_norm_backward_op(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx_ND, dweight_D = rms_norm_bwd(strided_rows(dy), strided_rows(x), weight.contiguous(), rstd)
+def _rms_norm_backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, native: bool = False
+) -> tuple[Tensor, Tensor]:
+    launch = native_rms_norm_bwd if native else rms_norm_bwd
+    dx_ND, dweight_D = launch(strided_rows(dy), strided_rows(x), weight.contiguous(), rstd)
     return dx_ND.view(x.shape), dweight_D
 
 
 @_rms_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, eps: float, native: bool = False) -> tuple[Tensor, Tensor]:
     rows = math.prod(x.shape[:-1])  # not numel(), which would tie a graph to one length
     return x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
 
 
 @_rms_norm_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, native: bool = False) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _ = inputs
+    x, weight, _, ctx.native = inputs
     _, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)  # else autograd fills zeros for rstd's gradient
     ctx.save_for_backward(x, weight, rstd)
 
 
-def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
-    dx, dweight = _rms_norm_backward_op(dy, *ctx.saved_tensors)
-    return dx, dweight, None
+def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, Tensor, None, None]:
+    dx, dweight = _rms_norm_backward_op(dy, *ctx.saved_tensors, ctx.native)
+    return dx, dweight, None, None
 
 
 _rms_norm_op.register_autograd(_backward, setup_context=_save)
@@ -281,6 +322,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     check_operands(x, weight)
     y, _ = _rms_norm_op(x, weight, eps)
     return y
+
+
+def rms_norm_native(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """As `rms_norm`, in C++: float32 or bfloat16 on a CPU."""
+    check_taken(x)
+    check_operands(x, weight)
+    return (_rms_norm if runs_directly(x) else _rms_norm_op)(x, weight, eps, True)[0]
 
 
 def check_operands(x: Tensor, weight: Tensor) -> None:

@@ -21,6 +21,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
 from lumi.kernels.optional_triton import tl, triton
 
 _TILE = 1024  # elements of each half of a head that a program turns at a time
@@ -204,28 +205,50 @@ def rope_launch(
     return q_out, k_out
 
 
+# --- C++ for CPUs: the same, by csrc/cpu/rope.h ---
+
+
+def native_rope(
+    q_NHK: Tensor, k_NGK: Tensor, cos_NK: Tensor, sin_NK: Tensor, sign: int
+) -> tuple[Tensor, Tensor]:
+    """As `rope_launch`."""
+    outputs = []
+    for x in (q_NHK, k_NGK):
+        y = torch.empty(x.shape, dtype=x.dtype)
+        addresses = map(address, (x, cos_NK, sin_NK, y))
+        cpu_operators(x.dtype).rope(*addresses, *x.shape, *x.stride()[:2], sign, torch.get_num_threads())
+        outputs.append(y)
+    return outputs[0], outputs[1]
+
+
 # --- registration: torch.compile, checkpointing and FSDP2 see one opaque operator with known shapes ---
 
 
-@torch.library.custom_op("lumi::rope", mutates_args=())
-def _rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+def _rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int, native: bool = False
+) -> tuple[Tensor, Tensor]:
     cos_NK, sin_NK = (t.reshape(-1, t.shape[-1]).contiguous() for t in (cos, sin))
-    q_out, k_out = rope_launch(_tokens(q), _tokens(k), cos_NK, sin_NK, sign)
+    q_out, k_out = (native_rope if native else rope_launch)(_tokens(q), _tokens(k), cos_NK, sin_NK, sign)
     return q_out.view(q.shape), k_out.view(k.shape)
 
 
+_rope_op = torch.library.custom_op("lumi::rope", _rope, mutates_args=())
+
+
 @_rope_op.register_fake
-def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int, native: bool = False
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, cos, sin, ctx.sign = inputs
+    _, _, cos, sin, ctx.sign, ctx.native = inputs
     ctx.save_for_backward(cos, sin)
 
 
-def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-    return (*_rope_op(dq, dk, *ctx.saved_tensors, -ctx.sign), None, None, None)
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    return *_rope_op(dq, dk, *ctx.saved_tensors, -ctx.sign, ctx.native), None, None, None, None
 
 
 _rope_op.register_autograd(_backward, setup_context=_save)
@@ -251,6 +274,18 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     Source: Su et al. 2021, https://arxiv.org/abs/2104.09864.
     """
+    _check(q, k, cos, sin)
+    return _rope_op(q, k, cos, sin, 1)
+
+
+def rope_native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rope`, in C++: float32 or bfloat16 on a CPU."""
+    check_taken(q, k)
+    _check(q, k, cos, sin)
+    return (_rope if runs_directly(q) else _rope_op)(q, k, cos, sin, 1, True)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     fits = q.ndim == k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
     if not fits or q.shape[3] % 2 or q.shape[3] == 0:
         raise ValueError(
@@ -272,4 +307,3 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
             "q, k, cos and sin must be on one device, "
             f"got {q.device}, {k.device}, {cos.device} and {sin.device}"
         )
-    return _rope_op(q, k, cos, sin, 1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
 from lumi.kernels.optional_triton import tl, triton
 from lumi.kernels.strided_rows import strided_rows
 
@@ -117,36 +118,70 @@ def swiglu_bwd(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, T
     return dgate_NF, dup_NF
 
 
+# --- C++ for CPUs: the same, by csrc/cpu/swiglu.h ---
+
+
+def native_swiglu_fwd(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """As `swiglu_fwd`."""
+    y_NF = torch.empty(gate_NF.shape, dtype=gate_NF.dtype)
+    cpu_operators(gate_NF.dtype).swiglu(
+        *map(address, (gate_NF, up_NF, y_NF)),
+        *gate_NF.shape,
+        gate_NF.stride(0),
+        up_NF.stride(0),
+        torch.get_num_threads(),
+    )
+    return y_NF
+
+
+def native_swiglu_bwd(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """As `swiglu_bwd`."""
+    dgate_NF, dup_NF = (torch.empty(gate_NF.shape, dtype=gate_NF.dtype) for _ in range(2))
+    inputs = dy_NF, gate_NF, up_NF
+    cpu_operators(gate_NF.dtype).swiglu_backward(
+        *map(address, (*inputs, dgate_NF, dup_NF)),
+        *gate_NF.shape,
+        *(t.stride(0) for t in inputs),
+        torch.get_num_threads(),
+    )
+    return dgate_NF, dup_NF
+
+
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-@torch.library.custom_op("lumi::swiglu", mutates_args=())
-def _swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
-    return swiglu_fwd(strided_rows(gate), strided_rows(up)).view(gate.shape)
+def _swiglu(gate: Tensor, up: Tensor, native: bool = False) -> Tensor:
+    launch = native_swiglu_fwd if native else swiglu_fwd
+    return launch(strided_rows(gate), strided_rows(up)).view(gate.shape)
+
+
+_swiglu_op = torch.library.custom_op("lumi::swiglu", _swiglu, mutates_args=())
 
 
 @torch.library.custom_op("lumi::swiglu_backward", mutates_args=())
-def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate_NF, dup_NF = swiglu_bwd(strided_rows(dy), strided_rows(gate), strided_rows(up))
+def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor, native: bool = False) -> tuple[Tensor, Tensor]:
+    launch = native_swiglu_bwd if native else swiglu_bwd
+    dgate_NF, dup_NF = launch(strided_rows(dy), strided_rows(gate), strided_rows(up))
     return dgate_NF.view(gate.shape), dup_NF.view(gate.shape)
 
 
 @_swiglu_op.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
+def _(gate: Tensor, up: Tensor, native: bool = False) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
 @_swiglu_backward_op.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, gate: Tensor, up: Tensor, native: bool = False) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.native = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return _swiglu_backward_op(dy, *ctx.saved_tensors)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_swiglu_backward_op(dy, *ctx.saved_tensors, ctx.native), None
 
 
 _swiglu_op.register_autograd(_backward, setup_context=_save)
@@ -172,6 +207,18 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
     """
+    _check(gate, up)
+    return _swiglu_op(gate, up)
+
+
+def swiglu_native(gate: Tensor, up: Tensor) -> Tensor:
+    """As `swiglu`, in C++: float32 or bfloat16 on a CPU."""
+    check_taken(gate, up)
+    _check(gate, up)
+    return (_swiglu if runs_directly(gate) else _swiglu_op)(gate, up, True)
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
     if gate.ndim == 0 or gate.shape[-1] == 0:
         raise ValueError(f"gate must have a last dimension of at least 1, got shape {tuple(gate.shape)}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
@@ -182,4 +229,3 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         )
     if gate.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"gate must be float32, bfloat16 or float16, got {gate.dtype}")
-    return _swiglu_op(gate, up)

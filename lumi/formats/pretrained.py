@@ -52,7 +52,7 @@ def load_pretrained(
     chosen = choose_device(device)
     folder, adapter = _locate_both(path, adapter_path)
     tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else Tokenizer.load(tokenizer_path)
-    ops = select("auto", chosen, read_shape(folder).head_dim)
+    ops = select("auto", chosen, read_shape(folder).head_dim, dtype)
     model = load_model(folder, ops, dtype, tokenizer)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)

@@ -157,8 +157,9 @@ def _rehearsed_step(pace: Pace, name: str) -> Callable[[], None]:
     """A step of the real model and the real optimizer, on random tokens."""
     config, shape = pace.config(name), load_config(TrainConfig, shipped(pace.name)).model
     assert shape is not None
-    ops = select(config.kernels, "cpu", shape.head_dim)
-    model = Transformer(shape, ops, compute_dtype=getattr(torch, config.dtype)).init_weights(0).train()
+    dtype = getattr(torch, config.dtype)
+    ops = select(config.kernels, "cpu", shape.head_dim, dtype)
+    model = Transformer(shape, ops, compute_dtype=dtype).init_weights(0).train()
     if config.lora is not None:
         add_lora(model, config.lora, 0, range(len(config.lora.tokens)))
     optimizer = Optimizer(model, config.optimizer)

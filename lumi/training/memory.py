@@ -9,7 +9,7 @@ import torch
 from lumi.data.batches import BatchConfig
 from lumi.kernels.bundle import REFERENCE
 from lumi.kernels.chunked_cross_entropy import chunk_rows
-from lumi.kernels.linear_cross_entropy import workspace_bytes
+from lumi.kernels.linear_cross_entropy import native_workspace_bytes, workspace_bytes
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.layout import Layout
 from lumi.training.run_config import TrainConfig
@@ -94,9 +94,9 @@ class MemoryEstimate:
     checkpointing a layer keeps only its input, D.
 
     The reference loss holds the logits of one chunk of rows three times (the logits, their float32
-    log-softmax and their gradient), and the float32 gradient of its matrix twice. The Triton loss states what
-    it takes. With adapters, only they have gradients and states. A token matrix whose rows are trained is put
-    together anew, and has a gradient.
+    log-softmax and their gradient), and the float32 gradient of its matrix twice. The two others state
+    what they take. With adapters, only they have gradients and states. A token matrix whose rows are trained
+    is put together anew, and has a gradient.
 
     On several processes:
     - DDP holds all gradients once more in its buckets.
@@ -190,7 +190,7 @@ class MemoryEstimate:
         model, tensor = self.model, self.layout.tensor
         dim, mlp = model.model_dim, model.mlp_dim
         heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-        wide = model.num_heads + 2 if self.kernels == "triton" else 6 * dim + heads + 3 * mlp
+        wide = model.num_heads + 2 if self.kernels != "reference" else 6 * dim + heads + 3 * mlp
         whole = 2 * dim if tensor > 1 else 0
         shared = self.compute_bytes * (4 * dim - whole + heads + 3 * mlp) + 4 * wide
         per_layer = self.compute_bytes * whole + shared // tensor
@@ -212,6 +212,9 @@ class MemoryEstimate:
             return workspace_bytes(
                 tokens, dim, vocab, dtype, weight_dtype, True, rows_trained, self.device_type
             )
+        if self.kernels == "native":
+            dtype = torch.float32 if self.compute_bytes == 4 else torch.bfloat16
+            return native_workspace_bytes(tokens, dim, vocab, dtype, rows_trained)
         rows = min(tokens, chunk_rows(vocab, self.device_type))
         matrix_gradients = 8 * vocab * dim if rows_trained else 0
         return (4 + 2 * self.compute_bytes) * rows * vocab + matrix_gradients

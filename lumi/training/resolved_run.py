@@ -57,7 +57,7 @@ def resolve_run(config: TrainConfig, paths: Paths, world: World) -> ResolvedRun:
     """
     with world.fail_together():
         config, shape, start = resolve_model(config, paths.model_path)
-        ops = _select_ops(config.kernels, world.device, shape.head_dim)
+        ops = _select_ops(config, world.device, shape.head_dim)
         dora = config.lora is not None and config.lora.dora
         check_tensor_parallel(shape, config.batches.sequence_length, world.layout.tensor, dora)
         num_trained = _count_trained(config, shape, ops)
@@ -117,9 +117,9 @@ def resolve_model(
         raise UserError(f"--model-path {folder}:", str(error)) from error
 
 
-def _select_ops(name: str, device: torch.device, head_dim: int) -> Ops:
+def _select_ops(config: TrainConfig, device: torch.device, head_dim: int) -> Ops:
     try:
-        return select(name, device, head_dim)
+        return select(config.kernels, device, head_dim, getattr(torch, config.dtype))
     except ValueError as error:
         raise UserError(str(error)) from error
 
