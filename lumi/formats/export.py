@@ -82,7 +82,9 @@ def export_model(
             got=f"the adapter {folder}",
             remedy="`lumi merge` makes one of it and its base",
         )
-    model, tokenizer, *_ = load_pretrained(folder, tokenizer_path=tokenizer_path, device="cpu")
+    model, tokenizer, *_ = load_pretrained(
+        folder, tokenizer_path=tokenizer_path, device="cpu", kernels="reference"
+    )
     return _write(Path(output_dir), model, tokenizer, dtype, max_shard_bytes)
 
 
@@ -109,9 +111,11 @@ def merge_adapter(
         got = f"the whole model {adapter}"
         raise UserError("--model-path", "must hold an adapter", got=got, remedy="there is nothing to merge")
     if base_path is None:
-        model, tokenizer, *_ = load_pretrained(adapter, device="cpu")
+        model, tokenizer, *_ = load_pretrained(adapter, device="cpu", kernels="reference")
     else:
-        model, tokenizer, *_ = load_pretrained(base_path, adapter_path=adapter, device="cpu")
+        model, tokenizer, *_ = load_pretrained(
+            base_path, adapter_path=adapter, device="cpu", kernels="reference"
+        )
     merging = _merge_and_compare(model)
     return _write(Path(output_dir), model, tokenizer, dtype, max_shard_bytes)._replace(merging=merging)
 

@@ -35,6 +35,7 @@ def load_pretrained(
     tokenizer_path: str | Path | None = None,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
+    kernels: str = "auto",
 ) -> Pretrained:
     """Load the model that `path` means.
 
@@ -45,6 +46,7 @@ def load_pretrained(
             folder, with the adapter's chat template.
         device: "auto", "cpu" or "cuda".
         dtype: of activations and products.
+        kernels: the operators' name, as for `lumi.kernels.bundle.select`.
 
     Raises:
         UserError: there is no model, it cannot be imported, or it was trained with another tokenizer or base.
@@ -52,7 +54,7 @@ def load_pretrained(
     chosen = choose_device(device)
     folder, adapter = _locate_both(path, adapter_path)
     tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else Tokenizer.load(tokenizer_path)
-    ops = select("auto", chosen, read_shape(folder).head_dim, dtype)
+    ops = select(kernels, chosen, read_shape(folder).head_dim, dtype)
     model = load_model(folder, ops, dtype, tokenizer)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)

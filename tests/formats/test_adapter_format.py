@@ -85,7 +85,7 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
         untrained = load_pretrained(base_dir, device="cpu").model.logits(model.hidden(ids))
         assert (ours - untrained).abs().max() > 0.1
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    loaded = load_pretrained(tmp_path / "ours", device="cpu").model
+    loaded = load_pretrained(tmp_path / "ours", device="cpu", kernels="reference").model
     assert torch.equal(loaded.logits(loaded.hidden(ids)), ours)
 
     torch.manual_seed(0)
@@ -109,8 +109,9 @@ def test_it_comes_back_as_it_went(base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4, alpha=6, dropout=0.1, targets=("v_proj", "up_proj"))
     model = save_adapted(base_dir, config, tokenizer, tmp_path / "run" / "final")
     expected = our_logits(model)
-    by_itself = load_pretrained(tmp_path / "run", device="cpu")
-    with_base = load_pretrained(base_dir, adapter_path=tmp_path / "run" / "final", device="cpu")
+    options = {"device": "cpu", "kernels": "reference"}
+    by_itself = load_pretrained(tmp_path / "run", **options)
+    with_base = load_pretrained(base_dir, adapter_path=tmp_path / "run" / "final", **options)
     for loaded in (by_itself, with_base):
         assert (loaded.folder, loaded.adapter) == (base_dir, tmp_path / "run" / "final")
         assert not loaded.model.training

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lumi.kernels.attention_plan import ORDER_BLOCK, attention_plan, attention_plan_reference
-from lumi.kernels.attention_tiles import rows_of
 
 BOTH = pytest.mark.parametrize("make", [attention_plan_reference, attention_plan], ids=["mask", "intervals"])
 
@@ -99,22 +98,3 @@ def test_rejects_wrong_boundary_dtype(make):
 def test_rejects_a_window_of_nothing(make):
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         make(None, 1, 9, "cpu", 0)
-
-
-@pytest.mark.parametrize(
-    ("arch", "row"),
-    [
-        (75, "80"),
-        (80, "80"),
-        (86, "80"),
-        (89, "80"),
-        (90, "90"),
-        (100, "90"),
-        (103, "90"),
-        (120, "80"),
-        (121, "80"),
-    ],
-)
-def test_an_architecture_without_rows_uses_older_ones(arch, row):
-    """And sm_120, which has the shared memory of sm_89, not those of sm_90."""
-    assert rows_of(arch) == row

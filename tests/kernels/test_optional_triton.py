@@ -13,9 +13,11 @@ sys.meta_path.insert(0, Missing())
 import torch
 from lumi.kernels.bundle import REFERENCE, select
 from lumi.kernels.rms_norm import rms_norm
-assert select("auto", "cpu", 64) is REFERENCE
+assert select("auto", "cpu", 64, torch.float16) is REFERENCE
 REFERENCE.rms_norm(torch.ones(2, 4), torch.ones(4))
-for attempt in (lambda: select("triton", "cpu", 64), lambda: rms_norm(torch.ones(2, 4), torch.ones(4))):
+by_name = lambda: select("triton", "cpu", 64, torch.float32)
+launched = lambda: rms_norm(torch.ones(2, 4), torch.ones(4))
+for attempt in (by_name, launched):
     try:
         attempt()
     except ValueError as error:

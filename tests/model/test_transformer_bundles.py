@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity import assert_parity
 
-from lumi.kernels.bundle import REFERENCE, TRITON
+from lumi.kernels.bundle import NATIVE, REFERENCE, TRITON
 from lumi.model.lora import LoraConfig, adapters, add_lora, trained_tensors
 from lumi.model.transformer import ModelConfig, Transformer
 
@@ -22,6 +22,7 @@ SHAPES = {
 
 
 LORA = LoraConfig(rank=3, alpha=5)
+KERNELS = pytest.mark.parametrize("ops", [TRITON, NATIVE], ids=lambda ops: ops.name)
 
 
 @functools.cache  # several tests need the same steps, and Triton's interpreter takes seconds for each
@@ -51,25 +52,29 @@ def step(shape, ops, dtype, device, lora, seed, how="plain"):
     return {"loss": loss.detach()} | gradients
 
 
+@KERNELS
 @pytest.mark.parametrize("shape", SHAPES)
-def test_one_step_under_triton_is_one_under_the_reference(shape, device):
+def test_one_step_under_kernels_is_one_under_the_reference(shape, ops, device):
+    device = "cpu" if ops is NATIVE else device
     exact = step(shape, REFERENCE, torch.float64, device, None, 0)
     same_dtype = step(shape, REFERENCE, torch.float32, device, None, 0)
-    actual = step(shape, TRITON, torch.float32, device, None, 0)
+    actual = step(shape, ops, torch.float32, device, None, 0)
     assert exact.keys() == actual.keys()
     for name in exact:
         assert_parity(name, actual[name], same_dtype[name], exact[name])
 
 
 @pytest.mark.soak  # the operators of a step and of adapters have their own parity tests
-def test_one_step_with_adapters(device):
+@KERNELS
+def test_one_step_with_adapters(ops, device):
     """Adapters on all seven linears of each layer; they alone are trained.
 
     All A's and all B's of several models are judged together: one rounding error reaches most of one model's.
     """
+    device = "cpu" if ops is NATIVE else device
     exact, same_dtype, actual = (
-        [step("grouped", ops, dtype, device, LORA, seed) for seed in range(4)]
-        for ops, dtype in ((REFERENCE, torch.float64), (REFERENCE, torch.float32), (TRITON, torch.float32))
+        [step("grouped", each, dtype, device, LORA, seed) for seed in range(4)]
+        for each, dtype in ((REFERENCE, torch.float64), (REFERENCE, torch.float32), (ops, torch.float32))
     )
     assert exact[0].keys() == actual[0].keys()
     assert len(exact[0]) == 1 + 2 * 7 * 2
@@ -89,20 +94,25 @@ def test_one_step_with_adapters(device):
         pytest.param("checkpointed", LORA, marks=pytest.mark.soak, id="checkpointed-adapters"),
     ],
 )
-def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, device):
-    """Bit for bit, under the Triton bundle: every operator is one node of the graph, with known shapes."""
-    plain = step("grouped", TRITON, torch.float32, device, lora, 0)
-    other = step("grouped", TRITON, torch.float32, device, lora, 0, how)
+@KERNELS
+def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, ops, device):
+    """Bit for bit: every operator is one node of the graph, with known shapes."""
+    device = "cpu" if ops is NATIVE else device
+    plain = step("grouped", ops, torch.float32, device, lora, 0)
+    other = step("grouped", ops, torch.float32, device, lora, 0, how)
     assert plain.keys() == other.keys()
     for name in plain:
         assert torch.equal(plain[name], other[name]), name
 
 
+@KERNELS
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
-def test_one_graph_serves_all_lengths(lora, device):
+def test_one_graph_serves_all_lengths(lora, ops, device):
     """A layer is compiled once for all lengths: the shapes of fake results follow those of the inputs."""
+    torch.compiler.reset()
     config = ModelConfig(vocab_size=97, num_layers=1, model_dim=32, num_heads=2, mlp_dim=48)
-    model = Transformer(config, TRITON).init_weights(0)
+    device = "cpu" if ops is NATIVE else device
+    model = Transformer(config, ops).init_weights(0)
     if lora is not None:
         add_lora(model, lora)
     graphs = []

@@ -1,10 +1,11 @@
 from dataclasses import replace
 
+import pytest
 import torch
 
 from lumi.data.batches import BatchConfig
-from lumi.kernels.bundle import TRITON
-from lumi.kernels.linear_cross_entropy import workspace_bytes
+from lumi.kernels.bundle import NATIVE, TRITON
+from lumi.kernels.linear_cross_entropy import native_workspace_bytes, workspace_bytes
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.layout import Layout
 from lumi.training.memory import Frozen, MemoryEstimate
@@ -34,14 +35,15 @@ def test_memory_by_hand():
     assert estimate(compute_bytes=4)["weights"] == 4 * parameters
 
 
-def test_activations_under_triton_are_what_autograd_keeps():
+@pytest.mark.parametrize("ops", [TRITON, NATIVE], ids=lambda ops: ops.name)
+def test_activations_under_kernels_are_what_autograd_keeps(ops):
     model = ModelConfig(vocab_size=50, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48)
     batches = BatchConfig(sequence_length=10, batch_tokens=20, micro_batch_size=2)
 
     def kept(num_layers):
         """Bytes of the tensors that are neither parameters nor shared by all layers."""
         config = replace(model, num_layers=num_layers)
-        transformer = Transformer(config, TRITON).init_weights(0)
+        transformer = Transformer(config, ops).init_weights(0)
         storages = {}
         parameters = {p.data_ptr() for p in transformer.parameters()}
 
@@ -53,8 +55,11 @@ def test_activations_under_triton_are_what_autograd_keeps():
             transformer(*torch.zeros(2, 2, 10, dtype=torch.int64))
         return sum(t.nbytes for address, t in storages.items() if address not in parameters)
 
-    whole = estimate(model, batches, compute_bytes=4, kernels="triton")
+    whole = estimate(model, batches, compute_bytes=4, kernels=ops.name)
     assert whole["activations"] == (kept(3) - kept(2)) * 3
+    if ops is NATIVE:
+        assert whole["loss"] == native_workspace_bytes(20, 32, 50, torch.float32)
+        return
     assert whole["loss"] == workspace_bytes(20, 32, 50, torch.float32, torch.float32, device_type="cpu")
     frozen = Frozen(10, 2, False)
     adapters = estimate(model, batches, device_type="cuda", kernels="triton", frozen=frozen)

@@ -10,7 +10,7 @@ import torch
 from runs import losses
 
 from lumi.data.batches import BatchConfig
-from lumi.kernels.bundle import REFERENCE
+from lumi.kernels.bundle import NATIVE
 from lumi.model.lora import LoraConfig, trained_tensors
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import Layout
@@ -37,7 +37,7 @@ def test_switches_reach_the_run(start, monkeypatch):
     monkeypatch.setattr(Trainer, "run_to_the_end", spy)
     short = {"num_steps": 4}
     plain = losses(start("plain", **short))
-    assert seen == {"compute_dtype": torch.float32, "checkpointing": False, "ops": "reference"}
+    assert seen == {"compute_dtype": torch.float32, "checkpointing": False, "ops": "native"}
     assert losses(start("recomputing", gradient_checkpointing=True, **short)) == plain
     assert seen["checkpointing"]
     for dtype in ("bfloat16", "float16"):
@@ -77,7 +77,7 @@ def resolve(config, data=1, least_free=None, **paths):
 
 def test_every_choice_is_made():
     run = resolve(CONFIG, data=2)
-    assert (run.ops, run.start, run.num_trained) == (REFERENCE, None, None)
+    assert (run.ops, run.start, run.num_trained) == (NATIVE, None, None)
     assert run.config.batches.micro_batch_size == 12  # all that a process has in a step
     assert run.micro_steps == 1
     by_hand = replace(CONFIG, batches=replace(CONFIG.batches, micro_batch_size=3))
@@ -88,7 +88,7 @@ def test_every_choice_is_made():
 
 
 def test_the_process_with_the_least_memory_decides():
-    needed = memory_of(with_micro_batch(CONFIG, 3), Layout(2, 1, 1), "cpu", "reference")["total"]
+    needed = memory_of(with_micro_batch(CONFIG, 3), Layout(2, 1, 1), "cpu", "native")["total"]
     assert resolve(CONFIG, 2, least_free=int(needed / USABLE) + 1).config.batches.micro_batch_size == 3
 
 
