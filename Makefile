@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. Each sets up what it needs in .venv. On a machine with a GPU, `make gpu`: benchmarks/README.md.
 PYTHON ?= python3
 VENV := .venv
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cpu/*)
 
 # The GPU's targets use PYTHON itself, which must have a CUDA build of torch, and install Lumi there without its dependencies.
 GPU_INSTALLED = build/gpu-installed$(subst /,-,$(shell command -v $(PYTHON)))

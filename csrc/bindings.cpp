@@ -84,10 +84,12 @@ void adamw(const AdamWArguments& arguments, int max_threads) {
 }
 
 #ifdef LUMI_HAS_CPU
-// A module with the operators of one target on activations of one type. Addresses and sizes are not checked here.
+// A module with the operators of one target on activations of one type. Addresses and sizes are not checked
+// here.
 py::module_ cpu_module(py::module_& m, const lumi::CpuOperators& operators, const std::string& type) {
     const std::string name = std::string("cpu_") + operators.target + "_" + type;
-    py::module_ table = m.def_submodule(name.c_str(), "Operators of csrc/cpu; operators.h says what they take.");
+    py::module_ table =
+        m.def_submodule(name.c_str(), "Operators of csrc/cpu; operators.h says what they take.");
     table.attr("target") = operators.target;
     const py::call_guard<py::gil_scoped_release> release;
     table.def("rms_norm", operators.rms_norm, release);
@@ -96,6 +98,7 @@ py::module_ cpu_module(py::module_& m, const lumi::CpuOperators& operators, cons
     table.def("swiglu", operators.swiglu, release);
     table.def("swiglu_backward", operators.swiglu_backward, release);
     table.def("rope", operators.rope, release);
+    table.def("linear", operators.linear, release);
     table.def("cross_entropy", operators.cross_entropy, release);
     table.def("cross_entropy_scratch", operators.cross_entropy_scratch);
     table.def("attention", operators.attention, release);

@@ -20,10 +20,11 @@ namespace lumi {
 constexpr std::size_t kPieceSize = 1 << 16;
 constexpr std::size_t kPiecesPerThread = 8;  // of kPieceSize; with fewer, threads cost more than they save
 
-// Calls work(index, thread) once for each index below num_pieces, and returns when all are done. thread is below
-// max_threads. One thread does it all if there are not pieces_per_thread for each of two.
+// Calls work(index, thread) once for each index below num_pieces, and returns when all are done. thread is
+// below max_threads. One thread does it all if there are not pieces_per_thread for each of two.
 template <typename Work>
-void for_each_piece(std::size_t num_pieces, int max_threads, std::size_t pieces_per_thread, const Work& work) {
+void for_each_piece(std::size_t num_pieces, int max_threads, std::size_t pieces_per_thread,
+                    const Work& work) {
     if (max_threads <= 1 || num_pieces < 2 * pieces_per_thread) {
         for (std::size_t i = 0; i < num_pieces; ++i) work(i, 0);
         return;

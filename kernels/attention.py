@@ -514,14 +514,14 @@ def native_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `attention_bwd`."""
     (_, H, K), G, operators = q_NHK.shape, k_NGK.shape[1], cpu_operators(q_NHK.dtype)
-    outputs = tuple(torch.empty(t.shape, dtype=t.dtype) for t in (q_NHK, k_NGK, v_NGK))
+    outputs = dq, dk, dv = [torch.empty(t.shape, dtype=t.dtype) for t in (q_NHK, k_NGK, v_NGK)]
     starts, *scratch = _spans(first_key_N, K, q_NHK.dtype, backward=True)
     inputs = dy_NHK, q_NHK, k_NGK, v_NGK, y_NHK
     operators.attention_backward(
         *map(address, (*inputs, lse_HN, first_key_N, starts, *outputs, scratch[0])), scratch[1],
         len(starts) - 1, H, G, K, *(s for t in inputs for s in t.stride()[:2]), torch.get_num_threads(),
     )  # fmt: skip
-    return outputs
+    return dq, dk, dv
 
 
 def _spans(first_key_N: Tensor, K: int, dtype: torch.dtype, backward: bool) -> tuple[Tensor, Tensor, int]:

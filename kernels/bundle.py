@@ -24,6 +24,7 @@ from lumi.kernels.decode_attention import (
     decode_attention_native,
     decode_attention_reference,
 )
+from lumi.kernels.linear import linear_native, linear_reference
 from lumi.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_native
 from lumi.kernels.lora_linear import lora_linear, lora_linear_reference
 from lumi.kernels.native import OLDEST_CAPABILITY, capability, has_cpu_operators
@@ -97,6 +98,12 @@ class SwiGLU(Protocol):
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
 
 
+class Linear(Protocol):
+    """y (..., O) from x (..., I) and weight (O, I) of any floating dtype."""
+
+    def __call__(self, x: Tensor, weight: Tensor, /) -> Tensor: ...
+
+
 class LoraLinear(Protocol):
     """One y_i (..., O_i) for each weight, from x (..., I), weights (O_i, I), As (R_i, I) and Bs (O_i,
     R_i)."""
@@ -139,6 +146,7 @@ class Ops:
     attention: Attention
     decode_attention: DecodeAttention
     swiglu: SwiGLU
+    linear: Linear
     lora_linear: LoraLinear
     linear_cross_entropy: LinearCrossEntropy
 
@@ -152,6 +160,7 @@ REFERENCE = Ops(
     attention=attention_reference,
     decode_attention=decode_attention_reference,
     swiglu=swiglu_reference,
+    linear=linear_reference,
     lora_linear=lora_linear_reference,
     linear_cross_entropy=chunked_cross_entropy,
 )
@@ -165,6 +174,7 @@ TRITON = Ops(
     attention=attention,
     decode_attention=decode_attention,
     swiglu=swiglu,
+    linear=linear_reference,  # torch's product is cuBLAS's
     lora_linear=lora_linear,  # not a kernel: fewer matrix products
     linear_cross_entropy=linear_cross_entropy,
 )
@@ -179,6 +189,7 @@ NATIVE = Ops(
     attention=attention_native,
     decode_attention=decode_attention_native,
     swiglu=swiglu_native,
+    linear=linear_native,
     lora_linear=lora_linear,
     linear_cross_entropy=linear_cross_entropy_native,
 )

@@ -318,8 +318,7 @@ def native_decode_attention(
         page_size, table_stride = k_cache.shape[1], page_table.stride(0)
         slots = page_size * page_table.shape[1]
     positions_BT = positions_BT.to(torch.int64).contiguous()
-    used = min(int(positions_BT.max()) + 1, slots) if positions_BT.numel() else 0
-    threads, scratch_size = torch.get_num_threads(), operators.decode_scratch(max(used, 0), K)
+    threads, scratch_size = torch.get_num_threads(), operators.decode_scratch(slots, T * (H // G), K)
     scratch = torch.empty(threads * scratch_size)
     tensors = q_BTHK, k_cache, v_cache, positions_BT, page_table, y_BTHK, scratch
     strides = [stride for t in (q_BTHK, k_cache, v_cache) for stride in t.stride()[:3]]

@@ -73,13 +73,14 @@ def cpu_operators(dtype: torch.dtype) -> Any:
     return _operators[dtype]
 
 
-def runs_directly(tensor: Tensor) -> bool:
+def runs_directly(*tensors: Tensor) -> bool:
     """Whether nothing watches an operator, so that it need not be one of torch's.
 
     torch's own calls cost as much as a small operator's work. Nothing watches without gradients and outside
-    of `torch.compile`, if the tensor is one of memory.
+    of `torch.compile`, if the tensors are ones of memory.
     """
-    return not torch.is_grad_enabled() and type(tensor) in PLAIN_TYPES and not torch.compiler.is_compiling()
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not watched and PLAIN_TYPES.issuperset(map(type, tensors))
 
 
 def address(tensor: Tensor | None) -> int:

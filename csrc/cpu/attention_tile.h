@@ -1,8 +1,8 @@
-// What attention in training and in generation share: tiles of queries against packed keys and values, with the
-// softmax of one tile of keys at a time (Dao 2023, https://arxiv.org/abs/2307.08691).
+// What attention in training and in generation share: tiles of queries against packed keys and values, with
+// the softmax of one tile of keys at a time (Dao 2023, https://arxiv.org/abs/2307.08691).
 //
-// Packed memory is float, its rows and columns are filled up with zeros: K' is the head dim up to a multiple of
-// kWidth, S' the number of keys up to a multiple of kTile.
+// Packed memory is float, its rows and columns are filled up with zeros: K' is the head dim up to a multiple
+// of kWidth, S' the number of keys up to a multiple of kTile.
 #pragma once
 
 #include <math.h>
@@ -61,8 +61,8 @@ inline float dot(const T* a, const float* b, Int dim) {
     return sum(products);
 }
 
-// Of a tile of queries, row by row: the weighted sum of values (K'), the largest score, the sum of the weights; the
-// sums are divided by e^largest.
+// Of a tile of queries, row by row: the weighted sum of values (K'), the largest score, the sum of the
+// weights; the sums are divided by e^largest.
 struct Sums {
     float *results, *largest, *total;
 };
@@ -109,8 +109,9 @@ inline void take_scores(float* scores, Int low, Int high, float* result, float& 
     largest_score = largest;
 }
 
-// One tile of keys. queries: kTile packed rows, scaled; keys (K, S') and values (S', K') from the tile's first key on.
-// limits(row, low, high) sets which of the tile's keys a row sees. scores: room for kTile * kTile floats.
+// One tile of keys. queries: kTile packed rows, scaled; keys (K, S') and values (S', K') from the tile's
+// first key on. limits(row, low, high) sets which of the tile's keys a row sees. scores: room for kTile *
+// kTile floats.
 template <typename Limits>
 inline void attend(Sums sums, const float* queries, const float* keys, Int keys_row, const float* values,
                    float* scores, Int rows, Int dim, const Limits& limits) {
@@ -122,10 +123,11 @@ inline void attend(Sums sums, const float* queries, const float* keys, Int keys_
         if (high <= low || high <= 0 || low >= kTile)
             clear(scores + row * kTile, kTile);
         else
-            take_scores(scores + row * kTile, low, high, sums.results + row * padded_dim,
-                        sums.largest[row], sums.total[row], padded_dim);
+            take_scores(scores + row * kTile, low, high, sums.results + row * padded_dim, sums.largest[row],
+                        sums.total[row], padded_dim);
     }
-    product(sums.results, padded_dim, {scores, kTile, 1}, values, padded_dim, padded_rows, padded_dim, kTile, true);
+    product(sums.results, padded_dim, {scores, kTile, 1}, values, padded_dim, padded_rows, padded_dim, kTile,
+            true);
 }
 
 }  // namespace lumi::LUMI_TARGET

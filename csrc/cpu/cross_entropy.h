@@ -1,5 +1,5 @@
-// Softmax cross-entropy over columns of logits, (vocab, columns), and its gradient in their place. A piece of work is
-// some rows of the vocabulary, which lie in the cache while they are read twice.
+// Softmax cross-entropy over columns of logits, (vocab, columns), and its gradient in their place. A piece of
+// work is some rows of the vocabulary, which lie in the cache while they are read twice.
 #pragma once
 
 #include <math.h>
@@ -17,7 +17,9 @@ inline Int logits_pieces(Int vocab, Int columns) {
 }
 
 // For each piece its columns' largest logits and sums of e^(logit - largest), and twice `columns` more.
-inline Int cross_entropy_scratch(Int vocab, Int columns) { return 2 * (logits_pieces(vocab, columns) + 1) * columns; }
+inline Int cross_entropy_scratch(Int vocab, Int columns) {
+    return 2 * (logits_pieces(vocab, columns) + 1) * columns;
+}
 
 // Calls body(first, end, piece) for each piece, whose rows go from first to end.
 template <typename Body>
@@ -29,19 +31,21 @@ inline void for_each_logits_piece(Int vocab, Int columns, int threads, const Bod
 }
 
 template <typename T>
-double cross_entropy(Address logits_, Address targets_, Address losses_, Address scratch_, Int vocab, Int columns,
-                     float z_loss, float dloss, bool gradient, int threads) {
+double cross_entropy(Address logits_, Address targets_, Address losses_, Address scratch_, Int vocab,
+                     Int columns, float z_loss, float dloss, bool gradient, int threads) {
     T* logits = pointer<T>(logits_);
     const Int *targets = pointer<const Int>(targets_), pieces = logits_pieces(vocab, columns);
     float *losses = pointer<float>(losses_), *all_largest = pointer<float>(scratch_);
-    float *all_sums = all_largest + pieces * columns, *shifts = all_sums + pieces * columns, *scales = shifts + columns;
+    float *all_sums = all_largest + pieces * columns, *shifts = all_sums + pieces * columns,
+          *scales = shifts + columns;
 
     for_each_logits_piece(vocab, columns, threads, [&](Int first, Int end, Int piece) {
         float *largest = all_largest + piece * columns, *sums = all_sums + piece * columns;
         for (Int j = 0; j < columns; ++j) largest[j] = -3.4e38f, sums[j] = 0;
         for (Int row = first; row < end; ++row)
             for_each_vector(columns, [&](Int j, int count) {
-                store(largest + j, max(load(logits + row * columns + j, count), load(largest + j, count)), count);
+                store(largest + j, max(load(logits + row * columns + j, count), load(largest + j, count)),
+                      count);
             });
         for (Int row = first; row < end; ++row)
             for_each_vector(columns, [&](Int j, int count) {
@@ -65,7 +69,8 @@ double cross_entropy(Address logits_, Address targets_, Address losses_, Address
         total_loss += losses[j];
         shifts[j] = shift;
         scales[j] = dloss * (1.0f + 2.0f * z_loss * lse) / sum;
-        all_sums[j] = exp(broadcast(at_target))[0] * scales[j] - dloss;  // the gradient there; this sum is used up
+        all_sums[j] =
+            exp(broadcast(at_target))[0] * scales[j] - dloss;  // the gradient there; this sum is used up
     }
     if (!gradient) return total_loss;
 

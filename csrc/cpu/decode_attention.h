@@ -1,5 +1,5 @@
-// Attention of new tokens to a cache of keys and values. A unit of work is a row's kv head with all query heads that
-// read it. Slots past a row's last position are not read.
+// Attention of new tokens to a cache of keys and values. A unit of work is a row's kv head with all query
+// heads that read it. Slots past a row's last position are not read.
 #pragma once
 
 #include "../pieces.h"
@@ -7,11 +7,14 @@
 
 namespace lumi::LUMI_TARGET {
 
-constexpr Int kFewRows = 8;  // up to here reading the cache costs more than the products: it is read as it lies
+constexpr Int kFewRows =
+    8;  // up to here reading the cache costs more than the products: it is read as it lies
 
-inline Int decode_scratch(Int slots, Int dim) {
-    const Int keys = padded(slots, kTile), padded_dim = padded(dim, kWidth);
-    return padded(keys * (dim + padded_dim + kFewRows) + 2 * kTile * padded_dim + kTile * kTile + 2 * kTile, kWidth);
+// `rows`: queries times the query heads that read one kv head.
+inline Int decode_scratch(Int slots, Int rows, Int dim) {
+    const Int keys = padded(slots, kTile), padded_dim = padded(dim, kWidth), tiles = 2 * kTile * padded_dim;
+    if (rows <= kFewRows) return padded(tiles + keys * kFewRows, kWidth);
+    return padded(tiles + keys * (dim + padded_dim) + kTile * kTile + 2 * kTile, kWidth);
 }
 
 // Where a row's slots lie.
@@ -28,17 +31,20 @@ struct Cache {
     const T* data;
     Int row, slot;  // strides
 
-    const T* at(const Slots& slots, Int s) const { return data + slots.page(s) * row + slots.slot_in_page(s) * slot; }
+    const T* at(const Slots& slots, Int s) const {
+        return data + slots.page(s) * row + slots.slot_in_page(s) * slot;
+    }
 };
 
 // `rows` up to kFewRows queries, packed and scaled; weights: room for kFewRows * padded(end, kTile) floats.
 template <typename T>
-void attend_few(const float* queries, float* results, float* weights, const Int* limits, Int rows, Int end, Int dim,
-                const Slots& slots, const Cache<T>& keys, const Cache<T>& values) {
+void attend_few(const float* queries, float* results, float* weights, const Int* limits, Int rows, Int end,
+                Int dim, const Slots& slots, const Cache<T>& keys, const Cache<T>& values) {
     const Int padded_dim = padded(dim, kWidth), length = padded(end, kTile);
     for (Int s = 0; s < end; ++s) {
         const T* key = keys.at(slots, s);
-        for (Int row = 0; row < rows; ++row) weights[row * length + s] = dot(key, queries + row * padded_dim, dim);
+        for (Int row = 0; row < rows; ++row)
+            weights[row * length + s] = dot(key, queries + row * padded_dim, dim);
     }
     for (Int row = 0; row < rows; ++row) {
         float* const scores = weights + row * length;
@@ -71,9 +77,10 @@ void attend_few(const float* queries, float* results, float* weights, const Int*
 
 template <typename T>
 void decode_attention(Address q_, Address k_, Address v_, Address positions_, Address page_table_, Address y_,
-                      Address scratch_, Int scratch_size, Int batch, Int queries, Int slots, Int q_heads, Int kv_heads,
-                      Int dim, Int page_size, Int table_stride, Int q_row, Int q_token, Int q_head, Int k_row,
-                      Int k_slot, Int k_head, Int v_row, Int v_slot, Int v_head, int threads) {
+                      Address scratch_, Int scratch_size, Int batch, Int queries, Int slots, Int q_heads,
+                      Int kv_heads, Int dim, Int page_size, Int table_stride, Int q_row, Int q_token,
+                      Int q_head, Int k_row, Int k_slot, Int k_head, Int v_row, Int v_slot, Int v_head,
+                      int threads) {
     const T *q = pointer<const T>(q_), *k = pointer<const T>(k_), *v = pointer<const T>(v_);
     const Int* positions = pointer<const Int>(positions_);
     const std::int32_t* page_table = pointer<const std::int32_t>(page_table_);
@@ -136,8 +143,8 @@ void decode_attention(Address q_, Address k_, Address v_, Address positions_, Ad
                 most = limit(row) > most ? limit(row) : most;
             }
             for (Int s = 0; s < most; s += kTile)
-                attend(sums, packed_queries, key_columns + s, num_keys, value_rows + s * padded_dim, scores, rows, dim,
-                       [&](Int row, Int& low, Int& high) {
+                attend(sums, packed_queries, key_columns + s, num_keys, value_rows + s * padded_dim, scores,
+                       rows, dim, [&](Int row, Int& low, Int& high) {
                            low = 0;
                            high = limit(first + row) - s;
                        });

@@ -37,17 +37,17 @@ inline void product_block(float* c, Int c_row, Matrix a, const float* b, Int b_r
 }
 
 // c = a . b, or c += a . b if `add`. rows is a multiple of kRows and columns one of kWidth.
-inline void product(float* c, Int c_row, Matrix a, const float* b, Int b_row, Int rows, Int columns, Int depth,
-                    bool add) {
+inline void product(float* c, Int c_row, Matrix a, const float* b, Int b_row, Int rows, Int columns,
+                    Int depth, bool add) {
     Int j = 0;
     for (; j + kColumns * kWidth <= columns; j += kColumns * kWidth)
         for (Int i = 0; i < rows; i += kRows)
-            product_block<kColumns>(c + i * c_row + j, c_row, {a.data + i * a.row, a.row, a.column}, b + j, b_row,
-                                    depth, add);
+            product_block<kColumns>(c + i * c_row + j, c_row, {a.data + i * a.row, a.row, a.column}, b + j,
+                                    b_row, depth, add);
     for (; j < columns; j += kWidth)
         for (Int i = 0; i < rows; i += kRows)
-            product_block<1>(c + i * c_row + j, c_row, {a.data + i * a.row, a.row, a.column}, b + j, b_row, depth,
-                             add);
+            product_block<1>(c + i * c_row + j, c_row, {a.data + i * a.row, a.row, a.column}, b + j, b_row,
+                             depth, add);
 }
 
 }  // namespace lumi::LUMI_TARGET

@@ -8,8 +8,8 @@
 namespace lumi::LUMI_TARGET {
 
 template <typename T>
-void rms_norm(Address x_, Address residual_, Address weight_, Address total_, Address y_, Address rstd_, Int rows,
-              Int dim, Int x_stride, Int residual_stride, float eps, int threads) {
+void rms_norm(Address x_, Address residual_, Address weight_, Address total_, Address y_, Address rstd_,
+              Int rows, Int dim, Int x_stride, Int residual_stride, float eps, int threads) {
     const T *x = pointer<const T>(x_), *residual = pointer<const T>(residual_);
     const float* weight = pointer<const float>(weight_);
     T *total = pointer<T>(total_), *y = pointer<T>(y_);
@@ -37,8 +37,8 @@ void rms_norm(Address x_, Address residual_, Address weight_, Address total_, Ad
 
 template <typename T>
 void rms_norm_backward(Address dy_, Address dtotal_, Address x_, Address weight_, Address rstd_, Address dx_,
-                       Address dweight_, Address partials_, Int rows, Int dim, Int dy_stride, Int dtotal_stride,
-                       Int x_stride, int threads) {
+                       Address dweight_, Address partials_, Int rows, Int dim, Int dy_stride,
+                       Int dtotal_stride, Int x_stride, int threads) {
     const T *dy = pointer<const T>(dy_), *dtotal = pointer<const T>(dtotal_), *x = pointer<const T>(x_);
     const float *weight = pointer<const float>(weight_), *rstd = pointer<const float>(rstd_);
     T* dx = pointer<T>(dx_);

@@ -8,12 +8,14 @@ namespace lumi::LUMI_TARGET {
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 template <typename T>
-void swiglu(Address gate_, Address up_, Address y_, Int rows, Int dim, Int gate_stride, Int up_stride, int threads) {
+void swiglu(Address gate_, Address up_, Address y_, Int rows, Int dim, Int gate_stride, Int up_stride,
+            int threads) {
     const T *gate = pointer<const T>(gate_), *up = pointer<const T>(up_);
     T* y = pointer<T>(y_);
     for_each_row(rows, dim, threads, [&](Int row, Int) {
         for_each_vector(dim, [&](Int i, int count) {
-            const Vec g = load(gate + row * gate_stride + i, count), u = load(up + row * up_stride + i, count);
+            const Vec g = load(gate + row * gate_stride + i, count),
+                      u = load(up + row * up_stride + i, count);
             store(y + row * dim + i, g * sigmoid(g) * u, count);
         });
     });
@@ -26,7 +28,8 @@ void swiglu_backward(Address dy_, Address gate_, Address up_, Address dgate_, Ad
     T *dgate = pointer<T>(dgate_), *dup = pointer<T>(dup_);
     for_each_row(rows, dim, threads, [&](Int row, Int) {
         for_each_vector(dim, [&](Int i, int count) {
-            const Vec d = load(dy + row * dy_stride + i, count), g = load(gate + row * gate_stride + i, count);
+            const Vec d = load(dy + row * dy_stride + i, count),
+                      g = load(gate + row * gate_stride + i, count);
             const Vec s = sigmoid(g), silu = g * s;
             store(dup + row * dim + i, d * silu, count);
             const Vec u = load(up + row * up_stride + i, count);

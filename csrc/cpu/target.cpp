@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "decode_attention.h"
+#include "linear.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "swiglu.h"
@@ -17,6 +18,7 @@ constexpr CpuOperators table(const char* target) {
             swiglu<T>,
             swiglu_backward<T>,
             rope<T>,
+            linear<T>,
             cross_entropy<T>,
             cross_entropy_scratch,
             attention<T>,

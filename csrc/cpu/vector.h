@@ -1,5 +1,5 @@
-// Vectors of floats as wide as the target's registers, and what the operators do with them. GCC and clang have these
-// types for every processor.
+// Vectors of floats as wide as the target's registers, and what the operators do with them. GCC and clang
+// have these types for every processor.
 #pragma once
 
 #include <cstdint>
@@ -89,9 +89,11 @@ LUMI_INLINE float to_float(float x) { return x; }
 LUMI_INLINE float to_float(BFloat16 x) { return bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
 LUMI_INLINE float sum(Vec x) {
-    float total = 0;
-    for (int i = 0; i < kWidth; ++i) total += x[i];
-    return total;
+    float lanes[kWidth];
+    store(lanes, x);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 
 LUMI_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -102,7 +104,8 @@ LUMI_INLINE float max(Vec x) {
     return largest;
 }
 
-// Calls body(offset, count) for the vectors that make up `size` elements; `count` is below kWidth in the last alone.
+// Calls body(offset, count) for the vectors that make up `size` elements; `count` is below kWidth in the last
+// alone.
 template <typename Body>
 LUMI_INLINE void for_each_vector(Int size, const Body& body) {
     Int i = 0;
@@ -110,8 +113,8 @@ LUMI_INLINE void for_each_vector(Int size, const Body& body) {
     if (i < size) body(i, static_cast<int>(size - i));
 }
 
-// The sum of term(offset, count), a vector with zeros from count on, over the vectors that make up `size` elements. Sums
-// of 1024 are added up, which loses fewer digits.
+// The sum of term(offset, count), a vector with zeros from count on, over the vectors that make up `size`
+// elements. Sums of 1024 are added up, which loses fewer digits.
 template <typename Term>
 LUMI_INLINE float sum_of(Int size, const Term& term) {
     constexpr Int kBlock = 1024;
@@ -125,8 +128,8 @@ LUMI_INLINE float sum_of(Int size, const Term& term) {
     return total;
 }
 
-// e^x to 1.5 ulp: 2^n e^r with n = round(x / ln 2), and a polynomial for e^r, |r| <= ln 2 / 2. Infinity and 0 where
-// a float overflows and underflows; NaN stays NaN.
+// e^x to 1.5 ulp: 2^n e^r with n = round(x / ln 2), and a polynomial for e^r, |r| <= ln 2 / 2. Infinity and 0
+// where a float overflows and underflows; NaN stays NaN.
 LUMI_INLINE Vec exp(Vec x) {
     const Vec lowest = broadcast(-104.0f), highest = broadcast(89.0f);
     x = x < lowest ? lowest : x;
@@ -134,7 +137,8 @@ LUMI_INLINE Vec exp(Vec x) {
     const Vec shift = broadcast(12582912.0f);  // 1.5 * 2^23: a sum with it has no digits behind the point
     const Vec shifted = x * 1.44269504088896341f + shift;
     const Vec n = shifted - shift;
-    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first with few digits
+    const Vec r =
+        (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first with few digits
     Vec p = broadcast(1.0f / 5040);
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from lumi.config import UserError
 from lumi.formats.adapter_format import base_of, is_adapter, load_adapter
@@ -14,7 +15,7 @@ from lumi.formats.hf_format import load_model, model_folder, read_shape
 from lumi.host.devices import choose_device
 from lumi.kernels.bundle import select
 from lumi.model.lora import settle_rows
-from lumi.model.transformer import Transformer
+from lumi.model.transformer import Linear, Transformer
 from lumi.tokenizer.files import TEMPLATE_FILE
 from lumi.tokenizer.tokenizer import MODEL_FILE, Tokenizer
 
@@ -59,7 +60,17 @@ def load_pretrained(
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)
+    _narrow(model)
     return Pretrained(model.to(chosen).eval(), tokenizer, folder, adapter)
+
+
+def _narrow(model: Transformer) -> None:
+    """Hold matrices in the dtype of the products, so that no step casts them again. It rounds them as a step
+    does. DoRA keeps its own: their norms are those of the float32 matrix."""
+    for module in model.modules():
+        if isinstance(module, (Linear, nn.Embedding)) and getattr(module, "lora_magnitude", None) is None:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(model.compute_dtype)
 
 
 def _locate_both(path: str | Path, adapter_path: str | Path | None) -> tuple[Path, Path | None]:

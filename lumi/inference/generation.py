@@ -51,13 +51,34 @@ class LayerCache:
         shape = (batch, length, model.config.num_kv_heads, model.config.head_dim)
         self.k_BSGK = torch.zeros(shape, dtype=model.compute_dtype, device=device)
         self.v_BSGK = torch.zeros_like(self.k_BSGK)
+        self.first_slot_B1 = length * torch.arange(batch, device=device)[:, None]
 
     def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Store at `positions_BT` and return all. New tokens overwrite the padding of short prompts."""
-        rows = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
-        self.k_BSGK[rows, positions_BT] = k_BTGK
-        self.v_BSGK[rows, positions_BT] = v_BTGK
+        slot_N = (self.first_slot_B1 + positions_BT).flatten()
+        for cache_BSGK, new_BTGK in ((self.k_BSGK, k_BTGK), (self.v_BSGK, v_BTGK)):
+            cache_BSGK.flatten(0, 1).index_copy_(0, slot_N, new_BTGK.flatten(0, 1))
         return self.k_BSGK, self.v_BSGK
+
+    def keep(self, kept: "Kept") -> None:
+        """Drop the rows of sequences that have ended."""
+        self.k_BSGK, self.v_BSGK = kept.of(self.k_BSGK), kept.of(self.v_BSGK)
+        self.first_slot_B1 = self.first_slot_B1[: kept.count]
+
+
+class Kept:
+    """The rows of a batch that go on. They move to its front: each takes the place of one that has ended."""
+
+    def __init__(self, goes_on: Sequence[bool]):
+        self.count = sum(goes_on)
+        self.sources = [row for row in range(self.count, len(goes_on)) if goes_on[row]]
+        self.targets = [row for row in range(self.count) if not goes_on[row]]
+
+    def of(self, t: Tensor) -> Tensor:
+        """A view of the first rows, after the move."""
+        if self.targets:
+            t[self.targets] = t[self.sources]
+        return t[: self.count]
 
 
 class Completion(NamedTuple):
@@ -96,42 +117,67 @@ def generate_ids(
         UserError: a prompt is empty or as long as the model's positions, or the model's output is not finite.
     """
     check_prompts(prompts, model.config.max_positions)
-    lengths = [len(prompt) for prompt in prompts]
     device = model.output_weight.device
-    capacity = min(max(lengths) + config.max_new_tokens, model.config.max_positions)
-    tokens = _padded(prompts, capacity, pad_id).to(device)
-    length_B = torch.tensor(lengths, device=device)
-    rows = torch.arange(len(prompts), device=device)
-    generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(prompts))]
+    capacity = min(max(map(len, prompts)) + config.max_new_tokens, model.config.max_positions)
+    tokens_BS = _padded(prompts, capacity, pad_id).to(device)
+    length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    draws_BN = None if config.temperature == 0 else _draws(len(prompts), config).to(device)
     cache = [LayerCache(len(prompts), capacity, model, device) for _ in model.layers] if use_cache else None
 
     outputs: list[list[int]] = [[] for _ in prompts]
-    running, stopped = [True] * len(prompts), [False] * len(prompts)
+    stopped = [False] * len(prompts)
+    running_B = torch.arange(len(prompts))  # the prompts' numbers
     for new in range(config.max_new_tokens):
-        if cache is None or new == 0:
-            block = tokens[:, : int(length_B.max())]
-            hidden_BTD = model.hidden(block, _positions(block), cache=cache)
-            hidden_BD = hidden_BTD[rows, length_B - 1]
-        else:
-            last_B = length_B - 1
-            hidden_BD = model.hidden(tokens[rows, last_B][:, None], last_B[:, None], cache=cache)[:, 0]
-        next_B = sample(model.logits(hidden_BD)[:, :vocab_size], tokens, length_B, config, generators)
-        for row, token in enumerate(next_B.tolist()):
-            if running[row] and token not in stop_ids:
+        hidden_BD = _last_hidden(model, tokens_BS, length_B, cache, is_first=new == 0)
+        draw_B = None if draws_BN is None else draws_BN[:, new]
+        next_B = sample(model.logits(hidden_BD)[:, :vocab_size], tokens_BS, length_B, config, draw_B)
+        goes_on = []
+        for row, token in zip(running_B.tolist(), next_B.tolist(), strict=True):
+            stopped[row] = token in stop_ids
+            if not stopped[row]:
                 outputs[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
-                count = len(outputs[row])
-                running[row] = lengths[row] + count < capacity and count < config.max_new_tokens
-            elif running[row]:
-                running[row], stopped[row] = False, True
-        if not any(running):
-            break
-        growing_B = torch.tensor(running, device=device)
-        tokens[rows[growing_B], length_B[growing_B]] = next_B[growing_B]
-        # A finished row computes its last token again: shapes stay the same, and nobody reads the result.
-        length_B[growing_B] += 1
+            count = len(outputs[row])
+            has_room = len(prompts[row]) + count < capacity and count < config.max_new_tokens
+            goes_on.append(has_room and not stopped[row])
+        if not all(goes_on):
+            kept = Kept(goes_on)
+            if not kept.count:
+                break
+            running_B, next_B, tokens_BS, length_B = map(kept.of, (running_B, next_B, tokens_BS, length_B))
+            draws_BN = None if draws_BN is None else kept.of(draws_BN)
+            for layer in cache or ():
+                layer.keep(kept)
+        tokens_BS[torch.arange(len(next_B), device=device), length_B] = next_B
+        length_B += 1
     return [Completion(ids, stop) for ids, stop in zip(outputs, stopped, strict=True)]
+
+
+def _draws(num_rows: int, config: SamplingConfig) -> Tensor:
+    """A number in [0, 1) for each new token of each row, (rows, max_new_tokens) float64.
+
+    A row's depend on the seed and its number alone, and they are drawn on the CPU: so a seed gives the same
+    sample on every device.
+    """
+    generators = (torch.Generator().manual_seed(config.seed + row) for row in range(num_rows))
+    draw = lambda generator: torch.rand(config.max_new_tokens, dtype=torch.float64, generator=generator)
+    return torch.stack([draw(generator) for generator in generators])
+
+
+def _last_hidden(
+    model: Transformer,
+    tokens_BS: Tensor,
+    length_B: Tensor,
+    cache: Sequence[LayerCache] | None,
+    is_first: bool,
+) -> Tensor:
+    """(B, D), of each row's last token. Only the first call of a cache computes the tokens before it."""
+    row_B, last_B = torch.arange(len(length_B), device=length_B.device), length_B - 1
+    if cache is None or is_first:
+        block = tokens_BS[:, : int(length_B.max())]
+        return model.hidden(block, _positions(block), cache=cache)[row_B, last_B]
+    return model.hidden(tokens_BS[row_B, last_B][:, None], last_B[:, None], cache=cache)[:, 0]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int) -> None:
@@ -146,7 +192,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int) -> None:
 
 def require_finite(values: Tensor) -> None:
     """Raises UserError where a model's output has NaN or infinity."""
-    if not values.isfinite().all():
+    if values.numel() and not all(end.isfinite() for end in values.aminmax()):  # NaN is at both ends
         got = "NaN or infinity: its weights are broken, or --dtype is too narrow for them"
         raise UserError("the model's output", "must be finite", got=got)
 
@@ -163,11 +209,7 @@ def _positions(block: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor,
-    tokens: Tensor,
-    lengths: Tensor,
-    config: SamplingConfig,
-    generators: Sequence[torch.Generator],
+    logits: Tensor, tokens: Tensor, lengths: Tensor, config: SamplingConfig, draws: Tensor | None
 ) -> Tensor:
     """Choose a token per row.
 
@@ -175,7 +217,8 @@ def sample(
         logits: (B, V) float32.
         tokens: (B, S) int64. The repetition penalty looks at the first `lengths[b]` of row b.
         lengths: (B,) int64.
-        generators: one per row, on the CPU, so that a seed gives the same sample on every device.
+        draws: (B,) float64, uniform in [0, 1). The chosen token is the first whose cumulative probability is
+            above. A temperature of 0 does not look at them.
 
     Returns:
         (B,) int64.
@@ -192,6 +235,7 @@ def sample(
         logits = torch.where(mentioned, penalised, logits)
     if config.temperature == 0:
         return logits.argmax(dim=-1)
+    assert draws is not None
     logits = logits / config.temperature
     if 0 < config.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], float("-inf"))
@@ -201,12 +245,11 @@ def sample(
         # The token that crosses the line stays.
         outside = probabilities.cumsum(dim=-1) - probabilities >= config.top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
-    probabilities = logits.softmax(dim=-1).cpu()
-    picks = [
-        torch.multinomial(row, 1, generator=generator)
-        for row, generator in zip(probabilities, generators, strict=True)
-    ]
-    return torch.cat(picks).to(logits.device)
+    cumulative_BV = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    total_B1 = cumulative_BV[:, -1:]
+    # Below the total, whatever is rounded: a token without probability must not be chosen.
+    line_B1 = torch.minimum(draws[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    return torch.searchsorted(cumulative_BV, line_B1, right=True)[:, 0]
 
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -238,7 +238,7 @@ def merge_lora(model: Transformer) -> None:
     for name, module in list(adapters(model)):
         owner, attribute = _owner(model, name)
         with torch.no_grad():
-            merged = Linear(module.weight.shape[1], module.weight.shape[0])
+            merged = Linear(module.weight.shape[1], module.weight.shape[0], module.ops)
             merged.weight = nn.Parameter(module.merged_weight())
         setattr(owner, attribute, merged)
         owner.project = apply_each

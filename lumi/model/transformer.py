@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -107,12 +106,12 @@ class LayerCache(Protocol):
 class Linear(nn.Module):
     """y = x W^T without bias. The float32 master weight is cast to the dtype of `x`."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, ops: Ops):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight, self.ops = nn.Parameter(torch.empty(out_features, in_features)), ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.ops.linear(x, self.weight)
 
 
 def apply_each(x: Tensor, *linears: nn.Module) -> list[Tensor]:
@@ -147,10 +146,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.ops, self.head_dim, self.project = ops, config.head_dim, apply_each
-        self.q_proj = Linear(config.model_dim, config.num_heads * config.head_dim)
-        self.k_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim)
-        self.v_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim)
-        self.o_proj = Linear(config.num_heads * config.head_dim, config.model_dim)
+        self.q_proj = Linear(config.model_dim, config.num_heads * config.head_dim, ops)
+        self.k_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim, ops)
+        self.v_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim, ops)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.model_dim, ops)
         self.q_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
 
@@ -176,9 +175,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.ops, self.project = ops, apply_each
-        self.gate_proj = Linear(config.model_dim, config.mlp_dim)
-        self.up_proj = Linear(config.model_dim, config.mlp_dim)
-        self.down_proj = Linear(config.mlp_dim, config.model_dim)
+        self.gate_proj = Linear(config.model_dim, config.mlp_dim, ops)
+        self.up_proj = Linear(config.model_dim, config.mlp_dim, ops)
+        self.down_proj = Linear(config.mlp_dim, config.model_dim, ops)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(self.ops.swiglu(*self.project(x_BTD, self.gate_proj, self.up_proj)))
@@ -237,7 +236,7 @@ class Transformer(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
         self.final_norm = RMSNorm(config.model_dim, config, ops)
-        self.lm_head = None if config.tied_embeddings else Linear(config.model_dim, config.vocab_size)
+        self.lm_head = None if config.tied_embeddings else Linear(config.model_dim, config.vocab_size, ops)
 
     @property
     def output_weight(self) -> Tensor:
@@ -306,7 +305,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) float32 logits from (..., D) hidden states."""
-        return F.linear(hidden, self.output_weight.to(hidden.dtype)).float()
+        return self.ops.linear(hidden, self.output_weight).float()
 
     def forward(
         self,

@@ -32,7 +32,8 @@ class TrainConfig:
     seed: int = 0
     # Of activations and products; master weights are float32.
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    # The operators; "auto": Triton on GPUs that it fits, the reference elsewhere.
+    # The operators; "auto": Triton on GPUs that it fits, C++ on CPUs in float32 and bfloat16, the reference
+    # elsewhere.
     kernels: Literal["auto", "reference", "native", "triton"] = "auto"
     # Keep only each layer's input for backward and compute the rest again: less memory, a third more time.
     gradient_checkpointing: bool = False

@@ -66,6 +66,37 @@ def test_rows_of_a_batch_do_not_touch_each_other(temperature):
     assert generate_ids(model, [[4], PROMPTS[1]], config, **NO_STOP)[1] == batch[1]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_computed_for_rows_that_have_ended(temperature, monkeypatch):
+    """The batch shrinks, and the rows that go on are the same."""
+    model = build()
+    config = SamplingConfig(max_new_tokens=20, temperature=temperature, seed=3)
+    free = [row.ids for row in generate_ids(model, PROMPTS, config, **NO_STOP)]
+    stop = free[0][4]  # ends the first row, so that others take its place
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    sizes, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda t, *a, **k: sizes.append(len(t)) or hidden(t, *a, **k))
+    for use_cache in (True, False):
+        sizes.clear()
+        rows = generate_ids(model, PROMPTS, config, stop_ids=frozenset({stop}), pad_id=3, use_cache=use_cache)
+        assert [row.ids for row in rows] == expected
+        # A row takes a step for each of its tokens, and one for the stop token.
+        steps = [len(ids) + (stop in whole) for ids, whole in zip(expected, free, strict=True)]
+        assert sizes == [sum(step < count for count in steps) for step in range(len(sizes))]
+    assert sizes[0] == len(PROMPTS) > sizes[-1]
+
+
+def test_a_token_without_probability_is_never_chosen():
+    """Not even by the largest number below one, or by zero."""
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).clamp(min=-1e30)
+    draws = [0.0, 0.25, 0.75, 1 - 2**-53]
+    picks = [
+        int(sample(logits, torch.zeros(1, 1), torch.ones(1), SamplingConfig(temperature=1.0), draw))
+        for draw in torch.tensor(draws, dtype=torch.float64)[:, None]
+    ]
+    assert picks == [1, 1, 2, 2]
+
+
 def test_stop_ids_end_a_row_and_are_left_out():
     model = build()
     free = [row.ids for row in generate_ids(model, PROMPTS, greedy(30), **NO_STOP)]
@@ -111,9 +142,9 @@ LOGITS = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]]))
 
 def frequencies(config, tokens=None, count=4000):
     tokens = torch.zeros(count, 1, dtype=torch.int64) if tokens is None else tokens.expand(count, -1)
-    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    draws = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lengths = torch.full((count,), tokens.shape[1])
-    picks = sample(LOGITS.expand(count, -1), tokens, lengths, config, generators)
+    picks = sample(LOGITS.expand(count, -1), tokens, lengths, config, draws)
     return torch.bincount(picks, minlength=5) / count
 
 
@@ -138,13 +169,12 @@ def test_sampling_follows_the_distribution(changes, expected):
 
 
 def test_repetition_penalty_by_hand():
-    generators = [torch.Generator()]
     logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
     config = SamplingConfig(temperature=0.0, repetition_penalty=1.5)
 
     def pick(logits, seen):
         padded = torch.tensor([[*seen, 1]])  # the last is beyond the row's length and must not count
-        return int(sample(logits, padded, torch.tensor([len(seen)]), config, generators))
+        return int(sample(logits, padded, torch.tensor([len(seen)]), config, None))
 
     assert pick(logits, [3]) == 0
     assert pick(logits, [0]) == 1  # 2.0 / 1.5 < 1.5
@@ -166,8 +196,10 @@ def test_repetition_penalty_by_hand():
 def test_the_bounds_themselves_can_be_sampled_from(changes):
     tokens, config = torch.tensor([[0, 2]]), SamplingConfig(**{"temperature": 1.0} | changes)
     for scale in (1.0, 1e4):
-        pick = sample(LOGITS * scale, tokens, torch.tensor([2]), config, [torch.Generator()])
-        assert 0 <= int(pick) < 5
+        for draw in (0.0, 0.5, 1 - 2**-53):
+            draws = torch.tensor([draw], dtype=torch.float64)
+            pick = sample(LOGITS * scale, tokens, torch.tensor([2]), config, draws)
+            assert 0 <= int(pick) < 5
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -178,7 +210,7 @@ def test_a_broken_model_is_refused(value, temperature):
     message = "the model's output must be finite, got NaN or infinity: its weights are broken"
     tokens, config = torch.zeros(2, 1, dtype=torch.int64), SamplingConfig(temperature=temperature)
     with pytest.raises(UserError, match=message):
-        sample(logits, tokens, torch.ones(2), config, [torch.Generator()] * 2)
+        sample(logits, tokens, torch.ones(2), config, torch.zeros(2))
 
 
 def test_text_is_streamed_in_whole_characters(tokenizer):

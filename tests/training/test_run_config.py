@@ -12,7 +12,7 @@ MODEL = CONFIG["model"]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kernels": "tritn"}, 'kernels must be one of "auto", "reference", "triton", got "tritn"'),
+        ({"kernels": "tritn"}, 'kernels must be one of "auto", "reference", "native", "triton", got "tritn"'),
         ({"seed": -1}, "seed must be between 0"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
