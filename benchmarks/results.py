@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -20,7 +21,10 @@ from typing import Any
 import torch
 from measure import ROUNDS, interleaved, prepared, ready
 
+from lumi.host.devices import cpu_flags
+
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "liger-kernel", "transformers", "litgpt", "trl", "peft")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -30,7 +34,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
-    for name in ("torch", "triton", "liger-kernel"):
+    if device.type == "cpu":
+        wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        record["instructions"] = [name for name in wanted if name in cpu_flags()]
+        record["threads"] = torch.get_num_threads()
+    for name in PACKAGES:
         with suppress(PackageNotFoundError):  # not installed: then it is no peer here
             record[name] = version(name)
     if device.type == "cuda":
@@ -61,8 +69,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """Such as "NVIDIA H200"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    """Such as "NVIDIA H200", or "AMD EPYC, 2 cores"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return f"{found[1]}, {os.cpu_count()} cores"
+    return platform.machine()
 
 
 def slug(device: torch.device) -> str:
@@ -125,7 +138,7 @@ class Results:
             }
             record |= {key: round(rate, 2) for key, rate in rates.items() if rate}
             self.data["times"].append(record)
-            shown = "  ".join(f"{value:.0f} {key}" for key, value in record.items() if key in rates)
+            shown = "  ".join(f"{value:.3g} {key}" for key, value in record.items() if key in rates)
             spread = (sample.high - sample.low) / sample.seconds
             print(
                 f"{case:<58} {name:<14} {record['launch']:<5} "
@@ -134,6 +147,23 @@ class Results:
             )
         self._write()
         return {name: sample.seconds for name, sample in samples.items()}
+
+    def compare(
+        self, case: str, *, at_least: float | None = None, peers: Collection[str] | None = None
+    ) -> None:
+        """Claim how many times faster "lumi" is than the fastest of `peers`, or of all that were timed.
+
+        No ratio is claimed if the quartiles of the two overlap.
+        """
+        times = {t["candidate"]: t for t in self.data["times"] if t["case"] == case}
+        others = [t for name, t in times.items() if name != "lumi" and (peers is None or name in peers)]
+        if not others or "lumi" not in times:
+            return self.claim(f"{case}: over its peers", None, at_least=at_least)
+        ours, best = times["lumi"], min(others, key=lambda t: t["microseconds"])
+        text = f"{case}: over {best['candidate']}"
+        if ours["low"] <= best["high"] and best["low"] <= ours["high"]:
+            return self.claim(f"{text} (as fast, within the spread)", None, at_least=at_least)
+        return self.claim(text, best["microseconds"] / ours["microseconds"], at_least=at_least)
 
     def matmul_rate(self, size: int = 8192) -> float:
         """FLOP/s of torch's bfloat16 product of random square matrices. A floor of FLOPs is divided by it."""
@@ -170,6 +200,12 @@ class Results:
     def case(self, name: str) -> Iterator[None]:
         """What goes wrong in here is shown and recorded; the other cases go on."""
         with self._reported(name, "failures"):
+            yield
+
+    @contextmanager
+    def leaving_out(self, name: str) -> Iterator[None]:
+        """A peer that does not run in here is named and left out."""
+        with self._reported(name, "left_out"):
             yield
 
     @contextmanager
@@ -210,18 +246,24 @@ class Results:
         temporary.replace(self.path)
 
 
-def main(subject: str, description: str, run: Callable[[Results], None]) -> int:
-    """The command line of a benchmark. Exit code 0, 1 where a case failed, 2 without a GPU."""
+def main(
+    subject: str,
+    description: str,
+    run: Callable[[Results], None],
+    device_type: str = "cuda",
+    rounds: int = ROUNDS,
+) -> int:
+    """The command line of a benchmark. Exit code 1 where a case failed, 2 without the GPU it needs."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=rounds)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks/{subject}.py needs a CUDA device, and there is none here", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu" if device_type == "cpu" else f"cuda:{torch.cuda.current_device()}")
     results = Results(subject, device, args.output_dir, args.rounds)
     with ready(device), results.case(subject):
         run(results)

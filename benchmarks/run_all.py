@@ -1,4 +1,5 @@
-"""All benchmarks of a GPU, each in a process of its own, and one table of what they aim at.
+"""All benchmarks of the GPU at hand, or of the CPU where there is none: each in a process of its own, and one
+table of what they aim at.
 
     python benchmarks/run_all.py [--only attention row_kernels] [--seconds 540]
                                  [--output-dir benchmarks/results]
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import RESULTS, slug
+from results import PACKAGES, RESULTS, slug
 
 # In this order, with the seconds that each may take: most of it is compiling the peers.
-SUBJECTS = {
+GPU_SUBJECTS = {
     "attention": 165,
     "training_step": 225,
     "linear_cross_entropy": 90,
@@ -34,6 +35,8 @@ SUBJECTS = {
     "lora_linear": 90,
     "decode_attention": 120,
 }
+CPU_SUBJECTS = {"cpu_training": 260, "cpu_generation": 80, "cpu_finetuning": 140, "cpu_operators": 110}
+SUBJECTS = GPU_SUBJECTS if torch.cuda.is_available() else CPU_SUBJECTS
 LEAST_SECONDS = 15  # with less left a benchmark is not begun
 
 
@@ -81,18 +84,22 @@ def table(records: Sequence[dict[str, Any]], problems: dict[str, str]) -> str:
             ]
     for record in records:
         about = record["environment"]
-        versions = ", ".join(
-            f"{key} {about[key]}" for key in ("torch", "triton", "liger-kernel", "cuda") if about.get(key)
-        )
-        lines.append(
-            f"{record['subject']}: {about['device']}, {about['date']}, {versions}, driver {_driver(about)}"
-        )
+        versions = ", ".join(f"{key} {about[key]}" for key in (*PACKAGES, "cuda") if about.get(key))
+        machine = f"driver {_driver(about)}" if "threads" not in about else _cpu(about)
+        lines.append(f"{record['subject']}: {about['device']}, {about['date']}, {versions}, {machine}")
+        if record.get("notes"):
+            notes = ", ".join(f"{key} {value}" for key, value in record["notes"].items())
+            lines.append(f"{record['subject']}: {notes}")
     return (
         "\n\n".join(
             ["\n".join(lines[: lines.index("")]), *(line for line in lines[lines.index("") :] if line)]
         )
         + "\n"
     )
+
+
+def _cpu(environment: dict[str, Any]) -> str:
+    return f"{environment['threads']} threads, {' '.join(environment['instructions'])}"
 
 
 def _driver(environment: dict[str, Any]) -> str:
@@ -107,10 +114,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540, help="limit of all together")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks/run_all.py needs a CUDA device, and there is none here", file=sys.stderr)
-        return 2
-    device = slug(torch.device("cuda", torch.cuda.current_device()))
+    there = torch.cuda.is_available()
+    device = slug(torch.device("cuda", torch.cuda.current_device()) if there else torch.device("cpu"))
     path = lambda subject: args.output_dir / f"{subject}-{device}.json"
     deadline, problems = time.monotonic() + args.seconds, {}
     for subject in args.only:

@@ -669,8 +669,9 @@ def alive(pid):
 
 def test_every_subject_is_a_script_and_has_time():
     run_all = importlib.import_module("run_all")
-    limits = run_all.SUBJECTS
-    assert all((FOLDER / f"{subject}.py").exists() for subject in limits)
+    limits = run_all.GPU_SUBJECTS
+    assert all((FOLDER / f"{subject}.py").exists() for subject in (*limits, *run_all.CPU_SUBJECTS))
+    assert sum(run_all.CPU_SUBJECTS.values()) <= 600
     first, rest = list(limits)[:4], list(limits)[4:]
     assert set(first) == {"attention", "training_step", "linear_cross_entropy", "optimizer"}
     assert first[:2] == ["attention", "training_step"]
@@ -684,6 +685,7 @@ def test_a_benchmark_that_is_not_begun_keeps_its_earlier_figures(tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(run_all, "slug", lambda device: "gpu")
+    monkeypatch.setattr(run_all, "SUBJECTS", run_all.GPU_SUBJECTS)
     monkeypatch.setattr(run_all, "run_one", lambda command, seconds: "exit code 9")
     record = {
         "claims": [],

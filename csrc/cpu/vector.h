@@ -88,13 +88,24 @@ LUMI_INLINE void store(T* to, Vec x, int count) {
 LUMI_INLINE float to_float(float x) { return x; }
 LUMI_INLINE float to_float(BFloat16 x) { return bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
-LUMI_INLINE float sum(Vec x) {
-    float lanes[kWidth];
-    store(lanes, x);
-    for (int half = kWidth / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+template <int kSize>
+struct FloatsOfBytes {
+    typedef float type __attribute__((vector_size(kSize)));
+};
+
+// Half is added to half, which costs a few instructions; lane after lane would cost one latency each.
+template <int kSize>
+LUMI_INLINE float sum_of_bytes(typename FloatsOfBytes<kSize>::type x) {
+    if constexpr (kSize == 8) {
+        return x[0] + x[1];
+    } else {
+        typename FloatsOfBytes<kSize / 2>::type halves[2];
+        std::memcpy(halves, &x, sizeof x);
+        return sum_of_bytes<kSize / 2>(halves[0] + halves[1]);
+    }
 }
+
+LUMI_INLINE float sum(Vec x) { return sum_of_bytes<kBytes>(x); }
 
 LUMI_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 

@@ -60,11 +60,11 @@ def load_pretrained(
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)
-    _narrow(model)
+    narrow(model)
     return Pretrained(model.to(chosen).eval(), tokenizer, folder, adapter)
 
 
-def _narrow(model: Transformer) -> None:
+def narrow(model: Transformer) -> None:
     """Hold matrices in the dtype of the products, so that no step casts them again. It rounds them as a step
     does. DoRA keeps its own: their norms are those of the float32 matrix."""
     for module in model.modules():

@@ -57,6 +57,8 @@ def checked_layout(config: TrainConfig, cluster: Cluster) -> Layout:
             remedy="a plan on paper reads no model from disk",
         )
     layout = config.parallel.layout(cluster.num_gpus)
+    if config.kernels == "native":
+        raise UserError("kernels", 'must be "auto", "triton" or "reference" on GPUs', got='"native"')
     check_tensor_parallel(config.model, config.batches.sequence_length, layout.tensor, dora=False)
     config.batches.micro_steps(layout.data)
     return layout
