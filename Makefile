@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Each sets up what it needs in .venv. On a machine with a GPU, `make gpu`: benchmarks/README.md.
 PYTHON ?= python3
 VENV := .venv
+BENCH := .venv-bench
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cpu/*)
 
 # The GPU's targets use PYTHON itself, which must have a CUDA build of torch, and install Lumi there without its dependencies.
@@ -12,7 +13,7 @@ LIMIT ?= 540
 SOAK ?= all
 PYTEST = $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test soak check docs clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
+.PHONY: demo test soak check docs bench cpu-bench clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
@@ -37,6 +38,13 @@ gpu:
 	$(MAKE) gpu-check
 	$(MAKE) gpu-sanitize; code=$$?; $(MAKE) gpu-bench && exit $$code
 
+# The GPU's figures where PYTHON's torch sees one, else the CPU's, beside its peers in an environment of their own.
+bench:
+	@$(MAKE) $$($(PYTHON) -c 'import torch; print("gpu-bench" if torch.cuda.is_available() else "cpu-bench")' 2>/dev/null || echo cpu-bench)
+
+cpu-bench: $(BENCH)/installed
+	$(BENCH)/bin/python benchmarks/run_all.py --seconds $(LIMIT) $(if $(ONLY),--only $(ONLY))
+
 gpu-there:
 	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; \
 		find_spec("torch") and __import__("torch").cuda.is_available() \
@@ -54,7 +62,7 @@ gpu-bench: $(GPU_INSTALLED)
 	$(PYTHON) benchmarks/run_all.py --seconds $(LIMIT) $(if $(ONLY),--only $(ONLY))
 
 clean:
-	rm -rf $(VENV) build *.egg-info lumi/_csrc.*
+	rm -rf $(VENV) $(BENCH) build *.egg-info lumi/_csrc.*
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Lumi needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -71,6 +79,12 @@ $(VENV)/installed-test: $(SOURCES) | $(VENV)/bin/python
 $(VENV)/installed-docs: $(SOURCES) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@ $(VENV)/installed
+
+$(BENCH)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BENCH)/bin/python -m pip install --quiet --no-deps litgpt
+	touch $@
 
 $(GPU_INSTALLED): $(SOURCES) | gpu-there
 	$(PYTHON) -c 'import pybind11, pytest, setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null \

@@ -2,12 +2,12 @@
 
     python benchmarks/cpu_finetuning.py [--output-dir benchmarks/results] [--rounds 1]
 
-The model is `configs/pretrain/tiny.json`, tied, with random weights; rank 16 on all linears. 192
-conversations of random tokens, 20 to 1,024 long (the mean is about 240), of which two fifths are trained.
-Everybody goes through them once. Lumi packs them into rows of 1,024. TRL takes 16 at a time, padded to the
-longest; the same sorted by length; or packed into rows of 1,024, four at a time. Each candidate runs in a
-process of its own, in turn, and the first step does not count. dtype: bfloat16 where the CPU multiplies it,
-else float32.
+The model is `configs/pretrain/tiny.json`, tied, with random weights; rank 16 on all linears. 32
+conversations of random tokens, 20 to 1,024 long, of which two fifths are trained. Everybody goes through
+them once, in steps of about 4,096 tokens. Lumi packs them into rows of 1,024. A step of TRL has four times
+four conversations, padded to the longest of the four; the same sorted by length; or four packed rows of
+1,024. Each candidate runs in a process of its own, and the first step does not count. dtype: bfloat16 where
+the CPU multiplies it, else float32.
 """
 
 import json
@@ -33,7 +33,7 @@ from lumi.model.lora import LoraConfig, add_lora
 from lumi.model.transformer import Transformer
 from lumi.training.optimizer import Optimizer, OptimizerConfig
 
-LENGTH, CONVERSATIONS, ROWS = 1024, 64, 4
+LENGTH, CONVERSATIONS, ROWS = 1024, 32, 4
 RANK, LR = 16, 1e-3
 TRL_MODES = {
     "trl padded": {},
@@ -105,17 +105,26 @@ def run_trl(dtype: torch.dtype, mode: dict[str, Any]) -> list[tuple[float, int]]
     settings = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4,
-        "max_length": LENGTH,
     } | mode
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "conversations.jsonl"
         lines = (json.dumps({"input_ids": ids, "completion_mask": mask}) for ids, mask in texts)
         file.write_text("\n".join(lines))
         config = SFTConfig(
-            output_dir=folder, num_train_epochs=1, learning_rate=LR, use_cpu=True, save_strategy="no",
-            report_to="none", logging_steps=1000, bf16=dtype == torch.bfloat16, gradient_checkpointing=False,
-            disable_tqdm=True, dataloader_pin_memory=False, **settings,
-        )  # fmt: skip
+            output_dir=folder,
+            max_length=LENGTH,
+            num_train_epochs=1,
+            learning_rate=LR,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1000,
+            disable_tqdm=True,
+            **settings,
+        )
         trainer = SFTTrainer(
             model=peers.hf_llama(base, dtype),
             args=config,

@@ -1,6 +1,6 @@
 """Forward and backward of each operator on a CPU, against plain torch, eager and compiled.
 
-    python benchmarks/cpu_operators.py [--output-dir benchmarks/results] [--rounds 10]
+    python benchmarks/cpu_operators.py [--output-dir benchmarks/results] [--rounds 5]
 
 Shapes are those of the five sizes (`configs/pretrain`), 2,048 tokens in rows of 512; the loss is measured
 at the smallest and at "small", with 1,024 rows. "Compiled" is measured at "tiny" alone, because compiling
@@ -99,4 +99,4 @@ def measure_one(
 
 
 if __name__ == "__main__":
-    sys.exit(main("cpu_operators", __doc__, run, device_type="cpu", rounds=10))
+    sys.exit(main("cpu_operators", __doc__, run, device_type="cpu", rounds=5))

@@ -136,7 +136,7 @@ def check(
 def prepared(calls: list[Callable], device: torch.device, *, graph: bool) -> tuple[Callable, int]:
     """Something to time, warmed up, and how many calls it makes; `graph` has no meaning on the CPU."""
     once = _in_turn(calls)
-    for _ in range(2):  # whatever is compiled or tuned at the first call
+    for _ in range(2 if device.type == "cuda" else 1):  # whatever is compiled or tuned at the first call
         once()
     arrange = _captured if graph and device.type == "cuda" else _in_turn
     run = arrange(calls)
@@ -150,11 +150,12 @@ def interleaved(
     """Seconds per call of every candidate, each from `prepared`."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    for index in range(rounds + 2):
+    warming = 2 if device.type == "cuda" else 1
+    for index in range(rounds + warming):
         for name in names[index % len(names) :] + names[: index % len(names)]:
             run, num_calls = candidates[name]
             seconds = _seconds(run, device) / num_calls
-            if index >= 2:  # in the first rounds the clocks are still rising
+            if index >= warming:  # in the first rounds the clocks are still rising
                 times[name].append(seconds)
     return {name: _sample(values) for name, values in times.items()}
 

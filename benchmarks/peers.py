@@ -60,12 +60,18 @@ def hf_llama(model: Transformer, dtype: torch.dtype = torch.float32) -> nn.Modul
 def litgpt_llama(shape: ModelConfig) -> nn.Module:
     """litgpt's model. Its package imports what only its commands need, so two files are imported alone."""
     packages("litgpt")
+    if "litgpt.model" in sys.modules:
+        return _litgpt_model(shape)
     package = types.ModuleType("litgpt")
     package.__spec__ = importlib.machinery.ModuleSpec("litgpt", None, is_package=True)
     package.__path__ = [str(Path(path) / "litgpt") for path in sys.path if (Path(path) / "litgpt").is_dir()]
     converter = types.ModuleType("litgpt.scripts.convert_hf_checkpoint")
     converter.qkv_reassemble = None
     sys.modules |= {package.__name__: package, converter.__name__: converter}
+    return _litgpt_model(shape)
+
+
+def _litgpt_model(shape: ModelConfig) -> nn.Module:
     from litgpt.config import Config
     from litgpt.model import GPT
 

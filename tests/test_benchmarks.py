@@ -69,8 +69,8 @@ def test_candidates_take_turns_and_every_buffer_is_used(measure):
     )
     rounds = [[("a", 0), ("a", 1), ("b", 0), ("b", 1)], [("b", 0), ("b", 1), ("a", 0), ("a", 1)]]
     assert log == [
-        entry for index in range(4) for entry in rounds[index % 2]
-    ]  # two of the four rounds are thrown away
+        entry for index in range(3) for entry in rounds[index % 2]
+    ]  # the first of the three rounds is thrown away
     assert all(0 < sample.low <= sample.seconds <= sample.high for sample in samples.values())
 
 
@@ -837,3 +837,118 @@ def test_the_table_is_written_as_it_was_read(on_the_path, tmp_path):
     assert (tmp_path / "table.json").read_text() == importlib.import_module(
         "lumi.kernels.attention_tiles"
     ).TABLE.read_text()
+
+
+# --- on a CPU, beside the peers ---
+
+
+def timed(results, **spans):
+    results.data["times"] = [
+        {"case": "case", "candidate": name, "low": low, "microseconds": middle, "high": high}
+        for name, (low, middle, high) in spans.items()
+    ]
+
+
+def test_the_fastest_peer_counts(results):
+    timed(results, lumi=(9, 10, 11), slow=(29, 30, 31), fast=(19, 20, 21))
+    results.compare("case", at_least=1.5)
+    assert results.data["claims"][-1] == {
+        "claim": "case: over fast",
+        "measured": 2.0,
+        "at_least": 1.5,
+        "at_most": None,
+        "met": True,
+    }
+    results.compare("case", at_least=4, peers=("slow",))
+    assert (results.data["claims"][-1]["measured"], results.data["claims"][-1]["met"]) == (3.0, False)
+
+
+def test_a_ratio_that_the_spread_swallows_is_not_claimed(results):
+    timed(results, lumi=(9, 10, 11), fast=(11, 12, 13))
+    results.compare("case", at_least=1.0)
+    claim = results.data["claims"][-1]
+    assert (claim["measured"], claim["met"]) == (None, None)
+    assert "within the spread" in claim["claim"]
+
+
+def test_without_a_peer_nothing_is_claimed(results):
+    timed(results, lumi=(9, 10, 11))
+    results.compare("case")
+    assert results.data["claims"][-1]["measured"] is None
+
+
+@pytest.fixture
+def tiny(on_the_path, monkeypatch):
+    """The CPU's benchmarks at a tiny shape; peers that are not installed here are left out."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    training = importlib.import_module("cpu_training")
+    monkeypatch.setattr(training, "shipped_config", lambda name: MODEL)
+    monkeypatch.setattr(training, "TOKENS", 16)
+    monkeypatch.setattr(training, "DOCUMENT", 4)
+    monkeypatch.setattr(training, "CASES", {"rows of 256": (8, False), "packed": (8, True)})
+    return training
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
+def test_training_on_a_cpu(tiny, results, monkeypatch):
+    monkeypatch.setattr(tiny, "peak_megabytes", lambda case, dtype, name: 1.0)
+    tiny.run(results)
+    assert results.data["failures"] == []
+    timed = {(t["case"], t["candidate"]) for t in results.data["times"]}
+    for dtype in dict.fromkeys(("float32", str(tiny.fastest_dtype()).removeprefix("torch."))):
+        for candidate in ("lumi", "hf"):
+            assert {(f"{dtype}, rows of 256", candidate), (f"{dtype}, packed", candidate)} <= timed
+        assert (f"{dtype}, rows of 256", "gpt") in timed
+    assert any(name.endswith("compiled") for _, name in timed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
+def test_another_loss_than_that_of_transformers_is_an_error(tiny, monkeypatch):
+    real = tiny.peers.hf_llama
+    monkeypatch.setattr(
+        tiny.peers, "hf_llama", lambda model: real(type(model)(model.config, REFERENCE).init_weights(1))
+    )
+    with pytest.raises(RuntimeError, match=r"Lumi's loss is .*, that of transformers"):
+        tiny.check("packed", torch.float32, REFERENCE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
+def test_operators_on_a_cpu(tiny, results, monkeypatch):
+    module = importlib.import_module("cpu_operators")
+    monkeypatch.setattr(module, "shipped_config", lambda name: MODEL)
+    monkeypatch.setattr(module, "SIZES", ("micro", "tiny"))
+    for name, value in {"LENGTH": 16, "ROWS": 2, "LOSS_ROWS": 20, "DOCUMENT": 4}.items():
+        monkeypatch.setattr(module, name, value)
+    module.run(results)
+    assert results.data["failures"] == []
+    assert {t["candidate"] for t in results.data["times"]} == {"lumi", "eager", "compiled"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
+def test_generation_on_a_cpu(tiny, results, monkeypatch):
+    module = importlib.import_module("cpu_generation")
+    monkeypatch.setattr(module, "SHAPE", replace(MODEL, max_positions=64, tied_embeddings=True))
+    monkeypatch.setattr(module, "NEW", 4)
+    module.run(results)
+    assert results.data["failures"] == []
+    assert {t["candidate"] for t in results.data["times"]} == {"lumi", "hf"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
+def test_fine_tuning_on_a_cpu(tiny, results, monkeypatch):
+    module = importlib.import_module("cpu_finetuning")
+    monkeypatch.setattr(module, "SHAPE", replace(MODEL, tied_embeddings=True, max_positions=1024))
+    monkeypatch.setattr(module, "CONVERSATIONS", 12)
+    lumi = module.measure_here("lumi", torch.float32)
+    assert lumi["rate"] > 0
+    figures = {"lumi": {"rate": 3.0, "megabytes": 1.0}, "trl packed": {"rate": 1.0, "megabytes": 4.0}}
+
+    def in_a_process(name, dtype):
+        if name not in figures:
+            raise RuntimeError("trl is not installed")
+        return figures[name]
+
+    monkeypatch.setattr(module, "in_a_process", in_a_process)
+    module.run(results)
+    assert [claim["measured"] for claim in results.data["claims"]] == [3.0, 0.25]
+    assert len(results.data["left_out"]) == 2 * results.rounds

@@ -28,11 +28,15 @@ from lumi.kernels.swiglu import _swiglu_backward_op, _swiglu_op
 
 pytestmark = pytest.mark.skipif(not _csrc.cpu_targets, reason="Lumi was built without csrc/cpu")
 DTYPES = [torch.float32, torch.bfloat16]
+TARGETS = [  # by default the processor's best one and the one for all processors
+    pytest.param(float32.target, marks=[pytest.mark.soak] if 0 < index < len(_csrc.cpu_targets) - 1 else [])
+    for index, (float32, _) in enumerate(_csrc.cpu_targets)
+]
 
 
-@pytest.fixture(params=[float32.target for float32, _ in _csrc.cpu_targets], autouse=True)
+@pytest.fixture(params=TARGETS, autouse=True)
 def target(request, monkeypatch):
-    """All tests run under each target."""
+    """All tests run under each target; those between the first and the last in the soak."""
     tables = next(tables for tables in _csrc.cpu_targets if tables[0].target == request.param)
     monkeypatch.setattr(native, "_operators", dict(zip(DTYPES, tables, strict=True)))
 
