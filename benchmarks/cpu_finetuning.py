@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_finetuning.py [--output-dir benchmarks/results] [--rounds 1]
 
-The model is `configs/pretrain/tiny.json`, tied, with random weights; rank 16 on all linears. 48
+The model is `configs/pretrain/tiny.json`, tied, with random weights; rank 16 on all linears. 32
 conversations of random tokens, 20 to 1,024 long, of which two fifths are trained. Everybody goes through
 them once, in steps of about 4,096 tokens. Lumi packs them into rows of 1,024. A step of TRL has four times
 four conversations, padded to the longest of the four; the same sorted by length; or four packed rows of
@@ -33,7 +33,7 @@ from lumi.model.lora import LoraConfig, add_lora
 from lumi.model.transformer import Transformer
 from lumi.training.optimizer import Optimizer, OptimizerConfig
 
-LENGTH, CONVERSATIONS, ROWS = 1024, 48, 4
+LENGTH, CONVERSATIONS, ROWS = 1024, 32, 4
 RANK, LR = 16, 1e-3
 TRL_MODES = {
     "trl padded": {},
@@ -171,6 +171,7 @@ def run(results: Results) -> None:
     best = {
         name: (max(run["rate"] for run in runs), min(run["megabytes"] for run in runs))
         for name, runs in found.items()
+        if runs
     }
     results.note(**{f"{name}: trained tokens/s, MB": pair for name, pair in best.items()})
     theirs = [pair for name, pair in best.items() if name != "lumi"]
