@@ -3,7 +3,7 @@
     python benchmarks/cpu_generation.py [--output-dir benchmarks/results] [--rounds 2]
 
 A model of 15 M parameters with random weights: 6 layers of 288, 32,000 pieces, tied. 128 new tokens after a
-prompt of 16, one row and eight rows; one row from a cache with room for 2,048 tokens. Peers have the same
+prompt of 16, one row and eight rows. Peers have the same
 weights, and their tokens must be the same in float32. dtype: float32, and bfloat16 where the CPU multiplies
 it.
 
@@ -11,12 +11,11 @@ The floor of one row is the reading of all weights, at the rate at which torch s
 """
 
 import sys
-import time
 from collections.abc import Callable
 
 import peers
 import torch
-from cpu_training import fastest_dtype
+from cpu_training import best_seconds, fastest_dtype
 from results import Results, main
 
 from lumi.formats.pretrained import narrow
@@ -40,12 +39,7 @@ OVER_HF = 4.0
 def read_rate() -> float:
     """Bytes per second that torch reads."""
     numbers = torch.ones(2**26)
-    seconds = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - begin)
-    return numbers.nbytes / min(seconds)
+    return numbers.nbytes / best_seconds(numbers.sum)
 
 
 def run(results: Results) -> None:

@@ -4,9 +4,9 @@
 
 The model is `configs/pretrain/tiny.json` with tied embeddings; a step has 2,048 tokens. "Packed" means rows
 of 1,024 tokens in documents of 256 that do not see each other: the peers get a mask for that. dtype:
-float32, and bfloat16 where the CPU multiplies it. Peers, each eager and compiled: transformers' Llama,
-litgpt, and GPT-2 as nanoGPT has it. The Llama of transformers has the same weights, so the two losses must
-agree.
+float32, and bfloat16 where the CPU multiplies it. Peers: transformers' Llama, litgpt, and GPT-2 as nanoGPT
+has it; with rows of 256 they are compiled as well, in the faster dtype. The Llama of transformers has the
+same weights, so the two losses must agree.
 
 Peak memory is what a process of its own has needed at most during a step, less what it needed before.
 """
@@ -28,6 +28,7 @@ from training_step import GPT, shipped_config
 
 from lumi.host.devices import fast_bfloat16
 from lumi.kernels.bundle import Ops, select
+from lumi.model.transformer import Transformer
 
 TOKENS, DOCUMENT = 2048, 256
 CASES = {"rows of 256": (256, False), "rows of 1,024": (1024, False), "packed": (1024, True)}
@@ -49,7 +50,7 @@ def mean_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def steps(
     case: str, dtype: torch.dtype, ops: Ops, names: tuple[str, ...] = ("lumi", "hf", "litgpt", "gpt")
 ) -> dict[str, Callable[[], Callable[[], Tensor]]]:
-    """For each candidate what makes its step. "compiled" ones share the eager model."""
+    """For each candidate what makes its step, with a model of its own."""
     length, packed = CASES[case]
     shape = replace(shipped_config("tiny"), tied_embeddings=True, max_positions=1024)
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +58,7 @@ def steps(
         torch.randint(shape.vocab_size, (TOKENS // length, length), generator=generator) for _ in range(2)
     )
     positions = torch.arange(length).expand(tokens.shape)
-    documents, inputs, mask = {}, {"position_ids": positions}, None
+    documents, inputs = {}, {"position_ids": positions}
     if packed:
         positions = positions % DOCUMENT
         documents = {
@@ -68,15 +69,18 @@ def steps(
         mask = (number[:, None] == number) & torch.ones(length, length, dtype=torch.bool).tril()
         inputs = {"position_ids": positions, "attention_mask": mask.expand(len(tokens), 1, -1, -1)}
 
+    def ours() -> Transformer:
+        return Transformer(shape, ops, compute_dtype=dtype).init_weights(0).train()
+
     def lumi() -> Callable[[], Tensor]:
-        return peers.lumi_step(shape, ops, dtype, tokens, targets, **documents)[1]
+        return peers.lumi_step(ours(), tokens, targets, **documents)
 
     def peer(model: nn.Module, loss: Callable[..., Tensor], compiled: bool) -> Callable[[], Tensor]:
         call = torch.compile(loss, dynamic=False) if compiled else loss
         return peers.peer_step(model, dtype, lambda: call(tokens, targets))
 
     def hf(compiled: bool = False) -> Callable[[], Tensor]:
-        theirs = peers.hf_llama(peers.lumi_step(shape, ops, dtype, tokens, targets)[0]).train()
+        theirs = peers.hf_llama(ours()).train()
         return peer(theirs, lambda x, y: mean_loss(theirs(x, **inputs).logits, y), compiled)
 
     def litgpt(compiled: bool = False) -> Callable[[], Tensor]:
@@ -107,15 +111,20 @@ def check(case: str, dtype: torch.dtype, ops: Ops) -> None:
         raise RuntimeError(f"{case}: Lumi's loss is {ours:.6f}, that of transformers {theirs:.6f}")
 
 
-def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of torch's product of square matrices of 2,048, the best of twenty."""
-    a, b, c = (torch.randn(2048, 2048).to(dtype) for _ in range(3))
+def best_seconds(call: Callable[[], object]) -> float:
+    """Of twenty calls: a rate of the machine is what it reaches undisturbed."""
     seconds = []
     for _ in range(20):
         begin = time.perf_counter()
-        torch.mm(a, b, out=c)
+        call()
         seconds.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / min(seconds)
+    return min(seconds)
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of torch's product of square matrices of 2,048, the best of twenty."""
+    a, b, c = (torch.randn(2048, 2048).to(dtype) for _ in range(3))
+    return 2 * 2048**3 / best_seconds(lambda: torch.mm(a, b, out=c))
 
 
 def peak_megabytes(case: str, dtype: torch.dtype, name: str) -> float:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lumi.formats.hf_format import hf_name
-from lumi.kernels.bundle import Ops
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.training.optimizer import Optimizer, OptimizerConfig
 
@@ -98,17 +97,9 @@ def _litgpt_model(shape: ModelConfig) -> nn.Module:
 
 
 def lumi_step(
-    shape: ModelConfig,
-    ops: Ops,
-    dtype: torch.dtype,
-    tokens_BT: Tensor,
-    targets_BT: Tensor,
-    **documents: Tensor,
-) -> tuple[Transformer, Callable[[], Tensor]]:
-    """A model of Lumi and its training step, which returns the mean loss.
-
-    `documents`: positions and cu_seqlens."""
-    model = Transformer(shape, ops, compute_dtype=dtype).init_weights(0).train()
+    model: Transformer, tokens_BT: Tensor, targets_BT: Tensor, **documents: Tensor
+) -> Callable[[], Tensor]:
+    """Lumi's training step, which returns the mean loss. `documents`: positions and cu_seqlens."""
     optimizer, share = Optimizer(model, OptimizerConfig(kind="adamw")), 1 / targets_BT.numel()
 
     def step() -> Tensor:
@@ -118,7 +109,7 @@ def lumi_step(
         optimizer.zero_grad()
         return loss.detach() * share
 
-    return model, step
+    return step
 
 
 def peer_step(model: nn.Module, dtype: torch.dtype, mean_loss: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -89,12 +89,8 @@ void attention(Address q_, Address k_, Address v_, Address first_key_, Address s
 // One row of a tile: scores become weights, and the weights' gradients those of the scores. 0 outside low ..
 // high.
 inline void differentiate(float* scores, float* gradients, Int low, Int high, float lse, float delta) {
-    IntVec lane;
-    for (int i = 0; i < kWidth; ++i) lane[i] = i;
     for (Int i = 0; i < kTile; i += kWidth) {
-        const IntVec index = lane + static_cast<int>(i);
-        const IntVec seen = (index >= static_cast<int>(low)) & (index < static_cast<int>(high));
-        const Vec weights = seen ? exp(load(scores + i) - lse) : Vec{};
+        const Vec weights = columns_between(i, low, high) ? exp(load(scores + i) - lse) : Vec{};
         store(scores + i, weights);
         store(gradients + i, weights * (load(gradients + i) - delta));
     }

@@ -11,8 +11,7 @@
 
 namespace lumi::LUMI_TARGET {
 
-constexpr Int kTile = 64;            // queries of a tile, and keys of a tile
-constexpr float kLowest = -3.4e38f;  // instead of -infinity, whose differences are NaN
+constexpr Int kTile = 64;  // queries of a tile, and keys of a tile
 
 inline Int padded(Int size, Int multiple) { return (size + multiple - 1) / multiple * multiple; }
 
@@ -80,18 +79,22 @@ inline void write_result(T* to, Sums sums, Int row, Int dim) {
     unpack_row(to, sums.results + row * padded(dim, kWidth), dim, total > 0 ? 1.0f / total : total);
 }
 
+// Which of the columns from `first` on lie in low .. high - 1: all bits, or none.
+LUMI_INLINE IntVec columns_between(Int first, Int low, Int high) {
+    IntVec index;
+    for (int i = 0; i < kWidth; ++i) index[i] = static_cast<int>(first) + i;
+    return (index >= static_cast<int>(low)) & (index < static_cast<int>(high));
+}
+
 // Turns a row's scores into weights e^(score - largest), 0 outside low .. high, and takes them into account.
 inline void take_scores(float* scores, Int low, Int high, float* result, float& largest_score, float& total,
                         Int padded_dim) {
-    IntVec lane;
-    for (int i = 0; i < kWidth; ++i) lane[i] = i;
     const bool whole = low <= 0 && high >= kTile;
     Vec most = broadcast(largest_score);
     for (Int i = 0; i < kTile; i += kWidth) {
         Vec x = load(scores + i);
         if (!whole) {
-            const IntVec index = lane + static_cast<int>(i);
-            x = (index >= static_cast<int>(low)) & (index < static_cast<int>(high)) ? x : broadcast(kLowest);
+            x = columns_between(i, low, high) ? x : broadcast(kLowest);
             store(scores + i, x);
         }
         most = max(x, most);

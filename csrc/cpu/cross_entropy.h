@@ -41,7 +41,7 @@ double cross_entropy(Address logits_, Address targets_, Address losses_, Address
 
     for_each_logits_piece(vocab, columns, threads, [&](Int first, Int end, Int piece) {
         float *largest = all_largest + piece * columns, *sums = all_sums + piece * columns;
-        for (Int j = 0; j < columns; ++j) largest[j] = -3.4e38f, sums[j] = 0;
+        for (Int j = 0; j < columns; ++j) largest[j] = kLowest, sums[j] = 0;
         for (Int row = first; row < end; ++row)
             for_each_vector(columns, [&](Int j, int count) {
                 store(largest + j, max(load(logits + row * columns + j, count), load(largest + j, count)),

@@ -107,6 +107,8 @@ LUMI_INLINE float sum_of_bytes(typename FloatsOfBytes<kSize>::type x) {
 
 LUMI_INLINE float sum(Vec x) { return sum_of_bytes<kBytes>(x); }
 
+constexpr float kLowest = -3.4e38f;  // the first maximum, instead of -infinity, whose differences are NaN
+
 LUMI_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 LUMI_INLINE float max(Vec x) {

@@ -5,21 +5,14 @@ import torch
 from parity import assert_parity
 
 from lumi import _csrc
-from lumi.kernels import linear, native
+from lumi.kernels import linear
 from lumi.kernels.linear import FEW_ROWS, linear_native, linear_reference
 
-pytestmark = pytest.mark.skipif(not _csrc.cpu_targets, reason="Lumi was built without csrc/cpu")
-DTYPES = [torch.float32, torch.bfloat16]
-TARGETS = [  # by default the processor's best one and the one for all processors
-    pytest.param(float32.target, marks=[pytest.mark.soak] if 0 < index < len(_csrc.cpu_targets) - 1 else [])
-    for index, (float32, _) in enumerate(_csrc.cpu_targets)
+pytestmark = [
+    pytest.mark.skipif(not _csrc.cpu_targets, reason="Lumi was built without csrc/cpu"),
+    pytest.mark.usefixtures("cpu_target"),
 ]
-
-
-@pytest.fixture(params=TARGETS, autouse=True)
-def target(request, monkeypatch):
-    tables = next(tables for tables in _csrc.cpu_targets if tables[0].target == request.param)
-    monkeypatch.setattr(native, "_operators", dict(zip(DTYPES, tables, strict=True)))
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture

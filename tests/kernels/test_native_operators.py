@@ -11,7 +11,6 @@ import torch
 from parity import assert_parity
 
 from lumi import _csrc
-from lumi.kernels import native
 from lumi.kernels.add_rms_norm import _add_rms_norm_backward_op, _add_rms_norm_op
 from lumi.kernels.attention import _attention_backward_op, _attention_op
 from lumi.kernels.bundle import NATIVE, REFERENCE, TRITON
@@ -26,19 +25,11 @@ from lumi.kernels.rms_norm import _rms_norm_backward_op, _rms_norm_op
 from lumi.kernels.rope import _rope_op, rope_table
 from lumi.kernels.swiglu import _swiglu_backward_op, _swiglu_op
 
-pytestmark = pytest.mark.skipif(not _csrc.cpu_targets, reason="Lumi was built without csrc/cpu")
-DTYPES = [torch.float32, torch.bfloat16]
-TARGETS = [  # by default the processor's best one and the one for all processors
-    pytest.param(float32.target, marks=[pytest.mark.soak] if 0 < index < len(_csrc.cpu_targets) - 1 else [])
-    for index, (float32, _) in enumerate(_csrc.cpu_targets)
+pytestmark = [
+    pytest.mark.skipif(not _csrc.cpu_targets, reason="Lumi was built without csrc/cpu"),
+    pytest.mark.usefixtures("cpu_target"),
 ]
-
-
-@pytest.fixture(params=TARGETS, autouse=True)
-def target(request, monkeypatch):
-    """All tests run under each target; those between the first and the last in the soak."""
-    tables = next(tables for tables in _csrc.cpu_targets if tables[0].target == request.param)
-    monkeypatch.setattr(native, "_operators", dict(zip(DTYPES, tables, strict=True)))
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @dataclass
