@@ -66,7 +66,7 @@ def tokenize(argv: list[str]) -> int:
     """corpus folders -> a token store, split into train and validation by document"""
     from lumi.chat.templates import TEMPLATES
     from lumi.data import tokenization
-    from lumi.tokenizer.tokenizer import Tokenizer
+    from lumi.tokenizer.loading import load_tokenizer
 
     texts = {
         "tokenizer": "tokenizer folder or model file",
@@ -88,7 +88,7 @@ def tokenize(argv: list[str]) -> int:
     options = arguments.parse_args(argv)
     manifest = tokenization.tokenize(
         options.corpus_dirs,
-        Tokenizer.load(options.tokenizer_dir),
+        load_tokenizer(options.tokenizer_dir),
         options.output_dir,
         validation_fraction=options.validation_fraction,
         validation_corpus_dirs=options.validation_corpus_dirs or (),

@@ -20,6 +20,7 @@ from lumi.formats.pretrained import Pretrained, load_pretrained
 from lumi.host.devices import choose_device
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
 from lumi.planning.pace import FULL, Pace, pace_of, plan, shipped
+from lumi.tokenizer.loading import load_tokenizer
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 from lumi.training.metrics import human, read_metrics
@@ -77,7 +78,7 @@ class Demo:
         prepare(load_config(PrepareConfig, shipped("prepare")), corpus, use_cache=True)
         self._title("tokenizer", "documents -> SentencePiece BPE")
         train_tokenizer(load_config(TokenizerConfig, shipped("tokenizer")), [corpus], tokenizer_dir)
-        tokenizer = Tokenizer.load(tokenizer_dir)
+        tokenizer = load_tokenizer(tokenizer_dir)
         self._title("tokenize", "documents -> tokens")
         tokenize([corpus], tokenizer, self.folder("tokens"), validation_fraction=VALIDATION_FRACTION)
         self._title("questions", "the documentation again -> questions and answers, whole modules held out")

@@ -47,9 +47,8 @@ def write_config(folder, **changes):
 def write_json_twin(folder):
     """`tokenizer.json` as published with Llama 2: a normaliser adds the prefix, the decoder removes it."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    twin = transformers_tokenizer(
-        [model.id_to_piece(i) for i in range(len(model))], ("<unk>", "<s>", "</s>"), 259
-    )
+    pieces = [model.id_to_piece(i) for i in range(len(model))]
+    twin = transformers_tokenizer(pieces, range(3), range(259, len(pieces)), unk_id=0, bos_id=1)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     twin["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
     twin["pre_tokenizer"] = None

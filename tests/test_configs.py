@@ -13,7 +13,7 @@ from lumi.evaluation.smoke import SmokeTests
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import add_lora
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.tokenizer.tokenizer import SPECIAL_PIECES
+from lumi.tokenizer.sentencepiece_bpe import SPECIAL_PIECES
 from lumi.tokenizer.training import TokenizerConfig
 from lumi.training.run_config import TrainConfig
 

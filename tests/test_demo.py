@@ -12,7 +12,7 @@ from lumi.corpus import read_corpus
 from lumi.data.token_store import TokenStore
 from lumi.planning import pace
 from lumi.planning.pace import Pace
-from lumi.tokenizer.tokenizer import Tokenizer
+from lumi.tokenizer.loading import load_tokenizer
 
 TRAIN = {
     "batches": {"sequence_length": 64, "batch_tokens": 512, "micro_batch_size": 4},
@@ -75,7 +75,7 @@ def test_all_stages_and_a_second_call(small_configs, tmp_path, capsys):
         range(1, 10)
     )
 
-    text = lumi.demo.held_out_text(output / "tokens", Tokenizer.load(output / "tokenizer"))
+    text = lumi.demo.held_out_text(output / "tokens", load_tokenizer(output / "tokenizer"))
     assert len(text) == TokenStore.open(output / "tokens").split("validation").num_bytes
     xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     assert f"{xz:.3f} bits per byte" in printed

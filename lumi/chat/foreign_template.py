@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from enum import Enum
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,8 +31,12 @@ MEMORY_BYTES = 1 << 30
 WALL_SECONDS = 60  # generous, for machines that are busy
 MAX_CHARACTERS = 1 << 20
 
-_SUBJECT = "the model's chat template"
+SUBJECT = "the model's chat template"
 _REPLACE = "replace chat_template.jinja in the tokenizer's folder"
+
+
+class TemplateRefusal(UserError):
+    """A template does not take this conversation; it may take others."""
 
 
 class ControlPiece(NamedTuple):
@@ -46,7 +51,14 @@ class Content(NamedTuple):
     place: int
 
 
-Part = str | ControlPiece | Content
+class Mark(Enum):
+    """Where {% generation %} begins, or ends."""
+
+    BEGIN = "begin"
+    END = "end"
+
+
+Part = str | ControlPiece | Content | Mark
 
 
 def parts(
@@ -57,7 +69,8 @@ def parts(
     variables: Sequence[tuple[str, str]],
     add_generation_prompt: bool,
 ) -> tuple[Part, ...]:
-    """Apply a template to a conversation: text, control pieces and the places of the contents, in order.
+    """Apply a template to a conversation: text, control pieces, the places of the contents and the marks of
+    answers, in order.
 
     Args:
         template: Jinja, in the dialect of transformers' `apply_chat_template`.
@@ -99,8 +112,10 @@ def _parts(
         "tools": None,
         "documents": None,
     }
-    text = _render(template, {**dict(variables), **ours})
+    marks = [secrets.token_hex(16) for _ in Mark]
+    text = _render(template, {**dict(variables), **ours}, marks)
     meaning: dict[str, Part] = {word: Content(index) for index, word in enumerate(words)}
+    meaning |= dict(zip(marks, Mark, strict=True))
     meaning |= {piece: ControlPiece(piece) for piece in pieces if piece and not re.search(r"\s", piece)}
     longest_first = sorted(meaning, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
@@ -108,8 +123,8 @@ def _parts(
     found = tuple(meaning.get(part, part) for part in split if part)
     for index, (role, *_) in enumerate(turns):
         if (count := found.count(Content(index))) != 1:
-            raise UserError(
-                _SUBJECT,
+            raise TemplateRefusal(
+                SUBJECT,
                 "must show every message once and unchanged",
                 got=f"message {index + 1} ({role}) {count} times",
                 remedy=f"leave that message out, or {_REPLACE}",
@@ -117,54 +132,59 @@ def _parts(
     return found
 
 
-def _render(template: str, variables: dict[str, Any]) -> str:
-    """Run a template in a process of its own. Raises UserError: it fails, or hits a limit."""
+def _render(template: str, variables: dict[str, Any], marks: Sequence[str]) -> str:
+    """Run a template in a process of its own. Raises UserError: it fails, or hits a limit.
+
+    Args:
+        marks: what to write where {% generation %} begins and where it ends.
+    """
     command = [sys.executable, "-P", "-m", "lumi.chat.foreign_template"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    job = json.dumps({"template": template, "variables": variables})
+    job = json.dumps({"template": template, "variables": variables, "marks": marks})
     try:
         process = subprocess.run(
             command, input=job, capture_output=True, text=True, env=environment, timeout=WALL_SECONDS
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            _SUBJECT,
+            SUBJECT,
             f"must finish within {WALL_SECONDS} s, but did not",
             remedy=f"{_REPLACE}, or try again when the machine is less busy",
         ) from None
     if process.returncode < 0:
         limits = f"{CPU_SECONDS} s and {MEMORY_BYTES >> 20} MiB"
         outcome = "but did not: it is broken or malicious"
-        raise UserError(_SUBJECT, f"must finish within {limits}, {outcome}", remedy=_REPLACE)
+        raise UserError(SUBJECT, f"must finish within {limits}, {outcome}", remedy=_REPLACE)
     if process.returncode > 0:
         raise RuntimeError(f"the process for chat templates failed: {process.stderr}")
     answer = json.loads(process.stdout)
     if "error" in answer:
         line = " ".join(answer["error"].split())
-        raise UserError(_SUBJECT, f"must accept the conversation, but {line[:300]}")
+        kind = TemplateRefusal if answer["refuses"] else UserError
+        raise kind(SUBJECT, f"must accept the conversation, but {line[:300]}")
     return answer["text"]
 
 
 def main() -> None:
-    """The process. It reads {"template", "variables"} as JSON and prints {"text"} or {"error"}."""
+    """The process. It reads {"template", "variables", "marks"} as JSON and prints {"text"}, or {"error", "refuses"}."""
     from jinja2 import TemplateSyntaxError
 
     job = json.load(sys.stdin)
     _limit_resources()
     try:
-        text = _environment().from_string(job["template"]).render(**job["variables"])
-        answer = {"text": text}
+        text = _environment(job["marks"]).from_string(job["template"]).render(**job["variables"])
+        answer: dict[str, Any] = {"text": text}
         if len(text) > MAX_CHARACTERS:
             answer = {"error": f"makes {len(text)} characters of it"}
     except _Refusal as error:
-        answer = {"error": f"says: {error}"}
+        answer = {"error": f"says: {error}", "refuses": True}
     except TemplateSyntaxError as error:
         answer = {"error": f"is not valid Jinja, line {error.lineno}: {error.message}"}
     except MemoryError:
         answer = {"error": f"needs more than {MEMORY_BYTES >> 20} MiB"}
     except Exception as error:  # whatever a stranger's program raises is its own fault
         answer = {"error": f"fails with {type(error).__name__}: {error}"}
-    json.dump(answer, sys.stdout)
+    json.dump({"refuses": False} | answer, sys.stdout)
 
 
 class _Refusal(Exception):  # noqa: N818 - what a template says with raise_exception
@@ -182,7 +202,7 @@ def _limit_resources() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _environment() -> Any:
+def _environment(marks: Sequence[str]) -> Any:
     """The sandbox with the extras that transformers gives to chat templates.
 
     They are in `_cached_compile_jinja_template` of its chat_template_utils.py.
@@ -192,13 +212,15 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks answers for transformers' loss masks. Here only its content counts."""
+        """{% generation %} marks answers: `marks` stand around its content."""
 
         tags = {"generation"}  # noqa: RUF012 - Jinja's way
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in marks)
+            return [begin, *content, end]
 
     def refuse(message: str) -> NoReturn:
         raise _Refusal(message)

@@ -8,49 +8,36 @@ that ends it, are trained.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
 
-from lumi.chat import foreign_template
+from lumi.chat import foreign_rendering
+from lumi.chat.foreign_rendering import ForeignTemplate
 from lumi.chat.messages import Message
 from lumi.chat.templates import TEMPLATES, Control, Template
+from lumi.chat.token_writer import ChatTokenizer, Rendered, TokenWriter
 from lumi.config import UserError
 from lumi.host.text import utf8
 
 
-class ChatTokenizer(Protocol):
-    """What rendering needs of a tokenizer, such as `lumi.tokenizer.tokenizer.Tokenizer`."""
+def render_documents(
+    tokenizer: ChatTokenizer,
+    template: Template | ForeignTemplate,
+    messages: Sequence[Message],
+    max_tokens: int | None = None,
+) -> list[Rendered]:
+    """A conversation as training documents: one, several (see `foreign_rendering`), or none.
 
-    control_ids: dict[str, int]
-    bos_id: int
-    eos_id: int
-    pad_id: int | None
-    im_start_id: int | None
-    im_end_id: int | None
-    chat_template: str | None
-
-    def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """Ids of plain text, never a control id. `continues`: the text follows other tokens."""
-        ...
-
-
-class Rendered(NamedTuple):
-    """A conversation to train on.
-
-    Attributes:
-        ids: token ids; the last one ends an answer.
-        mask: for each id, whether it is trained.
-        num_messages: how many messages of the conversation are in it.
+    Arguments and errors as for `render`, and: a template of others refuses or changes the conversation.
     """
-
-    ids: list[int]
-    mask: list[bool]
-    num_messages: int
+    if isinstance(template, ForeignTemplate):
+        return foreign_rendering.render(tokenizer, template, messages, max_tokens)
+    rendered = render(tokenizer, template, messages, max_tokens)
+    return [] if rendered is None else [rendered]
 
 
 def render(
     tokenizer: ChatTokenizer, template: Template, messages: Sequence[Message], max_tokens: int | None = None
 ) -> Rendered | None:
-    """A conversation as a training document.
+    """A conversation as a training document in one of Lumi's templates.
 
     Args:
         messages: in any order of roles. What follows the last answer is left out.
@@ -78,7 +65,6 @@ def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[in
     """The conversation so far and the header of the next answer, in the tokenizer's chat template.
 
     With one of Lumi's templates these are exactly the ids before the answer in the training document.
-    `foreign_template` renders any other template.
 
     Raises:
         UserError: the tokenizer has no chat template, or lacks a control token of it; the template refuses or
@@ -90,60 +76,63 @@ def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[in
         except UserError as error:
             raise error.within(f"message {number}") from error
     template = template_of(tokenizer)
+    if template is None:
+        raise UserError(
+            "the tokenizer",
+            "must have a chat template",
+            got="none: the model was not made for conversations",
+            remedy="continue a text with `lumi generate --prompt`, or fine-tune the model on conversations",
+        )
+    if isinstance(template, ForeignTemplate):
+        return foreign_rendering.prompt_ids(tokenizer, template, messages)
     writer = _Writer(tokenizer, template)
-    if template is not None:
-        writer.begin(messages)
-        for message in messages:
-            writer.turn(message)
-        writer.parts(template.turns["assistant"].before)
-    else:
-        for part in _foreign_parts(tokenizer, messages, add_generation_prompt=True):
-            if isinstance(part, foreign_template.ControlPiece):
-                writer.control(tokenizer.control_ids[part.piece])
-            elif isinstance(part, foreign_template.Content):
-                writer.text(messages[part.place].content.strip())
-            else:
-                writer.text(part)
+    writer.begin(messages)
+    for message in messages:
+        writer.turn(message)
+    writer.parts(template.turns["assistant"].before)
     writer.flush()
     return writer.ids
 
 
 def stop_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
-    """The ids that end an answer: EOS, and the first control token after an answer in the chat template.
+    """The ids that end an answer: those that end a text, and the first control token after an answer in the
+    chat template.
 
     Raises:
         UserError: the tokenizer lacks a control token of its template, or the template fails on a question
             and its answer.
     """
-    ids = {tokenizer.eos_id}
-    if (template := template_of(tokenizer)) is not None:
+    ids = set(tokenizer.eos_ids)
+    template = template_of(tokenizer)
+    if isinstance(template, ForeignTemplate):
+        ids.update(foreign_rendering.end_of_answer(tokenizer, template))
+    elif template is not None:
         ids.add(check_controls(tokenizer, template)[template.end_of_turn])
-    elif tokenizer.chat_template:
-        probe = [Message("user", "a question"), Message("assistant", "an answer")]
-        parts = _foreign_parts(tokenizer, probe, add_generation_prompt=False)
-        after_answer = parts[parts.index(foreign_template.Content(1)) + 1 :]
-        pieces = [part.piece for part in after_answer if isinstance(part, foreign_template.ControlPiece)]
-        ids.update(tokenizer.control_ids[piece] for piece in pieces[:1])
     return frozenset(ids)
 
 
-def template_of(tokenizer: ChatTokenizer) -> Template | None:
-    """The one of `TEMPLATES` whose Jinja text is the tokenizer's chat template, or None."""
+def template_of(tokenizer: ChatTokenizer) -> Template | ForeignTemplate | None:
+    """The tokenizer's chat template: one of `TEMPLATES` if its Jinja text is that one's. None without one."""
+    if not tokenizer.chat_template:
+        return None
     same = (template for template in TEMPLATES.values() if template.jinja == tokenizer.chat_template)
-    return next(same, None)
+    return next(same, ForeignTemplate(tokenizer.chat_template))
 
 
 def check_controls(tokenizer: ChatTokenizer, template: Template) -> dict[Control, int]:
-    """The ids of the control tokens. Raises UserError if the tokenizer lacks one that the template needs."""
+    """The ids of the control tokens. Raises UserError if the tokenizer lacks one that the template needs.
+
+    Without a BOS token a conversation begins without one.
+    """
     known = {
         Control.BOS: tokenizer.bos_id,
         Control.EOS: tokenizer.eos_id,
-        Control.IM_START: tokenizer.im_start_id,
-        Control.IM_END: tokenizer.im_end_id,
+        Control.IM_START: tokenizer.control_ids.get("<|im_start|>"),
+        Control.IM_END: tokenizer.control_ids.get("<|im_end|>"),
     }
     ids = {control: token_id for control, token_id in known.items() if token_id is not None}
-    if missing := sorted(control.name for control in template.controls - ids.keys()):
-        usable = [other.name for other in TEMPLATES.values() if other.controls <= ids.keys()]
+    if missing := sorted(control.name for control in template.controls - {Control.BOS} - ids.keys()):
+        usable = [other.name for other in TEMPLATES.values() if other.controls - {Control.BOS} <= ids.keys()]
         raise UserError(
             "--template",
             "must need no control token that the tokenizer lacks",
@@ -153,36 +142,28 @@ def check_controls(tokenizer: ChatTokenizer, template: Template) -> dict[Control
     return ids
 
 
-class _Writer:
-    """Ids and mask as they grow.
+class _Writer(TokenWriter):
+    """Writes the turns of one of Lumi's templates."""
 
-    Text waits until a control token, an answer or `flush`, so that it is encoded in one piece.
-    """
-
-    def __init__(self, tokenizer: ChatTokenizer, template: Template | None):
-        self.tokenizer, self.template = tokenizer, template
-        self.control_ids = check_controls(tokenizer, template) if template is not None else {}
-        self.ids: list[int] = []
-        self.mask: list[bool] = []
+    def __init__(self, tokenizer: ChatTokenizer, template: Template):
+        super().__init__(tokenizer)
+        self.template, self.control_ids = template, check_controls(tokenizer, template)
         self.end_of_answer = 0  # tokens up to the end of the last answer
-        self._waiting: list[str] = []
 
     def begin(self, messages: Sequence[Message]) -> None:
         """BOS, and the template's default system message if the conversation brings none."""
-        assert self.template is not None
-        self.control(self.control_ids[Control.BOS])
+        if Control.BOS in self.control_ids:
+            self.control(self.control_ids[Control.BOS])
         if self.template.default_system is not None and not (messages and messages[0].role == "system"):
             self.turn(Message("system", self.template.default_system))
 
     def turn(self, message: Message) -> None:
         """A message and what the template puts around it."""
-        assert self.template is not None
         before, after = self.template.turns[message.role]
         self.parts(before)
         if message.role == "assistant":
-            self.flush()
-            self._add(self.tokenizer.encode(message.content, continues=True), trained=True)
-            self._add([self.control_ids[self.template.end_of_turn]], trained=True)
+            self.answer(message.content)
+            self.control(self.control_ids[self.template.end_of_turn], trained=True)
             self.end_of_answer = len(self.ids)
             after = after[1:]
         else:
@@ -196,43 +177,3 @@ class _Writer:
                 self.control(self.control_ids[part])
             else:
                 self.text(part)
-
-    def text(self, text: str) -> None:
-        """Text that is not trained."""
-        self._waiting.append(text)
-
-    def control(self, token_id: int) -> None:
-        """A control token that is not trained."""
-        self.flush()
-        self._add([token_id], trained=False)
-
-    def flush(self) -> None:
-        """Encode the waiting text."""
-        if text := "".join(self._waiting):
-            self._add(self.tokenizer.encode(text, continues=bool(self.ids)), trained=False)
-        self._waiting = []
-
-    def _add(self, ids: list[int], *, trained: bool) -> None:
-        self.ids += ids
-        self.mask += [trained] * len(ids)
-
-
-def _foreign_parts(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], *, add_generation_prompt: bool
-) -> tuple[foreign_template.Part, ...]:
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer",
-            "must have a chat template",
-            got="none: the model was not made for conversations",
-            remedy="continue a text with `lumi generate --prompt`, or fine-tune the model on conversations",
-        )
-    spelling = {token_id: piece for piece, token_id in tokenizer.control_ids.items()}
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    return foreign_template.parts(
-        tokenizer.chat_template,
-        messages,
-        pieces=tuple(tokenizer.control_ids),
-        variables=[(name, spelling[token_id]) for name, token_id in ids.items() if token_id is not None],
-        add_generation_prompt=add_generation_prompt,
-    )

@@ -14,8 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lumi.chat.foreign_rendering import ForeignTemplate
+from lumi.chat.foreign_template import TemplateRefusal
 from lumi.chat.messages import Conversation, to_json
-from lumi.chat.rendering import Rendered, Template, render
+from lumi.chat.rendering import render_documents
+from lumi.chat.templates import Template
+from lumi.chat.token_writer import Rendered
 from lumi.data.store_manifest import Counts, token_dtype
 from lumi.host.text import utf8
 from lumi.host.workers import Workers
@@ -43,7 +47,7 @@ class EncodingSettings:
 
     tokenizer: Tokenizer
     validation_fraction: float
-    template: Template | None = None
+    template: Template | ForeignTemplate | None = None
     max_tokens: int | None = None
 
 
@@ -51,7 +55,8 @@ class Encoded(NamedTuple):
     """Documents of one split, in order.
 
     Attributes:
-        tokens: (sum of lengths,) uint16 or uint32; a text is BOS, its ids, EOS.
+        tokens: (sum of lengths,) uint16 or uint32; a text is BOS if the tokenizer puts one first, its ids,
+            EOS.
         lengths: (documents,) int64.
         mask: (sum of lengths,) bool, which tokens are trained. None for texts: all.
         counts: per source.
@@ -86,16 +91,22 @@ def encode_documents(settings: EncodingSettings, task: Documents) -> dict[str, E
     """
     splits = {"train": _GrowingSplit(), "validation": _GrowingSplit()}
     tokenizer = settings.tokenizer
+    texts = [document for document in task.documents if isinstance(document, str)]
+    ids_of_texts = iter(tokenizer.encode_batch(texts))
     for document, source in zip(task.documents, task.sources, strict=True):
         if isinstance(document, str):
             data = utf8(document)
             name, rank = split_of(data, settings.validation_fraction)
-            ids = [tokenizer.bos_id, *tokenizer.encode_utf8(data), tokenizer.eos_id]
+            ids = [*tokenizer.begin_ids, *next(ids_of_texts), tokenizer.eos_id]
             splits[name].add(ids, source, len(data), rank)
         else:
             name, rank = split_of(canonical(document), settings.validation_fraction)
             assert settings.template is not None
-            rendered = render(tokenizer, settings.template, document, settings.max_tokens)
+            try:
+                rendered = render_documents(tokenizer, settings.template, document, settings.max_tokens)
+            except TemplateRefusal as refusal:
+                splits[name].dropped[f"refused_by_template: {refusal.expectation}"] += 1
+                continue
             splits[name].add_conversation(rendered, document, source, rank)
     dtype = token_dtype(tokenizer.vocab_size)
     return {name: split.finish(dtype) for name, split in splits.items() if split.lengths or split.dropped}
@@ -126,17 +137,20 @@ class _GrowingSplit:
         self.lowest_rank = min(self.lowest_rank, rank)
 
     def add_conversation(
-        self, rendered: Rendered | None, conversation: Conversation, source: str, rank: int
+        self, documents: Sequence[Rendered], conversation: Conversation, source: str, rank: int
     ) -> None:
         answers = [index for index, message in enumerate(conversation) if message.role == "assistant"]
-        if rendered is None:
+        if not documents:
             self.dropped["no_answer_within_max_tokens" if answers else "no_answer"] += 1
             return
-        kept = [index for index in answers if index < rendered.num_messages]
-        if len(kept) < len(answers):
+        start = 0
+        for ids, mask, num_messages in documents:
+            trained = [index for index in answers if start <= index < num_messages]
+            self.mask += mask
+            self.add(ids, source, sum(len(utf8(conversation[index].content)) for index in trained), rank)
+            start = num_messages
+        if answers[-1] >= start:
             self.truncated += 1
-        self.mask += rendered.mask
-        self.add(rendered.ids, source, sum(len(utf8(conversation[index].content)) for index in kept), rank)
 
     def finish(self, dtype: np.dtype) -> Encoded:
         tokens, lengths = np.array(self.tokens, dtype=dtype), np.array(self.lengths, dtype=np.int64)

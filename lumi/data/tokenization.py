@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from lumi.chat.foreign_rendering import ForeignTemplate
 from lumi.chat.rendering import check_controls, template_of
 from lumi.chat.templates import TEMPLATES, Template
 from lumi.config import UserError
@@ -116,7 +117,7 @@ def _check_fraction(validation_fraction: float, has_validation_corpora: bool) ->
 
 def _choose_template(
     readers: Sequence[CorpusReader], tokenizer: Tokenizer, template: Template | None, max_tokens: int | None
-) -> Template | None:
+) -> Template | ForeignTemplate | None:
     """The template for these corpora, None for texts. Raises UserError for options that have no effect."""
     conversations = [reader for reader in readers if reader.holds_conversations]
     if not conversations:
@@ -137,16 +138,17 @@ def _choose_template(
         )
     if max_tokens is not None and max_tokens < 1:
         raise UserError("--max-tokens", "must be at least 1", got=max_tokens)
-    template = template or template_of(tokenizer)
-    if template is None:
+    chosen = template or template_of(tokenizer)
+    if chosen is None:
         command = f"`{TOKENIZE_COMMAND} STORE --template TEMPLATE`"
         raise UserError(
             "--template",
-            f"must be given where the tokenizer's chat template is none of {', '.join(TEMPLATES)}",
-            remedy=f"run {command} with the one that the model is to learn",
+            "must be given where the tokenizer has no chat template",
+            remedy=f"run {command} with one of {', '.join(TEMPLATES)}",
         )
-    check_controls(tokenizer, template)
-    return template
+    if isinstance(chosen, Template):
+        check_controls(tokenizer, chosen)
+    return chosen
 
 
 def _inputs(

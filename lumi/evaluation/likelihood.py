@@ -27,7 +27,7 @@ _LOGIT_ROWS = 512  # at once: with 32,768 ids that is 64 MiB
 
 
 class ScoringRequest(NamedTuple):
-    """Token ids of a context (at least BOS) and of the continuations to score after it (none empty)."""
+    """Token ids of a context (at least one) and of the continuations to score after it (none empty)."""
 
     context: list[int]
     continuations: list[list[int]]
@@ -42,12 +42,13 @@ def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[s
     for continuation in continuations:
         whole = tokenizer.encode(kept + space + continuation)
         joins = whole[: len(context_ids)] == context_ids
-        ids = whole[len(context_ids) :] if joins else tokenizer.encode(space + continuation, continues=True)
+        ids = whole[len(context_ids) :] if joins else tokenizer.encode(space + continuation, "text")
         if not ids:
             got = f"{continuation!r} after {kept[-40:]!r}"
             raise UserError("a continuation", "must hold at least one token", got=got)
         encoded.append(ids)
-    return ScoringRequest([tokenizer.bos_id, *context_ids], encoded)
+    begin = tokenizer.begin_ids if context_ids else tokenizer.begin_ids or (tokenizer.prefix_id,)
+    return ScoringRequest([*begin, *context_ids], encoded)
 
 
 @torch.inference_mode()

@@ -140,7 +140,7 @@ def text_documents(
         texts = [wikitext.detokenize(page) for page in originals]
     documents = []
     for original, text in zip(originals, texts, strict=True):
-        tokens = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
+        tokens = np.array([tokenizer.prefix_id, *tokenizer.encode(text)])
         if len(tokens) > 1:
             scored = np.arange(len(tokens)) > 0
             num_bytes = len(original.encode())

@@ -179,7 +179,7 @@ def encode_smoke_tests(
             except UserError as error:
                 raise error.within(f"smoke tests: {category}, prompt {number}") from error
             encoded.append(ids)
-    stop_ids = rendering.stop_ids(tokenizer) if is_chat else frozenset({tokenizer.eos_id})
+    stop_ids = rendering.stop_ids(tokenizer) if is_chat else frozenset(tokenizer.eos_ids)
     return EncodedTests(tests, is_chat, encoded, stop_ids)
 
 

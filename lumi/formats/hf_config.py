@@ -54,8 +54,8 @@ def to_hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """`generation_config.json`. With it, transformers stops where `lumi generate` and `lumi chat` stop."""
-    ends = [tokenizer.eos_id]
-    im_end_id = tokenizer.im_end_id
+    ends = list(tokenizer.eos_ids)
+    im_end_id = tokenizer.control_id("<|im_end|>")
     if im_end_id is not None and im_end_id not in ends and "<|im_end|>" in (tokenizer.chat_template or ""):
         ends.append(im_end_id)
     return {

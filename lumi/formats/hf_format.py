@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
 from lumi.formats.hf_config import from_hf_config, generation_config, to_hf_config
-from lumi.host.storage import atomic_folder, sha256_file
+from lumi.host.storage import atomic_folder
 from lumi.host.tensor_files import save_tensors
 from lumi.kernels.bundle import Ops
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.tokenizer.tokenizer import MODEL_FILE, Tokenizer
+from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
+from lumi.tokenizer.tokenizer import Tokenizer
 
 _NAMES = {  # ours -> theirs, in this order
     "token_embedding.": "model.embed_tokens.",
@@ -137,8 +138,8 @@ def load_model(
 def _check_tokenizer(folder: Path, shape: ModelConfig, tokenizer: Tokenizer) -> None:
     """Raises UserError if the model was trained with another tokenizer, or has too few ids for it."""
     expected = read_json(folder / "config.json").get("tokenizer_fingerprint")
-    if expected is None and (folder / MODEL_FILE).is_file():
-        expected = sha256_file(folder / MODEL_FILE)  # the fingerprint is the hash of this file
+    if expected is None and has_tokenizer(folder):
+        expected = load_tokenizer(folder).fingerprint
     if expected not in (None, tokenizer.fingerprint):
         raise UserError(
             f"{folder}: the tokenizer",
@@ -147,7 +148,7 @@ def _check_tokenizer(folder: Path, shape: ModelConfig, tokenizer: Tokenizer) -> 
             remedy=f"pass --tokenizer-path {folder}",
         )
     if tokenizer.vocab_size > shape.vocab_size:
-        files = "tokenizer_config.json and added_tokens.json"
+        files = "tokenizer.json, tokenizer_config.json and added_tokens.json"
         remedy = f"remove tokens that the model does not know from {files}"
         raise UserError(
             f"{folder}: the tokenizer",

@@ -17,7 +17,8 @@ from lumi.kernels.bundle import select
 from lumi.model.lora import settle_rows
 from lumi.model.transformer import Linear, Transformer
 from lumi.tokenizer.files import TEMPLATE_FILE
-from lumi.tokenizer.tokenizer import MODEL_FILE, Tokenizer
+from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
+from lumi.tokenizer.tokenizer import Tokenizer
 
 
 class Pretrained(NamedTuple):
@@ -54,7 +55,7 @@ def load_pretrained(
     """
     chosen = choose_device(device)
     folder, adapter = _locate_both(path, adapter_path)
-    tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else Tokenizer.load(tokenizer_path)
+    tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else load_tokenizer(tokenizer_path)
     ops = select(kernels, chosen, read_shape(folder).head_dim, dtype)
     model = load_model(folder, ops, dtype, tokenizer)
     if adapter is not None:
@@ -91,10 +92,10 @@ def _locate_both(path: str | Path, adapter_path: str | Path | None) -> tuple[Pat
 def _load_tokenizer(folder: Path, adapter: Path | None) -> Tokenizer:
     """The adapter's tokenizer; or, as PEFT saves none, the model's with the adapter's chat template."""
     if adapter is None:
-        return Tokenizer.load(folder)
-    if (adapter / MODEL_FILE).is_file():
-        return Tokenizer.load(adapter)
-    tokenizer = Tokenizer.load(folder)
+        return load_tokenizer(folder)
+    if has_tokenizer(adapter):
+        return load_tokenizer(adapter)
+    tokenizer = load_tokenizer(folder)
     template = adapter / TEMPLATE_FILE
     if template.is_file():
         return tokenizer.with_chat_template(template.read_text(encoding="utf-8"))

@@ -165,7 +165,7 @@ def complete(
             model,
             [prompt.ids for prompt in batch],
             dataclasses.replace(config, seed=(config.seed + start) % 2**63),
-            stop_ids=stop_ids(tokenizer) if batch[0].is_chat else frozenset({tokenizer.eos_id}),
+            stop_ids=stop_ids(tokenizer) if batch[0].is_chat else frozenset(tokenizer.eos_ids),
             pad_id=filler_id(tokenizer),
             vocab_size=tokenizer.vocab_size,
         )

@@ -254,7 +254,7 @@ def sample(
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The prompt for continuing a text: it is the beginning of a document."""
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    return [*tokenizer.begin_ids, *tokenizer.encode(text)] or [tokenizer.prefix_id]
 
 
 def filler_id(tokenizer: Tokenizer) -> int:
@@ -287,7 +287,7 @@ def generate(
         model,
         [text_ids(tokenizer, prompt) for prompt in prompts],
         config,
-        stop_ids=frozenset({tokenizer.eos_id}),
+        stop_ids=frozenset(tokenizer.eos_ids),
         pad_id=filler_id(tokenizer),
         vocab_size=tokenizer.vocab_size,
         on_token=on_token,

@@ -5,7 +5,7 @@ merges for everyone else.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,47 +13,64 @@ from typing import Any
 from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError, read_json
 
-CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
-FINGERPRINT_KEY = "lumi_fingerprint"  # in tokenizer_config.json, where transformers keeps unknown keys
+MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+CONFIG_FILE, TEMPLATE_FILE, GENERATION_FILE = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# In tokenizer_config.json, where transformers keeps unknown keys: the fingerprint of `tokenizer.model`, and
+# that of `tokenizer.json` beside it, which is what is left when transformers has saved the folder again.
+FINGERPRINT_KEY, TWIN_FINGERPRINT_KEY = "lumi_fingerprint", "lumi_json_fingerprint"
+MAKE_ONE = (
+    "make a tokenizer with `lumi tokenizer --config configs/tokenizer/32k.json --corpus-dirs CORPUS "
+    "--output-dir TOKENIZER`"
+)
 
 CHAT_TEMPLATE = TEMPLATES["chatml"].jinja
 
-_KEPT_FILES = (CONFIG_FILE, "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+_KEPT_FILES = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
+_ROLES = ("bos", "eos", "pad", "unk")
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The files beside somebody's `tokenizer.model`, and what they say.
+    """The files beside somebody's tokenizer, and what they say.
 
     Attributes:
         files: their bytes, by name.
-        names: the pieces of "bos", "eos" and "pad".
-        added: ids of tokens that the model does not hold, by name.
+        config: what `tokenizer_config.json` holds.
+        names: the names of "bos", "eos", "pad" and "unk".
+        added: ids of tokens that they add, by name.
+        extra: names of further special tokens.
+        ends: ids that end a text by `generation_config.json`.
         chat_template: Jinja text.
-        fingerprint: the one that Lumi's own folders carry.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
+    extra: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
     chat_template: str | None = None
-    fingerprint: str | None = None
+
+    def eos_ids(self, eos_id: int) -> tuple[int, ...]:
+        """All ids that end a text, the tokenizer's own first."""
+        return tuple(dict.fromkeys((eos_id, *self.ends)))
 
     def files_with(self, chat_template: str | None) -> dict[str, bytes]:
         """The files unchanged, except that a different template in `tokenizer_config.json` is removed."""
-        config = json.loads(self.files.get(CONFIG_FILE, b"{}"))
-        if _template_in(config) in (None, chat_template):
+        if _template_in(self.config) in (None, chat_template):
             return self.files
-        del config["chat_template"]
+        config = {key: value for key, value in self.config.items() if key != "chat_template"}
         return self.files | {CONFIG_FILE: json.dumps(config, indent=2, ensure_ascii=False).encode()}
 
 
 def read_surroundings(folder: Path) -> Surroundings:
-    """Read the files beside a model. Raises UserError if one is not as transformers writes it."""
+    """Read the files beside a tokenizer. Raises UserError if one is not as transformers writes it."""
     files = {name: (folder / name).read_bytes() for name in _KEPT_FILES if (folder / name).is_file()}
-    config, special, added = (
-        _read_object(folder / name) for name in (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
-    )
+    config, special, added = (_read_object(folder / name) for name in _KEPT_FILES)
     for key, token in _object(config.get("added_tokens_decoder", {}), folder / CONFIG_FILE).items():
         added[_content(token)] = int(key) if key.isdecimal() else key
     for name, number in added.items():
@@ -61,13 +78,48 @@ def read_surroundings(folder: Path) -> Surroundings:
             got, remedy = f"{name!r}: {number!r}", "correct its JSON files"
             raise UserError(f"{folder}: an added token", "must be a name and an id", got=got, remedy=remedy)
     names = {}
-    for role in ("bos", "eos", "pad"):
+    for role in _ROLES:
         token = _content(config.get(f"{role}_token", special.get(f"{role}_token")))
         if isinstance(token, str):
             names[role] = token
     file = folder / TEMPLATE_FILE
     template = file.read_text(encoding="utf-8") if file.is_file() else _template_in(config)
-    return Surroundings(files, names, added, template, config.get(FINGERPRINT_KEY))
+    extra = dict.fromkeys((*_extra_tokens(config), *_extra_tokens(special)))
+    return Surroundings(files, config, names, added, tuple(extra), read_ends(folder), template)
+
+
+def _extra_tokens(config: dict[str, Any]) -> list[str]:
+    """Special tokens without a role, as transformers 4 and 5 write them."""
+    lists = (config.get("additional_special_tokens"), config.get("extra_special_tokens"))
+    tokens = [
+        _content(token)
+        for listed in lists
+        for token in (listed.values() if isinstance(listed, dict) else listed or ())
+    ]
+    return [token for token in tokens if isinstance(token, str)]
+
+
+def read_ends(folder: Path) -> tuple[int, ...]:
+    """The ids that end a text by a model's `generation_config.json`: one, several or none."""
+    listed = _read_object(folder / GENERATION_FILE).get("eos_token_id")
+    ends = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(end) is int and end >= 0 for end in ends):
+        raise UserError(
+            f"{folder / GENERATION_FILE}: eos_token_id", "must be an id or a list of ids", got=listed
+        )
+    return tuple(ends)
+
+
+def write_tokenizer(folder: Path, files: dict[str, bytes], chat_template: str | None) -> None:
+    """Write a tokenizer's files. Raises UserError if `folder` holds another tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL_FILE, JSON_FILE):
+        if (folder / name).exists() and (folder / name).read_bytes() != files.get(name):
+            raise UserError(f"{folder}: holds another tokenizer", remedy="choose another folder")
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    if chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -104,7 +156,7 @@ def transformers_config(fingerprint: str) -> dict[str, Any]:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "<pad>",
-        "extra_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],  # the name that transformers 4 knows too
         "add_bos_token": True,
         "add_eos_token": False,
         "add_prefix_space": False,
@@ -115,39 +167,52 @@ def transformers_config(fingerprint: str) -> dict[str, Any]:
 
 
 def transformers_tokenizer(
-    pieces: Sequence[str], special: Sequence[str], first_normal: int
+    pieces: Sequence[str],
+    special: Sequence[int],
+    learned: Iterable[int],
+    *,
+    unk_id: int,
+    bos_id: int | None,
+    prepend_scheme: str = "never",
 ) -> dict[str, Any]:
     """`tokenizer.json`: the model as a byte-fallback BPE of the `tokenizers` library.
 
     Args:
         pieces: SentencePiece's pieces by id, '▁' standing for a space.
-        special: the unknown and control pieces, ids 0 to len(special) - 1.
-        first_normal: id of the first learned piece. Merges join learned pieces alone.
+        special: ids of the unknown and control pieces.
+        learned: ids of the pieces that merges made, and join.
+        bos_id: stands before every text; None: nothing does.
+        prepend_scheme: whether a space is put before a text, in the words of `Metaspace`.
     """
     replace_space = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoders = [replace_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if prepend_scheme != "never":
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_special_token(i, piece) for i, piece in enumerate(special)],
+        "added_tokens": [_special_token(i, pieces[i]) for i in special],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False},
-        "post_processor": _bos_before_each_text(special.index("<s>")),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [replace_space, {"type": "ByteFallback"}, {"type": "Fuse"}],
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": prepend_scheme,
+            "split": False,
         },
+        "post_processor": None if bos_id is None else _bos_before_each_text(bos_id, pieces[bos_id]),
+        "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": "<unk>",
+            "unk_token": pieces[unk_id],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": _merges(pieces, first_normal),
+            "merges": _merges(pieces, learned),
         },
     }
 
@@ -164,22 +229,22 @@ def _special_token(token_id: int, piece: str) -> dict[str, Any]:
     }
 
 
-def _bos_before_each_text(bos_id: int) -> dict[str, Any]:
+def _bos_before_each_text(bos_id: int, bos: str) -> dict[str, Any]:
     first, second = (
-        [{"SpecialToken": {"id": "<s>", "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
+        [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
         for i, text in enumerate("AB")
     )
     return {
         "type": "TemplateProcessing",
         "single": first,
         "pair": first + second,
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [bos_id], "tokens": ["<s>"]}},
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
 
 
-def _merges(pieces: Sequence[str], first_normal: int) -> list[tuple[str, str]]:
+def _merges(pieces: Sequence[str], learned: Iterable[int]) -> list[tuple[str, str]]:
     """Every way to join two learned pieces into a third, in the order in which SentencePiece learned them."""
-    ids = {piece: i for i, piece in enumerate(pieces) if i >= first_normal}
+    ids = {pieces[i]: i for i in learned}
     merges = []
     for piece in ids:
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

@@ -17,16 +17,18 @@ from lumi.corpus import CorpusReader, read_corpus
 from lumi.host.progress import progress_bar
 from lumi.host.storage import atomic_folder
 from lumi.tokenizer import files as tokenizer_files
-from lumi.tokenizer.tokenizer import (
+from lumi.tokenizer.files import MODEL_FILE
+from lumi.tokenizer.loading import load_tokenizer
+from lumi.tokenizer.sentencepiece_bpe import (
     BOS_ID,
     EOS_ID,
     FIRST_LEARNED_ID,
-    MODEL_FILE,
     PAD_ID,
     SPECIAL_PIECES,
     UNK_ID,
-    Tokenizer,
+    SentencePieceTokenizer,
 )
+from lumi.tokenizer.tokenizer import Tokenizer
 
 _RECIPE: dict[str, Any] = {
     "model_type": "bpe",
@@ -92,7 +94,7 @@ def train_tokenizer(
     progress = progress_bar("sampling", " documents", iterable=texts)
     chunks = (chunk for text in progress for chunk in split_chunks(text))
     sample = sample_chunks(chunks, config.max_training_bytes, config.seed)
-    tokenizer = Tokenizer(_train_model(config, sample), where=str(output_dir))
+    tokenizer = SentencePieceTokenizer(_train_model(config, sample))
     fingerprint = tokenizer.fingerprint
     if existing is None:
         trained_on = [line for reader in readers for line in _describe_sources(reader)]
@@ -223,7 +225,7 @@ def _explain(error: RuntimeError, config: TokenizerConfig, sample: Sequence[str]
 
 def _existing_tokenizer(output_dir: Path) -> Tokenizer | None:
     if (output_dir / MODEL_FILE).is_file():
-        return Tokenizer.load(output_dir)
+        return load_tokenizer(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         got = f"{output_dir}, which holds something else"
         raise UserError("--output-dir", "must be new, empty or a tokenizer folder", got=got)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lumi.chat.rendering import template_of
 from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError
 from lumi.data.batches import Batch, Batches, prefetch
@@ -11,6 +12,7 @@ from lumi.data.rows import ConversationRows, make_rows, validation_rows
 from lumi.data.token_cache import open_or_tokenize
 from lumi.data.token_store import TokenStore
 from lumi.parallel.world import World
+from lumi.tokenizer.loading import load_tokenizer
 from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.training.preview import describe_conversations
 from lumi.training.run_config import Paths, TrainConfig
@@ -40,7 +42,7 @@ class RunData:
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
         self.folders = paths.data_dirs
         with world.fail_together():
-            tokenizer = Tokenizer.load(paths.tokenizer_dir)
+            tokenizer = load_tokenizer(paths.tokenizer_dir)
         stores: list[TokenStore] = []
         with world.fail_together(interruptible=True):
             if world.is_main:
@@ -147,4 +149,14 @@ class RunData:
                 got=", ".join(names),
                 remedy="tokenize again with --template",
             )
-        return tokenizer.with_chat_template(TEMPLATES[names[0]].jinja if names else None)
+        own = template_of(tokenizer)
+        if not names or (own is not None and own.name == names[0]):
+            return tokenizer.with_chat_template(own.jinja if names and own is not None else None)
+        if names[0] not in TEMPLATES:
+            raise UserError(
+                "--data-dirs",
+                "must hold conversations in the tokenizer's chat template, or one of Lumi's",
+                got=f"another one, {names[0]}",
+                remedy="tokenize again with this tokenizer",
+            )
+        return tokenizer.with_chat_template(TEMPLATES[names[0]].jinja)

@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from llama_2_tokenizers import train_model, write_config, write_json_twin
 from transformers import AutoTokenizer
 
+from lumi.chat import foreign_template
 from lumi.chat.foreign_template import Content, ControlPiece
 from lumi.chat.messages import Message, to_json
-from lumi.chat.rendering import foreign_template, prompt_ids, stop_ids
+from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.config import UserError
-from lumi.tokenizer.tokenizer import Tokenizer
+from lumi.tokenizer.loading import load_tokenizer
 
 # In the manner of Zephyr: a header line, the text, EOS; line ends between the statements.
 ZEPHYR = """\
@@ -80,7 +81,7 @@ def imported(tmp_path_factory):
     folder = train_model(tmp_path_factory.mktemp("imported"))
     write_json_twin(folder)
     write_config(folder)
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
 
 
 def parts(template, messages=None, **changes):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lumi.chat.foreign_rendering import ForeignTemplate
 from lumi.chat.messages import Message, to_json
 from lumi.chat.rendering import check_controls, prompt_ids, render, stop_ids, template_of
 from lumi.chat.templates import TEMPLATES, Control, Template, TurnLayout
@@ -315,7 +316,8 @@ def test_which_template_a_tokenizer_has(tokenizer):
     assert template_of(tokenizer) is TEMPLATES["chatml"]
     for name, template in TEMPLATES.items():
         assert template_of(tokenizer.with_chat_template(template.jinja)).name == name
-    assert template_of(tokenizer.with_chat_template("{{ messages }}")) is None
+    assert template_of(tokenizer.with_chat_template("{{ messages }}")) == ForeignTemplate("{{ messages }}")
+    assert template_of(tokenizer.with_chat_template(None)) is None
 
 
 def test_what_ends_an_answer(tokenizer):
@@ -332,7 +334,7 @@ def test_a_base_model_cannot_be_asked(tokenizer):
 
 def test_a_template_whose_tokens_are_missing_is_refused(tokenizer):
     poor = copy.copy(tokenizer)
-    poor.im_start_id = poor.im_end_id = None
+    poor.control_ids = {"<s>": BOS, "</s>": EOS}
     for use in (
         lambda: render(poor, TEMPLATES["chatml"], []),
         lambda: prompt_ids(poor, []),

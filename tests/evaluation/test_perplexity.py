@@ -196,9 +196,9 @@ def test_the_answers_of_a_store_of_conversations(tokenizer):
     parts = [
         ([tokenizer.bos_id], False),
         (ask, False),
-        ([*answer, tokenizer.im_end_id], True),
+        ([*answer, tokenizer.control_id("<|im_end|>")], True),
         (ask, False),
-        ([*more, tokenizer.im_end_id], True),
+        ([*more, tokenizer.control_id("<|im_end|>")], True),
     ]
     tokens = np.array([token for ids, _ in parts for token in ids], dtype=np.uint16)
     mask = np.array([trained for ids, trained in parts for _ in ids])

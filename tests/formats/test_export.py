@@ -18,7 +18,7 @@ from lumi.formats.hf_format import load_model, save_model
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import LoraConfig, adapters, add_lora
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.tokenizer.tokenizer import Tokenizer
+from lumi.tokenizer.loading import load_tokenizer
 
 SHAPE = {
     "num_layers": 2,
@@ -117,9 +117,9 @@ def test_the_tokenizer_and_another_one(run, tokenizer, tmp_path):
     edited = tokenizer.with_chat_template("{{ messages }}")
     edited.save(tmp_path / "edited")
     export_model(run, tmp_path / "out", tokenizer_path=tmp_path / "edited")
-    assert Tokenizer.load(tmp_path / "out").chat_template == "{{ messages }}"
+    assert load_tokenizer(tmp_path / "out").chat_template == "{{ messages }}"
     export_model(tmp_path / "out", tmp_path / "again")
-    assert Tokenizer.load(tmp_path / "again").chat_template == "{{ messages }}"
+    assert load_tokenizer(tmp_path / "again").chat_template == "{{ messages }}"
 
 
 # Merge.

@@ -45,7 +45,10 @@ def test_what_a_config_leaves_out_follows_from_the_rest(ours):
 
 def test_what_ends_an_answer(tokenizer):
     other = tokenizer.with_chat_template("{{ messages[0].content }}")
-    for made, ends in ((tokenizer, [tokenizer.eos_id, tokenizer.im_end_id]), (other, tokenizer.eos_id)):
+    for made, ends in (
+        (tokenizer, [tokenizer.eos_id, tokenizer.control_id("<|im_end|>")]),
+        (other, tokenizer.eos_id),
+    ):
         config = transformers.GenerationConfig.from_dict(generation_config(made))
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, ends, 3)
 

@@ -97,7 +97,7 @@ from pathlib import Path
 from lumi.data import encoding
 from lumi.host.interruption import Interrupted, StopSignal
 from lumi.data.tokenization import tokenize
-from lumi.tokenizer.tokenizer import Tokenizer
+from lumi.tokenizer.loading import load_tokenizer
 
 encoding.TASK_CHARACTERS = 1 << 16
 corpus, tokenizer_dir, folder = sys.argv[1:]
@@ -108,7 +108,7 @@ def attempt(output, num_workers):
         print(json.dumps("ready"), flush=True)
         try:
             with stop.interrupting():
-                tokenizer = Tokenizer.load(tokenizer_dir)
+                tokenizer = load_tokenizer(tokenizer_dir)
                 tokenize([corpus], tokenizer, output, validation_fraction=0.1, num_workers=num_workers)
         except Interrupted as interruption:
             return interruption.number

@@ -74,7 +74,7 @@ def test_batches_change_nothing(temperature, tokenizer):
 
 def test_each_kind_ends_at_its_own_tokens(tokenizer):
     prompts = read_prompts(LINES, "lines", tokenizer, POSITIONS)
-    for token, of_a_text in ((tokenizer.im_end_id, False), (tokenizer.eos_id, True)):
+    for token, of_a_text in ((tokenizer.control_id("<|im_end|>"), False), (tokenizer.eos_id, True)):
         model = speller(tokenizer, {None: token})
         records = [
             record

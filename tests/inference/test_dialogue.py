@@ -62,7 +62,7 @@ def test_every_prompt_is_the_whole_conversation(tokenizer, prompts):
 
 def test_an_answer_that_ends_by_itself_in_whole_characters(tokenizer):
     first, second = tokenizer.encode("é")
-    model = speller(tokenizer, {None: first, first: second, second: tokenizer.im_end_id})
+    model = speller(tokenizer, {None: first, first: second, second: tokenizer.control_id("<|im_end|>")})
     pieces = []
     assert Dialogue(model, tokenizer, SHORT).answer("?", pieces.append) == ("é", 2, True, False, 0)
     assert pieces == ["é"]
@@ -219,7 +219,9 @@ def test_every_token_is_shown_before_the_next_is_computed(tokenizer, monkeypatch
 
 def test_a_pipe_gets_answers_alone(tokenizer, monkeypatch, capsys):
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
-    dialogue = Dialogue(speller(tokenizer, {None: a, a: b, b: tokenizer.im_end_id}), tokenizer, SHORT)
+    dialogue = Dialogue(
+        speller(tokenizer, {None: a, a: b, b: tokenizer.control_id("<|im_end|>")}), tokenizer, SHORT
+    )
     assert pipe(monkeypatch, "one\n\nzwei é\r\nthree".encode(), dialogue) == 0
     assert capsys.readouterr() == ("ab\nab\nab\n", "")
     assert [exchange.user.content for exchange in dialogue.exchanges] == ["one", "zwei é", "three"]
@@ -268,7 +270,9 @@ def test_commands_and_remarks_on_a_pipe(tokenizer, monkeypatch, capsys):
 )
 def test_a_refused_line_is_named_and_the_conversation_goes_on(line, message, tokenizer, monkeypatch, capsys):
     a = tokenizer.encode("a")[0]
-    dialogue = Dialogue(speller(tokenizer, {None: a, a: tokenizer.im_end_id}), tokenizer, SHORT)
+    dialogue = Dialogue(
+        speller(tokenizer, {None: a, a: tokenizer.control_id("<|im_end|>")}), tokenizer, SHORT
+    )
     assert pipe(monkeypatch, b"one\n" + line + b"\ntwo\n", dialogue) == 2
     captured = capsys.readouterr()
     assert captured.out == "a\na\n"

@@ -3,7 +3,7 @@
 import pytest
 from corpora import CODE, PROSE, write_corpus
 
-from lumi.tokenizer.tokenizer import Tokenizer
+from lumi.tokenizer.loading import load_tokenizer
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 
 
@@ -21,4 +21,4 @@ def folder(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(folder):
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)

@@ -18,7 +18,9 @@ def test_the_card(folder, tokenizer):
 def test_merges_by_hand():
     special = ["<unk>", "<s>"]
     learned = ["s>", "ab", "bc", "abc", "a", "b", "c", "<", "s", ">"]
-    merges = transformers_tokenizer([*special, *learned], special, 2)["model"]["merges"]
+    merges = transformers_tokenizer([*special, *learned], range(2), range(2, 12), unk_id=0, bos_id=1)[
+        "model"
+    ]["merges"]
     assert merges == [
         ("s", ">"),
         ("a", "b"),

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from lumi.config import UserError
-from lumi.tokenizer.tokenizer import FIRST_BYTE_ID, FIRST_LEARNED_ID, SPECIAL_PIECES, StreamDecoder, Tokenizer
+from lumi.tokenizer.loading import load_tokenizer
+from lumi.tokenizer.sentencepiece_bpe import FIRST_BYTE_ID, FIRST_LEARNED_ID, SPECIAL_PIECES
+from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 AWKWARD = [
     "",
@@ -45,7 +47,7 @@ def pieces(tokenizer, text):
 
 def test_ids_of_the_recipe(tokenizer, folder):
     assert [tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id] == [0, 1, 2, 3]
-    assert [tokenizer.im_start_id, tokenizer.im_end_id] == [4, 5]
+    assert [tokenizer.control_id("<|im_start|>"), tokenizer.control_id("<|im_end|>")] == [4, 5]
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     first = "<unk> <s> </s> <pad> <|im_start|> <|im_end|> <0x00>".split()
     assert [model.id_to_piece(i) for i in range(7)] == first
@@ -190,7 +192,7 @@ def test_save_beside_other_files(tokenizer, tmp_path, folder):
     (tmp_path / "README.md").write_text("a model card")
     tokenizer.save(tmp_path)
     tokenizer.save(tmp_path)
-    assert Tokenizer.load(tmp_path / "tokenizer.model").fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path / "tokenizer.model").fingerprint == tokenizer.fingerprint
     assert (tmp_path / "README.md").read_text() == "a model card"
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
@@ -202,7 +204,7 @@ def test_save_beside_other_files(tokenizer, tmp_path, folder):
 def test_an_edited_chat_template_travels(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "chat_template.jinja").write_text("{{ messages }}")
-    Tokenizer.load(tmp_path / "copy").save(tmp_path / "final")
+    load_tokenizer(tmp_path / "copy").save(tmp_path / "final")
     assert (tmp_path / "final" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
@@ -210,7 +212,7 @@ def test_an_edited_config_is_followed_and_kept(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     file = tmp_path / "copy" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|im_end|>"}))
-    edited = Tokenizer.load(tmp_path / "copy")
+    edited = load_tokenizer(tmp_path / "copy")
     assert (edited.bos_id, edited.eos_id, edited.pad_id) == (1, 5, 3)
     edited.save(tmp_path / "final")
     assert (tmp_path / "final" / "tokenizer_config.json").read_bytes() == file.read_bytes()
@@ -221,14 +223,16 @@ def test_files_that_are_no_tokenizer(folder, tmp_path):
     with pytest.raises(
         UserError, match=rf"nowhere: must be a tokenizer folder .* no such file or folder.*{command}"
     ):
-        Tokenizer.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=rf"the folder holds no tokenizer.model; .*{command}"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(
+        UserError, match=rf"the folder holds no tokenizer.model and no tokenizer.json; .*{command}"
+    ):
+        load_tokenizer(tmp_path)
     model = (folder / "tokenizer.model").read_bytes()
     for damaged in (b"", b"hello", model[: len(model) // 2]):
         (tmp_path / "tokenizer.model").write_bytes(damaged)
         with pytest.raises(UserError, match=rf"tokenizer.model: must be .*{command}"):
-            Tokenizer.load(tmp_path)
+            load_tokenizer(tmp_path)
 
 
 def test_one_changed_byte_is_noticed(folder, tmp_path):
@@ -238,7 +242,7 @@ def test_one_changed_byte_is_noticed(folder, tmp_path):
     model[place + 3] = ord("T")
     (tmp_path / "copy" / "tokenizer.model").write_bytes(model)
     with pytest.raises(UserError, match=r"SHA-256 must be [0-9a-f]{64} .*the file is corrupt"):
-        Tokenizer.load(tmp_path / "copy")
+        load_tokenizer(tmp_path / "copy")
 
 
 def test_a_model_without_byte_pieces_is_refused(tmp_path):
@@ -251,4 +255,4 @@ def test_a_model_without_byte_pieces_is_refused(tmp_path):
     )
     message = "must be a SentencePiece BPE model with byte fallback .* it has 0 of the 256 byte pieces; make"
     with pytest.raises(UserError, match=message):
-        Tokenizer.load(tmp_path / "other.model")
+        load_tokenizer(tmp_path / "other.model")

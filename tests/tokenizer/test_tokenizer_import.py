@@ -14,7 +14,8 @@ from synthetic import document
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from lumi.config import UserError
-from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from lumi.tokenizer.loading import load_tokenizer
+from lumi.tokenizer.tokenizer import StreamDecoder
 
 MARKERS = {"<|im_start|>": 420, "<|im_end|>": 421}
 TEMPLATE = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
@@ -48,7 +49,7 @@ def copied(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
 
 
 # Judges: SentencePiece, the `tokenizers` library, transformers.
@@ -96,7 +97,7 @@ def test_a_text_that_continues_has_no_space_before_it(tokenizer, folder):
     theirs = LlamaTokenizer.from_pretrained(folder)
     for text in texts():
         if text and "</s>" not in text:
-            ids = tokenizer.encode(text, continues=True)
+            ids = tokenizer.encode(text, "text")
             assert [tokenizer.eos_id, *ids] == theirs.encode("</s>" + text, add_special_tokens=False)
             assert tokenizer.decode(ids, continues=True) == text
 
@@ -109,7 +110,7 @@ def test_a_text_that_continues_has_no_space_before_it(tokenizer, folder):
 )
 def test_decode_gives_back_every_text(tokenizer, text):
     for continues in (False, True):
-        ids = tokenizer.encode(text, continues)
+        ids = tokenizer.encode(text, "text" if continues else "nothing")
         assert tokenizer.decode(ids, continues) == text
         prefix = "" if continues or not text else " "
         assert sum(tokenizer.token_bytes[ids]) == len(f"{prefix}{text}".encode())
@@ -129,7 +130,7 @@ def test_a_document_is_decoded_behind_its_bos_too(tokenizer):
 
 def test_special_ids_of_llama_2(tokenizer):
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
-    assert tokenizer.pad_id is tokenizer.im_start_id is tokenizer.im_end_id is tokenizer.chat_template is None
+    assert tokenizer.pad_id is tokenizer.control_id("<|im_start|>") is tokenizer.chat_template is None
     assert tokenizer.control_ids == {"<s>": 1, "</s>": 2}
     assert tokenizer.control_id("<s>") == 1
     assert tokenizer.control_id("river") is None
@@ -140,15 +141,15 @@ def test_special_ids_elsewhere_and_from_the_config(tmp_path):
     train_model(
         tmp_path, unk_id=3, bos_id=2, eos_id=0, pad_id=1, control_symbols=["<|im_start|>", "<|im_end|>"]
     )
-    bare = Tokenizer.load(tmp_path)
+    bare = load_tokenizer(tmp_path)
     assert (bare.unk_id, bare.bos_id, bare.eos_id, bare.pad_id) == (3, 2, 0, 1)
-    assert (bare.im_start_id, bare.im_end_id) == (4, 5)
+    assert (bare.control_id("<|im_start|>"), bare.control_id("<|im_end|>")) == (4, 5)
     assert bare.decode(bare.encode("a river▁ ")) == "a river▁ "
     write_config(tmp_path, eos_token="<|im_end|>", pad_token="<unk>")
-    assert (Tokenizer.load(tmp_path).eos_id, Tokenizer.load(tmp_path).pad_id) == (5, 3)
+    assert (load_tokenizer(tmp_path).eos_id, load_tokenizer(tmp_path).pad_id) == (5, 3)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "</s>"}}))
-    assert Tokenizer.load(tmp_path).pad_id == 0
+    assert load_tokenizer(tmp_path).pad_id == 0
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "added_tokens.json"])
@@ -160,11 +161,15 @@ def test_markers_added_behind_the_model_are_control_pieces(copied, place):
     else:
         write_config(copied, pad_token="<|im_end|>")
         (copied / place).write_text(json.dumps(MARKERS))
-    tokenizer = Tokenizer.load(copied)
-    assert (tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.pad_id) == (420, 421, 421)
+    tokenizer = load_tokenizer(copied)
+    assert (tokenizer.control_id("<|im_start|>"), tokenizer.control_id("<|im_end|>"), tokenizer.pad_id) == (
+        420,
+        421,
+        421,
+    )
     assert tokenizer.vocab_size == 422
     assert tokenizer.token_bytes.shape == (422,)
-    ids = [420, *tokenizer.encode("user\nhi", continues=True), 421]
+    ids = [420, *tokenizer.encode("user\nhi", "control"), 421]
     assert tokenizer.decode(ids) == "user\nhi"
     assert not set(MARKERS.values()) & set(tokenizer.encode("<|im_start|>user\nhi<|im_end|>"))
     if place == "tokenizer_config.json":
@@ -181,13 +186,13 @@ def test_saving_keeps_every_file_as_it_was(copied, tmp_path):
     (copied / "special_tokens_map.json").write_text('{"bos_token":  "<s>"}')
     (copied / "added_tokens.json").write_text(json.dumps(MARKERS))
     (copied / "README.md").write_text("not the tokenizer's")
-    Tokenizer.load(copied).save(tmp_path / "saved")
+    load_tokenizer(copied).save(tmp_path / "saved")
     kept = {path.name: path.read_bytes() for path in copied.iterdir() if path.name != "README.md"}
     assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == kept | {
         "chat_template.jinja": TEMPLATE.encode()
     }
-    again = Tokenizer.load(tmp_path / "saved")
-    assert again.fingerprint == Tokenizer.load(copied).fingerprint
+    again = load_tokenizer(tmp_path / "saved")
+    assert again.fingerprint == load_tokenizer(copied).fingerprint
     assert again.control_ids == {"<s>": 1, "</s>": 2} | MARKERS
 
 
@@ -195,18 +200,18 @@ def test_the_chat_template_and_another_one(copied, tmp_path):
     write_config(
         copied, chat_template=[{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
     )
-    assert Tokenizer.load(copied).chat_template == TEMPLATE
+    assert load_tokenizer(copied).chat_template == TEMPLATE
     write_config(copied, chat_template=TEMPLATE)
-    tokenizer = Tokenizer.load(copied)
+    tokenizer = load_tokenizer(copied)
     other = tokenizer.with_chat_template("{{ messages[0].content }}")
     assert (tokenizer.chat_template, other.chat_template) == (TEMPLATE, "{{ messages[0].content }}")
     other.save(tmp_path / "saved")
-    assert Tokenizer.load(tmp_path / "saved").chat_template == other.chat_template
+    assert load_tokenizer(tmp_path / "saved").chat_template == other.chat_template
     assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text()) == CONFIG
     theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     (copied / "chat_template.jinja").write_text("first")
-    assert Tokenizer.load(copied).chat_template == "first"
+    assert load_tokenizer(copied).chat_template == "first"
 
 
 # What cannot be imported.
@@ -223,14 +228,13 @@ def test_the_chat_template_and_another_one(copied, tmp_path):
             {"user_defined_symbols": ["<|user|>"]},
             "it has user-defined pieces, which would be read out of a user's text",
         ),
-        ({"bos_id": -1, "eos_id": -1}, "must have a bos token"),
-        ({"bos_id": -1}, "must have a bos token, got none; name one as bos_token in tokenizer_config.json"),
+        ({"eos_id": -1}, "must have an eos token, got none; name one as eos_token in tokenizer_config.json"),
     ],
     ids=str,
 )
 def test_models_that_are_refused(tmp_path, changes, reason):
     with pytest.raises(UserError, match=reason):
-        Tokenizer.load(train_model(tmp_path, **changes))
+        load_tokenizer(train_model(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -238,14 +242,14 @@ def test_models_that_are_refused(tmp_path, changes, reason):
     [
         (
             {"eos_token": "<|end|>"},
-            r"eos_token in tokenizer_config\.json must be one of the control pieces <s>, </s>, got '<|end|>'",
+            r"eos_token in tokenizer_config\.json must be a token of the vocabulary, got '<\|end\|>'",
         ),
         (
             {"added_tokens_decoder": {"500": {"content": "<x>"}}},
-            r"must have the ids from 420 on, without a gap, and new names, got {'<x>': 500}",
+            r"the added token '<x>' must have the id 420 by the vocabulary, and no gap before it, got 500",
         ),
-        ({"added_tokens_decoder": {"7": {"content": "<x>"}}}, r"must have the ids from 420 on"),
-        ({"added_tokens_decoder": {"420": {"content": "<s>"}}}, r"must have the ids from 420 on"),
+        ({"added_tokens_decoder": {"7": {"content": "<x>"}}}, r"must have the id 420 .*, got 7"),
+        ({"added_tokens_decoder": {"420": {"content": "<s>"}}}, r"'<s>' must have the id 1 .*, got 420"),
         (
             {"added_tokens_decoder": {"x": {"content": "<x>"}}},
             r"an added token must be a name and an id, got '<x>': 'x'",
@@ -257,12 +261,4 @@ def test_models_that_are_refused(tmp_path, changes, reason):
 def test_configs_that_are_refused(copied, changes, reason):
     write_config(copied, **changes)
     with pytest.raises(UserError, match=reason):
-        Tokenizer.load(copied)
-
-
-def test_a_folder_with_tokenizer_json_alone_is_refused(copied):
-    (copied / "tokenizer.model").unlink()
-    with pytest.raises(
-        UserError, match=r"got tokenizer\.json alone; only SentencePiece tokenizers can be imported"
-    ):
-        Tokenizer.load(copied)
+        load_tokenizer(copied)

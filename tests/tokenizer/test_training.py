@@ -6,7 +6,7 @@ from corpora import CODE, PROSE, write_corpus
 
 from lumi.config import UserError, load_config
 from lumi.tokenizer import training
-from lumi.tokenizer.tokenizer import FIRST_BYTE_ID
+from lumi.tokenizer.sentencepiece_bpe import FIRST_BYTE_ID
 from lumi.tokenizer.training import TokenizerConfig, sample_chunks, split_chunks, train_tokenizer
 
 CONFIG = TokenizerConfig(vocab_size=400)
