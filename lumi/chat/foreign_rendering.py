@@ -15,7 +15,6 @@ it is.
 """
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -139,18 +138,13 @@ def _same_parts(first: Sequence[_Unit], second: Sequence[_Unit]) -> bool:
 
 
 def _write(writer: TokenWriter, units: Iterable[_Unit], messages: Sequence[Message]) -> None:
-    for (is_control, trained), run in itertools.groupby(
-        units, lambda unit: (isinstance(unit.part, ControlPiece), unit.trained)
-    ):
-        if is_control:
-            for unit in run:
-                writer.control(writer.tokenizer.control_ids[unit.part.piece], trained=trained)
+    for part, trained in units:
+        if isinstance(part, ControlPiece):
+            writer.control(writer.tokenizer.control_ids[part.piece], trained=trained)
+        elif isinstance(part, Content):
+            writer.text(messages[part.place].content.strip(), trained=trained)
         else:
-            parts = (unit.part for unit in run)
-            contents = (
-                messages[part.place].content.strip() if isinstance(part, Content) else part for part in parts
-            )
-            writer.text("".join(contents), trained=trained)
+            writer.text(part, trained=trained)
     writer.flush()
 
 

@@ -35,7 +35,7 @@ SUBJECT = "the model's chat template"
 _REPLACE = "replace chat_template.jinja in the tokenizer's folder"
 
 
-class TemplateRefusal(UserError):
+class TemplateRefusal(UserError):  # noqa: N818 - data that is counted, not a failure of the program
     """A template does not take this conversation; it may take others."""
 
 
@@ -166,7 +166,8 @@ def _render(template: str, variables: dict[str, Any], marks: Sequence[str]) -> s
 
 
 def main() -> None:
-    """The process. It reads {"template", "variables", "marks"} as JSON and prints {"text"}, or {"error", "refuses"}."""
+    """The process. It reads {"template", "variables", "marks"} as JSON. It prints {"text"}, or {"error"} and
+    whether the template "refuses" the conversation."""
     from jinja2 import TemplateSyntaxError
 
     job = json.load(sys.stdin)

@@ -58,7 +58,9 @@ class TokenWriter:
 
     def text(self, text: str, *, trained: bool = False) -> None:
         """Text. A token is trained if a part of it is."""
-        if text:
+        if text and self._waiting and self._waiting[-1][1] == trained:
+            self._waiting[-1] = (self._waiting[-1][0] + text, trained)
+        elif text:
             self._waiting.append((text, trained))
 
     def answer(self, text: str) -> None:

@@ -90,7 +90,7 @@ def read_surroundings(folder: Path) -> Surroundings:
 
 def _extra_tokens(config: dict[str, Any]) -> list[str]:
     """Special tokens without a role, as transformers 4 and 5 write them."""
-    lists = (config.get("additional_special_tokens"), config.get("extra_special_tokens"))
+    lists = (config.get("extra_special_tokens"), config.get("additional_special_tokens"))
     tokens = [
         _content(token)
         for listed in lists

@@ -141,10 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.begin_ids = self._begin_ids()
 
     def _begin_ids(self) -> tuple[int, ...]:
-        """What transformers puts before a text: by the flags beside the file, or else by the file."""
-        config = self._surroundings.config
-        if "add_bos_token" in config or "add_eos_token" in config:
-            return (self.bos_id,) if config.get("add_bos_token") and self.bos_id is not None else ()
+        """What the file puts before a text. transformers does not look at `add_bos_token` beside it."""
         bare = self._library.encode("a", add_special_tokens=False).ids
         ids = self._library.encode("a").ids
         start = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)

@@ -68,7 +68,7 @@ def _from_json(file: Path, surroundings: Surroundings) -> HuggingFaceTokenizer:
 
 
 def _converted(model: bytes, surroundings: Surroundings, where: str) -> HuggingFaceTokenizer:
-    data, names = convert(model, where)
+    data, names = convert(model, where, surroundings.config.get("add_bos_token") is not False)
     files = {MODEL_FILE: model, JSON_FILE: json.dumps(data, ensure_ascii=False).encode()}
     surroundings = replace(surroundings, names=names | surroundings.names)
     return HuggingFaceTokenizer(data, surroundings, files, where)

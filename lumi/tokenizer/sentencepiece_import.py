@@ -17,8 +17,11 @@ class Converted(NamedTuple):
     names: dict[str, str]  # of the "bos", "eos", "pad" and "unk" tokens that the model has
 
 
-def convert(model: bytes, where: str) -> Converted:
+def convert(model: bytes, where: str, add_bos: bool) -> Converted:
     """Turn `tokenizer.model` into `tokenizer.json`.
+
+    Args:
+        add_bos: whether BOS stands before every text.
 
     Raises:
         UserError: it is no BPE model with byte fallback that keeps every text as it is.
@@ -33,9 +36,9 @@ def convert(model: bytes, where: str) -> Converted:
     roles = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
     roles = {"unk": processor.unk_id()} | {role: i for role, i in roles.items() if i >= 0}
     scheme = "first" if puts_a_space_first(processor) else "never"
-    bos_id, unk_id = roles.get("bos"), roles["unk"]
+    bos_id = roles.get("bos") if add_bos else None
     data = transformers_tokenizer(
-        pieces, special, learned, unk_id=unk_id, bos_id=bos_id, prepend_scheme=scheme
+        pieces, special, learned, unk_id=roles["unk"], bos_id=bos_id, prepend_scheme=scheme
     )
     return Converted(data, {role: pieces[i] for role, i in roles.items()})
 
