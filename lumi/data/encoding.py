@@ -6,7 +6,6 @@ threads took turns).
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lumi.chat.messages import Conversation, to_json
-from lumi.chat.rendering import Rendered, Template, render
+from lumi.chat.messages import Conversation, canonical, said
+from lumi.chat.rendering import Rendered, Template, loses_reasoning, render
 from lumi.data.store_manifest import Counts, token_dtype
 from lumi.host.text import utf8
 from lumi.host.workers import Workers
@@ -56,7 +55,7 @@ class Encoded(NamedTuple):
         mask: (sum of lengths,) bool, which tokens are trained. None for texts: all.
         counts: per source.
         lowest_rank: the lowest of the documents' hashes, 0 to 2**64 - 1.
-        dropped: conversations without a trained token, by reason.
+        dropped: conversations without a trained token or a place for their reasoning, by reason.
         truncated: number of conversations that lost answers to `max_tokens`.
     """
 
@@ -95,15 +94,13 @@ def encode_documents(settings: EncodingSettings, task: Documents) -> dict[str, E
         else:
             name, rank = split_of(canonical(document), settings.validation_fraction)
             assert settings.template is not None
+            if loses_reasoning(settings.template, document):
+                splits[name].dropped["reasoning_without_place_in_template"] += 1
+                continue
             rendered = render(tokenizer, settings.template, document, settings.max_tokens)
             splits[name].add_conversation(rendered, document, source, rank)
     dtype = token_dtype(tokenizer.vocab_size)
     return {name: split.finish(dtype) for name, split in splits.items() if split.lengths or split.dropped}
-
-
-def canonical(conversation: Conversation) -> bytes:
-    """What is hashed of a conversation: compact JSON in UTF-8. Raises UserError for a lone surrogate."""
-    return utf8(json.dumps(to_json(conversation), ensure_ascii=False, separators=(",", ":")))
 
 
 @dataclass
@@ -180,4 +177,4 @@ def make_tasks(batches: Iterable[Documents]) -> Iterator[Documents]:
 def _num_characters(document: str | Conversation) -> int:
     if isinstance(document, str):
         return len(document)
-    return sum(len(message.content) for message in document)
+    return sum(len(text) for message in document for text in said(message))

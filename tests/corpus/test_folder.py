@@ -1,12 +1,13 @@
 import json
 
+import pyarrow.parquet as pq
 import pytest
 
 from lumi.chat.messages import Message
 from lumi.config import UserError
 from lumi.corpus import ConversationBatch, CorpusBatch, is_corpus, read_corpus
+from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.corpus.documents import text_of
-from lumi.corpus.folder import CorpusWriter
 
 
 def write(folder, documents, shard_bytes=1 << 20, **options):
@@ -79,8 +80,34 @@ def test_the_hub_reads_the_shards_of_conversations(tmp_path):
     (shard,) = (tmp_path / "c").glob("shard-*.parquet")
     rows = load_dataset("parquet", data_files=str(shard), split="train", streaming=True)
     assert [row["messages"] for row in rows] == [
-        [message._asdict() for message in messages] for messages in CONVERSATIONS
+        [{"role": message.role, "content": message.content} for message in messages]
+        for messages in CONVERSATIONS
     ]
+
+
+def test_the_hub_reads_the_shards_of_a_corpus_in_which_reasoning_comes_late(tmp_path):
+    from datasets import load_dataset
+
+    thought = (Message("user", "q"), Message("assistant", "a", "thought 😀"))
+    conversations = [*CONVERSATIONS, thought, *CONVERSATIONS]
+    manifest = write(tmp_path / "c", conversations, shard_bytes=200, conversations=True)
+    reader = read_corpus(tmp_path / "c")
+    reader.verify()
+    assert [chat for batch in reader.iter_conversations() for chat in batch.conversations] == conversations
+    files = [str(tmp_path / "c" / shard["file"]) for shard in manifest["shards"]]
+    assert [f"shard-{number:05d}" for number in range(len(files))] == [
+        shard["file"][:11] for shard in manifest["shards"]
+    ]
+    assert sum(shard["documents"] for shard in manifest["shards"]) == 51
+    rows = list(load_dataset("parquet", data_files=files, split="train", streaming=True))
+    assert rows[25]["messages"][1] == {"role": "assistant", "content": "a", "reasoning_content": "thought 😀"}
+    assert [rows[index]["messages"][0]["reasoning_content"] for index in (0, 25, 50)] == [None] * 3
+
+
+def test_shards_without_reasoning_have_no_column_of_it(tmp_path):
+    (shard,) = write(tmp_path, CONVERSATIONS, conversations=True)["shards"]
+    schema = pq.read_schema(tmp_path / shard["file"])
+    assert [field.name for field in schema.field("messages").type.value_type] == ["role", "content"]
 
 
 def test_texts_and_conversations_are_not_taken_for_each_other(tmp_path):

@@ -251,6 +251,20 @@ def test_long_conversations_are_truncated_or_dropped_and_counted(chat_corpus, to
     assert not (tmp_path / "t").exists()
 
 
+def test_conversations_whose_reasoning_has_no_place_are_dropped_and_counted(tokenizer, tmp_path):
+    plain = (Message("user", "q"), Message("assistant", "a"))
+    thought = (Message("user", "q"), Message("assistant", "a", "thought"))
+    alone, with_others = tmp_path / "alone", tmp_path / "with_others"
+    arguments = {"template": TEMPLATES["plain"], "validation_fraction": 0, "num_workers": 1}
+    train = tokenize(
+        [write_chats(with_others, [thought, plain])], tokenizer, tmp_path / "s", **arguments
+    ).splits["train"]
+    assert (train.documents, train.dropped) == (1, {"reasoning_without_place_in_template": 1})
+    message = "none; 1 dropped: reasoning_without_place_in_template; choose a --template that shows reasoning"
+    with pytest.raises(UserError, match=message):
+        tokenize([write_chats(alone, [thought])], tokenizer, tmp_path / "t", **arguments)
+
+
 def test_any_number_of_workers_gives_the_same_conversations(chat_corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 300)
     for workers in (1, 3):
