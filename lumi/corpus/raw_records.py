@@ -4,7 +4,7 @@ The stage `prepare` counts the pieces that cannot be read, `lumi evaluate` refus
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -179,7 +179,7 @@ def _read_parquet(path: str, source: ParquetSource) -> Iterator[Piece]:
                     path, f"must have the columns {', '.join(required)}", got=", ".join(names) or "none"
                 )
             used = [name for name in names if name in required + optional]
-        if twice := sorted({name for name in used if names.count(name) > 1}):
+        if twice := _named_twice([field for field in file.schema_arrow if field.name in used]):
             got = f"{' and '.join(map(repr, twice))} more than once"
             raise UserError(path, "must have columns of different names", got=got, remedy="rename one")
         unread = tuple(name for name in names if name not in used)
@@ -187,6 +187,15 @@ def _read_parquet(path: str, source: ParquetSource) -> Iterator[Piece]:
             yield from _read_column(file, path, source.text_field, unread)
         else:
             yield from _read_columns(file, path, used, unread)
+
+
+def _named_twice(fields: Sequence[pa.Field]) -> list[str]:
+    """The names that stand twice among columns, or among the fields within one of them."""
+    names = [field.name for field in fields]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    for field in fields:
+        twice += _named_twice([field.type.field(index) for index in range(field.type.num_fields)])
+    return twice
 
 
 def _read_column(file: pq.ParquetFile, path: str, name: str, unread: tuple[str, ...]) -> Iterator[Record]:

@@ -177,12 +177,12 @@ def test_conversations_are_counted_like_texts(chats, tmp_path, capsys):
         assert source["read"] == source["kept"] + sum(source["dropped"].values())
     reader = read_corpus(tmp_path / "c")
     assert (reader.manifest, reader.manifest["columns"]) == (manifest, ["messages", "source"])
-    (batch,) = reader.iter_conversations()
-    assert batch.sources == ["alpaca"] * 20 + ["chats"]
-    assert [messages[1].content for messages in batch.conversations[:20]] == [
+    first_batch, last_batch = reader.iter_conversations()  # reasoning begins a shard
+    assert first_batch.sources + last_batch.sources == ["alpaca"] * 20 + ["chats"]
+    assert [messages[1].content for messages in first_batch.conversations] == [
         prose(seed) for seed in range(20)
     ]
-    assert [tuple(message) for message in batch.conversations[20]] == [
+    assert [tuple(message) for message in last_batch.conversations[0]] == [
         ("system", "Be kind.", ""),
         ("user", "Héllo\ufffd", ""),
         ("assistant", prose(100), "Hm."),

@@ -13,7 +13,7 @@ import pytest
 
 from lumi.config import UserError
 from lumi.corpus import HubDataset, JsonFiles, JsonlFiles, ParquetSource, TextFiles, TextSource
-from lumi.corpus.conversations import PromptResponseFormat
+from lumi.corpus.conversations import MessagesFormat, PromptResponseFormat
 from lumi.corpus.documents import Record
 from lumi.corpus.raw_records import CHUNK_BYTES, RawRecord, read_pieces
 
@@ -115,6 +115,14 @@ def test_two_columns_of_one_name_are_refused_where_they_are_read(tmp_path):
         read(ParquetSource(name="x", paths=(path,)))
     (piece,) = read(ParquetSource(name="x", paths=(path,), conversation=PromptResponseFormat()))
     assert piece.fields == {"prompt": "a", "response": "a"}
+
+
+def test_two_fields_of_one_name_within_a_column_are_refused(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    turns = pa.StructArray.from_arrays([pa.array(["user"])] * 3, names=["role", "content", "content"])
+    pq.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 1], turns)}), path)
+    with pytest.raises(UserError, match=r"different names, got 'content' more than once"):
+        read(ParquetSource(name="x", paths=(path,), conversation=MessagesFormat()))
 
 
 def test_a_compressed_parquet_file_is_refused(tmp_path):
