@@ -1,6 +1,7 @@
-"""Files that are compressed: which way, by name and by first bytes, and their content."""
+"""Files that may be compressed: which way, by name and by first bytes, and their content."""
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -60,6 +61,7 @@ MAGIC = (
     (257, b"ustar\x00", "tar"),
     (257, b"ustar  \x00", "tar"),
 )
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # no UTF-8 begins so; all of such a file would be lost
 MAGIC_BYTES = 265  # the end of the last one
 
 
@@ -80,15 +82,21 @@ def open_file(path: str) -> BinaryIO:
 
 
 def find_compression(path: str) -> str | None:
-    """The key of READERS for a file, or None. Raises UserError if it is compressed in another way."""
+    """The key of READERS for a file, or None.
+
+    Raises:
+        UserError: it is compressed in another way, an archive, or not UTF-8 by its first bytes.
+    """
     with open(path, "rb") as file:
-        how = _recognize(file.read(MAGIC_BYTES))
+        start = file.read(MAGIC_BYTES)
+    if start.startswith(UTF_16):
+        raise UserError(path, "must be UTF-8", got="UTF-16", remedy="convert it: iconv -f UTF-16 -t UTF-8")
+    how = _recognize(start)
     stem, ending = os.path.splitext(path.lower())
-    if stem.endswith(".tar"):
-        ending = ".tar"
-    named = NAMES.get(ending)
-    if named not in (None, *READERS) or how not in (None, *READERS):
-        raise _refusal(path, named if how in (None, *READERS) else how)
+    named = "tar" if stem.endswith(".tar") else NAMES.get(ending)
+    for name in (how, named):
+        if name not in (None, *READERS):
+            raise _refusal(path, name)
     return how or named
 
 

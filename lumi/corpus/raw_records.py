@@ -250,7 +250,7 @@ def _read_text(path: str, separator: str | None, limit: int) -> Iterator[Record]
 
 def _split(path: str, separator: str | None, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """(line number, piece) for the pieces between separators; None for a piece of more than `limit` bytes."""
-    mark = separator.encode() if separator else None
+    mark = separator.replace("\r\n", "\n").encode() if separator else None
     number, passed_lines, buffer, too_long = 1, 0, b"", False
     with open_file(path) as file:
         while chunk := file.read(CHUNK_BYTES):

@@ -100,3 +100,11 @@ def test_plain_text_stays_plain(tmp_path):
         path.write_bytes(data)
         assert find_compression(str(path)) is None
         assert b"".join(read(path)) == data
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_utf16_is_refused_and_not_lost_line_by_line(tmp_path, encoding):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("\ufeff{}".encode(encoding) if encoding == "utf-16-be" else "{}".encode(encoding))
+    with pytest.raises(UserError, match=r"a.jsonl must be UTF-8, got UTF-16; convert it: iconv"):
+        open_file(str(path))

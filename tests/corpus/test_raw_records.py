@@ -161,6 +161,8 @@ def test_text_is_a_document_per_file_or_per_separator(tmp_path):
     assert texts(whole) == ["one\r\n\r\ntwo\ntwo\r\n\r\n\n\nthree\n"]
     assert texts(TextSource(name="x", paths=(str(path),), separator="\n\n")) == ["one", "two\ntwo", "three"]
     assert texts(TextSource(name="x", paths=(str(path),), separator="two")) == ["one", "three"]
+    windows = TextSource(name="x", paths=(str(path),), separator="\r\n\r\n")
+    assert texts(windows) == ["one", "two\ntwo", "three"]
     path.write_bytes(b"")
     assert texts(whole) == [""]
     assert texts(TextSource(name="x", paths=(str(path),), separator="--")) == []
