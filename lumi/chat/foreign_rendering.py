@@ -24,6 +24,8 @@ from lumi.chat.foreign_template import Content, ControlPiece, Mark, Part, Templa
 from lumi.chat.messages import Message
 from lumi.chat.token_writer import ChatTokenizer, Rendered, TokenWriter
 
+PLACE_FOR_REASONING = "must have a place for reasoning_content"
+
 
 @dataclass(frozen=True)
 class ForeignTemplate:
@@ -51,9 +53,11 @@ def render(
     answers = [number for number, message in enumerate(messages, start=1) if message.role == "assistant"]
     if not answers:
         return []
-    messages = messages[: answers[-1]]
+    messages = _with_reasoning_apart(template, messages[: answers[-1]])
     whole = _parts(tokenizer, template, messages)
     if any(isinstance(part, Mark) for part in whole):
+        for number in answers:
+            _check_reasoning(whole, messages, number)
         documents = [_units(whole)]
     else:
         documents = _derived(tokenizer, template, messages, answers)
@@ -63,7 +67,7 @@ def render(
 
 def prompt_ids(tokenizer: ChatTokenizer, template: ForeignTemplate, messages: Sequence[Message]) -> list[int]:
     """As `lumi.chat.rendering.prompt_ids`."""
-    writer = TokenWriter(tokenizer)
+    writer, messages = TokenWriter(tokenizer), _with_reasoning_apart(template, messages)
     parts = _parts(tokenizer, template, messages, asks=True)
     _write(writer, [_Unit(unit.part, False) for unit in _units(parts)], messages)
     return writer.ids
@@ -91,6 +95,29 @@ def _parts(
     )
 
 
+def _with_reasoning_apart(template: ForeignTemplate, messages: Sequence[Message]) -> Sequence[Message]:
+    """What a model wrote before </think> as its reasoning, for templates that show it apart. They would cut
+    it off the content themselves, but they see no content."""
+    if "reasoning_content" not in template.jinja:
+        return messages
+    apart = []
+    for message in messages:
+        if message.role == "assistant" and "</think>" in message.content and not message.reasoning:
+            thought, _, content = message.content.partition("</think>")
+            message = message._replace(
+                reasoning=thought.removeprefix("<think>"), content=content.lstrip("\n")
+            )
+        apart.append(message)
+    return apart
+
+
+def _check_reasoning(parts: Sequence[Part], messages: Sequence[Message], number: int) -> None:
+    if messages[number - 1].reasoning and Content(number - 1, True) not in parts:
+        remedy = "take it out of the conversation, or choose another --template"
+        got = f"none for that of message {number}"
+        raise TemplateRefusal(foreign_template.SUBJECT, PLACE_FOR_REASONING, got=got, remedy=remedy)
+
+
 def _units(parts: Iterable[Part]) -> list[_Unit]:
     units, trained = [], False
     for part in parts:
@@ -110,7 +137,9 @@ def _derived(
     documents: list[list[_Unit]] = []
     for number in answers:
         asked = _units(_parts(tokenizer, template, messages[: number - 1], asks=True))
-        answered = _units(_parts(tokenizer, template, messages[:number]))
+        parts = _parts(tokenizer, template, messages[:number])
+        _check_reasoning(parts, messages, number)
+        answered = _units(parts)
         content = next(place for place, unit in enumerate(answered) if unit.part == Content(number - 1))
         if answered[: len(asked)] != asked or content < len(asked):
             raise TemplateRefusal(
@@ -142,7 +171,9 @@ def _write(writer: TokenWriter, units: Iterable[_Unit], messages: Sequence[Messa
         if isinstance(part, ControlPiece):
             writer.control(writer.tokenizer.control_ids[part.piece], trained=trained)
         elif isinstance(part, Content):
-            writer.text(messages[part.place].content.strip(), trained=trained)
+            message = messages[part.place]
+            text = message.reasoning if part.is_reasoning else message.content
+            writer.text(text.strip(), trained=trained)
         else:
             writer.text(part, trained=trained)
     writer.flush()
@@ -154,7 +185,8 @@ def _encode(
     """The document up to its last answer that ends within `max_tokens`; None if there is none."""
     writer = TokenWriter(tokenizer)
     _write(writer, units, messages)
-    answers = [unit.part.place + 1 for unit in units if unit.trained and isinstance(unit.part, Content)]
+    contents = (unit.part for unit in units if unit.trained and isinstance(unit.part, Content))
+    answers = [content.place + 1 for content in contents if not content.is_reasoning]
     # Where each run of trained tokens ends.
     ends = [
         end

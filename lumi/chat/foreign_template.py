@@ -46,9 +46,11 @@ class ControlPiece(NamedTuple):
 
 
 class Content(NamedTuple):
-    """Where the content of message `place` (from 0) goes, without the white space around it."""
+    """Where the content of message `place` (from 0), or its reasoning, goes, without the white space around
+    it."""
 
     place: int
+    is_reasoning: bool = False
 
 
 class Mark(Enum):
@@ -83,7 +85,9 @@ def parts(
         UserError: the template is not valid, refuses the conversation, breaks out of the sandbox, takes too
             long, or drops, repeats or changes a message.
     """
-    turns = tuple((message.role, *_white_space(message.content)) for message in messages)
+    turns = tuple(
+        (message.role, bool(message.reasoning), *_white_space(message.content)) for message in messages
+    )
     return _parts(template, turns, tuple(pieces), tuple(variables), add_generation_prompt)
 
 
@@ -96,15 +100,15 @@ def _white_space(content: str) -> tuple[str, str]:
 @lru_cache(maxsize=1024)
 def _parts(
     template: str,
-    turns: tuple[tuple[str, str, str], ...],
+    turns: tuple[tuple[str, bool, str, str], ...],
     pieces: tuple[str, ...],
     variables: tuple[tuple[str, str], ...],
     add_generation_prompt: bool,
 ) -> tuple[Part, ...]:
-    words = [secrets.token_hex(16) for _ in turns]
+    words, thoughts = ([secrets.token_hex(16) for _ in turns] for _ in range(2))
     messages = [
-        {"role": role, "content": before + word + after}
-        for word, (role, before, after) in zip(words, turns, strict=True)
+        {"role": role, "content": before + word + after} | ({"reasoning_content": thought} if thinks else {})
+        for word, thought, (role, thinks, before, after) in zip(words, thoughts, turns, strict=True)
     ]
     ours = {
         "messages": messages,
@@ -115,6 +119,7 @@ def _parts(
     marks = [secrets.token_hex(16) for _ in Mark]
     text = _render(template, {**dict(variables), **ours}, marks)
     meaning: dict[str, Part] = {word: Content(index) for index, word in enumerate(words)}
+    meaning |= {thought: Content(index, True) for index, thought in enumerate(thoughts)}
     meaning |= dict(zip(marks, Mark, strict=True))
     meaning |= {piece: ControlPiece(piece) for piece in pieces if piece and not re.search(r"\s", piece)}
     longest_first = sorted(meaning, key=len, reverse=True)
@@ -122,7 +127,8 @@ def _parts(
     split = re.split(f"({pattern})", text) if pattern else [text]
     found = tuple(meaning.get(part, part) for part in split if part)
     for index, (role, *_) in enumerate(turns):
-        if (count := found.count(Content(index))) != 1:
+        count = found.count(Content(index))
+        if count != 1 or found.count(Content(index, True)) > 1:
             raise TemplateRefusal(
                 SUBJECT,
                 "must show every message once and unchanged",

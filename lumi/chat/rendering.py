@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from lumi.chat import foreign_rendering
 from lumi.chat.foreign_rendering import ForeignTemplate
+from lumi.chat.foreign_template import TemplateRefusal
 from lumi.chat.messages import Message
 from lumi.chat.templates import TEMPLATES, Control, Template
 from lumi.chat.token_writer import ChatTokenizer, Rendered, TokenWriter
@@ -47,8 +48,10 @@ def render(
         None if there is no answer, or none within `max_tokens`.
 
     Raises:
-        UserError: the tokenizer lacks a control token of the template, or a message holds a lone surrogate.
+        UserError: the tokenizer lacks a control token of the template, the template has no place for a
+            message's reasoning, or a message holds a lone surrogate.
     """
+    _check_reasoning(template, messages)
     writer = _Writer(tokenizer, template)
     size = num_messages = 0
     writer.begin(messages)
@@ -68,7 +71,8 @@ def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[in
 
     Raises:
         UserError: the tokenizer has no chat template, or lacks a control token of it; the template refuses or
-            changes the conversation; a message holds a lone surrogate.
+            changes the conversation, or has no place for a message's reasoning; a message holds a lone
+            surrogate.
     """
     for number, message in enumerate(messages, start=1):
         try:
@@ -85,6 +89,7 @@ def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[in
         )
     if isinstance(template, ForeignTemplate):
         return foreign_rendering.prompt_ids(tokenizer, template, messages)
+    _check_reasoning(template, messages)
     writer = _Writer(tokenizer, template)
     writer.begin(messages)
     for message in messages:
@@ -109,6 +114,16 @@ def stop_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
     elif template is not None:
         ids.add(check_controls(tokenizer, template)[template.end_of_turn])
     return frozenset(ids)
+
+
+def _check_reasoning(template: Template, messages: Iterable[Message]) -> None:
+    if any(message.reasoning for message in messages):
+        raise TemplateRefusal(
+            f"the template {template.name}",
+            foreign_rendering.PLACE_FOR_REASONING,
+            got="some, and no place for it",
+            remedy="take the field out, or put its text into the content",
+        )
 
 
 def template_of(tokenizer: ChatTokenizer) -> Template | ForeignTemplate | None:

@@ -11,7 +11,7 @@ from lumi.corpus.filters import check_languages, check_phrases, classifier
 class ConversationFilterConfig:
     """Limits of a conversation that is kept.
 
-    `max_chars` counts all contents together, `max_messages` the system message as well. Every answer has at
+    `max_chars` counts all texts together, `max_messages` the system message as well. Every answer has at
     least `min_answer_chars`. `blocked_phrases` are searched in the answers, in upper and lower case.
     `languages` judges the whole conversation.
     """
@@ -38,8 +38,13 @@ class ConversationFilterConfig:
 
 
 def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conversation:
-    """Clean every content. Leave out a blank system message and the last messages without an answer."""
-    cleaned = [message._replace(content=clean_text(message.content, config)) for message in messages]
+    """Clean every text. Leave out a blank system message and the last messages without an answer."""
+    cleaned = [
+        message._replace(
+            content=clean_text(message.content, config), reasoning=clean_text(message.reasoning, config)
+        )
+        for message in messages
+    ]
     while cleaned and cleaned[-1].role == "user":
         cleaned.pop()
     return tuple(message for message in cleaned if message.role != "system" or not _is_blank(message.content))
@@ -61,7 +66,7 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
     answers = [message.content for message in messages if message.role == "assistant"]
     if any(len(answer) < config.min_answer_chars for answer in answers):
         return "short_answer"
-    lowered = [answer.lower() for answer in answers]
+    lowered = [contents([message]).lower() for message in messages if message.role == "assistant"]
     if any(phrase.lower() in answer for phrase in config.blocked_phrases for answer in lowered):
         return "blocked_phrase"
     languages = config.languages

@@ -1,10 +1,8 @@
-"""The corpus folder: Parquet shards and `manifest.json`, written whole or not at all, verified when read.
+"""The corpus folder: Parquet shards and `manifest.json`, verified when read. `corpus_writer` writes it.
 
 A corpus holds texts or conversations: its first column is `text` or `messages`, its second is `source`.
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,21 +10,18 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumi.chat.messages import Conversation, contents, from_json, to_json
-from lumi.config import UserError, read_json, write_json
-from lumi.corpus.documents import Document
+from lumi.chat.messages import Conversation, contents, from_json
+from lumi.config import UserError, read_json
 from lumi.host.storage import sha256_file
 
 KIND = "lumi-corpus"
 FORMAT = 1
-ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
 TEXTS = pa.schema([("text", pa.string()), ("source", pa.string())])
-# The column of conversations as the libraries of the hub read and write it.
-CONVERSATIONS = pa.schema(
-    [
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("source", pa.string()),
-    ]
+# The column of conversations as the libraries of the hub read and write it, with reasoning if there is some.
+_MESSAGE = [("role", pa.string()), ("content", pa.string())]
+CONVERSATIONS, WITH_REASONING = (
+    pa.schema([("messages", pa.list_(pa.struct(message))), ("source", pa.string())])
+    for message in (_MESSAGE, [*_MESSAGE, ("reasoning_content", pa.string())])
 )
 MAKE_ONE = "lumi prepare --config CONFIG --output-dir"
 SHARD_KEYS = ("bytes", "documents", "file", "sha256")
@@ -204,94 +199,6 @@ def _is_shard(shard: Any) -> bool:
     if not isinstance(shard, dict) or not set(SHARD_KEYS) <= shard.keys():
         return False
     return Path(str(shard["file"])).name == shard["file"]  # a name with a folder in it could point anywhere
-
-
-class CorpusWriter:
-    """A context that writes shards beside their final place; `commit` moves all of them there.
-
-    The same documents give the same files: the bytes of text alone decide where shards and row groups end.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int, *, conversations: bool = False) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.schema = CONVERSATIONS if conversations else TEXTS
-        self.shards: list[dict[str, Any]] = []
-        self._building = folder / ".building"
-        self._documents: list[Document] = []
-        self._sources: list[str] = []
-        self._group_bytes = self._file_bytes = self._file_documents = 0
-        self._file: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> "CorpusWriter":
-        shutil.rmtree(self._building, ignore_errors=True)
-        self._building.mkdir(parents=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        shutil.rmtree(self._building, ignore_errors=True)
-
-    def add(self, document: Document, source: str, num_bytes: int) -> None:
-        """Append a document whose text has `num_bytes` bytes of UTF-8."""
-        self._documents.append(document)
-        self._sources.append(source)
-        self._group_bytes += num_bytes
-        if self._group_bytes >= min(ROW_GROUP_BYTES, self.shard_bytes - self._file_bytes):
-            self._flush()
-        if self._file_bytes >= self.shard_bytes:
-            self._close()
-
-    def commit(self, manifest: Manifest, card: str) -> Manifest:
-        """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards."""
-        self._flush()
-        self._close()
-        manifest = {
-            "kind": KIND,
-            "format": FORMAT,
-            **manifest,
-            "columns": self.schema.names,
-            "shards": self.shards,
-        }
-        for shard in self.shards:
-            os.replace(self._building / shard["file"], self.folder / shard["file"])
-        temporary = self._building / "DATA_CARD.md"
-        temporary.write_text(card, encoding="utf-8")
-        os.replace(temporary, self.folder / "DATA_CARD.md")
-        write_json(self.folder / "manifest.json", manifest)
-        names = {shard["file"] for shard in self.shards}
-        for path in self.folder.glob("shard-*-????????.parquet"):
-            if path.name not in names:
-                path.unlink()
-        return manifest
-
-    def _flush(self) -> None:
-        if not self._documents:
-            return
-        if self._file is None:
-            self._file = pq.ParquetWriter(self._building / "shard.parquet", self.schema, compression="zstd")
-        column = [
-            document if isinstance(document, str) else to_json(document) for document in self._documents
-        ]
-        self._file.write_table(pa.table([column, self._sources], schema=self.schema))
-        self._file_bytes += self._group_bytes
-        self._file_documents += len(self._documents)
-        self._documents, self._sources, self._group_bytes = [], [], 0
-
-    def _close(self) -> None:
-        if self._file is None:
-            return
-        self._file.close()
-        self._file = None
-        path = self._building / "shard.parquet"
-        digest = sha256_file(path)
-        # The hash in the name keeps the shards of an earlier corpus whole until the new manifest is in place.
-        name = f"shard-{len(self.shards):05d}-{digest[:8]}.parquet"
-        self.shards.append(
-            {"file": name, "documents": self._file_documents, "bytes": path.stat().st_size, "sha256": digest}
-        )
-        os.replace(path, self._building / name)
-        self._file_bytes = self._file_documents = 0
 
 
 def _check_shard(folder: Path, shard: dict[str, Any], *, read: bool) -> None:

@@ -11,7 +11,7 @@ from lumi.corpus.conversation_filters import (
     find_conversation_fault,
 )
 from lumi.corpus.deduplication import DeduplicationConfig, Fingerprint, fingerprint
-from lumi.corpus.documents import Document, Record, count_chars, text_of
+from lumi.corpus.documents import Document, Record, count_chars
 from lumi.corpus.filters import FilterConfig, find_fault
 
 BATCH_DOCUMENTS = 1024
@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     """What became of one record: the cleaned document, or None with the reason; `detail` as in `Record`.
 
     `num_bytes`: the UTF-8 of its text (of a conversation, of its contents). `shortened`: messages were left
-    out.
+    out. `unused`: as in `Record`.
     """
 
     document: Document | None
@@ -39,16 +39,14 @@ class Outcome(NamedTuple):
     reason: str = ""
     detail: str = ""
     shortened: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def process_batch(rules: RecordRules, records: list[Record]) -> list[Outcome]:
     """Clean, filter and fingerprint; one outcome per record, in order."""
     outcomes = [_process(record, rules) for record in records]
     kept = [outcome.document for outcome in outcomes if outcome.document is not None]
-    answers = None
-    if isinstance(rules.filters, ConversationFilterConfig):
-        answers = [_answers(document) for document in kept if not isinstance(document, str)]
-    fingerprints = iter(fingerprint([text_of(document) for document in kept], rules.deduplication, answers))
+    fingerprints = iter(fingerprint(kept, rules.deduplication))
     return [
         outcome if outcome.document is None else outcome._replace(fingerprint=next(fingerprints))
         for outcome in outcomes
@@ -57,6 +55,11 @@ def process_batch(rules: RecordRules, records: list[Record]) -> list[Outcome]:
 
 def _process(record: Record, rules: RecordRules) -> Outcome:
     """The outcome without its fingerprint."""
+    outcome = _judge(record, rules)
+    return outcome._replace(unused=record.unused) if record.unused else outcome
+
+
+def _judge(record: Record, rules: RecordRules) -> Outcome:
     document, filters = record.document, rules.filters
     if document is None:
         return _drop(record.reason, record.detail)
@@ -84,10 +87,6 @@ def _process_conversation(
         return _drop(reason)
     shortened = len(messages) < len(original)
     return Outcome(messages, None, len(contents(messages).encode()), shortened=shortened)
-
-
-def _answers(conversation: Conversation) -> str:
-    return contents([message for message in conversation if message.role == "assistant"])
 
 
 def _drop(reason: str, detail: str = "") -> Outcome:

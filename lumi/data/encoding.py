@@ -6,7 +6,6 @@ threads took turns).
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import numpy as np
 
 from lumi.chat.foreign_rendering import ForeignTemplate
 from lumi.chat.foreign_template import TemplateRefusal
-from lumi.chat.messages import Conversation, to_json
+from lumi.chat.messages import Conversation, canonical, said
 from lumi.chat.rendering import render_documents
 from lumi.chat.templates import Template
 from lumi.chat.token_writer import Rendered
@@ -61,7 +60,7 @@ class Encoded(NamedTuple):
         mask: (sum of lengths,) bool, which tokens are trained. None for texts: all.
         counts: per source.
         lowest_rank: the lowest of the documents' hashes, 0 to 2**64 - 1.
-        dropped: conversations without a trained token, by reason.
+        dropped: conversations without a trained token, or that the template refuses, by reason.
         truncated: number of conversations that lost answers to `max_tokens`.
     """
 
@@ -110,11 +109,6 @@ def encode_documents(settings: EncodingSettings, task: Documents) -> dict[str, E
             splits[name].add_conversation(rendered, document, source, rank)
     dtype = token_dtype(tokenizer.vocab_size)
     return {name: split.finish(dtype) for name, split in splits.items() if split.lengths or split.dropped}
-
-
-def canonical(conversation: Conversation) -> bytes:
-    """What is hashed of a conversation: compact JSON in UTF-8. Raises UserError for a lone surrogate."""
-    return utf8(json.dumps(to_json(conversation), ensure_ascii=False, separators=(",", ":")))
 
 
 @dataclass
@@ -194,4 +188,4 @@ def make_tasks(batches: Iterable[Documents]) -> Iterator[Documents]:
 def _num_characters(document: str | Conversation) -> int:
     if isinstance(document, str):
         return len(document)
-    return sum(len(message.content) for message in document)
+    return sum(len(text) for message in document for text in said(message))

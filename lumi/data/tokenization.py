@@ -79,6 +79,8 @@ def tokenize(
         kept = "already holds these documents in tokens of this tokenizer; kept"
         print(f"{output_dir}: {kept}", file=sys.stderr)
         return existing
+    if tokenizer.loss is not None:
+        print(f"the tokenizer does not keep every text as it is: {tokenizer.loss}", file=sys.stderr)
     sweep_dead(output_dir)
     encoded = _encode(
         readers, validation_readers, settings, num_cores() if num_workers is None else num_workers
@@ -253,7 +255,9 @@ def _check_splits(
     documents = sum(split.documents for split in manifest.splits.values())
     lost = "".join(f"; {count:,} dropped: {reason}" for reason, count in sorted(dropped.items()))
     more = "see the corpus' DATA_CARD.md for what was dropped"
-    if lost:
+    if any(reason.startswith("refused_by_template") for reason in dropped):
+        more = "choose another --template, or prepare conversations that it takes"
+    elif lost:
         more = "raise --max-tokens, or prepare more conversations"
     filled = {"--corpus-dirs": documents > 0}
     if has_validation_corpora:

@@ -111,6 +111,51 @@ def test_each_answer_is_trained_as_it_is_when_it_is_given(folder):
     assert think not in tokenizer.decode(second.ids[: second.mask.index(True)])
 
 
+# In the manner of Qwen3 with thoughts: shown where nothing follows, left out of the history.
+QWEN_3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% set content, thought = m.content, m.reasoning_content if m.reasoning_content is defined else '' %}"
+    "{% if '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ thought.strip('\\n') }}\n</think>\n\n{% endif %}"
+    "{{ content }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_reasoning_is_trained_where_the_template_shows_it(folder):
+    tokenizer, theirs = in_template(folder, QWEN_3), AutoTokenizer.from_pretrained(folder)
+    apart = [
+        CHAT[1],
+        Message("assistant", "A letter.", "Hm.\n\nYes."),
+        CHAT[1],
+        Message("assistant", "So.", "2?"),
+    ]
+    inline = [CHAT[1], Message("assistant", "<think>\nHm.\n\nYes.\n</think>\n\nA letter."), *apart[2:]]
+    for messages in (apart, inline):
+        first, second = documents(tokenizer, messages)
+        assert trained(tokenizer, first) == ["<think>\nHm.\n\nYes.\n</think>\n\nA letter.<|im_end|>"]
+        assert trained(tokenizer, second) == ["<think>\n2?\n</think>\n\nSo.<|im_end|>"]
+        for document, size in ((first, 2), (second, 4)):
+            expected = theirs.apply_chat_template(to_json(messages[:size]), chat_template=QWEN_3)["input_ids"]
+            assert document.ids == expected[: len(document.ids)]
+        prompt = prompt_ids(tokenizer, messages[:3])
+        expected = theirs.apply_chat_template(
+            to_json(messages[:3]), chat_template=QWEN_3, add_generation_prompt=True
+        )
+        assert prompt == expected["input_ids"] == second.ids[: len(prompt)]
+
+
+def test_reasoning_without_a_place_is_refused(folder):
+    messages = [CHAT[1], Message("assistant", "A letter.", "Hm.")]
+    for template in (CHATML, MARKED):
+        with pytest.raises(
+            TemplateRefusal, match="must have a place for reasoning_content, got none for that of message 2"
+        ):
+            documents(in_template(folder, template), messages)
+
+
 def test_llama_2_by_hand(tmp_path):
     train_model(tmp_path)
     write_config(tmp_path)

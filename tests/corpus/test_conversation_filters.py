@@ -25,6 +25,14 @@ def test_every_content_is_cleaned():
     assert cleaned(messages, repair_text=False)[2].content == "â‚¬"
 
 
+def test_reasoning_is_cleaned_and_searched_too():
+    (question,) = talk(("u", "q"))
+    messages = (question, Message("assistant", "a", "As an AI\x00 language model\r\n"))
+    assert cleaned(messages)[1].reasoning == "As an AI language model\n"
+    assert fault(cleaned(messages)) == "blocked_phrase"
+    assert fault(messages) == ""
+
+
 def test_what_the_user_said_last_is_cut_off():
     assert cleaned(talk(("u", "a"), ("a", "b"), ("u", "c"))) == talk(("u", "a"), ("a", "b"))
     assert cleaned(talk(("u", "a"), ("a", "b"), ("u", "c"), ("u", "d"))) == talk(("u", "a"), ("a", "b"))

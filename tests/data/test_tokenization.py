@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from corpora import CHATS, SOURCES, TEXTS, write_chats, write_corpus
+from hugging_face_tokenizers import make
 
 from lumi import cli
 from lumi.chat.messages import Message
@@ -19,6 +20,7 @@ from lumi.data import encoding
 from lumi.data.store_writer import StoreWriter
 from lumi.data.token_store import TokenStore
 from lumi.data.tokenization import tokenize
+from lumi.tokenizer.loading import load_tokenizer
 
 FRACTION = 0.25
 
@@ -251,6 +253,25 @@ def test_long_conversations_are_truncated_or_dropped_and_counted(chat_corpus, to
     assert not (tmp_path / "t").exists()
 
 
+def test_conversations_whose_reasoning_has_no_place_are_dropped_and_counted(tokenizer, tmp_path):
+    plain = (Message("user", "q"), Message("assistant", "a"))
+    thought = (Message("user", "q"), Message("assistant", "a", "thought"))
+    alone, with_others = tmp_path / "alone", tmp_path / "with_others"
+    arguments = {"template": TEMPLATES["plain"], "validation_fraction": 0, "num_workers": 1}
+    train = tokenize(
+        [write_chats(with_others, [thought, plain])], tokenizer, tmp_path / "s", **arguments
+    ).splits["train"]
+    assert (train.documents, train.dropped) == (
+        1,
+        {"refused_by_template: must have a place for reasoning_content": 1},
+    )
+    message = (
+        "1 dropped: refused_by_template: must have a place for reasoning_content; choose another --template"
+    )
+    with pytest.raises(UserError, match=message):
+        tokenize([write_chats(alone, [thought])], tokenizer, tmp_path / "t", **arguments)
+
+
 def test_any_number_of_workers_gives_the_same_conversations(chat_corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 300)
     for workers in (1, 3):
@@ -378,3 +399,14 @@ def test_what_the_command_says(corpus, tokenizer, tmp_path, capsys):
     assert output == f"train: {line}\nvalidation: {line}\n"
     output = lumi_tokenize("t", "--corpus-dirs", corpus, "--validation-fraction", 0.25)
     assert re.match(r"train: 1\d\d documents, [\d,]+ tokens, \d\.\d\d bytes per token\nvalidation: ", output)
+
+
+def test_a_tokenizer_that_changes_texts_is_named(corpus, tmp_path, capsys):
+    normalizing = load_tokenizer(make(tmp_path / "qwen", "qwen"))
+    tokenize([corpus], normalizing, tmp_path / "store")
+    line = "the tokenizer does not keep every text as it is: its normalizer (NFC) changes characters\n"
+    assert capsys.readouterr().err.count(line) == 1
+    store = TokenStore.open(tmp_path / "store").split("train")
+    ids = store.tokens[: int(store.offsets[1])].tolist()
+    assert ids[-1] == normalizing.eos_id
+    assert not set(ids[:-1]) & set(normalizing.control_ids.values())  # nothing stands before a text
