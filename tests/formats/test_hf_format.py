@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from crafted_models import add_noise
+from hugging_face_tokenizers import make
 from safetensors.torch import load_file, save_file
 
 from lumi.config import UserError
@@ -16,6 +17,7 @@ from lumi.inference.generation import SamplingConfig, generate_ids
 from lumi.kernels.bundle import REFERENCE
 from lumi.kernels.rope import RopeScaling
 from lumi.model.transformer import ModelConfig, Transformer
+from lumi.tokenizer.loading import load_tokenizer
 
 SHAPES = {
     "plain": {},
@@ -352,10 +354,11 @@ def test_the_tokenizer_in_a_folder_of_others_is_compared_too(tokenizer, tmp_path
     save_model(tmp_path, build(tokenizer), tokenizer)
     corrupt(tmp_path, tokenizer_fingerprint=None)
     load_model(tmp_path, REFERENCE, tokenizer=tokenizer)
-    (tmp_path / "tokenizer.model").write_bytes(b"another")
+    another = load_tokenizer(make(tmp_path / "another", "qwen"))
     with pytest.raises(UserError, match="the tokenizer must be the one it was trained with, of fingerprint"):
-        load_model(tmp_path, REFERENCE, tokenizer=tokenizer)
+        load_model(tmp_path, REFERENCE, tokenizer=another)
     (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").unlink()
     load_model(tmp_path, REFERENCE, tokenizer=tokenizer)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="must be the config of a model"):
