@@ -1,7 +1,7 @@
 """What a process needs to train, in bytes, by arithmetic."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -63,15 +63,16 @@ def parameters_held(model: ModelConfig, shard: int = 1, tensor: int = 1) -> tupl
     """Parameters of one layer, and of everything outside the layers, on the process that holds the most.
 
     Tensor parallelism gives each process rows or columns of a matrix, as `lumi.parallel.tensor_parallel` cuts
-    it, and every norm whole. FSDP2 then cuts what is there by rows.
+    it, the same rows of its bias, and every norm whole. FSDP2 then cuts what is there by rows.
     """
     with torch.device("meta"):
-        parameters = dict(Transformer(replace(model, num_layers=1), REFERENCE).named_parameters())
+        parameters = dict(Transformer(model.one_layer, REFERENCE).named_parameters())
     layer = root = 0
     for name, parameter in parameters.items():
         rows, columns = len(parameter), parameter.numel() // len(parameter)
         in_layer = name.startswith("layers.")
-        if parameter.ndim == 2 and in_layer and not name.endswith(("o_proj.weight", "down_proj.weight")):
+        by_columns = not in_layer or name.endswith(("o_proj.weight", "down_proj.weight"))
+        if name.endswith(".bias") or (parameter.ndim == 2 and not by_columns):
             rows //= tensor
         elif parameter.ndim == 2:
             columns //= tensor
