@@ -78,8 +78,8 @@ def test_llama_3_by_hand():
 
 
 def test_yarn_by_hand():
-    """theta 4096, head_dim 6: a frequency turns 12 times in 80 tokens at i = 0.02, half a time at i = 1.17. The
-    whole numbers around are 0 and 2: the first is kept, the second in the middle, the third slowed."""
+    """theta 4096, head_dim 6: a frequency turns 12 times in 80 tokens at i = 0.02, half a time at i = 1.17.
+    The whole numbers around are 0 and 2: the first is kept, the second in the middle, the third slowed."""
     scaling = YarnScaling(factor=4.0, original_max_positions=80, beta_fast=12.0, beta_slow=0.5)
     cos, sin = rope_table(torch.tensor([[1]]), 6, 4096.0, scaling)
     expected = [1.0, (1 / 16 + 1 / 64) / 2, 1 / 1024]
