@@ -65,9 +65,16 @@ def parameters_held(model: ModelConfig, shard: int = 1, tensor: int = 1) -> tupl
     Tensor parallelism gives each process rows or columns of a matrix, as `lumi.parallel.tensor_parallel` cuts
     it, the same rows of its bias, and every norm whole. FSDP2 then cuts what is there by rows.
     """
+    layer, root = _held(model, shard, tensor)
+    return sum(layer.values()), sum(root.values())
+
+
+def _held(model: ModelConfig, shard: int, tensor: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What `parameters_held` adds up, by the parameters' names."""
     with torch.device("meta"):
         parameters = dict(Transformer(model.one_layer, REFERENCE).named_parameters())
-    layer = root = 0
+    layer: dict[str, int] = {}
+    root: dict[str, int] = {}
     for name, parameter in parameters.items():
         rows, columns = len(parameter), parameter.numel() // len(parameter)
         in_layer = name.startswith("layers.")
@@ -76,11 +83,7 @@ def parameters_held(model: ModelConfig, shard: int = 1, tensor: int = 1) -> tupl
             rows //= tensor
         elif parameter.ndim == 2:
             columns //= tensor
-        held = math.ceil(rows / shard) * columns
-        if in_layer:
-            layer += held
-        else:
-            root += held
+        (layer if in_layer else root)[name] = math.ceil(rows / shard) * columns
     return layer, root
 
 
@@ -151,7 +154,7 @@ class MemoryEstimate:
         parts = {
             "weights": weight_bytes * held + 4 * own_adapters,
             "gradients": 4 * trained,
-            "optimizer": 4 * self._states(trained, root),
+            "optimizer": 4 * self._states(trained),
         }
         embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
         if self.frozen and rows_trained:
@@ -164,13 +167,15 @@ class MemoryEstimate:
             parts["buckets"] = 4 * trained
         return parts
 
-    def _states(self, trained: int, root: int) -> int:
+    def _states(self, trained: int) -> int:
         """Numbers of the optimizer's state: two per parameter, one where Muon trains it."""
         if self.optimizer == "adamw":
             return 2 * trained
         if self.frozen:
             return trained
-        return trained + root - math.ceil(self.model.model_dim / self.layout.shard)
+        layer, _ = _held(self.model, self.layout.shard, self.layout.tensor)
+        matrices = sum(held for name, held in layer.items() if name.endswith("proj.weight"))
+        return 2 * trained - self.model.num_layers * matrices
 
     def _gathered(self, adapters: int, trained: int, embeddings: int) -> dict[str, int]:
         """What FSDP2 and tensor parallelism gather, and what waits to be summed."""
