@@ -14,7 +14,7 @@ Precision: float32, rounded in the order of operations of transformers' rope typ
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -88,9 +88,9 @@ class YarnScaling:
         beta_fast: frequencies that turn more often than this in `original_max_positions` tokens stay as they
             are.
         beta_slow: frequencies that turn fewer times than this are slowed by all of `factor`; those between
-            the two are interpolated, linearly in i. Positive and below `beta_fast`.
-        attention_factor: m, by which cosines and sines are multiplied; positive. null: 0.1 ln(factor) + 1.
-        truncate: take whole numbers of i as the ends of the interpolation.
+            the two are interpolated. Positive and below `beta_fast`.
+        attention_factor: cosines and sines are multiplied by it; positive. null: 0.1 ln(factor) + 1.
+        truncate: begin and end the interpolation at a frequency, not between two.
     """
 
     kind: Literal["yarn"] = "yarn"
@@ -98,7 +98,7 @@ class YarnScaling:
     original_max_positions: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float = None  # type: ignore[assignment]
+    attention_factor: float = cast(float, None)
     truncate: bool = True
 
     def __post_init__(self) -> None:
