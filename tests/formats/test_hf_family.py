@@ -240,3 +240,38 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family):
 def test_what_we_do_not_compute_is_refused_by_name(family, changes, message):
     with pytest.raises(UserError, match=f"config.json: {message}"):
         from_hf_config({"model_type": family} | SHAPE | changes, "config.json")
+
+
+def of_size(vocab, dim, mlp, layers, heads, kv_heads, **others):
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = dict(zip(names, (vocab, dim, mlp, layers, heads), strict=True))
+    return sizes | {"num_key_value_heads": kv_heads} | others
+
+
+PUBLISHED = {  # what their config.json holds, and the parameters that their publishers count
+    "Qwen2.5-0.5B": (
+        of_size(151_936, 896, 4864, 24, 14, 2, model_type="qwen2", tie_word_embeddings=True)
+        | {"max_window_layers": 24, "sliding_window": 32_768, "use_sliding_window": False},
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        of_size(151_936, 1024, 3072, 28, 16, 8, model_type="qwen3", tie_word_embeddings=True)
+        | {"head_dim": 128, "max_window_layers": 28, "sliding_window": None, "attention_bias": False},
+        596_049_920,
+    ),
+    "Mistral-7B-v0.1": (
+        of_size(32_000, 4096, 14_336, 32, 32, 8, model_type="mistral", sliding_window=4096),
+        7_241_732_096,
+    ),
+    "SmolLM3-3B": (
+        of_size(128_256, 2048, 11_008, 36, 16, 4, model_type="smollm3", no_rope_layers=[1, 1, 1, 0] * 9)
+        | {"layer_types": 36 * FULL, "sliding_window": None, "use_sliding_window": False},
+        3_075_098_624,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_parameters_that_are_published(name):
+    config, expected = PUBLISHED[name]
+    assert from_hf_config(config, name).num_parameters == expected
