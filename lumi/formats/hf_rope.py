@@ -61,9 +61,9 @@ def from_hf_scaling(rope: dict[str, Any], data: dict[str, Any], where: str) -> d
     for ours, theirs in names.items():
         if ours in required and theirs not in rope:
             raise UserError(f"{where}: {theirs} of the rope type {kind} is missing; copy the file again")
-    # transformers prefers the key outside.
-    if _POSITIONS in names.values() and data.get(_POSITIONS, rope[_POSITIONS]) != rope[_POSITIONS]:
-        got = f"{data[_POSITIONS]} and {rope[_POSITIONS]}"
+    outside = data.get(_POSITIONS)  # which transformers prefers
+    if _POSITIONS in names.values() and outside not in (None, rope[_POSITIONS]):
+        got = f"{outside} and {rope[_POSITIONS]}"
         raise UserError(f"{where}: {_POSITIONS}", "must say the same in both places", got=got)
     given = {ours: rope[theirs] for ours, theirs in names.items() if rope.get(theirs) is not None}
     return {"kind": kind} | given
