@@ -145,8 +145,7 @@ def _decode_attention() -> Iterator[Case]:
     small = [
         (96, (1, 260), (4, 4), None, None),
         (128, (3, 320), (8, 2), 64, None),
-        (64, (1, 160), (6, 3), 16, None),
-        (64, (2, 160), (6, 3), 16, 70),
+        (64, (1, 160), (6, 3), 16, 70),
     ]
     for K, (T, S), (H, G), page_size, window in [
         *sizes,

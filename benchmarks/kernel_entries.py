@@ -158,8 +158,8 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
         ("decode_attention", group, split, alone, 0, (64, 96, 128)),
         ("decode_attention_paged", group, split, (), 0, (64, 96, 128)),
         ("decode_attention_prompt", 512 * group, whole, not_split, 0, (64, 128)),
-        ("decode_attention_window", group, split, alone, 4096, (128,)),
-        ("decode_attention_prompt_window", 512 * group, whole, not_split, 4096, (128,)),
+        ("decode_window", group, split, alone, 4096, (128,)),
+        ("decode_window_prompt", 512 * group, whole, not_split, 4096, (128,)),
     ):
         for K in sizes:
             config = {
