@@ -81,9 +81,9 @@ def read_family(data: dict[str, Any], where: str) -> dict[str, Any]:
         UserError: windows, or layers without RoPE, lie where ours cannot.
     """
     family = data["model_type"]
-    for key in ("num_hidden_layers", "max_window_layers", "no_rope_layer_interval"):
-        least = 0 if key == "max_window_layers" else 1
-        if type(value := data.get(key, 1)) is not int or value < least:
+    for key, least in (("num_hidden_layers", 1), ("max_window_layers", 0), ("no_rope_layer_interval", 1)):
+        is_used = key == "num_hidden_layers" or key in DEFAULTS[family]
+        if is_used and (type(value := data[key]) is not int or value < least):
             raise UserError(f"{where}: {key}", f"must be an integer of at least {least}", got=repr(value))
     interval = _no_rope_interval(data, where) if family == "smollm3" else None
     window, full_layers = _read_window(data, interval, where)

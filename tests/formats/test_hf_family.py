@@ -192,6 +192,12 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family):
     assert from_hf_config(given, "c").full_attention_layers == (28 if family.startswith("qwen") else 0)
 
 
+def test_keys_of_other_families_are_not_looked_at():
+    llama = {"model_type": "llama"} | SHAPE
+    others = {"max_window_layers": None, "no_rope_layers": [0, 1], "no_rope_layer_interval": 0}
+    assert from_hf_config(llama | others, "c") == from_hf_config(llama, "c")
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
