@@ -139,13 +139,20 @@ def _attention() -> Iterator[Case]:
 
 def _decode_attention() -> Iterator[Case]:
     sizes = [
-        (*size, None) for size in itertools.product((64, 128, 96), ((1, 700), (17, 129)), ((4, 4), (8, 2)))
+        (*size, None, None)
+        for size in itertools.product((64, 128, 96), ((1, 700), (17, 129)), ((4, 4), (8, 2)))
     ]
-    small = [(96, (1, 260), (4, 4), None), (128, (3, 320), (8, 2), 64), (64, (1, 160), (6, 3), 16)]
-    for K, (T, S), (H, G), page_size in [
+    small = [
+        (96, (1, 260), (4, 4), None, None),
+        (128, (3, 320), (8, 2), 64, None),
+        (64, (1, 160), (6, 3), 16, 70),
+    ]
+    for K, (T, S), (H, G), page_size, window in [
         *sizes,
-        (128, (1, 4096), (32, 8), 64),
-        (256, (17, 512), (8, 2), 16),
+        (128, (1, 4096), (32, 8), 64, None),
+        (256, (17, 512), (8, 2), 16, None),
+        (128, (1, 4096), (32, 8), 64, 1000),
+        (128, (300, 700), (8, 2), None, 100),
         *small,
     ]:
         positions = torch.arange(T) + torch.tensor([[S - T], [0], [S // 2 - T]])
@@ -156,14 +163,14 @@ def _decode_attention() -> Iterator[Case]:
         make = _operands(
             [lambda dtype, s=s: _draw(*s)(dtype).detach() for s in ((3, T, H, K), cache, cache)], []
         )
-        bind = lambda f, p=positions, t=table: (
-            lambda q, k, v: f(q, k, v, p.to(q.device), None if t is None else t.to(q.device))
+        bind = lambda f, p=positions, t=table, w=window: (
+            lambda q, k, v: f(q, k, v, p.to(q.device), None if t is None else t.to(q.device), w)
         )
         yield Case(
-            f"decode_attention K={K} T={T} S={S} H={H} G={G} page_size={page_size}",
+            f"decode_attention K={K} T={T} S={S} H={H} G={G} page_size={page_size} window={window}",
             *map(bind, (decode_attention, decode_attention_reference)),
             make,
-            small=(K, (T, S), (H, G), page_size) in small,
+            small=(K, (T, S), (H, G), page_size, window) in small,
         )
 
 

@@ -153,16 +153,20 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
     whole: Signature = {"out_ptr": "*T"}  # y itself
     element = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     group, mma = 4, ("LDG.128", "STG.128", "MMA")
-    for name, rows, out, absent, sizes in (
-        ("decode_attention", group, split, ("page_table_ptr",), (64, 96, 128)),
-        ("decode_attention_paged", group, split, (), (64, 96, 128)),
-        ("decode_attention_prompt", 512 * group, whole, ("page_table_ptr", "max_ptr", "sum_ptr"), (64, 128)),
+    alone, not_split = ("page_table_ptr",), ("page_table_ptr", "max_ptr", "sum_ptr")
+    for name, rows, out, absent, window, sizes in (
+        ("decode_attention", group, split, alone, 0, (64, 96, 128)),
+        ("decode_attention_paged", group, split, (), 0, (64, 96, 128)),
+        ("decode_attention_prompt", 512 * group, whole, not_split, 0, (64, 128)),
+        ("decode_window", group, split, alone, 4096, (128,)),
+        ("decode_window_prompt", 512 * group, whole, not_split, 4096, (128,)),
     ):
         for K in sizes:
             config = {
                 "K": K,
                 "GROUP": group,
                 "PAGE_SIZE": 0 if absent else 16,
+                "WINDOW": window,
                 "SPLIT": out is split,
                 **tile_config(K, rows, element),
             }

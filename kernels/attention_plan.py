@@ -69,7 +69,7 @@ def attention_plan_reference(
         ValueError: if cu_seqlens is not int32 of one dimension, does not run from 0 to batch * length without
             falling, or leaves out a row boundary; if window is below 1.
     """
-    if cu_seqlens is None and window is None:
+    if cu_seqlens is None and (window is None or window >= length > 0):
         return MaskPlan(batch=batch, length=length, mask=None)
     start_N, _ = _documents(cu_seqlens, batch, length, device)
     position_T = torch.arange(length, device=device)

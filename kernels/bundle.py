@@ -78,7 +78,8 @@ class Attention(Protocol):
 class DecodeAttention(Protocol):
     """y (B, T, H, K) from q (B, T, H, K), caches (B, S, G, K) and positions (B, T).
 
-    With a page table (B, max_pages) int32 the caches are (num_pages, page_size, G, K).
+    With a page table (B, max_pages) int32 the caches are (num_pages, page_size, G, K). With a window, a query
+    sees its own slot and the window - 1 slots before it.
     """
 
     def __call__(
@@ -88,6 +89,7 @@ class DecodeAttention(Protocol):
         v_cache: Tensor,
         positions: Tensor,
         page_table: Tensor | None = None,
+        window: int | None = None,
         /,
     ) -> Tensor: ...
 
@@ -99,9 +101,9 @@ class SwiGLU(Protocol):
 
 
 class Linear(Protocol):
-    """y (..., O) from x (..., I) and weight (O, I) of any floating dtype."""
+    """y (..., O) from x (..., I), weight (O, I) and bias (O,), both of any floating dtype."""
 
-    def __call__(self, x: Tensor, weight: Tensor, /) -> Tensor: ...
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, /) -> Tensor: ...
 
 
 class LoraLinear(Protocol):

@@ -1,6 +1,7 @@
 """Attention against a key-value cache, contiguous or in pages, for prefill and decoding alike.
 
-    y_bt = sum over s of softmax_s(q_bt . k_bs / sqrt(K)) v_bs,   s <= position of query t of row b
+    y_bt = sum over s of softmax_s(q_bt . k_bs / sqrt(K)) v_bs,   s <= position of query t of row b;
+    with a window also s > position - window
 
 A single query per row leaves most of a GPU idle. So the keys are split among programs, and each program
 reduces its share to a partial result: the largest score m_i, the sum l_i of 2^(score - m_i), and the same sum
@@ -17,8 +18,9 @@ dim, P pages, N = B * T * H rows of results, I shares that the keys are split in
 Precision: scores, softmax and both accumulators are float32 (the reference keeps float64 as float64). The
 weights are rounded to the dtype of the values for the tensor cores; float32 is multiplied as float32. y is
 cast once.
-Cost: a tile of up to 64 (query, head) pairs reads the slots up to its largest position once. In decoding that
-is one read of the cache, whatever the number of query heads per kv head. Each share adds (K + 2) * 4 bytes,
+Cost: a tile of up to 64 (query, head) pairs reads the slots up to its largest position once, with a window
+from the first on that one of them sees. In decoding that is one read of the cache, or of the window, whatever
+the number of query heads per kv head. Each share adds (K + 2) * 4 bytes,
 written and read, per row of results.
 """
 
@@ -48,19 +50,27 @@ _COMBINE_SPLITS = 16  # shares that the second kernel holds at a time
 
 
 def decode_attention_reference(
-    q_BTHK: Tensor, k_cache: Tensor, v_cache: Tensor, positions_BT: Tensor, page_table: Tensor | None = None
+    q_BTHK: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions_BT: Tensor,
+    page_table: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Arguments, result and errors as `decode_attention`, in any floating dtype and with any K.
 
-    Two things differ. Slots not yet written must be finite, such as zeros: they get weight zero, and zero
+    Two things differ. Slots that no query sees must be finite, such as zeros: they get weight zero, and zero
     times NaN is NaN. Work grows with S: pass the used part of a large cache.
     """
-    _check_shapes(q_BTHK, k_cache, v_cache, positions_BT, page_table)
+    _check_shapes(q_BTHK, k_cache, v_cache, positions_BT, page_table, window)
     if page_table is not None:
         # Entries past a row's last page may be any number; what they refer to is masked below.
         pages = page_table.long().clamp(0, len(k_cache) - 1)
         k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)
-    visible_BTS = torch.arange(k_cache.shape[1], device=q_BTHK.device) <= positions_BT[..., None]
+    slots_S = torch.arange(k_cache.shape[1], device=q_BTHK.device)
+    visible_BTS = slots_S <= positions_BT[..., None]
+    if window is not None:
+        visible_BTS &= slots_S > positions_BT[..., None] - window
     y_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_cache.transpose(1, 2),
@@ -72,8 +82,15 @@ def decode_attention_reference(
 
 
 def _check_shapes(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    page_table: Tensor | None,
+    window: int | None,
 ) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
     if q.ndim != 4:
         raise ValueError(f"q must have shape (B, T, H, K), got {tuple(q.shape)}")
     B, T, H, K = q.shape
@@ -112,13 +129,13 @@ def _decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, page_table_ptr, out_ptr, max_ptr, sum_ptr,
     q_strides, k_strides, v_strides, stride_pb, stride_pt, stride_tb,
     T, S, G, num_tiles, scale,
-    K: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # `strides` are of (row, token, head); in pages (PAGE_SIZE > 0) those of k and v are of (page, slot,
     # head). `scale` holds log2(e): the softmax is one of powers of two. Without SPLIT out is y (N, K), with
     # it out are partial sums (N, I, K) beside max and sum (N, I). A prompt's last queries see the most keys,
-    # so they start first.
+    # so they start first. WINDOW is 0 where there is none.
     row_tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     batch_head = tl.program_id(0) // num_tiles
     # int64: sizes of caches can exceed 2**31.
@@ -138,8 +155,15 @@ def _decode_attention_kernel(
 
     # Shared out in the kernel: the host does not know how many slots are in use.
     num_blocks = tl.cdiv(end, BLOCK_S)
-    share = tl.cdiv(num_blocks, tl.num_programs(1))
-    first = tl.program_id(1) * share
+    if WINDOW > 0:
+        # The first slot that a query sees; queries that see nothing do not count.
+        least = tl.min(tl.where(positions < 0, S, positions), axis=0)
+        begin = tl.minimum(tl.maximum(least - WINDOW + 1, 0), end)
+        share = tl.cdiv(num_blocks - begin // BLOCK_S, tl.num_programs(1))
+        first = begin // BLOCK_S + tl.program_id(1) * share
+    else:
+        share = tl.cdiv(num_blocks, tl.num_programs(1))
+        first = tl.program_id(1) * share
 
     # Not -inf: the difference of two would be NaN where nothing is visible.
     largest = tl.full((BLOCK_M,), -3.4e38, dtype=tl.float32)
@@ -148,7 +172,10 @@ def _decode_attention_kernel(
     if PAGE_SIZE > 0:
         table = page_table_ptr + b * stride_tb
         slots = first * BLOCK_S + tl.arange(0, BLOCK_S)
-        page = tl.load(table + slots // PAGE_SIZE, mask=slots < end, other=0).to(tl.int64)
+        wanted = slots < end
+        if WINDOW > 0:
+            wanted = wanted & (slots >= begin)
+        page = tl.load(table + slots // PAGE_SIZE, mask=wanted, other=0).to(tl.int64)
     for block in range(first, tl.minimum(first + share, num_blocks)):
         slots = block * BLOCK_S + tl.arange(0, BLOCK_S)
         if PAGE_SIZE > 0:
@@ -159,10 +186,14 @@ def _decode_attention_kernel(
         else:
             base, slot = b, slots.to(tl.int64)
         mask = (slots < end)[:, None] & (cols < K)[None, :]  # for values too: a weight of 0 times NaN is NaN
+        if WINDOW > 0:
+            mask = mask & (slots >= begin)[:, None]
         k_offsets = base * k_strides[0] + slot * k_strides[1] + g * k_strides[2]
         k = tl.load(k_ptr + k_offsets[:, None] + cols[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(slots[None, :] <= positions[:, None], scores, float("-inf"))
+        if WINDOW > 0:
+            scores = tl.where(slots[None, :] > positions[:, None] - WINDOW, scores, float("-inf"))
 
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - larger[:, None])
@@ -265,6 +296,7 @@ def decode_attention_launch(
     positions_BT: Tensor,
     page_table: Tensor | None,
     splits: int | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Returns y_BTHK, contiguous, in q's dtype.
 
@@ -282,7 +314,8 @@ def decode_attention_launch(
     config = tile_config(K, T * group, q_BTHK.dtype)
     num_tiles = triton.cdiv(T * group, config["BLOCK_M"])
     if splits is None:
-        splits = num_splits(num_tiles * B * G, S, config, q_BTHK.device)
+        seen = S if window is None else min(S, window + config["BLOCK_S"] - 1)  # of a query, in whole blocks
+        splits = num_splits(num_tiles * B * G, seen, config, q_BTHK.device)
 
     out, maxima, sums = y_BTHK, None, None
     if splits > 1:
@@ -297,7 +330,7 @@ def decode_attention_launch(
             q_BTHK, k_cache, v_cache, positions_BT, page_table, out, maxima, sums,
             *strides, *positions_BT.stride(), table_stride,
             T, S, G, num_tiles, K**-0.5 * 1.4426950408889634,
-            K=K, GROUP=group, PAGE_SIZE=page_size, SPLIT=splits > 1, **config,
+            K=K, GROUP=group, PAGE_SIZE=page_size, WINDOW=window or 0, SPLIT=splits > 1, **config,
         )  # fmt: skip
         if splits > 1:
             _combine_kernel[(B * T * H,)](out, maxima, sums, y_BTHK, splits, K=K, **combine_config(K))
@@ -308,7 +341,12 @@ def decode_attention_launch(
 
 
 def native_decode_attention(
-    q_BTHK: Tensor, k_cache: Tensor, v_cache: Tensor, positions_BT: Tensor, page_table: Tensor | None
+    q_BTHK: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions_BT: Tensor,
+    page_table: Tensor | None,
+    window: int | None,
 ) -> Tensor:
     """As `decode_attention_launch`."""
     (B, T, H, K), G, operators = q_BTHK.shape, k_cache.shape[2], cpu_operators(q_BTHK.dtype)
@@ -323,8 +361,9 @@ def native_decode_attention(
     tensors = q_BTHK, k_cache, v_cache, positions_BT, page_table, y_BTHK, scratch
     strides = [stride for t in (q_BTHK, k_cache, v_cache) for stride in t.stride()[:3]]
     operators.decode_attention(
-        *map(address, tensors), scratch_size, B, T, slots, H, G, K, page_size, table_stride, *strides, threads
-    )
+        *map(address, tensors), scratch_size, B, T, slots, H, G, K, window or slots, page_size, table_stride,
+        *strides, threads,
+    )  # fmt: skip
     return y_BTHK
 
 
@@ -337,13 +376,15 @@ def _decode_attention(
     v_cache: Tensor,
     positions: Tensor,
     page_table: Tensor | None,
+    window: int | None = None,
     native: bool = False,
 ) -> Tensor:
     q, k_cache, v_cache = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k_cache, v_cache))
     if page_table is not None and page_table.stride(1) != 1:
         page_table = page_table.contiguous()
-    launch = native_decode_attention if native else decode_attention_launch
-    return launch(q, k_cache, v_cache, positions, page_table)
+    if native:
+        return native_decode_attention(q, k_cache, v_cache, positions, page_table, window)
+    return decode_attention_launch(q, k_cache, v_cache, positions, page_table, window=window)
 
 
 _decode_attention_op = torch.library.custom_op("lumi::decode_attention", _decode_attention, mutates_args=())
@@ -358,7 +399,12 @@ def _(q: Tensor, *_: Any) -> Tensor:
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    page_table: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attend from T new tokens to the cache slots up to each one's own.
 
@@ -375,36 +421,50 @@ def decode_attention(
         page_table: (B, max_pages) int32: slot s of row b is slot s % page_size of page page_table[b, s //
             page_size], and S is max_pages * page_size. page_size is a power of two, at least 16. Entries past
             a row's largest position are never read.
+        window: a query sees its own slot and the window - 1 slots before it, at least 1; None: all before it.
+            Slots and entries before the window of a row's first query are never read.
 
     Returns:
         y (B, T, H, K), dtype of `q`, contiguous. Not differentiable: for inference only.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit each other, or K or the page size is none of the
-            above.
+        ValueError: if shapes, dtypes or devices do not fit each other, or K, the page size or the window is
+            none of the above.
         RuntimeError: when a gradient is asked for.
 
     Source: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
     """
-    _check(q, k_cache, v_cache, positions, page_table)
+    _check(q, k_cache, v_cache, positions, page_table, window)
     K = q.shape[3]
     if not 8 <= K <= MAX_K or K % 8:
         raise ValueError(f"K must be a multiple of 8 between 8 and {MAX_K}, got {K}")
-    return _decode_attention_op(q, k_cache, v_cache, positions, page_table)
+    return _decode_attention_op(q, k_cache, v_cache, positions, page_table, window)
 
 
 def decode_attention_native(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    page_table: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """As `decode_attention`, in C++, with any K: float32 or bfloat16 on a CPU."""
     check_taken(q, k_cache, v_cache)
-    _check(q, k_cache, v_cache, positions, page_table)
+    _check(q, k_cache, v_cache, positions, page_table, window)
     native = _decode_attention if runs_directly(q) else _decode_attention_op
-    return native(q, k_cache, v_cache, positions, page_table, True)
+    return native(q, k_cache, v_cache, positions, page_table, window, True)
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, page_table: Tensor | None) -> None:
-    _check_shapes(q, k_cache, v_cache, positions, page_table)
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    page_table: Tensor | None,
+    window: int | None,
+) -> None:
+    _check_shapes(q, k_cache, v_cache, positions, page_table, window)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     if not q.dtype == k_cache.dtype == v_cache.dtype or q.dtype not in dtypes:
         raise ValueError(

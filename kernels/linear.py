@@ -1,6 +1,6 @@
 """A product with a weight matrix.
 
-    y = x W^T
+    y = x W^T + b,   where there is a b
 
 Shape letters: N rows (all leading dims flattened), I and O features in and out.
 Precision: products in the dtype of `x`; few rows on a CPU are summed in float32 and rounded once.
@@ -19,19 +19,20 @@ from lumi.kernels.native import cpu_operators, runs_directly
 FEW_ROWS = {4: 32, 2: 8}
 
 
-def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """y (..., O) from x (..., I) and weight (O, I), which is cast to the dtype of `x`."""
-    return F.linear(x, weight.to(x.dtype))
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y (..., O) from x (..., I), weight (O, I) and bias (O,), which are cast to the dtype of `x`."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def linear_native(x: Tensor, weight: Tensor) -> Tensor:
+def linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `linear_reference`. Without gradients, C++ multiplies few rows by a contiguous weight of their
     dtype."""
     plain = runs_directly(x, weight) and weight.dtype == x.dtype and weight.is_contiguous()
     # Asked last: a compiled graph must not depend on the number of rows.
     if plain and 0 < x.numel() <= FEW_ROWS[x.element_size()] * x.shape[-1]:
-        return native_linear(x, weight)
-    return linear_reference(x, weight)
+        y = native_linear(x, weight)
+        return y if bias is None else y.add_(bias.to(y.dtype))
+    return linear_reference(x, weight, bias)
 
 
 def native_linear(x: Tensor, weight: Tensor) -> Tensor:

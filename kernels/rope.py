@@ -4,8 +4,7 @@
     angle(position, i) = position * theta^(-2i / K),   i = 0 ... K/2 - 1, the same for both halves
 
 Su et al. 2021, https://arxiv.org/abs/2104.09864. The half-split order permutes the paper's interleaved pairs.
-Llama 3 slows the low frequencies down: texts longer than those of pre-training then stay within angles that
-the model knows (Llama team 2024, https://arxiv.org/abs/2407.21783).
+`lumi.kernels.rope_scaling` slows frequencies down for texts longer than those of pre-training.
 
 Shape letters: B batch, T tokens, H query heads, G kv heads, K head dim.
 Precision: angles and rotation in float32 (float64 stays float64), cast once. Angles are rounded exactly as
@@ -14,8 +13,6 @@ Cost: q and k are read and written once, in one launch. The first halves of cos 
 heads. The backward is the same rotation by the negative angle; only the tables are kept for it.
 """
 
-import math
-from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import torch
@@ -23,40 +20,11 @@ from torch import Tensor
 
 from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
 from lumi.kernels.optional_triton import tl, triton
+from lumi.kernels.rope_scaling import RopeScaling
 
 _TILE = 1024  # elements of each half of a head that a program turns at a time
 _HEADS = 4  # heads that a program turns, one after the other, with one load of cosines and sines
 _NUM_WARPS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3's slowing of low frequencies.
-
-    Args:
-        factor: how many times slower the lowest frequencies turn; at least 1.
-        low_freq_factor: frequencies that turn fewer times than this in `original_max_positions` tokens are
-            slowed by all of `factor`; > 0.
-        high_freq_factor: frequencies that turn more often than this stay as they are; those between the two
-            are interpolated. Above `low_freq_factor`.
-        original_max_positions: tokens that the model was pre-trained on.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.factor < math.inf:
-            raise ValueError(f"factor must be at least 1, got {self.factor}")
-        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
-            raise ValueError(
-                f"low_freq_factor must be positive and below high_freq_factor = {self.high_freq_factor}, "
-                f"got {self.low_freq_factor}"
-            )
-        if self.original_max_positions < 1:
-            raise ValueError(f"original_max_positions must be at least 1, got {self.original_max_positions}")
 
 
 def rope_table(
@@ -71,7 +39,8 @@ def rope_table(
         scaling: None: the frequencies as they are.
 
     Returns:
-        cos, sin: (B, T, K) float32, the K/2 angles repeated for both halves.
+        cos, sin: (B, T, K) float32, the K/2 angles repeated for both halves; times the scaling's attention
+        factor.
 
     Raises:
         ValueError: if `positions` is not (B, T), or `head_dim` is odd or not positive.
@@ -81,24 +50,14 @@ def rope_table(
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"head_dim must be even and positive, got {head_dim}")
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    frequencies = 1.0 / (theta**exponents)
-    if scaling is not None:
-        frequencies = _slow_down(frequencies, scaling)
+    periods = theta**exponents
+    frequencies = 1.0 / periods if scaling is None else scaling.frequencies(periods, theta)
     angles = positions[..., None].float() * frequencies
     angles_BTK = torch.cat((angles, angles), dim=-1)
-    return angles_BTK.cos(), angles_BTK.sin()
-
-
-def _slow_down(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Frequencies (K/2,) in radians per token, rounded in the order of operations of transformers' `llama3`
-    rope type."""
-    wavelengths, known = 2 * math.pi / frequencies, scaling.original_max_positions
-    weight = (known / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    between = (1 - weight) * frequencies / scaling.factor + weight * frequencies
-    slowed = torch.where(wavelengths > known / scaling.low_freq_factor, frequencies / scaling.factor, between)
-    return torch.where(wavelengths < known / scaling.high_freq_factor, frequencies, slowed)
+    cos, sin = angles_BTK.cos(), angles_BTK.sin()
+    if scaling is None or scaling.attention_factor == 1:
+        return cos, sin
+    return cos * scaling.attention_factor, sin * scaling.attention_factor
 
 
 # --- reference: the definition. Slow, obvious, any device, any dtype. ---

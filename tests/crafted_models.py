@@ -27,9 +27,9 @@ def add_noise(model):
     return model
 
 
-def save_base(tokenizer, folder, tied=False):
+def save_base(tokenizer, folder, **changes):
     """Saves a small noisy model for adapters; returns its folder."""
-    config = ModelConfig(vocab_size=384, max_positions=64, tied_embeddings=tied, **SHAPE)
+    config = ModelConfig(vocab_size=384, max_positions=64, **SHAPE, **changes)
     save_model(folder, add_noise(Transformer(config, REFERENCE).init_weights(0)), tokenizer)
     return folder
 

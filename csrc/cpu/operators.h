@@ -69,14 +69,14 @@ struct CpuOperators {
     Int (*attention_scratch)(Int longest_span, Int dim, bool backward);
 
     // Attention of `queries` new tokens of each row to a cache of `slots`, in pages if page_size is not 0:
-    // slot s of row b is slot s % page_size of page page_table[b, s / page_size] (int32). positions: int64.
-    // Strides are of a row or page, of a token or slot, and of a head. scratch: decode_scratch floats for
-    // each thread.
+    // slot s of row b is slot s % page_size of page page_table[b, s / page_size] (int32). positions: int64. A
+    // query sees its own slot and the window - 1 slots before it. Strides are of a row or page, of a token or
+    // slot, and of a head. scratch: decode_scratch floats for each thread.
     void (*decode_attention)(Address q, Address k, Address v, Address positions, Address page_table,
                              Address y, Address scratch, Int scratch_size, Int batch, Int queries, Int slots,
-                             Int q_heads, Int kv_heads, Int dim, Int page_size, Int table_stride, Int q_row,
-                             Int q_token, Int q_head, Int k_row, Int k_slot, Int k_head, Int v_row,
-                             Int v_slot, Int v_head, int threads);
+                             Int q_heads, Int kv_heads, Int dim, Int window, Int page_size,
+                             Int table_stride, Int q_row, Int q_token, Int q_head, Int k_row, Int k_slot,
+                             Int k_head, Int v_row, Int v_slot, Int v_head, int threads);
     Int (*decode_scratch)(Int slots, Int rows, Int dim);
 };
 

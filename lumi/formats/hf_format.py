@@ -1,4 +1,4 @@
-"""Models as Hugging Face folders: `Qwen3ForCausalLM` with qk-norm, otherwise `LlamaForCausalLM`."""
+"""Models as Hugging Face folders, of the families that `lumi.formats.hf_family` names."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from lumi.formats.hf_config import from_hf_config, generation_config, to_hf_conf
 from lumi.host.storage import atomic_folder
 from lumi.host.tensor_files import save_tensors
 from lumi.kernels.bundle import Ops
+from lumi.kernels.rope import rope_table
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.float32,
     tokenizer: Tokenizer | None = None,
 ) -> Transformer:
-    """Read a Llama or Qwen3 folder, ours or another program's.
+    """Read a folder of one of the families, ours or another program's.
 
     Args:
         tokenizer: must be the one that the model was trained with. Our folders carry its fingerprint; in
@@ -124,7 +125,8 @@ def load_model(
 
     Raises:
         UserError: the folder holds no model, asks for something that our model does not compute (the error
-            names the key), or was trained with another tokenizer.
+            names the key), holds a tensor that the model has no place for or that contradicts another, or was
+            trained with another tokenizer.
     """
     folder = model_folder(folder)
     shape = read_shape(folder)
@@ -165,20 +167,49 @@ def _load_weights(folder: Path, model: Transformer) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in _weight_files(folder):
         for name, shape in _shapes(file).items():
-            is_repeated = name == "lm_head.weight" and model.config.tied_embeddings
-            if is_repeated or name.endswith("rotary_emb.inv_freq"):
-                continue  # some writers repeat the tied embedding, old ones store the rotary frequencies
+            if name in places:
+                files = f"{places[name].name} and {file.name}"
+                raise UserError(f"{folder}: {name}", "must be in one file", got=files)
             places[name], shapes[name] = file, shape
     for name, tensor in expected.items():
-        if (got := shapes.get(name, "nothing")) != tuple(tensor.shape):
+        if shapes.get(name) != tuple(tensor.shape):
+            got = shapes.get(name, "nothing")
             raise UserError(f"{folder}: {name}", f"must have shape {tuple(tensor.shape)}", got=got)
-    if unknown := sorted(places.keys() - expected.keys()):
+    others = sorted(places.keys() - expected.keys())
+    if unknown := [name for name in others if not _is_redundant(name, model)]:
         fault = "holds a weight that this model has no place for"
         raise UserError(f"{folder}: {fault}: {unknown[0]} ({len(unknown)} in all)")
     for file in sorted(set(places.values())):
         with open_tensors(file) as tensors, torch.no_grad():
-            for name in (name for name, place in places.items() if place == file):
+            for name in (name for name, place in places.items() if place == file and name in expected):
                 expected[name].copy_(tensors.get_tensor(name))
+    for name in others:
+        with open_tensors(places[name]) as tensors:
+            _check_redundant(f"{places[name]}: {name}", tensors.get_tensor(name), model)
+
+
+def _is_redundant(name: str, model: Transformer) -> bool:
+    """Whether a tensor says what others say: some writers repeat the tied embedding, old ones store the
+    rotary frequencies."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied_embeddings)
+
+
+def _check_redundant(what: str, tensor: Tensor, model: Transformer) -> None:
+    """Raises UserError if a redundant tensor contradicts the weights or the config."""
+    config = model.config
+    if what.endswith("lm_head.weight"):
+        weight = model.token_embedding.weight
+        if not torch.equal(tensor.to(weight.dtype), weight):
+            remedy = "set tie_word_embeddings to false in config.json, or take it out"
+            raise UserError(what, "must be the embedding, to which it is tied", got="another", remedy=remedy)
+        return
+    turned = torch.ones(1, 1, dtype=torch.int64)
+    for scaling in {None, config.rope_scaling}:  # old writers stored them without the scaling
+        cos, sin = rope_table(turned, config.head_dim, config.rope_theta, scaling)
+        frequencies = torch.atan2(sin, cos)[0, 0, : config.head_dim // 2]
+        if tensor.shape == frequencies.shape and torch.allclose(tensor.float(), frequencies, 0.01, 1e-7):
+            return
+    raise UserError(what, "must be the frequencies of config.json", got="others", remedy="mend rope_theta")
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

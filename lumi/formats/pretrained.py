@@ -1,6 +1,6 @@
 """A path from the user -> a model that runs, with its tokenizer.
 
-The path may be a run, its `final/`, any Llama folder, or an adapter, which brings its base.
+The path may be a run, its `final/`, a folder of others, or an adapter, which brings its base.
 """
 
 from pathlib import Path

@@ -2,6 +2,7 @@
 
     y = x W^T + s dropout(x) A^T B^T,   s = alpha / R
 
+A bias of the frozen linear is added to y; it is frozen too.
 rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) has s = alpha / sqrt(R).
 W (O, I) is frozen. A (R, I) starts uniform within 1/sqrt(I) and B (O, R) at zero, so training starts at the
 unchanged model. DoRA (Liu et al. 2024, arXiv:2402.09353) also trains the length m (O,) of every row
@@ -73,13 +74,16 @@ class LoraConfig:
 
 
 class LoraLinear(Linear):
-    """A frozen `Linear` with float32 parameters `lora_A`, `lora_B` and, with DoRA, `lora_magnitude`."""
+    """A frozen `Linear` with float32 parameters `lora_A`, `lora_B` and, with DoRA, `lora_magnitude`.
+
+    It has the weight and the bias of the linear that it is put on.
+    """
 
     def __init__(self, base: Linear, config: LoraConfig, ops: Ops):
         nn.Module.__init__(self)
         out_features, in_features = base.weight.shape
         device = base.weight.device
-        self.config, self.ops, self.weight = config, ops, base.weight
+        self.config, self.ops, self.weight, self.bias = config, ops, base.weight, base.bias
         self.lora_A = nn.Parameter(torch.zeros(config.rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank, device=device))
         self.lora_magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1)) if config.dora else None
@@ -96,11 +100,15 @@ class LoraLinear(Linear):
             y = F.linear(x, self.weight.to(x.dtype)) + self.config.scale * adapter
         else:
             (y,) = self.ops.lora_linear(x, [self.weight], [self.lora_A], [self.lora_B], [self.config.scale])
-        if self.lora_magnitude is None:
-            return y
-        with torch.no_grad():
-            length_O = self._sum().norm(dim=1)
-        return y * (self.lora_magnitude / length_O).to(x.dtype)
+        if self.lora_magnitude is not None:
+            with torch.no_grad():
+                length_O = self._sum().norm(dim=1)
+            y = y * (self.lora_magnitude / length_O).to(x.dtype)
+        return self.add_bias(y)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """y + b; y where there is no b."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def merged_weight(self) -> Tensor:
         """The one matrix (O, I), float32, that computes the same as this module without dropout."""
@@ -127,7 +135,7 @@ def apply_adapted(x: Tensor, *linears: nn.Module) -> list[Tensor]:
         [getattr(linear, name) for linear in joined] for name in ("weight", "lora_A", "lora_B")
     )
     ys = iter(joined[0].ops.lora_linear(x, weights, As, Bs, [linear.config.scale for linear in joined]))
-    return [next(ys) if linear in joined else linear(x) for linear in linears]
+    return [linear.add_bias(next(ys)) if linear in joined else linear(x) for linear in linears]
 
 
 class TrainedRows(nn.Module):
@@ -239,7 +247,7 @@ def merge_lora(model: Transformer) -> None:
         owner, attribute = _owner(model, name)
         with torch.no_grad():
             merged = Linear(module.weight.shape[1], module.weight.shape[0], module.ops)
-            merged.weight = nn.Parameter(module.merged_weight())
+            merged.weight, merged.bias = nn.Parameter(module.merged_weight()), module.bias
         setattr(owner, attribute, merged)
         owner.project = apply_each
     settle_rows(model)

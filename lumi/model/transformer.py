@@ -10,89 +10,16 @@ mlp_dim, V vocab, N = B*T rows.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lumi.config import UserError, derived
 from lumi.kernels.bundle import Ops
-from lumi.kernels.rope import RopeScaling, rope_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The shape of a model. The exported `config.json` holds all of it."""
-
-    # Token ids; that of the tokenizer.
-    vocab_size: int
-    # Transformer layers.
-    num_layers: int
-    # Width of the residual stream.
-    model_dim: int
-    # Query heads of a layer.
-    num_heads: int
-    # Width inside the MLP.
-    mlp_dim: int
-    # Key and value heads of a layer, shared by groups of query heads; null: num_heads.
-    num_kv_heads: int = derived()
-    # Width of a head; it must be even; null: model_dim / num_heads.
-    head_dim: int = derived()
-    # The longest sequence, in tokens.
-    max_positions: int = 2048
-    # The base of the rotary frequencies.
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    # Added to the mean square in RMSNorm.
-    norm_eps: float = 1e-5
-    # Use the embedding as the output projection too.
-    tied_embeddings: bool = False
-    # Normalise queries and keys, head by head.
-    qk_norm: bool = False
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type is int and (value := getattr(self, field.name)) is not None and value < 1:
-                raise UserError(field.name, "must be at least 1", got=value)
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.head_dim is None:
-            if self.model_dim % self.num_heads:
-                raise UserError(
-                    "model_dim", f"must be a multiple of num_heads = {self.num_heads}", got=self.model_dim
-                )
-            object.__setattr__(self, "head_dim", self.model_dim // self.num_heads)
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                "num_heads", f"must be a multiple of num_kv_heads = {self.num_kv_heads}", got=self.num_heads
-            )
-        if self.head_dim % 2:
-            raise UserError("head_dim", "must be even (rotary positions turn pairs)", got=self.head_dim)
-        for name in ("rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise UserError(name, "must be positive", got=getattr(self, name))
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of parameters, by arithmetic."""
-        matrix = self.vocab_size * self.model_dim
-        embeddings = matrix if self.tied_embeddings else 2 * matrix
-        projections = 2 * self.model_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
-        norms = 2 * self.model_dim + (2 * self.head_dim if self.qk_norm else 0)
-        layer = projections + 3 * self.model_dim * self.mlp_dim + norms
-        return embeddings + self.num_layers * layer + self.model_dim
-
-    def flops_per_token(self, context: int, frozen: bool = False) -> int:
-        """Floating-point operations to train one token.
-
-        6 for each weight of a matrix product (4 if it is frozen and needs no gradient), and causal attention
-        over `context` tokens (Kaplan et al. 2020, arXiv:2001.08361; Chowdhery et al. 2022, arXiv:2204.02311).
-        """
-        lookup = 0 if self.tied_embeddings else self.vocab_size * self.model_dim  # no product
-        products = (4 if frozen else 6) * (self.num_parameters - lookup)
-        return products + 6 * self.num_layers * self.num_heads * self.head_dim * context
+from lumi.kernels.rope import rope_table
+from lumi.model.model_config import ModelConfig
 
 
 class LayerCache(Protocol):
@@ -104,14 +31,15 @@ class LayerCache(Protocol):
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias. The float32 master weight is cast to the dtype of `x`."""
+    """y = x W^T + b, mostly without b. The float32 masters are cast to the dtype of `x`."""
 
-    def __init__(self, in_features: int, out_features: int, ops: Ops):
+    def __init__(self, in_features: int, out_features: int, ops: Ops, bias: bool = False):
         super().__init__()
         self.weight, self.ops = nn.Parameter(torch.empty(out_features, in_features)), ops
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.weight)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 def apply_each(x: Tensor, *linears: nn.Module) -> list[Tensor]:
@@ -136,20 +64,22 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key-value heads.
+    """Causal self-attention of layer number `layer`, with rotary positions and grouped key-value heads.
 
     `project` applies the linears that share an input; LoRA puts its own in its place.
     """
 
     project: Callable[..., list[Tensor]]
 
-    def __init__(self, config: ModelConfig, ops: Ops):
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.ops, self.head_dim, self.project = ops, config.head_dim, apply_each
-        self.q_proj = Linear(config.model_dim, config.num_heads * config.head_dim, ops)
-        self.k_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim, ops)
-        self.v_proj = Linear(config.model_dim, config.num_kv_heads * config.head_dim, ops)
-        self.o_proj = Linear(config.num_heads * config.head_dim, config.model_dim, ops)
+        self.window, self.has_rope = config.layer_window(layer), config.layer_has_rope(layer)
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.model_dim, q_dim, ops, config.qkv_bias)
+        self.k_proj = Linear(config.model_dim, kv_dim, ops, config.qkv_bias)
+        self.v_proj = Linear(config.model_dim, kv_dim, ops, config.qkv_bias)
+        self.o_proj = Linear(q_dim, config.model_dim, ops)
         self.q_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
 
@@ -158,12 +88,13 @@ class Attention(nn.Module):
         q_BTHK, k_BTGK, v_BTGK = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q_BTHK, k_BTGK = self.ops.rope(q_BTHK, k_BTGK, context.cos, context.sin)
+        if self.has_rope:
+            q_BTHK, k_BTGK = self.ops.rope(q_BTHK, k_BTGK, context.cos, context.sin)
         if context.cache is None:
             out_BTHK = self.ops.attention(q_BTHK, k_BTGK, v_BTGK, context.plan)
         else:
             k_BSGK, v_BSGK = context.cache.append(k_BTGK, v_BTGK, context.positions)
-            out_BTHK = self.ops.decode_attention(q_BTHK, k_BSGK, v_BSGK, context.positions)
+            out_BTHK = self.ops.decode_attention(q_BTHK, k_BSGK, v_BSGK, context.positions, None, self.window)
         return self.o_proj(out_BTHK.flatten(-2))
 
 
@@ -186,10 +117,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One block: attention and MLP, each with a norm before it and a residual around it."""
 
-    def __init__(self, config: ModelConfig, ops: Ops):
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.model_dim, config, ops)
-        self.attention = Attention(config, ops)
+        self.attention = Attention(config, ops, layer)
         self.mlp_norm = RMSNorm(config.model_dim, config, ops)
         self.mlp = MLP(config, ops)
 
@@ -200,7 +131,7 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What the layers of one forward pass share. Only `cache` differs from layer to layer."""
+    """What a layer needs in one forward pass. All but `plan` and `cache` is the same for all layers."""
 
     positions: Tensor  # (B, T) int64
     cos: Tensor  # (B, T, K) float32
@@ -234,7 +165,8 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.model_dim), freeze=False
         )
-        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.windows = [config.layer_window(layer) for layer in range(config.num_layers)]
+        self.layers = nn.ModuleList(Layer(config, ops, layer) for layer in range(config.num_layers))
         self.final_norm = RMSNorm(config.model_dim, config, ops)
         self.lm_head = None if config.tied_embeddings else Linear(config.model_dim, config.vocab_size, ops)
 
@@ -254,12 +186,13 @@ class Transformer(nn.Module):
         """Names and random values, one parameter at a time. A seed gives the same weights on every device.
 
         Values are float32 on the CPU: Normal(0, 0.02), divided by sqrt(2 layers) for the two projections into
-        the residual stream (GPT-2). Norms are one.
+        the residual stream (GPT-2). Norms are one, biases zero.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
-                yield name, torch.ones(parameter.shape)
+                make = torch.zeros if name.endswith(".bias") else torch.ones
+                yield name, make(parameter.shape)
                 continue
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -291,10 +224,15 @@ class Transformer(nn.Module):
         cos, sin = rope_table(
             positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        plan = self.ops.attention_plan(cu_seqlens, batch, length, tokens.device) if cache is None else None
-        context = Context(positions, cos, sin, plan, None)
+        contexts = {}
+        for window in set(self.windows):
+            plan = None
+            if cache is None:
+                plan = self.ops.attention_plan(cu_seqlens, batch, length, tokens.device, window)
+            contexts[window] = Context(positions, cos, sin, plan, None)
         x_BTD = self.token_embedding(tokens).to(self.compute_dtype)
         for index, layer in enumerate(self.layers):
+            context = contexts[self.windows[index]]
             if cache is not None:
                 context = replace(context, cache=cache[index])
             if self.gradient_checkpointing and self.training:

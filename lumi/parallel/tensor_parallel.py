@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from lumi.config import UserError
 from lumi.model.transformer import ModelConfig, Transformer
 
-_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # each process computes some outputs
+# Of these each process computes some outputs, and adds their biases.
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROWS = ("o_proj", "down_proj")  # each process has some of the inputs
 _SEQUENCE_DIM = 1
 

@@ -18,7 +18,6 @@ each process takes part in
 """
 
 from collections import Counter
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -117,6 +116,6 @@ def _of_muon(model: ModelConfig, layout: Layout) -> list[Collective]:
 def matrices_of_layers(model: ModelConfig) -> Counter[tuple[int, int]]:
     """How many matrices of each shape the layers hold: what Muon trains."""
     with torch.device("meta"):
-        layer = Transformer(replace(model, num_layers=1), REFERENCE).layers
+        layer = Transformer(model.one_layer, REFERENCE).layers
     shapes = Counter((len(p), p.shape[1]) for p in layer.parameters() if p.ndim == 2)
     return Counter({shape: model.num_layers * count for shape, count in shapes.items()})

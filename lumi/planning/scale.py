@@ -46,8 +46,8 @@ def step_time(config: TrainConfig, layout: Layout, cluster: Cluster) -> StepTime
     """How long a step takes, without reading data, validation and checkpoints."""
     model, micro_steps = config.model, config.batches.micro_steps(layout.data)
     assert model is not None
-    attention = 6 * model.num_heads * model.head_dim * config.batches.sequence_length
-    layer_flops = model.num_layers * (6 * parameters_held(model)[0] + attention)
+    attention = model.attention_flops_per_token(config.batches.sequence_length)
+    layer_flops = model.num_layers * 6 * parameters_held(model)[0] + attention
     tokens = config.batches.batch_tokens / cluster.num_gpus
     products = tokens * model.flops_per_token(config.batches.sequence_length) / cluster.flops
     again = tokens * layer_flops / 3 / cluster.flops if config.gradient_checkpointing else 0.0

@@ -1,7 +1,7 @@
 """What a process needs to train, in bytes, by arithmetic."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -63,23 +63,27 @@ def parameters_held(model: ModelConfig, shard: int = 1, tensor: int = 1) -> tupl
     """Parameters of one layer, and of everything outside the layers, on the process that holds the most.
 
     Tensor parallelism gives each process rows or columns of a matrix, as `lumi.parallel.tensor_parallel` cuts
-    it, and every norm whole. FSDP2 then cuts what is there by rows.
+    it, the same rows of its bias, and every norm whole. FSDP2 then cuts what is there by rows.
     """
+    layer, root = _held(model, shard, tensor)
+    return sum(layer.values()), sum(root.values())
+
+
+def _held(model: ModelConfig, shard: int, tensor: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What `parameters_held` adds up, by the parameters' names."""
     with torch.device("meta"):
-        parameters = dict(Transformer(replace(model, num_layers=1), REFERENCE).named_parameters())
-    layer = root = 0
+        parameters = dict(Transformer(model.one_layer, REFERENCE).named_parameters())
+    layer: dict[str, int] = {}
+    root: dict[str, int] = {}
     for name, parameter in parameters.items():
         rows, columns = len(parameter), parameter.numel() // len(parameter)
         in_layer = name.startswith("layers.")
-        if parameter.ndim == 2 and in_layer and not name.endswith(("o_proj.weight", "down_proj.weight")):
+        by_columns = not in_layer or name.endswith(("o_proj.weight", "down_proj.weight"))
+        if name.endswith(".bias") or (parameter.ndim == 2 and not by_columns):
             rows //= tensor
         elif parameter.ndim == 2:
             columns //= tensor
-        held = math.ceil(rows / shard) * columns
-        if in_layer:
-            layer += held
-        else:
-            root += held
+        (layer if in_layer else root)[name] = math.ceil(rows / shard) * columns
     return layer, root
 
 
@@ -150,7 +154,7 @@ class MemoryEstimate:
         parts = {
             "weights": weight_bytes * held + 4 * own_adapters,
             "gradients": 4 * trained,
-            "optimizer": 4 * self._states(trained, root),
+            "optimizer": 4 * self._states(trained),
         }
         embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
         if self.frozen and rows_trained:
@@ -163,13 +167,15 @@ class MemoryEstimate:
             parts["buckets"] = 4 * trained
         return parts
 
-    def _states(self, trained: int, root: int) -> int:
+    def _states(self, trained: int) -> int:
         """Numbers of the optimizer's state: two per parameter, one where Muon trains it."""
         if self.optimizer == "adamw":
             return 2 * trained
         if self.frozen:
             return trained
-        return trained + root - math.ceil(self.model.model_dim / self.layout.shard)
+        layer, _ = _held(self.model, self.layout.shard, self.layout.tensor)
+        matrices = sum(held for name, held in layer.items() if name.endswith("proj.weight"))
+        return 2 * trained - self.model.num_layers * matrices
 
     def _gathered(self, adapters: int, trained: int, embeddings: int) -> dict[str, int]:
         """What FSDP2 and tensor parallelism gather, and what waits to be summed."""

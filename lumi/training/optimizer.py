@@ -34,7 +34,7 @@ class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"
     # The highest learning rate, reached after warm-up.
     peak_lr: float = 1e-3
-    # Weight decay of matrices; norms have none.
+    # Weight decay of matrices; norms and biases have none.
     weight_decay: float = 0.1
     # AdamW: decay of the mean of the gradients.
     beta1: float = 0.9

@@ -53,8 +53,14 @@ def check_resumable(
 
 
 def _resolved(saved: dict[str, Any], where: str) -> dict[str, Any]:
-    """Saved values with the numbers of `model` that follow from others: older checkpoints hold null for
-    them."""
-    if saved["model"] is None:
+    """Saved values with all those of `model`.
+
+    Older checkpoints hold null for numbers that follow from others, and name no kind of `rope_scaling`:
+    there was only Llama 3's.
+    """
+    model = saved["model"]
+    if model is None:
         return saved
-    return saved | {"model": to_dict(from_dict(ModelConfig, saved["model"], where))}
+    if (scaling := model.get("rope_scaling")) is not None:
+        model = model | {"rope_scaling": {"kind": "llama3"} | scaling}
+    return saved | {"model": to_dict(from_dict(ModelConfig, model, where))}

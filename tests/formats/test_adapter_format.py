@@ -14,7 +14,7 @@ from lumi.formats.adapter_format import is_adapter, load_adapter, save_adapter, 
 from lumi.formats.hf_format import load_model
 from lumi.formats.pretrained import load_pretrained
 from lumi.kernels.bundle import REFERENCE
-from lumi.model.lora import LoraConfig, add_lora, token_matrices, trained_rows
+from lumi.model.lora import LoraConfig, add_lora, merge_lora, token_matrices, trained_rows
 
 IDS = torch.randint(6, 384, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -67,9 +67,37 @@ def test_we_compute_the_same_from_theirs(targets, base_dir, tmp_path):
     torch.testing.assert_close(our_logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
+def test_on_a_qwen2_in_a_window_too(config, tokenizer, tmp_path):
+    """Its linears have biases, which adapters and merging leave as they are; in both directions."""
+    base_dir = save_base(tokenizer, tmp_path / "base", qkv_bias=True, window=9, full_attention_layers=1)
+    model = save_adapted(base_dir, config, tokenizer, tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
+    assert type(base).__name__ == "Qwen2ForCausalLM"
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    torch.testing.assert_close(our_logits(model), expected, rtol=1e-4, atol=1e-4)
+    merge_lora(model)
+    with torch.no_grad():
+        merged = theirs.merge_and_unload()(IDS).logits
+    torch.testing.assert_close(our_logits(model), merged, rtol=1e-4, atol=1e-4)
+
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
+    options = {"use_dora": config.dora, "use_rslora": config.rslora, "init_lora_weights": False}
+    other = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "up_proj"], **options)
+    theirs = peft.get_peft_model(fresh, other).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    loaded = load_model(base_dir, REFERENCE)
+    load_adapter(tmp_path / "theirs", loaded, base_dir)
+    torch.testing.assert_close(our_logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
-    base_dir = save_base(tokenizer, tmp_path / "base", tied)
+    base_dir = save_base(tokenizer, tmp_path / "base", tied_embeddings=tied)
     config = LoraConfig(rank=4, tokens=("<|im_start|>", "<|im_end|>"))
     model = load_model(base_dir, REFERENCE)
     add_lora(model, config, token_ids=[4, 5])

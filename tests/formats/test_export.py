@@ -126,10 +126,14 @@ def test_the_tokenizer_and_another_one(run, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("config", LORA.values(), ids=LORA)
-@pytest.mark.parametrize("tied", [False, True])
-def test_merged_is_base_and_adapter(tokenizer, tmp_path, config, tied):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tied_embeddings": True}, {"qkv_bias": True, "window": 9}],
+    ids=["untied", "tied", "biases"],
+)
+def test_merged_is_base_and_adapter(tokenizer, tmp_path, config, changes):
     run = tmp_path / "run"
-    save_model(run / "final", build(tokenizer, tied_embeddings=tied), tokenizer)
+    save_model(run / "final", build(tokenizer, **changes), tokenizer)
     adapter, model = add_adapter(run, config, tokenizer)
     error, bound = merge_adapter(adapter, tmp_path / "merged").merging
     assert 0 < error < 1e-12

@@ -5,11 +5,11 @@ import transformers
 
 from lumi.config import UserError
 from lumi.formats.hf_config import from_hf_config, generation_config, to_hf_config
-from lumi.kernels.rope import RopeScaling
-from lumi.model.transformer import ModelConfig
+from lumi.kernels.rope_scaling import Llama3Scaling
+from lumi.model.model_config import ModelConfig
 
 SHAPE = {"num_layers": 3, "model_dim": 64, "num_heads": 4, "mlp_dim": 96, "max_positions": 128}
-SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=30)
+SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=30)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_what_a_config_leaves_out_follows_from_the_rest(ours):
     config = from_hf_config(ours, "c")
     assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 16, 10_000.0)
     del ours["hidden_size"]
-    with pytest.raises(UserError, match="c: hidden_size is missing; this is not the config of a Llama model"):
+    with pytest.raises(UserError, match="c: hidden_size is missing; this is not the config of a llama model"):
         from_hf_config(ours, "c")
 
 
@@ -58,26 +58,14 @@ def test_what_ends_an_answer(tokenizer):
     [
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default' or 'llama3', got 'yarn'"),
-        (
-            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
-            "low_freq_factor of the rope type llama3 is missing",
-        ),
-        ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 4.0}},
-            "rope_parameters and rope_scaling must say the same",
-        ),
-        ({"rope_scaling": {"type": "linear"}}, "rope_parameters and rope_scaling must say the same"),
-        ({"rope_scaling": [1]}, "rope_parameters and rope_scaling must say the same"),
         (
             {"architectures": {"a": 1}},
             "must be the config of a model, an object with a list of architectures",
         ),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
-            "architectures must be 'LlamaForCausalLM' or .*, got 'LlamaForSeq",
+            "architectures must be 'LlamaForCausalLM', got 'LlamaForSeq",
         ),
         (
             {"quantization_config": {"bits": 4}},

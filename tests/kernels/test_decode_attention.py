@@ -73,13 +73,14 @@ def test_rejects_shapes_that_do_not_fit():
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
-def truth(q, k_cache, v_cache, positions):
+def truth(q, k_cache, v_cache, positions, window=None):
     """Query by query, over the slots it sees."""
     y = torch.empty_like(q)
     for b, row in enumerate(positions.tolist()):
         for t, position in enumerate(row):
+            first = 0 if window is None else max(0, position - window + 1)
             k, v = (
-                c[b, : position + 1].repeat_interleave(q.shape[2] // c.shape[2], dim=1)
+                c[b, first : position + 1].repeat_interleave(q.shape[2] // c.shape[2], dim=1)
                 for c in (k_cache, v_cache)
             )
             weights = torch.softmax(torch.einsum("hk,shk->hs", q[b, t], k) / q.shape[-1] ** 0.5, dim=-1)
@@ -96,9 +97,10 @@ def case(B, T, H, G, K, S, device, dtype=torch.float32):
     return q, k, v, torch.randint(0, S, (B, T), device=device)
 
 
-def in_pages(k_cache, v_cache, positions, page_size=16):
+def in_pages(k_cache, v_cache, positions, page_size=16, window=None):
     """The used slots of both caches in pages of random order among unused ones; all that must not be read is
     NaN, or leads nowhere."""
+    firsts = [0 if window is None else max(0, int(row.min()) - window + 1) for row in positions]
     B, S = k_cache.shape[:2]
     per_row = -(-S // page_size)
     order = torch.randperm(B * per_row + 3, device=k_cache.device)[: B * per_row].view(B, per_row)
@@ -106,18 +108,19 @@ def in_pages(k_cache, v_cache, positions, page_size=16):
     for cache in (k_cache, v_cache):
         paged = cache.new_full((B * per_row + 3, page_size, *cache.shape[2:]), float("nan"))
         for b in range(B):
-            for s in range(int(positions[b].max()) + 1):
+            for s in range(firsts[b], int(positions[b].max()) + 1):
                 paged[order[b, s // page_size], s % page_size] = cache[b, s]
         pages.append(paged)
     page_table = order.int()
     for b in range(B):
         page_table[b, int(positions[b].max()) // page_size + 1 :] = (-1, 2**31 - 1)[b % 2]
+        page_table[b, : firsts[b] // page_size] = (2**31 - 1, -1)[b % 2]
     return *pages, page_table
 
 
-def assert_all_parity(q, k_cache, v_cache, positions, *actual):
-    exact = truth(*(t.double() for t in (q, k_cache, v_cache)), positions)
-    same_dtype = decode_attention_reference(q, k_cache, v_cache, positions)
+def assert_all_parity(q, k_cache, v_cache, positions, *actual, window=None):
+    exact = truth(*(t.double() for t in (q, k_cache, v_cache)), positions, window)
+    same_dtype = decode_attention_reference(q, k_cache, v_cache, positions, None, window)
     for y in actual or [decode_attention(q, k_cache, v_cache, positions)]:
         assert_parity("y", y, same_dtype, exact)
 
@@ -169,6 +172,52 @@ def test_more_shares_than_the_second_kernel_holds_at_a_time(dtype, device):
     q, k, v, _ = case(1, 1, 1, 1, 16, slots, device, dtype)
     positions = torch.full((1, 1), slots - 1, device=device)
     assert_all_parity(q, k, v, positions, decode_attention_launch(q, k, v, positions, None, 19))
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 40, 500])
+def test_a_window_in_prefill_and_decoding_is_that_of_attention(window):
+    q, k, v = inputs(2, 45, 4, 2, 8)
+    expected = attention_reference(q, k, v, attention_plan_reference(None, 2, 45, "cpu", window))
+    positions = torch.arange(45).expand(2, -1)
+    pieces = [
+        decode_attention_reference(q[:, new], k, v, positions[:, new], None, window)
+        for new in torch.arange(45).split([30, 1, 1, 13])
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize("window", [1, 20, 33, 500])
+@pytest.mark.parametrize("tokens", [1, 5, 17])
+def test_parity_in_a_window(tokens, window, splits, dtype, device):
+    """What lies before the window of a row's first query is NaN, and its pages lead nowhere."""
+    q, k, v, _ = case(2, tokens, 4, 2, 64, 150, device, dtype)
+    positions = torch.tensor([[3], [149 - tokens]], device=device) + torch.arange(tokens, device=device)
+    k_pages, v_pages, page_table = in_pages(k, v, positions, window=window)
+    paged = decode_attention_launch(q, k_pages, v_pages, positions, page_table, splits, window)
+    k_cache, v_cache = k.clone(), v.clone()
+    k_cache[1, : max(0, 149 - tokens - window + 1)] = torch.nan
+    v_cache[1, : max(0, 149 - tokens - window + 1)] = torch.nan
+    whole = decode_attention_launch(q, k_cache, v_cache, positions, None, splits, window)
+    assert_all_parity(q, k, v, positions, whole, paged, window=window)
+
+
+def test_a_negative_position_sees_nothing_in_a_window_either(device):
+    q, k, v, _ = case(2, 3, 4, 2, 64, 60, device)
+    positions = torch.tensor([[-1, 59, 58], [-1, -7, -1]], device=device)
+    for splits in (1, 3):
+        y = decode_attention_launch(q, k, v, positions, None, splits, 5)
+        assert not y[0, 0].any()
+        assert not y[1].any()
+        assert_all_parity(q[:1, 1:], k[:1], v[:1], positions[:1, 1:], y[:1, 1:], window=5)
+
+
+def test_a_window_of_nothing_is_refused(device):
+    tensors = case(2, 3, 4, 2, 64, 40, device)
+    for function in (decode_attention_reference, decode_attention):
+        with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+            function(*tensors, None, 0)
 
 
 def test_keys_are_split_in_these_tests(device):
@@ -298,7 +347,7 @@ def test_operator_is_registered_whole(device):
     q, k, v, positions = case(2, 3, 4, 2, 32, 40, device)
     torch.library.opcheck(_decode_attention_op, (q, k, v, positions, None))
     k_pages, v_pages, page_table = (t.nan_to_num() for t in in_pages(k, v, positions))
-    torch.library.opcheck(_decode_attention_op, (q, k_pages, v_pages, positions, page_table))
+    torch.library.opcheck(_decode_attention_op, (q, k_pages, v_pages, positions, page_table, 7))
 
 
 def test_compiles_without_a_graph_break(device):

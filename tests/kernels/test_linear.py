@@ -42,6 +42,20 @@ def test_parity(inputs, outputs, dtype, calls):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_parity_with_a_bias(rows, dtype, calls):
+    x, weight = operands(rows, 33, 70, dtype)
+    bias = torch.randn(70, generator=torch.Generator().manual_seed(0))  # a float32 master
+    with torch.inference_mode():
+        actual, same_dtype = linear_native(x, weight, bias), x @ weight.T + bias.to(dtype)
+    assert_parity(f"{rows} rows", actual, same_dtype, x.double() @ weight.double().T + bias.double())
+    assert len(calls) == (1 if rows <= FEW_ROWS[dtype.itemsize] else 0)
+    leaf = bias.clone().requires_grad_()
+    linear_native(x, weight, leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.full((70,), float(rows)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others_nor_on_threads(dtype):
     x, weight = operands(FEW_ROWS[dtype.itemsize], 100, 200, dtype)
     with torch.no_grad():

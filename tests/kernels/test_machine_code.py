@@ -55,7 +55,7 @@ def test_every_dtype_and_architecture_is_there(reports, choice):
     expected |= {"add_rms_norm_fwd", "add_rms_norm_bwd", "add_rms_norm_bwd_wide"}
     expected |= {"linear_cross_entropy", "linear_cross_entropy_rescale"}
     expected |= {"decode_attention", "decode_attention_paged", "decode_attention_prompt"}
-    expected |= {"decode_attention_combine"}
+    expected |= {"decode_attention_combine", "decode_window", "decode_window_prompt"}
     expected |= {"attention_fwd", "attention_delta", "attention_dkdv", "attention_dq"}
     assert {name.split()[0] for name in kernels} == expected
     assert len(reports) == len(set(names(reports))) == len(dtypes) * len(arches) * len(kernels)

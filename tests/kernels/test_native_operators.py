@@ -227,7 +227,7 @@ def test_operators_are_registered_whole():
     check(_swiglu_backward_op, (x, x, y, True))
     lse = torch.zeros(4, 18)
     check(_attention_backward_op, (q, q, k, k, q, lse, *plan, True))
-    check(_decode_attention_op, (q, k, k, torch.arange(9).expand(2, 9), None, True))
+    check(_decode_attention_op, (q, k, k, torch.arange(9).expand(2, 9), None, 4, True))
 
 
 @pytest.mark.parametrize("name", ["norm", "sum and norm", "swiglu", "rope", "attention", "loss"])
@@ -392,6 +392,31 @@ def test_decoding_from_pages_and_strided_caches_is_the_same(name):
     assert torch.equal(NATIVE.decode_attention(q, *paged, positions, table), expected)
     swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     assert torch.equal(NATIVE.decode_attention(*swapped, positions.to(torch.int32)), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [1, 9, 64, 70, 400])
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding_parity_in_a_window(name, window, dtype):
+    """Before the window of a row's first query is NaN."""
+    q, k, v, positions = decoding(name, dtype)
+    finite = [t.nan_to_num() for t in (q, k, v)]
+    exact = REFERENCE.decode_attention(*(t.double() for t in finite), positions, None, window)
+    same_dtype = REFERENCE.decode_attention(*finite, positions, None, window)
+    before = torch.arange(k.shape[1]) <= positions[:, :1] - window
+    k, v = (t.masked_fill(before[..., None, None], torch.nan) for t in (k, v))
+    assert_parity(name, NATIVE.decode_attention(q, k, v, positions, None, window), same_dtype, exact)
+
+
+def test_queries_of_one_row_may_have_windows_far_apart():
+    q, k, v, _ = decoding("a prompt", torch.float32)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    positions = torch.arange(40).expand(2, 40) * 3
+    positions = torch.where(positions == 33, -1, positions)
+    actual = NATIVE.decode_attention(q, k, v, positions, None, 10)
+    expected = REFERENCE.decode_attention(q, k, v, positions, None, 10).nan_to_num()
+    torch.testing.assert_close(actual, expected)
+    assert not NATIVE.decode_attention(q, k, v, torch.full((2, 40), -5), None, 10).any()
 
 
 def test_a_query_at_a_negative_position_sees_nothing():

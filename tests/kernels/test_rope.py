@@ -1,14 +1,8 @@
-import math
-from dataclasses import replace
-
 import pytest
 import torch
 from parity import assert_parity
 
-from lumi.kernels.rope import RopeScaling, _rope_op, rope, rope_reference, rope_table
-
-LLAMA_3_1 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
-SHORT = RopeScaling(factor=32.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_positions=100)
+from lumi.kernels.rope import _rope_op, rope, rope_reference, rope_table
 
 
 @pytest.fixture(scope="module")
@@ -20,66 +14,28 @@ def llama():
     return modeling_llama
 
 
-def judge(llama, head_dim, theta, scaling=None, max_positions=32_768):
-    rope_parameters = {"rope_type": "default", "rope_theta": theta}
-    if scaling is not None:
-        rope_parameters |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
+def judge(llama, head_dim, theta):
     return llama.LlamaRotaryEmbedding(
         llama.LlamaConfig(
             head_dim=head_dim,
             hidden_size=4 * head_dim,
             num_attention_heads=4,
-            max_position_embeddings=max_positions,
-            rope_parameters=rope_parameters,
+            max_position_embeddings=32_768,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
         )
     )
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize("head_dim", [2, 48, 64, 128])
-@pytest.mark.parametrize("scaling", [None, LLAMA_3_1, SHORT], ids=["unscaled", "llama 3.1", "short"])
-def test_table_is_transformers_table_to_the_bit(llama, head_dim, theta, scaling):
+def test_table_is_transformers_table_to_the_bit(llama, head_dim, theta):
     torch.manual_seed(0)
     positions = torch.stack((torch.arange(700), torch.randint(0, 32_768, (700,))))
-    cos, sin = judge(llama, head_dim, theta, scaling)(torch.zeros(1), positions)
-    ours = rope_table(positions, head_dim, theta, scaling)
+    cos, sin = judge(llama, head_dim, theta)(torch.zeros(1), positions)
+    ours = rope_table(positions, head_dim, theta)
     assert torch.equal(ours[0], cos)
     assert torch.equal(ours[1], sin)
     assert ours[0].dtype == torch.float32
-
-
-def test_scaling_by_hand():
-    """theta 4096, head_dim 6: wavelengths of 2 pi (1, 16, 256) tokens against 80 / 2 and 80 / 0.5: kept,
-    between, slowed."""
-    scaling = RopeScaling(factor=4.0, low_freq_factor=0.5, high_freq_factor=2.0, original_max_positions=80)
-    cos, _ = rope_table(torch.tensor([[1]]), 6, 4096.0, scaling)
-    weight = (80 / (2 * math.pi * 16) - 0.5) / 1.5
-    expected = [1.0, (1 - weight) / 16 / 4 + weight / 16, 1 / 256 / 4]
-    torch.testing.assert_close(cos[0, 0, :3].arccos(), torch.tensor(expected), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"factor": 0.5}, "factor must be at least 1, got 0.5"),
-        (
-            {"low_freq_factor": 4.0},
-            "low_freq_factor must be positive and below high_freq_factor = 4.0, got 4.0",
-        ),
-        ({"low_freq_factor": 0.0}, "low_freq_factor must be positive"),
-        ({"original_max_positions": 0}, "original_max_positions must be at least 1, got 0"),
-    ],
-    ids=str,
-)
-def test_impossible_scaling(changes, message):
-    with pytest.raises(ValueError, match=message):
-        replace(LLAMA_3_1, **changes)
 
 
 def test_rotation_is_transformers_rotation_to_the_bit(llama):

@@ -171,6 +171,39 @@ def test_merged_is_base_and_adapter(config):
     assert_parity("logits", logits(apart), same_dtype, exact, slack=3.0)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("config", LORA_KINDS, ids=["plain", "rslora", "some", "dora"])
+def test_a_bias_is_added_as_it_is(config, dropout):
+    """To what the adapted linear without it computes; DoRA's lengths do not stretch it. It is not trained."""
+    model = Transformer(dataclasses.replace(SHAPE, qkv_bias=True), REFERENCE).init_weights(3)
+    attention, biases = model.layers[0].attention, {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        biases[name] = attention.get_submodule(name).bias
+        torch.nn.init.normal_(biases[name])
+    add_lora(model, dataclasses.replace(config, dropout=dropout))
+    with torch.no_grad():
+        for _, module in adapters(model):
+            torch.nn.init.normal_(module.lora_B, std=0.1)
+            if module.lora_magnitude is not None:
+                module.lora_magnitude.mul_(1.5)
+    x, linears = torch.randn(3, 16), [attention.q_proj, attention.k_proj, attention.v_proj]
+    torch.manual_seed(0)
+    with_bias = attention.project(x, *linears)
+    for linear in linears:
+        linear.bias = None
+    torch.manual_seed(0)
+    without = attention.project(x, *linears)
+    for y, plain, linear, bias in zip(with_bias, without, linears, biases.values(), strict=True):
+        torch.testing.assert_close(y, plain + bias)
+        linear.bias = bias
+    assert not any(bias.requires_grad for bias in biases.values())
+    merge_lora(model)
+    merged = {name: attention.get_submodule(name).bias for name in biases}
+    assert all(
+        torch.equal(merged[name], bias) and merged[name].requires_grad for name, bias in biases.items()
+    )
+
+
 @pytest.mark.parametrize("config", [LORA_KINDS[0], LORA_KINDS[3]], ids=["plain", "dora"])
 def test_packed_loss_and_gradients_are_the_sum_over_conversations(config):
     lengths, untrained = [3, 1, 5], [0, 3, 4]

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from lumi.config import UserError, from_dict, to_dict
 from lumi.data.batches import IGNORE, collate
 from lumi.data.rows import TokenRow
 from lumi.kernels.bundle import REFERENCE
@@ -13,34 +12,23 @@ SHAPES = {
     "grouped": {"num_kv_heads": 2},
     "one kv head, tied": {"num_kv_heads": 1, "tied_embeddings": True},
     "qk-norm, wide heads": {"qk_norm": True, "head_dim": 16},
-}
-SIZES = {
-    "micro": ((4, 128, 2, 512), 9_438_336),
-    "tiny": ((6, 256, 4, 1024), 23_072_000),
-    "small": ((7, 384, 6, 1536), 41_686_656),
-    "medium": ((12, 512, 8, 2048), 83_898_880),
-    "base": ((24, 768, 12, 3072), 276_861_696),
+    "biases": {"qkv_bias": True, "num_kv_heads": 2},
+    "a window": {"window": 3},
+    "a window behind a full layer, no rope in the last": {
+        "window": 2,
+        "full_attention_layers": 1,
+        "no_rope_layer_interval": 2,
+    },
 }
 
 
 def build(**changes):
-    return Transformer(ModelConfig(**TINY | changes), REFERENCE).init_weights(0)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_parameters_of_the_five_sizes(size):
-    (layers, dim, heads, mlp), expected = SIZES[size]
-    config = ModelConfig(vocab_size=32_768, num_layers=layers, model_dim=dim, num_heads=heads, mlp_dim=mlp)
-    with torch.device("meta"):
-        model = Transformer(config, REFERENCE)
-    assert sum(p.numel() for p in model.parameters()) == expected
-    assert config.num_parameters == expected
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_parameters_by_arithmetic(shape):
-    model = build(**SHAPES[shape])
-    assert sum(p.numel() for p in model.parameters()) == model.config.num_parameters
+    model = Transformer(ModelConfig(**TINY | changes), REFERENCE).init_weights(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.copy_(torch.linspace(-1, 1, len(parameter)))
+    return model
 
 
 def random_documents(lengths, vocab=61):
@@ -174,34 +162,49 @@ def test_the_seed_makes_the_weights():
     assert wide.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
 
 
-def test_null_means_what_follows_from_the_other_numbers():
-    config = from_dict(ModelConfig, TINY | {"num_kv_heads": None, "head_dim": None})
-    assert (config.num_kv_heads, config.head_dim) == (4, 8)
-    assert config == ModelConfig(**TINY) == from_dict(ModelConfig, to_dict(config))
-    given = ModelConfig(**TINY | {"num_kv_heads": 2, "head_dim": 16})
-    assert (given.num_kv_heads, given.head_dim) == (2, 16)
-    with pytest.raises(UserError, match=r"config: num_layers must be an integer, got null"):
-        from_dict(ModelConfig, TINY | {"num_layers": None})
+def seen_by_last(model, length):
+    """The tokens of a row that reach the last hidden state."""
+    last_D = model.hidden(torch.arange(length)[None])[0, -1]
+    (gradient_VD,) = torch.autograd.grad((last_D * torch.arange(32)).sum(), model.token_embedding.weight)
+    return gradient_VD.abs().amax(dim=1).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "expected"),
     [
-        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"num_heads": 5}, "model_dim must be a multiple of num_heads = 5, got 32"),
-        ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads = 3, got 4"),
-        ({"head_dim": 7}, "head_dim must be even .* got 7"),
-        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
-        ({"rope_theta": 0.0}, r"rope_theta must be positive, got 0\.0"),
-        ({"norm_eps": -1.0}, r"norm_eps must be positive, got -1\.0"),
+        ({}, range(20)),
+        ({"window": 3}, range(15, 20)),  # two before itself, and two before these
+        ({"window": 3, "full_attention_layers": 1}, range(20)),
+        ({"window": 1}, [19]),
+        ({"window": 30}, range(20)),
     ],
+    ids=str,
 )
-def test_refuses(changes, message):
-    with pytest.raises(ValueError, match=message):
-        ModelConfig(**TINY | changes)
+def test_what_reaches_a_token_through_windows(changes, expected):
+    assert seen_by_last(build(**changes), 20) == list(expected)
 
 
-def test_flops_by_hand():
-    config = ModelConfig(vocab_size=10, num_layers=1, model_dim=4, num_heads=2, mlp_dim=8)
-    weights = 4 * 4 * 4 + 3 * 4 * 8 + 10 * 4 + 3 * 4  # q k v o, gate up down, lm_head, norms
-    assert config.flops_per_token(context=16) == 6 * weights + 6 * 4 * 16
+def test_without_rope_positions_say_nothing():
+    """All layers without it: the last token sees a set. One layer with it: a sequence."""
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    for interval, is_same in ((1, True), (2, False)):
+        model = build(no_rope_layer_interval=interval, num_layers=2).double()
+        model.compute_dtype = torch.float64
+        with torch.no_grad():
+            first, second = (
+                model.hidden(tokens, torch.tensor([positions]))[0, -1]
+                for positions in ([0, 1, 2, 3, 4], [0, 2, 7, 9, 10])
+            )
+        assert torch.equal(first, second) == is_same
+
+
+def test_biases_are_zero_at_first_and_are_trained():
+    model = Transformer(ModelConfig(**TINY, qkv_bias=True), REFERENCE).init_weights(0)
+    plain = Transformer(ModelConfig(**TINY), REFERENCE).init_weights(0)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith(".bias")}
+    assert len(biases) == 3 * TINY["num_layers"]
+    tokens, targets = as_row(random_documents([20])[0])
+    assert not any(bias.any() for bias in biases.values())
+    assert torch.equal(model.hidden(tokens), plain.hidden(tokens))
+    model(tokens, targets).backward()
+    assert all(bias.grad.any() for bias in biases.values())

@@ -18,6 +18,13 @@ SHAPES = {
         "qk_norm": True,
         "head_dim": 96,
     },
+    "biases, a window behind a full layer": {
+        "qkv_bias": True,
+        "num_kv_heads": 2,
+        "window": 11,
+        "full_attention_layers": 1,
+    },
+    "a window, no rope in the last layer": {"window": 5, "no_rope_layer_interval": 2},
 }
 
 

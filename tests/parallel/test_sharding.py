@@ -61,6 +61,7 @@ LORA = {"model": None, "lora": {"rank": 4, "tokens": ["<s>"]}, "num_steps": 8}
 NARROW = {"dtype": "bfloat16", "num_steps": 6}
 FSDP, TENSOR = {"parallel": {"shard": 2}}, {"parallel": {"tensor": 2}}
 CHECKPOINTING = {"gradient_checkpointing": True}
+BIASED = {"model": {"qk_norm": False, "qkv_bias": True, "window": 12, "full_attention_layers": 1}}
 
 
 REFUSED = {
@@ -119,6 +120,9 @@ JOBS = {
     "lora alone": Job(1, (LORA,)),
     "lora fsdp": Job(2, (LORA, FSDP)),
     "lora tensor": Job(2, (LORA, TENSOR)),
+    "biased alone": Job(1, (BIASED,)),
+    "biased fsdp": Job(2, (BIASED, FSDP, CHECKPOINTING)),
+    "biased fsdp and tensor": Job(4, (BIASED, {"parallel": {"shard": 2, "tensor": 2}})),
     "bfloat16 alone": Job(1, (NARROW,)),
     "bfloat16 ddp": Job(2, (NARROW,)),
     "bfloat16 fsdp": Job(2, (NARROW, FSDP)),
@@ -182,9 +186,9 @@ def observed(folder):
     return [SimpleNamespace(**json.loads(file.read_text())) for file in files]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "biased fsdp", soak("biased fsdp and tensor")])
 def test_losses_and_gradients_are_those_of_one_process(shape, runs):
-    one, other = runs / "alone", runs / shape
+    one, other = runs / ("biased alone" if "biased" in shape else "alone"), runs / shape
     losses = records(one, "train", "loss")
     assert losses[-1] < losses[0] - 1
     assert records(other, "train", "loss") == pytest.approx(losses, rel=LOSS)

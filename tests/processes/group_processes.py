@@ -42,6 +42,13 @@ VARIANTS = {
         None,
         True,
     ),
+    "biases, a window": (
+        {"num_kv_heads": 2, "qkv_bias": True, "window": 4, "full_attention_layers": 1},
+        None,
+        False,
+    ),
+    "no rope in the last layer": ({"no_rope_layer_interval": 2}, None, True),
+    "lora on biased linears": ({"qkv_bias": True}, LoraConfig(rank=3), False),
     "lora on all": ({}, LoraConfig(rank=3), False),
     "lora on some, rows of tokens": (
         {"num_kv_heads": 2},
@@ -63,6 +70,10 @@ def build(variant):
     model = Transformer(
         ModelConfig(**SHAPE | changes), REFERENCE, gradient_checkpointing=checkpointing
     ).init_weights(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.copy_(torch.linspace(-1, 1, len(parameter)))
     if lora is not None:
         add_lora(model, lora, token_ids=[3, 7] if "rows" in variant else [])
         generator = torch.Generator().manual_seed(2)

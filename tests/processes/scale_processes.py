@@ -40,9 +40,10 @@ MODEL = {
     "max_positions": 16,
 }
 FOR_TRITON = ModelConfig(vocab_size=50, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48)
-EVEN, UNEVEN = (
+EVEN, UNEVEN, BIASED = (
     ModelConfig(mlp_dim=44, qk_norm=True, **MODEL),
     ModelConfig(mlp_dim=45, tied_embeddings=True, **MODEL),
+    ModelConfig(mlp_dim=44, qkv_bias=True, window=4, full_attention_layers=1, **MODEL),
 )
 
 
@@ -70,6 +71,8 @@ CASES = {
     "shard, float32 gradients": case(EVEN, Layout(1, 2, 1), rows=8, reduce_dtype="float32"),
     "shard, float32": case(EVEN, Layout(1, 2, 1), rows=8, dtype="float32"),
     "shard, muon": case(EVEN, Layout(1, 2, 1), optimizer="muon"),
+    "shard, muon, biases": case(BIASED, Layout(1, 2, 1), optimizer="muon"),
+    "tensor, biases": case(BIASED, Layout(1, 1, 2)),
     "tensor": case(EVEN, Layout(1, 1, 2)),
     "tensor, checkpointing": case(EVEN, Layout(1, 1, 2), gradient_checkpointing=True),
     "tensor, one micro-step, muon": case(EVEN, Layout(1, 1, 2), rows=2, optimizer="muon"),

@@ -30,14 +30,21 @@ def test_memory_by_hand():
     assert adamw["activations"] == 30 * 2 * per_layer
     assert adamw["loss"] == (4 + 2 + 2) * 30 * 100 + 8 * 100 * 8
     assert adamw["total"] == sum(value for key, value in adamw.items() if key != "total")
-    assert estimate(optimizer="muon")["optimizer"] == 4 * (parameters + 2 * 100 * 8)
+    assert estimate(optimizer="muon")["optimizer"] == 4 * (parameters + 2 * 100 * 8 + 2 * 16 + 8)
     assert estimate(checkpointing=True)["activations"] == 30 * (2 * 2 * 8 + per_layer)
     assert estimate(compute_bytes=4)["weights"] == 4 * parameters
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qkv_bias": True}, {"window": 4}, {"no_rope_layer_interval": 1}],
+    ids=["plain", "biases", "window", "no rope"],
+)
 @pytest.mark.parametrize("ops", [TRITON, NATIVE], ids=lambda ops: ops.name)
-def test_activations_under_kernels_are_what_autograd_keeps(ops):
-    model = ModelConfig(vocab_size=50, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48)
+def test_activations_under_kernels_are_what_autograd_keeps(ops, changes):
+    model = ModelConfig(
+        vocab_size=50, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=48, **changes
+    )
     batches = BatchConfig(sequence_length=10, batch_tokens=20, micro_batch_size=2)
 
     def kept(num_layers):

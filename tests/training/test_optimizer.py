@@ -1,5 +1,6 @@
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from lumi.training.optimizer import AdamW, Clip, Optimizer, OptimizerConfig
 MODEL = ModelConfig(vocab_size=17, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24)
 
 
-def build(**changes):
-    model = Transformer(MODEL, REFERENCE).init_weights(0)
+def build(shape=MODEL, **changes):
+    model = Transformer(shape, REFERENCE).init_weights(0)
     return model, Optimizer(model, OptimizerConfig(**changes))
 
 
@@ -33,7 +34,9 @@ def load_states(optimizer, values):
 
 def test_weight_decay_reaches_matrices_only():
     for kind in ("adamw", "muon"):
-        model, optimizer = build(kind=kind, weight_decay=0.5)
+        model, optimizer = build(replace(MODEL, qkv_bias=True), kind=kind, weight_decay=0.5)
+        for layer in model.layers:
+            torch.nn.init.ones_(layer.attention.q_proj.bias)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -64,7 +67,7 @@ def test_adamw_step_by_hand():
 
 
 def test_muon_takes_the_matrices_of_the_layers_and_makes_them_orthogonal():
-    model, optimizer = build(kind="muon", weight_decay=0.0, muon_momentum=0.9)
+    model, optimizer = build(replace(MODEL, qkv_bias=True), kind="muon", weight_decay=0.0, muon_momentum=0.9)
     states = optimizer.state_tensors
     before = model.layers[0].attention.q_proj.weight.detach().clone()
     fill_gradients(model, 1)

@@ -1,10 +1,13 @@
 """Checkpoints from before a model's derived numbers were computed: they hold null for `num_kv_heads` and
-`head_dim`."""
+`head_dim`. Their `rope_scaling` has no kind."""
+
+from dataclasses import replace
 
 import pytest
 
 from lumi.checkpoint.checkpoint import Checkpoint
 from lumi.config import UserError, from_dict, to_dict
+from lumi.kernels.rope_scaling import Llama3Scaling
 from lumi.training.resume import check_resumable
 from lumi.training.run_config import TrainConfig
 
@@ -42,6 +45,16 @@ def test_an_older_checkpoint_is_resumed_in_silence(tmp_path):
     check_resumable(checkpoint, identity(), CONFIG, said.append)
     assert said == []
     assert checkpoint.state["identity"]["model"]["head_dim"] is None  # what was read stays as it was
+
+
+def test_the_scaling_of_positions_was_llama_3s(tmp_path):
+    numbers = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positions": 32}
+    model = replace(CONFIG.model, rope_scaling=Llama3Scaling(**numbers))
+    now, said = identity() | {"model": to_dict(model)}, []
+    check_resumable(older(tmp_path, rope_scaling=numbers), now, replace(CONFIG, model=model), said.append)
+    assert said == []
+    with pytest.raises(UserError, match=r"model\.rope_scaling\.factor was 9\.0, is 8\.0 now"):
+        check_resumable(older(tmp_path, rope_scaling=numbers | {"factor": 9.0}), now, CONFIG, print)
 
 
 def test_another_model_is_refused_all_the_same(tmp_path):

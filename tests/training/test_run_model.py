@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from runs import CONFIG
+import transformers
+from runs import CONFIG, losses
 
 from lumi.config import UserError, from_dict
+from lumi.formats.hf_format import load_model
 from lumi.kernels.bundle import REFERENCE
 from lumi.training.run_config import TrainConfig
 from lumi.training.run_model import build, start_fingerprint
@@ -26,6 +28,31 @@ def test_a_new_model_holds_no_values_yet(tokenizer):
     assert all(parameter.is_meta for parameter in model.parameters())
     assert (model.compute_dtype, model.gradient_checkpointing, model.training) == (torch.float32, True, True)
     assert start_fingerprint(None) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "architecture"),
+    [
+        ({"qkv_bias": True, "window": 9, "full_attention_layers": 1}, "Qwen2ForCausalLM"),
+        ({"window": 9, "rope_scaling": {"kind": "linear", "factor": 2.0}}, "MistralForCausalLM"),
+        ({"no_rope_layer_interval": 2}, "SmolLM3ForCausalLM"),
+        (
+            {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 16}},
+            "LlamaForCausalLM",
+        ),
+    ],
+    ids=str,
+)
+def test_a_model_of_every_family_is_trained_from_a_config(changes, architecture, start):
+    """transformers reads what is left, and computes the same."""
+    run = start(model=changes, num_steps=8, save_every=8, validate_every=8, optimizer={"kind": "adamw"})
+    assert losses(run)[-1] < losses(run)[0] - 0.5
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "final").eval()
+    assert type(theirs).__name__ == architecture
+    ours, ids = load_model(run / "final", REFERENCE), torch.arange(60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours.hidden(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    assert all(ours.get_parameter(name).any() for name, _ in ours.named_parameters())  # biases moved
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tokenizer):
