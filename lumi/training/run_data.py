@@ -56,7 +56,7 @@ class RunData:
             open_or_tokenize(folder, tokenizer, verify="size") for folder in self.folders
         ]
         self.tokenizer = self._in_template(tokenizer)
-        self._check_rows(config.batches.sequence_length)
+        self._check_rows(config.batches.sequence_length, config.validation_tokens)
         self.batches = Batches(
             [store.split("train") for store in self.stores], paths.data_weights, config.batches, config.seed
         )
@@ -125,12 +125,15 @@ class RunData:
             for store, ids in self.batches.documents(step, start, stop)
         )
 
-    def _check_rows(self, length: int) -> None:
-        """Make the rows of every split once, to name a split without rows before the first step."""
+    def _check_rows(self, length: int, validation_tokens: int | None) -> None:
+        """Make the rows of every split once, to name a split without rows or targets before the first step."""
         for folder, store in zip(self.folders, self.stores, strict=True):
             for name, split in store.splits.items():
                 try:
-                    make_rows(split, length, 0) if name == "train" else validation_rows(split, length, None)
+                    if name == "train":
+                        make_rows(split, length, 0)
+                    else:
+                        validation_rows(split, length, validation_tokens)
                 except UserError as error:
                     raise error.within(f"{folder}, {name} split") from error
 
