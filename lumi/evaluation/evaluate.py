@@ -202,9 +202,9 @@ def _run_task(
 ) -> dict[str, Any]:
     begun = time.monotonic()
     scores = score_questions(questions, pretrained.model, pretrained.tokenizer, batch_tokens, task.name)
-    result = accuracy(questions, scores, TASKS[task.kind].normalised)
+    result = dataclasses.asdict(accuracy(questions, scores.nats, TASKS[task.kind].normalised))
     data = {"source": describe(task.source), "limit": tightest(task.limit, limit)}
-    return {"kind": task.kind, **data, **dataclasses.asdict(result), "seconds": _seconds(begun)}
+    return {"kind": task.kind, **data, **result, "cut_contexts": scores.num_cut, "seconds": _seconds(begun)}
 
 
 def _run_text(

@@ -126,7 +126,7 @@ class RunData:
         )
 
     def _check_rows(self, length: int, validation_tokens: int | None) -> None:
-        """Make the rows of every split once, to name a split without rows or targets before the first step."""
+        """Make the rows of every split once, to name one without rows or targets before the first step."""
         for folder, store in zip(self.folders, self.stores, strict=True):
             for name, split in store.splits.items():
                 try:

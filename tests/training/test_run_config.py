@@ -21,7 +21,7 @@ MODEL = CONFIG["model"]
         ),
         (
             {"num_steps": 100, "optimizer": {"schedule": {"kind": "wsd", "warmup_steps": 90}}},
-            r"schedule\.decay_fraction must be at most 0\.1, what 90 steps of warm-up leave of num_steps = 100",
+            r"decay_fraction must be at most 0\.1, what 90 steps of warm-up leave of num_steps = 100",
         ),
         ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
         ({"validation_tokens": 0}, "validation_tokens must be at least 1, got 0"),
