@@ -55,6 +55,12 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.N
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
+def add_cache_dir(arguments: argparse.ArgumentParser) -> None:
+    """Add `--cache-dir`, for commands that take a corpus folder as data."""
+    text = "for the tokens of corpus folders; default: in them, or ~/.cache/lumi where they are read-only"
+    arguments.add_argument("--cache-dir", type=Path, metavar="DIR", help=text)
+
+
 def add_model(arguments: argparse.ArgumentParser) -> None:
     """Add the options for a model that computes: which one, where, and in which dtype."""
     add_whole_model(arguments)

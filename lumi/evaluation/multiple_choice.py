@@ -19,7 +19,7 @@ DELIMITER = " "  # between a context and a choice
 
 
 class QuestionScores(NamedTuple):
-    """The log-likelihood, in nats, of each choice of each question, and how many questions were cut to fit."""
+    """Log-likelihoods, in nats, of each choice of each question, and how many questions were cut to fit."""
 
     nats: list[list[float]]
     num_cut: int

@@ -95,6 +95,7 @@ class Paths:
     Attributes:
         resume: None, "auto", or a checkpoint folder.
         model_path: the model that a run begins with; None: random weights.
+        cache_dir: for the tokens of corpus folders; None: as in `lumi.data.token_cache.token_cache`.
     """
 
     data_dirs: Sequence[str]
@@ -103,3 +104,4 @@ class Paths:
     data_weights: Sequence[float] | None = None
     resume: str | None = None
     model_path: Path | None = None
+    cache_dir: Path | None = None

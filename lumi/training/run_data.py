@@ -8,7 +8,7 @@ from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError
 from lumi.data.batches import Batch, Batches, prefetch
 from lumi.data.rows import ConversationRows, make_rows, validation_rows
-from lumi.data.token_cache import open_or_tokenize
+from lumi.data.token_cache import check_cache_dir, open_or_tokenize
 from lumi.data.token_store import TokenStore
 from lumi.parallel.world import World
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -40,11 +40,14 @@ class RunData:
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
         self.folders = paths.data_dirs
         with world.fail_together():
+            check_cache_dir(paths.cache_dir, self.folders)
             tokenizer = Tokenizer.load(paths.tokenizer_dir)
         stores: list[TokenStore] = []
         with world.fail_together(interruptible=True):
             if world.is_main:
-                stores += [open_or_tokenize(folder, tokenizer) for folder in self.folders]
+                stores += [
+                    open_or_tokenize(folder, tokenizer, cache_dir=paths.cache_dir) for folder in self.folders
+                ]
         with world.fail_together():
             self._open(config, paths, tokenizer, stores)
 
@@ -53,7 +56,8 @@ class RunData:
     ) -> None:
         """What each process does by itself; `stores` are those that the main one has opened already."""
         self.stores = stores or [
-            open_or_tokenize(folder, tokenizer, verify="size") for folder in self.folders
+            open_or_tokenize(folder, tokenizer, cache_dir=paths.cache_dir, verify="size")
+            for folder in self.folders
         ]
         self.tokenizer = self._in_template(tokenizer)
         self._check_rows(config.batches.sequence_length, config.validation_tokens)

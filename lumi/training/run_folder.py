@@ -22,7 +22,13 @@ from lumi.checkpoint.checkpoint import (
 from lumi.checkpoint.manifest import REMEDY
 from lumi.config import UserError
 from lumi.host.locks import lock_file
-from lumi.host.storage import DamagedError, discard_folders, make_folder, sweep_temporaries
+from lumi.host.storage import (
+    DamagedError,
+    check_output,
+    discard_folders,
+    make_folder,
+    sweep_temporaries,
+)
 from lumi.parallel.world import World
 
 LOCK_WAIT_SECONDS = 30  # the processes of a killed run may need a moment to end
@@ -69,8 +75,7 @@ class RunFolder:
             UserError: the folder holds another run, or another process is at work there.
         """
         for folder in (self.path, self.checkpoints):
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"--output-dir must be a folder, got a file: {folder}")
+            check_output(folder, renamed=False)
         make_folder(self.path)
         try:
             self._lock = lock_file(self.path / ".lock", LOCK_WAIT_SECONDS, say)

@@ -261,7 +261,7 @@ def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokeni
         (["--data-dirs", "a", "a/"], "--data-dirs must be different folders, got a a; leave one out"),
         (
             ["--output-dir", "river.txt"],
-            "--output-dir must be a folder that can be written to, got river.txt: river.txt is a file",
+            "--output-dir must be a folder that can be written to, got river.txt: ",
         ),
         (
             ["--output-dir", "river.txt/x"],
