@@ -36,7 +36,10 @@ def main(argv: list[str]) -> int:
         "--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file"
     )
     arguments.add_argument(
-        "--model-path", type=Path, metavar="M", help="begin with this model: a run or a Hugging Face folder"
+        "--model-path",
+        type=Path,
+        metavar="M",
+        help="begin with this model: a run, a checkpoint or a Hugging Face folder",
     )
     arguments.add_argument("--output-dir", required=True, type=Path, help="the run folder")
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")

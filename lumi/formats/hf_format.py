@@ -1,6 +1,10 @@
-"""Models as Hugging Face folders: `Qwen3ForCausalLM` with qk-norm, otherwise `LlamaForCausalLM`."""
+"""Models as Hugging Face folders: `Qwen3ForCausalLM` with qk-norm, otherwise `LlamaForCausalLM`.
 
-from collections.abc import Mapping, Sequence
+What reads a folder also takes a checkpoint of a run (`lumi.formats.checkpoint_folder`).
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
+from lumi.formats.checkpoint_folder import is_checkpoint, open_folder
 from lumi.formats.hf_config import from_hf_config, generation_config, to_hf_config
 from lumi.host.storage import atomic_folder, sha256_file
 from lumi.host.tensor_files import save_tensors
@@ -98,13 +103,15 @@ def _save_weights(
 def model_folder(path: str | Path) -> Path:
     """The folder of a model: the path itself, or the `final/` of a run. Raises UserError without a model."""
     path = Path(path)
+    if is_checkpoint(path):
+        return path
     if (path / "final").is_dir():
         return path / "final"
     if (path / "checkpoints").is_dir():
-        remedy = "finish it with --resume-from-checkpoint auto"
+        remedy = "finish it with --resume-from-checkpoint auto, or pass one of its checkpoints/step-..."
         raise UserError(f"{path}: must be a finished run, but has no final/ yet", remedy=remedy)
     if not (path / "config.json").is_file():
-        remedy = "pass a run folder or its final/"
+        remedy = "pass a run folder, its final/ or one of its checkpoints/step-..."
         raise UserError(f"{path}: must be a model folder with a config.json", remedy=remedy)
     return path
 
@@ -115,7 +122,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.float32,
     tokenizer: Tokenizer | None = None,
 ) -> Transformer:
-    """Read a Llama or Qwen3 folder, ours or another program's.
+    """Read a Llama or Qwen3 folder, ours or another program's, or a checkpoint of a whole model.
 
     Args:
         tokenizer: must be the one that the model was trained with. Our folders carry its fingerprint; in
@@ -128,15 +135,21 @@ def load_model(
     folder = model_folder(folder)
     shape = read_shape(folder)
     if tokenizer is not None:
-        _check_tokenizer(folder, shape, tokenizer)
+        check_tokenizer(folder, shape.vocab_size, tokenizer)
     model = Transformer(shape, ops, compute_dtype=compute_dtype)
-    _load_weights(folder, model)
+    if is_checkpoint(folder):
+        open_folder(folder).weights().fill("model", dict(model.named_parameters()))
+    else:
+        _load_weights(folder, model)
     return model
 
 
-def _check_tokenizer(folder: Path, shape: ModelConfig, tokenizer: Tokenizer) -> None:
+def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer) -> None:
     """Raises UserError if the model was trained with another tokenizer, or has too few ids for it."""
-    expected = read_json(folder / "config.json").get("tokenizer_fingerprint")
+    if is_checkpoint(folder):
+        expected = open_folder(folder).tokenizer_fingerprint
+    else:
+        expected = read_json(folder / "config.json").get("tokenizer_fingerprint")
     if expected is None and (folder / MODEL_FILE).is_file():
         expected = sha256_file(folder / MODEL_FILE)  # the fingerprint is the hash of this file
     if expected not in (None, tokenizer.fingerprint):
@@ -146,12 +159,12 @@ def _check_tokenizer(folder: Path, shape: ModelConfig, tokenizer: Tokenizer) -> 
             got=tokenizer.fingerprint,
             remedy=f"pass --tokenizer-path {folder}",
         )
-    if tokenizer.vocab_size > shape.vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         files = "tokenizer_config.json and added_tokens.json"
         remedy = f"remove tokens that the model does not know from {files}"
         raise UserError(
             f"{folder}: the tokenizer",
-            f"must have at most the model's {shape.vocab_size} ids",
+            f"must have at most the model's {vocab_size} ids",
             got=tokenizer.vocab_size,
             remedy=f"{remedy}, or pass another --tokenizer-path",
         )
@@ -160,14 +173,7 @@ def _check_tokenizer(folder: Path, shape: ModelConfig, tokenizer: Tokenizer) -> 
 def _load_weights(folder: Path, model: Transformer) -> None:
     """Compare every name, shape and dtype, then copy the weights into the model, one tensor at a time."""
     expected = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
-    places: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
-        for name, shape in _shapes(file).items():
-            is_repeated = name == "lm_head.weight" and model.config.tied_embeddings
-            if is_repeated or name.endswith("rotary_emb.inv_freq"):
-                continue  # some writers repeat the tied embedding, old ones store the rotary frequencies
-            places[name], shapes[name] = file, shape
+    places, shapes = _places(folder, model.config.tied_embeddings)
     for name, tensor in expected.items():
         if (got := shapes.get(name, "nothing")) != tuple(tensor.shape):
             raise UserError(f"{folder}: {name}", f"must have shape {tuple(tensor.shape)}", got=got)
@@ -178,6 +184,36 @@ def _load_weights(folder: Path, model: Transformer) -> None:
         with open_tensors(file) as tensors, torch.no_grad():
             for name in (name for name, place in places.items() if place == file):
                 expected[name].copy_(tensors.get_tensor(name))
+
+
+def _places(folder: Path, tied: bool) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """The file and the shape of each weight of a folder, by transformers' names."""
+    places: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(folder):
+        for name, shape in _shapes(file).items():
+            if (name == "lm_head.weight" and tied) or name.endswith("rotary_emb.inv_freq"):
+                continue  # some writers repeat the tied embedding, old ones store the rotary frequencies
+            places[name], shapes[name] = file, shape
+    return places, shapes
+
+
+def weights_in_order(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model, one at a time, by transformers' names and in the order of these.
+
+    Raises UserError as `load_model`.
+    """
+    folder = model_folder(folder)
+    if is_checkpoint(folder):
+        tensors = open_folder(folder).weights().tensors("model")
+        for name in sorted(tensors, key=hf_name):
+            yield hf_name(name), tensors[name]
+        return
+    places, _ = _places(folder, read_shape(folder).tied_embeddings)
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(open_tensors(file)) for file in set(places.values())}
+        for name in sorted(places):
+            yield name, opened[places[name]].get_tensor(name)
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -234,5 +270,8 @@ def hf_name(name: str) -> str:
 
 def read_shape(folder: str | Path) -> ModelConfig:
     """The shape of the model in a folder. Raises UserError as `load_model`."""
-    path = model_folder(folder) / "config.json"
+    folder = model_folder(folder)
+    if is_checkpoint(folder):
+        return open_folder(folder).shape
+    path = folder / "config.json"
     return from_hf_config(read_json(path), str(path))

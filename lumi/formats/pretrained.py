@@ -1,23 +1,27 @@
 """A path from the user -> a model that runs, with its tokenizer.
 
-The path may be a run, its `final/`, any Llama folder, or an adapter, which brings its base.
+The path may be a run, its `final/`, one of its checkpoints, any Llama folder, or an adapter, which brings its
+base.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from lumi.config import UserError
-from lumi.formats.adapter_format import base_of, is_adapter, load_adapter
-from lumi.formats.hf_format import load_model, model_folder, read_shape
+from lumi.config import UserError, read_json
+from lumi.formats.adapter_format import adapted_vocab_size, base_of, is_adapter, load_adapter
+from lumi.formats.checkpoint_folder import is_checkpoint, tokenizer_folder
+from lumi.formats.hf_format import check_tokenizer, load_model, model_folder, read_shape
 from lumi.host.devices import choose_device
 from lumi.kernels.bundle import select
 from lumi.model.lora import settle_rows
 from lumi.model.transformer import Linear, Transformer
-from lumi.tokenizer.files import TEMPLATE_FILE
+from lumi.tokenizer.files import CONFIG_FILE, TEMPLATE_FILE
 from lumi.tokenizer.tokenizer import MODEL_FILE, Tokenizer
+
+_TWIN = "tokenizer.json"
 
 
 class Pretrained(NamedTuple):
@@ -41,10 +45,11 @@ def load_pretrained(
     """Load the model that `path` means.
 
     Args:
-        path: a run folder, its `final/`, or a Hugging Face folder. An adapter brings the base that it names.
+        path: a run folder, its `final/` or one of its checkpoints, or a Hugging Face folder. An adapter
+            brings the base that it names.
         adapter_path: the folder of an adapter, or a run folder with one. `path` is then its base.
         tokenizer_path: None: the tokenizer in the adapter's folder. If there is none: the one in the model's
-            folder, with the adapter's chat template.
+            folder, with the tokens and the chat template that the adapter's folder adds.
         device: "auto", "cpu" or "cuda".
         dtype: of activations and products.
         kernels: the operators' name, as for `lumi.kernels.bundle.select`.
@@ -55,8 +60,10 @@ def load_pretrained(
     chosen = choose_device(device)
     folder, adapter = _locate_both(path, adapter_path)
     tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else Tokenizer.load(tokenizer_path)
-    ops = select(kernels, chosen, read_shape(folder).head_dim, dtype)
-    model = load_model(folder, ops, dtype, tokenizer)
+    shape = read_shape(folder)
+    vocab_size = adapted_vocab_size(adapter) if adapter is not None else None
+    check_tokenizer(folder, vocab_size or shape.vocab_size, tokenizer)
+    model = load_model(folder, select(kernels, chosen, shape.head_dim, dtype), dtype)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)
@@ -89,16 +96,36 @@ def _locate_both(path: str | Path, adapter_path: str | Path | None) -> tuple[Pat
 
 
 def _load_tokenizer(folder: Path, adapter: Path | None) -> Tokenizer:
-    """The adapter's tokenizer; or, as PEFT saves none, the model's with the adapter's chat template."""
+    """The adapter's tokenizer; or the model's, with the files that others have saved beside the adapter."""
+    folder = tokenizer_folder(folder) if is_checkpoint(folder) else folder
     if adapter is None:
         return Tokenizer.load(folder)
+    adapter = tokenizer_folder(adapter) if is_checkpoint(adapter) else adapter
     if (adapter / MODEL_FILE).is_file():
         return Tokenizer.load(adapter)
     tokenizer = Tokenizer.load(folder)
+    if (adapter / CONFIG_FILE).is_file():
+        _check_pieces(folder, adapter)
+        return tokenizer.with_files_of(adapter)
     template = adapter / TEMPLATE_FILE
     if template.is_file():
         return tokenizer.with_chat_template(template.read_text(encoding="utf-8"))
     return tokenizer
+
+
+def _check_pieces(folder: Path, adapter: Path) -> None:
+    """Raises UserError where the `tokenizer.json` of base and adapter hold different pieces."""
+    ours, theirs = _pieces(folder / _TWIN), _pieces(adapter / _TWIN)
+    if ours is not None and theirs is not None and ours != theirs:
+        expectation = f"must have the pieces of the base's, {folder / _TWIN}"
+        remedy = f"copy the adapter's {MODEL_FILE} beside it, or pass --tokenizer-path"
+        raise UserError(f"{adapter / _TWIN}:", expectation, got="others", remedy=remedy)
+
+
+def _pieces(file: Path) -> Any:
+    data = read_json(file) if file.is_file() else None
+    model = data.get("model") if isinstance(data, dict) else None
+    return model.get("vocab") if isinstance(model, dict) else None
 
 
 def locate(path: str | Path) -> Path:

@@ -151,6 +151,17 @@ class Tokenizer:
         other.chat_template = template
         return other
 
+    def with_files_of(self, folder: str | Path) -> "Tokenizer":
+        """The same pieces with the files in another folder beside them: its tokens and chat template.
+
+        Raises UserError as `load`, and if they are of another tokenizer.
+        """
+        surroundings = tokenizer_files.read_surroundings(Path(folder))
+        if surroundings.fingerprint not in (None, self.fingerprint):
+            expectation = f"must belong to the tokenizer {self._where}, of fingerprint {self.fingerprint}"
+            raise UserError(f"{folder}: tokenizer_config.json", expectation, got=surroundings.fingerprint)
+        return Tokenizer(self._model, where=str(folder), surroundings=surroundings)
+
     def control_id(self, piece: str) -> int | None:
         """The id of a control piece such as "<|im_start|>", None where there is no such piece."""
         return self.control_ids.get(piece)

@@ -1,6 +1,7 @@
 """The folder of one run.
 
 config.json  status.json  metrics.jsonl  loss.png     what was asked, how it stands, what it measured
+tokenizer/                                            that of the data, with the template of its conversations
 checkpoints/ final/                                   what it saved
 .lock                                                 records the owning process
 """
@@ -52,6 +53,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.picture = self.path / "loss.png"
         self.final = self.path / "final"
+        self.tokenizer = self.path / "tokenizer"
         self._lock: int | None = None  # descriptor
 
     def __enter__(self) -> "RunFolder":

@@ -12,7 +12,8 @@ from lumi.command_line import run
 from lumi.config import UserError, load_config
 from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig, evaluate
 from lumi.evaluation.likelihood import encode_request, score
-from lumi.formats.adapter_format import save_adapter, weights_fingerprint
+from lumi.formats.adapter_format import save_adapter
+from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import save_model
 from lumi.formats.pretrained import Pretrained
 from lumi.model.lora import LoraConfig, adapters, add_lora, merge_lora

@@ -39,12 +39,12 @@ def older(tmp_path, **changes):
 def test_an_older_checkpoint_is_resumed_in_silence(tmp_path):
     said = []
     checkpoint = older(tmp_path)
-    check_resumable(checkpoint, identity(), CONFIG, said.append)
+    check_resumable(checkpoint, identity(), CONFIG, None, said.append)
     assert said == []
     assert checkpoint.state["identity"]["model"]["head_dim"] is None  # what was read stays as it was
 
 
 def test_another_model_is_refused_all_the_same(tmp_path):
     with pytest.raises(UserError, match=r"go on from here: model\.num_heads was 4, is 2 now") as raised:
-        check_resumable(older(tmp_path, num_heads=4), identity(), CONFIG, print)
+        check_resumable(older(tmp_path, num_heads=4), identity(), CONFIG, None, print)
     assert "null" not in str(raised.value)

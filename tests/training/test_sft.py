@@ -388,7 +388,7 @@ def test_an_adapter_vouches_for_the_base_that_was_loaded(start, base_dir, tmp_pa
 
     monkeypatch.setattr(lumi.training.trainer, "build", change_afterwards)
     folder = start(model_path=base, lora=LORA, num_steps=6)
-    with pytest.raises(UserError, match="the base must be the one that it was trained with"):
+    with pytest.raises(UserError, match="the base must be the one that the adapter was trained with"):
         load_pretrained(folder, device="cpu")
 
 
