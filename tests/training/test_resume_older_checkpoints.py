@@ -1,10 +1,14 @@
-"""Checkpoints from before a model's derived numbers were computed: they hold null for `num_kv_heads` and
-`head_dim`."""
+"""Checkpoints of earlier versions: null for `num_kv_heads` and `head_dim`, the fingerprint of files."""
+
+import hashlib
 
 import pytest
+from crafted_models import save_base
 
 from lumi.checkpoint.checkpoint import Checkpoint
 from lumi.config import UserError, from_dict, to_dict
+from lumi.formats.fingerprint import weights_fingerprint
+from lumi.host.storage import sha256_file
 from lumi.training.resume import check_resumable
 from lumi.training.run_config import TrainConfig
 
@@ -48,3 +52,18 @@ def test_another_model_is_refused_all_the_same(tmp_path):
     with pytest.raises(UserError, match=r"go on from here: model\.num_heads was 4, is 2 now") as raised:
         check_resumable(older(tmp_path, num_heads=4), identity(), CONFIG, None, print)
     assert "null" not in str(raised.value)
+
+
+def test_the_fingerprint_of_files_is_still_that_of_the_model_that_a_run_began_with(tokenizer, tmp_path):
+    base = save_base(tokenizer, tmp_path / "base")
+    now = identity() | {"start": weights_fingerprint(base)}
+    then = hashlib.sha256(sha256_file(base / "model.safetensors").encode()).hexdigest()
+
+    def resume(start):
+        state = {"step": 4, "identity": identity() | {"start": start}, "config": to_dict(CONFIG)}
+        check_resumable(Checkpoint(tmp_path, state, {}, {}), now, CONFIG, base, print)
+
+    resume(then)
+    resume(now["start"])
+    with pytest.raises(UserError, match=r"go on from here: start was .*, is .* now"):
+        resume("0" * 64)
