@@ -13,7 +13,7 @@ from torch import Tensor
 from lumi.config import UserError, write_json
 from lumi.formats.checkpoint_folder import CheckpointFolder, is_checkpoint, open_folder
 from lumi.formats.fingerprint import is_fingerprint_of
-from lumi.formats.hf_format import DTYPES, hf_name, open_tensors
+from lumi.formats.hf_format import DTYPES, hf_name, open_tensors, tokenizer_remedy
 from lumi.formats.peft_config import BASE, CONFIG, PeftConfig, from_peft_config, read_config, to_peft_config
 from lumi.host.storage import atomic_folder
 from lumi.host.tensor_files import load_tensors, save_tensors
@@ -228,8 +228,7 @@ def _check_fingerprints(
         remedy = f"pass both: {both}"
         raise UserError(f"{folder}: the base", f"{trained_with} {of_base}", got=got, remedy=remedy)
     if of_tokenizer not in (None, tokenizer.fingerprint):
-        remedy = f"pass --tokenizer-path {folder}"
-        got = tokenizer.fingerprint
+        got, remedy = tokenizer.fingerprint, tokenizer_remedy(folder)
         raise UserError(f"{folder}: the tokenizer", f"{trained_with} {of_tokenizer}", got=got, remedy=remedy)
 
 

@@ -157,7 +157,7 @@ def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer) -> None
             f"{folder}: the tokenizer",
             f"must be the one it was trained with, of fingerprint {expected}",
             got=tokenizer.fingerprint,
-            remedy=f"pass --tokenizer-path {folder}",
+            remedy=tokenizer_remedy(folder),
         )
     if tokenizer.vocab_size > vocab_size:
         files = "tokenizer_config.json and added_tokens.json"
@@ -168,6 +168,11 @@ def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer) -> None
             got=tokenizer.vocab_size,
             remedy=f"{remedy}, or pass another --tokenizer-path",
         )
+
+
+def tokenizer_remedy(folder: Path) -> str:
+    """What helps where another tokenizer than a folder's was given. A checkpoint's lies in its run."""
+    return "leave --tokenizer-path out" if is_checkpoint(folder) else f"pass --tokenizer-path {folder}"
 
 
 def _load_weights(folder: Path, model: Transformer) -> None:

@@ -99,6 +99,9 @@ def test_a_checkpoint_is_a_model(start, tokenizer, tmp_path):
         UserError, match=r"moved: the tokenizer must be in the run's folder, .* --tokenizer-path"
     ):
         load_pretrained(moved, device="cpu")
+    edit_model(last, tmp_path / "edited")
+    with pytest.raises(UserError, match=r"the tokenizer must be the one .*; leave --tokenizer-path out"):
+        load_pretrained(last, tokenizer_path=tmp_path / "edited", device="cpu")
     tokenizer.save(tmp_path / "tokenizer")
     assert load_pretrained(moved, tokenizer_path=tmp_path / "tokenizer", device="cpu").folder == moved
 
@@ -124,6 +127,14 @@ def our_logits(path):
     model = load_pretrained(path, device="cpu", kernels="reference").model
     with torch.no_grad():
         return model.logits(model.hidden(torch.arange(6, 30)[None]))
+
+
+def edit_model(checkpoint, folder):
+    """Another tokenizer: a run's, with an unknown field at the end of its model."""
+    shutil.copytree(checkpoint.parent.parent / "tokenizer", folder)
+    model = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(model + b"\x98\x3f\x01")
+    edit(folder / "tokenizer_config.json", lambda data: data.pop("lumi_fingerprint"))
 
 
 def edit(path, change):
