@@ -89,9 +89,10 @@ def random_data(folder: Path, num_tokens: int) -> Data:
 
 
 def run_config(quick: bool, num_steps: int, **changes: dict[str, Any]) -> dict[str, Any]:
-    """`configs/pretrain/tiny.json` with fewer steps and nothing beside them, and changes to its parts;
-    `quick`: of a much smaller model."""
+    """`configs/pretrain/tiny.json` with fewer steps, without a warm-up and nothing beside them, and changes
+    to its parts; `quick`: of a much smaller model."""
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
+    config["optimizer"]["schedule"]["warmup_steps"] = 0
     for part in (changes, QUICK if quick else {}):
         for key, value in part.items():
             config[key] = config.get(key, {}) | value

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lumi import __version__
 from lumi.command_line import (
+    add_cache_dir,
     add_config,
     add_model,
     add_numbers,
@@ -244,12 +245,19 @@ def evaluate(argv: list[str]) -> int:
     add_model(arguments)
     arguments.add_argument("--output-dir", required=True, type=Path)
     arguments.add_argument("--data-dirs", nargs="+", metavar="DIR", help=data)
+    add_cache_dir(arguments)
     arguments.add_argument("--limit", type=int, help=limit)
     options = parse(arguments, argv)
     path = options.config or (with_data if options.data_dirs else standard)
     config = load_config(EvaluationConfig, path, options.overrides)
-    pretrained, data_dirs = _load(options), options.data_dirs or ()
-    run_evaluation(config, pretrained, options.output_dir, data_dirs=data_dirs, limit=options.limit)
+    run_evaluation(
+        config,
+        _load(options),
+        options.output_dir,
+        data_dirs=options.data_dirs or (),
+        cache_dir=options.cache_dir,
+        limit=options.limit,
+    )
     return 0
 
 

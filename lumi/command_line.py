@@ -55,6 +55,12 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.N
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
+def add_cache_dir(arguments: argparse.ArgumentParser) -> None:
+    """Add `--cache-dir`, for commands that take a corpus folder as data."""
+    text = "for the tokens of corpus folders; default: in them, or ~/.cache/lumi where they are read-only"
+    arguments.add_argument("--cache-dir", type=Path, metavar="DIR", help=text)
+
+
 def add_model(arguments: argparse.ArgumentParser) -> None:
     """Add the options for a model that computes: which one, where, and in which dtype."""
     add_whole_model(arguments)
@@ -67,7 +73,7 @@ def add_model(arguments: argparse.ArgumentParser) -> None:
 
 def add_whole_model(arguments: argparse.ArgumentParser) -> None:
     """Add the options for a model without an adapter, and for its tokenizer."""
-    model = "a run folder, its final/, or a Hugging Face folder"
+    model = "a run folder, its final/ or one of its checkpoints, or a Hugging Face folder"
     arguments.add_argument("--model-path", required=True, type=Path, help=model)
     tokenizer = "default: the one in the model's folder"
     arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help=tokenizer)

@@ -10,7 +10,7 @@ from pathlib import Path
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # a script's own folder comes first: lumi/data would be everybody's `import data`
 
-from lumi.command_line import add_config, parse, parser, run
+from lumi.command_line import add_cache_dir, add_config, parse, parser, run
 from lumi.config import UserError, load_config
 from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
@@ -36,10 +36,14 @@ def main(argv: list[str]) -> int:
         "--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or model file"
     )
     arguments.add_argument(
-        "--model-path", type=Path, metavar="M", help="begin with this model: a run or a Hugging Face folder"
+        "--model-path",
+        type=Path,
+        metavar="M",
+        help="begin with this model: a run, a checkpoint or a Hugging Face folder",
     )
     arguments.add_argument("--output-dir", required=True, type=Path, help="the run folder")
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")
+    add_cache_dir(arguments)
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parse(arguments, argv)
     try:
@@ -48,9 +52,14 @@ def main(argv: list[str]) -> int:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # the machine's first process says it
         raise
-    weights, resume = options.data_weights, options.resume_from_checkpoint
     paths = Paths(
-        options.data_dirs, options.tokenizer_dir, options.output_dir, weights, resume, options.model_path
+        data_dirs=options.data_dirs,
+        tokenizer_dir=options.tokenizer_dir,
+        output_dir=options.output_dir,
+        data_weights=options.data_weights,
+        resume=options.resume_from_checkpoint,
+        model_path=options.model_path,
+        cache_dir=options.cache_dir,
     )
     return train(config, paths, options.device)
 

@@ -112,11 +112,19 @@ def start(store_dir, tokenizer_dir, tmp_path, monkeypatch):
     from lumi.training.run_config import Paths, TrainConfig
 
     def start(
-        name="run", resume=None, expect=0, data_dirs=(store_dir,), weights=None, draws=False, **changes
+        name="run",
+        resume=None,
+        expect=0,
+        data_dirs=(store_dir,),
+        weights=None,
+        draws=False,
+        model_path=None,
+        **changes,
     ):
         if not draws:
             monkeypatch.setattr(lumi.training.run_log, "draw_loss", touch_picture)
-        paths = Paths([str(d) for d in data_dirs], str(tokenizer_dir), tmp_path / name, weights, resume)
+        folders = [str(folder) for folder in data_dirs]
+        paths = Paths(folders, str(tokenizer_dir), tmp_path / name, weights, resume, model_path)
         assert train(from_dict(TrainConfig, merged(changes)), paths, "cpu") == expect
         return tmp_path / name
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from lumi.formats.adapter_format import save_adapter, weights_fingerprint
+from lumi.formats.adapter_format import save_adapter
+from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import load_model, save_model
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import LoraConfig, adapters, add_lora

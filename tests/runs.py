@@ -17,7 +17,7 @@ CONFIG = {
         "max_positions": 128,
     },
     "batches": {"sequence_length": 32, "batch_tokens": 256, "micro_batch_size": 2},
-    "optimizer": {"kind": "muon", "peak_lr": 0.01, "schedule": {"kind": "cosine", "warmup_steps": 4}},
+    "optimizer": {"kind": "muon", "peak_lr": 0.01, "schedule": {"kind": "cosine", "warmup_steps": 0}},
     "num_steps": 12,
     "dtype": "float32",
     "validate_every": 4,

@@ -214,7 +214,7 @@ def test_configs_are_accepted(page):
     for block in blocks(page, "json"):
         data = json.loads(block)
         cls = next((cls for key, cls in by_key.items() if key in data), TrainConfig)
-        from_dict(cls, {"num_steps": 1} | data if cls is TrainConfig else data)
+        from_dict(cls, {"num_steps": 1000} | data if cls is TrainConfig else data)
 
 
 def test_numbers_of_parameters_are_those_of_the_configs():

@@ -40,14 +40,15 @@ class Checkpoint:
     records: dict[str, dict[str, Any]]
     _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # mapped into memory
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the bytes of the tensor files with the manifest, or of one share of the files.
+    def verify(self, part: int = 0, parts: int = 1, group: str = "") -> None:
+        """Compare the bytes of the tensor files with the manifest: of all, of one share, of one group.
 
         Raises:
             DamagedError: naming the file that is corrupt, and what to do.
             OSError: one cannot be read now.
         """
-        for name in sorted(self.records)[part::parts]:
+        names = [name for name in sorted(self.records) if name.startswith(group)]
+        for name in names[part::parts]:
             check_file(self.path / name, self.records[name], remedy=REMEDY)
 
     def shapes(self, group: str) -> dict[str, tuple[int, ...]]:

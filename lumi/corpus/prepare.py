@@ -25,6 +25,7 @@ from lumi.corpus.reading import open_source
 from lumi.corpus.report import data_card, find_warnings, noun, summary_table, unused_fields
 from lumi.corpus.sources import Source, describe, identify
 from lumi.host.progress import progress_bar
+from lumi.host.storage import check_output
 from lumi.host.workers import Workers, num_cores
 
 CACHE_FORMAT = 5  # raise it when cleaning, filters or fingerprints change their results
@@ -252,11 +253,13 @@ def _source_key(source: Source, config: PrepareConfig) -> str:
 
 
 def _check_output(folder: Path, config: PrepareConfig, use_cache: bool) -> Manifest | None:
-    """The manifest of the corpus that is there, or None. Raises UserError if this run must not replace it."""
+    """The manifest of the corpus that is there, or None.
+
+    Raises UserError if this run must not or cannot replace it.
+    """
+    check_output(folder, renamed=False)
     if not folder.exists():
         return None
-    if not folder.is_dir():
-        raise UserError("--output-dir", "must be a folder", got=f"a file: {folder}")
     manifest = read_manifest(folder)
     if manifest is None:
         foreign = sorted(path.name for path in folder.iterdir() if not OURS.fullmatch(path.name))

@@ -37,6 +37,11 @@ class TokenRow(NamedTuple):
     trained: np.ndarray
     documents: list[int]
 
+    @property
+    def num_targets(self) -> int:
+        """How many of the T targets count. A document's first token is none."""
+        return int((self.trained & ~self.starts)[1:].sum())
+
 
 class TextRows:
     """The endless rows of a split without a loss mask: documents are cut, each epoch is shuffled anew."""
@@ -132,7 +137,25 @@ def validation_rows(
 
     Args:
         max_tokens: about how many tokens the rows may hold together. None: the whole split.
+
+    Raises:
+        UserError: no row has a target, so there is nothing to measure.
     """
+    count, read = _rows_in_order(split, length, max_tokens)
+    if not any(read(index).num_targets for index in range(count)):
+        some = "" if max_tokens is None else f"the first {max_tokens} of "
+        raise UserError(
+            "a validation",
+            "must hold at least one token to predict",
+            got=f"none in {some}{len(split.tokens)} tokens",
+            remedy="raise validation_tokens, or hold out more documents",
+        )
+    return count, read
+
+
+def _rows_in_order(
+    split: Split, length: int, max_tokens: int | None
+) -> tuple[int, Callable[[int], TokenRow]]:
     if split.mask is not None:
         conversations = ConversationRows(split, length, seed=0)
         limit = conversations.rows_per_epoch if max_tokens is None else -(-max_tokens // length)

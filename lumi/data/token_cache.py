@@ -1,25 +1,52 @@
-"""A corpus folder as training data: it is tokenized at its first use, into a folder inside it."""
+"""A corpus folder as training data: it is tokenized at its first use.
 
+The tokens lie in the corpus folder, where every run finds them. Where it cannot be written to, they lie in
+the user's cache folder; `--cache-dir` names another place.
+"""
+
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from lumi.chat.rendering import template_of
 from lumi.config import UserError
 from lumi.corpus import is_corpus, read_corpus
+from lumi.corpus.folder import CorpusReader
 from lumi.data.store_manifest import is_token_store, read_store_manifest
 from lumi.data.token_store import TokenStore
 from lumi.data.tokenization import DEFAULT_VALIDATION_FRACTION, corpus_fingerprint, tokenize
-from lumi.host.storage import remove_folder
+from lumi.host.storage import check_output, is_writable, remove_folder
 from lumi.tokenizer.tokenizer import Tokenizer
 
 
-def token_cache(corpus_dir: str | Path, tokenizer: Tokenizer) -> Path:
-    """The place in a corpus folder for its tokens by this tokenizer and, for conversations, its template."""
+def token_cache(corpus: CorpusReader, tokenizer: Tokenizer, cache_dir: str | Path | None = None) -> Path:
+    """The place for a corpus's tokens by this tokenizer and, for conversations, its template.
+
+    Args:
+        cache_dir: the folder for such places. None: the corpus folder, or the user's cache folder where that
+            one is read-only and does not hold these tokens yet.
+    """
     name = tokenizer.fingerprint[:16]
-    if read_corpus(corpus_dir).holds_conversations and (template := template_of(tokenizer)) is not None:
+    if corpus.holds_conversations and (template := template_of(tokenizer)) is not None:
         name += f"-{template.name}"
-    return Path(corpus_dir) / ".tokens" / name
+    inside = corpus.folder / ".tokens" / name
+    if cache_dir is None:
+        parent = inside.parent if inside.parent.exists() else corpus.folder
+        if is_writable(parent) or (is_token_store(inside) and _is_current(inside, corpus)):
+            return inside
+        cache_dir = _user_cache() / "tokens"
+    return Path(cache_dir) / f"{corpus_fingerprint(corpus)[:16]}-{name}"
+
+
+def check_cache_dir(cache_dir: str | Path | None, data_dirs: Sequence[str | Path]) -> None:
+    """Raises UserError where `--cache-dir` has no effect, because nothing is to be tokenized."""
+    if cache_dir is not None and all(is_token_store(Path(folder)) for folder in data_dirs):
+        expectation = "must come with a corpus folder among --data-dirs"
+        raise UserError(
+            "--cache-dir", expectation, got="token stores" if data_dirs else "none", remedy="leave it out"
+        )
 
 
 def open_or_tokenize(
@@ -28,6 +55,7 @@ def open_or_tokenize(
     *,
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION,
     num_workers: int | None = None,
+    cache_dir: str | Path | None = None,
     verify: Literal["size", "hash"] = "hash",
 ) -> TokenStore:
     """Open a token store, or the tokens of a corpus folder, which are made at the first call.
@@ -38,10 +66,12 @@ def open_or_tokenize(
         data_dir: made by `lumi tokenize` or `lumi prepare`.
         tokenizer: must have made the ids. Its chat template lays out the conversations of a corpus folder.
         validation_fraction, num_workers: for a corpus folder, as in `tokenize`.
+        cache_dir: as in `token_cache`.
         verify: as in `TokenStore.open`.
 
     Raises:
-        UserError: `data_dir` is neither, was made with another tokenizer, or is damaged.
+        UserError: `data_dir` is neither, was made with another tokenizer, or is damaged; or there is no
+            place for its tokens.
     """
     folder = Path(data_dir)
     if not is_token_store(folder):
@@ -51,24 +81,41 @@ def open_or_tokenize(
                 "must name token stores (of `lumi tokenize`) or corpus folders (of `lumi prepare`)",
                 got=f"{folder}: {_what_is_there(folder)}",
             )
-        folder = _tokenized(folder, tokenizer, validation_fraction, num_workers)
+        folder = _tokenized(folder, tokenizer, validation_fraction, num_workers, cache_dir)
     return TokenStore.open(
         folder, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, verify=verify
     )
 
 
 def _tokenized(
-    corpus_dir: Path, tokenizer: Tokenizer, validation_fraction: float, num_workers: int | None
+    corpus_dir: Path,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    num_workers: int | None,
+    cache_dir: str | Path | None,
 ) -> Path:
     """The cache of a corpus folder, up to date."""
-    cache = token_cache(corpus_dir, tokenizer)
-    if is_token_store(cache):
-        cached = read_store_manifest(cache).inputs["corpus 0"]
-        if cached != corpus_fingerprint(read_corpus(corpus_dir)):
-            print(f"{cache}: the corpus has changed since; it is tokenized again", file=sys.stderr)
-            remove_folder(cache)
+    corpus = read_corpus(corpus_dir)
+    cache = token_cache(corpus, tokenizer, cache_dir)
+    if is_token_store(cache) and not _is_current(cache, corpus):
+        print(f"{cache}: the corpus has changed since; it is tokenized again", file=sys.stderr)
+        remove_folder(cache)
+    if not is_token_store(cache):
+        check_output(cache, renamed=True, option="--cache-dir")
+        if cache_dir is None and corpus_dir not in cache.parents:
+            print(f"{corpus_dir}: cannot be written to; its tokens are kept in {cache}", file=sys.stderr)
     tokenize([corpus_dir], tokenizer, cache, validation_fraction=validation_fraction, num_workers=num_workers)
     return cache
+
+
+def _is_current(cache: Path, corpus: CorpusReader) -> bool:
+    return read_store_manifest(cache).inputs["corpus 0"] == corpus_fingerprint(corpus)
+
+
+def _user_cache() -> Path:
+    """Lumi's folder in the user's cache folder, as freedesktop.org's base directories say."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "lumi"
 
 
 def _what_is_there(path: Path) -> str:

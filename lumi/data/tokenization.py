@@ -20,7 +20,7 @@ from lumi.data.store_manifest import TOKENIZE_COMMAND, StoreManifest, is_token_s
 from lumi.data.store_writer import StoreWriter
 from lumi.data.token_store import TokenStore
 from lumi.host.progress import progress_bar
-from lumi.host.storage import atomic_folder, sweep_dead
+from lumi.host.storage import atomic_folder, check_output, sweep_dead
 from lumi.host.workers import num_cores
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -79,6 +79,7 @@ def tokenize(
         kept = "already holds these documents in tokens of this tokenizer; kept"
         print(f"{output_dir}: {kept}", file=sys.stderr)
         return existing
+    check_output(output_dir, renamed=True)
     if tokenizer.loss is not None:
         print(f"the tokenizer does not keep every text as it is: {tokenizer.loss}", file=sys.stderr)
     sweep_dead(output_dir)

@@ -1,7 +1,6 @@
 """`lumi evaluate`: a model -> tasks, perplexity and smoke tests -> results as JSON and as a report."""
 
 import dataclasses
-import os
 import platform
 import sys
 import time
@@ -18,7 +17,7 @@ import lumi
 import lumi.configs
 from lumi.config import UserError, to_dict, write_json
 from lumi.corpus.sources import describe
-from lumi.data.token_cache import open_or_tokenize
+from lumi.data.token_cache import check_cache_dir, open_or_tokenize
 from lumi.data.token_store import Split
 from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions
 from lumi.evaluation.perplexity import (
@@ -34,6 +33,7 @@ from lumi.evaluation.report import format_table, report
 from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
 from lumi.formats.pretrained import Pretrained
+from lumi.host.storage import check_output
 from lumi.tokenizer.tokenizer import Tokenizer
 
 CONFIGS = Path(lumi.configs.__file__).parent / "evaluation"
@@ -83,6 +83,7 @@ def evaluate(
     output_dir: str | Path,
     *,
     data_dirs: Sequence[str | Path] = (),
+    cache_dir: str | Path | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
     """Measure a model; write the results and a report into `output_dir`, and print them as a table.
@@ -97,6 +98,7 @@ def evaluate(
         output_dir: is made; results of an earlier evaluation in it are replaced.
         data_dirs: token stores or corpus folders of the model's tokenizer; their validation splits are
             measured.
+        cache_dir: for the tokens of corpus folders, as in `lumi.data.token_cache.token_cache`.
         limit: how many examples of each task and documents of each text at most.
 
     Returns:
@@ -109,11 +111,12 @@ def evaluate(
     started = time.monotonic()
     output_dir, folders = Path(output_dir), list(map(Path, data_dirs))
     _check(config, output_dir, folders, limit)
+    check_cache_dir(cache_dir, folders)
     model, tokenizer = pretrained.model, pretrained.tokenizer
     batch_tokens = config.batch_tokens or (16_384 if model.output_weight.is_cuda else 1024)
     config.windows.resolve(model.config.max_positions)
     questions = [read_questions(task, limit) for task in config.tasks]
-    texts = [*_read_texts(config, tokenizer, limit), *_open_stores(folders, tokenizer, limit)]
+    texts = [*_read_texts(config, tokenizer, limit), *_open_stores(folders, tokenizer, cache_dir, limit)]
     smoke, tests = config.smoke_tests, None
     if smoke is not None:
         tests = encode_smoke_tests(smoke, read_smoke_tests(smoke), tokenizer, model.config.max_positions)
@@ -148,9 +151,11 @@ def _read_texts(config: EvaluationConfig, tokenizer: Tokenizer, limit: int | Non
         yield _Text(text.name, text.format, describe(text.source), most, documents)
 
 
-def _open_stores(folders: Sequence[Path], tokenizer: Tokenizer, limit: int | None) -> Iterator[_Text]:
+def _open_stores(
+    folders: Sequence[Path], tokenizer: Tokenizer, cache_dir: str | Path | None, limit: int | None
+) -> Iterator[_Text]:
     for folder in folders:
-        split = open_or_tokenize(folder, tokenizer).split("validation")
+        split = open_or_tokenize(folder, tokenizer, cache_dir=cache_dir).split("validation")
         yield _Text(str(folder), "store", f"store: {folder} / validation", limit, split)
 
 
@@ -172,11 +177,7 @@ def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path]
             got=f"{twice[0]!r} twice",
             remedy="leave one out or rename the text",
         )
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "a folder that cannot be written to" if there.is_dir() else "a file"
-        got = f"{output_dir}: {there} is {what}"
-        raise UserError("--output-dir", "must be a folder that can be written to", got=got)
+    check_output(output_dir, renamed=False)
 
 
 def _save(results: dict[str, Any], output_dir: Path, started: float) -> None:
@@ -202,9 +203,9 @@ def _run_task(
 ) -> dict[str, Any]:
     begun = time.monotonic()
     scores = score_questions(questions, pretrained.model, pretrained.tokenizer, batch_tokens, task.name)
-    result = accuracy(questions, scores, TASKS[task.kind].normalised)
+    result = dataclasses.asdict(accuracy(questions, scores.nats, TASKS[task.kind].normalised))
     data = {"source": describe(task.source), "limit": tightest(task.limit, limit)}
-    return {"kind": task.kind, **data, **dataclasses.asdict(result), "seconds": _seconds(begun)}
+    return {"kind": task.kind, **data, **result, "cut_contexts": scores.num_cut, "seconds": _seconds(begun)}
 
 
 def _run_text(

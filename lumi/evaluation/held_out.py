@@ -54,7 +54,8 @@ def held_out_loss(
         None if `stopping` ended it.
 
     Raises:
-        UserError: a process cannot read its data; as `World.fail_together`.
+        UserError: a split has nothing to predict, or a process cannot read its data; as
+            `World.fail_together`.
     """
     bytes_V = torch.from_numpy(np.asarray(token_bytes, dtype=np.int64)).to(world.device)
     nats, tokens, num_bytes = 0.0, 0, 0
@@ -77,7 +78,7 @@ def held_out_loss(
         nats, tokens / world.layout.tensor, num_bytes / world.layout.tensor
     )
     return HeldOut(
-        loss=total_nats / max(total_tokens, 1),
+        loss=total_nats / total_tokens,
         bits_per_byte=total_nats / math.log(2) / max(total_bytes, 1),
         tokens=round(total_tokens),
         bytes=round(total_bytes),

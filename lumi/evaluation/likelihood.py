@@ -32,6 +32,10 @@ class ScoringRequest(NamedTuple):
     context: list[int]
     continuations: list[list[int]]
 
+    def is_cut(self, max_positions: int) -> bool:
+        """Whether the context loses tokens, because it does not fit before every continuation."""
+        return len(self.context) + max(map(len, self.continuations)) - 1 > max_positions
+
 
 def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> ScoringRequest:
     """Texts to tokens, as the module says. Raises UserError for a continuation of no tokens."""
@@ -96,12 +100,13 @@ class _Job(NamedTuple):
 
 
 def _jobs(requests: Sequence[ScoringRequest], max_positions: int) -> Iterator[_Job]:
-    for index, (context, continuations) in enumerate(requests):
+    for index, request in enumerate(requests):
+        context, continuations = request
         longest = max(map(len, continuations))
         if longest > max_positions:
             expectation = f"must be at most as long as the model's {max_positions} positions"
             raise UserError("a continuation", expectation, got=f"{longest} tokens")
-        if len(context) + longest - 1 <= max_positions:
+        if not request.is_cut(max_positions):
             yield _Job(context, continuations, index, list(range(len(continuations))))
         else:  # how much of the context stays depends on the continuation
             for place, continuation in enumerate(continuations):

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lumi.config import UserError
 from lumi.corpus.sources import describe
@@ -15,6 +16,13 @@ from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 
 DELIMITER = " "  # between a context and a choice
+
+
+class QuestionScores(NamedTuple):
+    """Log-likelihoods, in nats, of each choice of each question, and how many questions were cut to fit."""
+
+    nats: list[list[float]]
+    num_cut: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +67,8 @@ def score_questions(
     tokenizer: Tokenizer,
     batch_tokens: int,
     name: str = "task",
-) -> list[list[float]]:
-    """The log-likelihood, in nats, of each choice of each question.
+) -> QuestionScores:
+    """Score each choice of each question.
 
     Args:
         model: in evaluation mode.
@@ -77,13 +85,15 @@ def score_questions(
             asked = [encode_request(tokenizer, context, [choice]) for context, choice in pairs]
         requests += asked
         owners += [number] * len(asked)
-    scores: list[list[float]] = [[] for _ in questions]
+    nats: list[list[float]] = [[] for _ in questions]
     num_choices = sum(len(question.choices) for question in questions)
     with progress_bar(name, " choices", total=num_choices) as progress:
         found = score(model, requests, batch_tokens=batch_tokens, on_done=progress.update)
     for owner, some in zip(owners, found, strict=True):
-        scores[owner] += some
-    return scores
+        nats[owner] += some
+    max_positions = model.config.max_positions
+    cut = {owner for owner, request in zip(owners, requests, strict=True) if request.is_cut(max_positions)}
+    return QuestionScores(nats, len(cut))
 
 
 def accuracy(

@@ -70,6 +70,9 @@ def _task_figures(tasks: Mapping[str, Any]) -> Iterator[Figure]:
         protocol = f"{_data(task, 'example')}; {how}"
         baseline = f"majority {task['majority']:.2%}, chance {task['chance']:.2%}"
         number = _count(task["examples"], "example")
+        if cut := task["cut_contexts"]:
+            number += f", {cut:,} cut"
+            protocol += f"; {_count(cut, 'context')} cut from the left to the model's positions"
         yield Figure(name, "acc", _share(task["acc"], task["acc_stderr"]), baseline, number, protocol)
         if task["acc_norm"] is not None:
             value = _share(task["acc_norm"], task["acc_norm_stderr"])

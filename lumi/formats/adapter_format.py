@@ -1,24 +1,37 @@
 """Adapters as PEFT's folders: `adapter_config.json`, `adapter_model.safetensors` and the tokenizer's files.
 
-The metadata of the safetensors file name the adapter's base and tokenizer. PEFT ignores them.
+The metadata of the safetensors file name the adapter's base and tokenizer. PEFT ignores them. What reads a
+folder also takes a checkpoint of a run that trains adapters.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from lumi.config import UserError, from_dict, read_json, write_json
-from lumi.formats.hf_format import DTYPES, hf_name, open_tensors
-from lumi.host.storage import atomic_folder, sha256_file
+from lumi.config import UserError, write_json
+from lumi.formats.checkpoint_folder import CheckpointFolder, is_checkpoint, open_folder
+from lumi.formats.fingerprint import is_fingerprint_of
+from lumi.formats.hf_format import DTYPES, hf_name, open_tensors, tokenizer_remedy
+from lumi.formats.peft_config import BASE, CONFIG, PeftConfig, from_peft_config, read_config, to_peft_config
+from lumi.host.storage import atomic_folder
 from lumi.host.tensor_files import load_tensors, save_tensors
-from lumi.model.lora import ALL_LINEAR, LoraConfig, adapters, find_targets, token_matrices, trained_rows, wrap
+from lumi.model.lora import (
+    ALL_LINEAR,
+    LoraConfig,
+    adapters,
+    find_targets,
+    replace_token_matrices,
+    token_matrices,
+    trained_rows,
+    trained_tensors,
+    wrap,
+)
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {  # theirs -> ours
     "lora_A.weight": "lora_A",
@@ -26,26 +39,8 @@ _PARTS = {  # theirs -> ours
     "lora_magnitude_vector": "lora_magnitude",
 }
 _ROWS = "token_adapter.trainable_tokens_delta"
-_ROW_IDS = "trainable_token_indices"
-_NAMES = {  # theirs -> ours
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "rslora",
-    "use_dora": "dora",
-}
-# PEFT's keys that do not change what an adapter computes: the weights themselves name the linears. Every
-# other key changes it when it is set.
-_HARMLESS = """
-    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
-    inference_mode layers_pattern layers_to_transform loftq_config megatron_config megatron_core peft_version
-    qalora_group_size revision target_modules task_type
-""".split()
-_ALLOWED = {  # keys of which these values alone compute what our adapters compute
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base as well
-}
+_COPIES = (".original_module.", ".modules_to_save.")  # beside the tensor that PEFT loads
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def save_adapter(
@@ -76,9 +71,7 @@ def save_adapter(
     metadata = {"base_fingerprint": base_fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     with atomic_folder(folder, replace=True) as temporary:
         tokenizer.save(temporary)
-        write_json(
-            temporary / CONFIG, peft_config(config, _targets(model), base) | {_ROW_IDS: row_ids or None}
-        )
+        write_json(temporary / CONFIG, to_peft_config(config, _targets(model), base, row_ids))
         save_tensors(temporary / WEIGHTS, tensors, metadata)
 
 
@@ -90,24 +83,40 @@ def _targets(model: Transformer) -> list[str]:
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter."""
+    """Whether a folder holds an adapter. Raises UserError for a damaged checkpoint."""
+    if is_checkpoint(folder):
+        return open_folder(folder).lora is not None
     return (Path(folder) / CONFIG).is_file()
 
 
 def base_of(folder: str | Path) -> Path:
     """The folder of an adapter's base model. Raises UserError if the adapter names none, or it has gone."""
-    base = _read_config(Path(folder)).get("base_model_name_or_path")
-    if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
+    base = open_folder(folder).base if is_checkpoint(folder) else read_config(Path(folder)).get(BASE)
+    if not isinstance(base, str) or not ((Path(base) / "config.json").is_file() or is_checkpoint(base)):
         named = f"names {base}, where there is no model now" if base else "does not name its base"
         both = "the base by --model-path, this by --adapter-path (merge: --base-path, --model-path)"
         raise UserError(f"{folder}: the adapter {named}", remedy=f"pass both: {both}")
     return Path(base)
 
 
+def adapted_vocab_size(folder: str | Path) -> int | None:
+    """The number of token ids of a model with an adapter; None where the adapter leaves it as it is."""
+    if is_checkpoint(folder) or not (file := Path(folder) / WEIGHTS).is_file():
+        return None
+    with open_tensors(file) as opened:
+        found = {_plain_name(key): key for key in opened.keys()}  # noqa: SIM118 (it is no dictionary)
+        if _EMBEDDING not in found:
+            return None
+        return int(opened.get_slice(found[_EMBEDDING]).get_shape()[0])
+
+
 def load_adapter(
-    folder: str | Path, model: Transformer, base: str | Path, tokenizer: Tokenizer | None = None
+    folder: str | Path, model: Transformer, base: str | Path, tokenizer: Tokenizer
 ) -> LoraConfig:
     """Put an adapter, ours or PEFT's, on a model, in place.
+
+    Matrices that the adapter brings whole take the place of the model's. There may be more or fewer token ids
+    afterwards, and matrices of tokens that were tied are no longer, if the adapter brings different ones.
 
     Args:
         base: the folder that `model` was loaded from. Refused where the adapter was trained on other weights.
@@ -121,55 +130,125 @@ def load_adapter(
             the model.
     """
     folder = Path(folder)
-    data, where = _read_config(folder), str(folder / CONFIG)
-    config, token_ids = _lora_config(data, where), _token_ids(data, model, where)
-    file = folder / WEIGHTS
+    if is_checkpoint(folder):
+        return _load_checkpoint(open_folder(folder), model, base, tokenizer)
+    config, file = from_peft_config(folder), folder / WEIGHTS
     if not file.is_file():
         raise UserError(f"{file}: is missing; only safetensors weights are read (no pickle)")
-    _check_fingerprints(folder, base, tokenizer)
+    with open_tensors(file) as opened:
+        metadata = opened.metadata() or {}
+    fingerprints = (metadata.get(f"{what}_fingerprint") for what in ("base", "tokenizer"))
+    _check_fingerprints(folder, base, tokenizer, *fingerprints)
     tensors = _read_tensors(file)
+    _take_whole(tensors, model, config, file)
     linears = {
         f"{hf_name(f'{name}.')}{part}": name for name in find_targets(model, ALL_LINEAR) for part in _PARTS
     }
     adapted = sorted({linears[key] for key in tensors if key in linears})
     if not adapted:
         raise UserError(f"{file}:", "must hold adapters of the model's linears", got="none")
-    wrap(model, adapted, config, token_ids)
-    parameters = _parameters(model)
-    for key in parameters | tensors:
-        expected, got = (
-            tuple(group[key].shape) if key in group else "nothing" for group in (parameters, tensors)
-        )
-        if expected != got:
+    wrap(model, adapted, config.lora, config.token_ids(model), config.of_linears(adapted))
+    _fill(_parameters(model), tensors, file)
+    return config.lora
+
+
+def _load_checkpoint(
+    opened: CheckpointFolder, model: Transformer, base: str | Path, tokenizer: Tokenizer
+) -> LoraConfig:
+    lora, folder = opened.lora, opened.checkpoint.path
+    assert lora is not None
+    _check_fingerprints(folder, base, tokenizer, opened.base_fingerprint, opened.tokenizer_fingerprint)
+    wrap(model, find_targets(model, lora.targets), lora, lora.token_ids(tokenizer.control_ids))
+    opened.weights().fill("model", trained_tensors(model))
+    return lora
+
+
+def _take_whole(tensors: dict[str, Tensor], model: Transformer, config: PeftConfig, file: Path) -> None:
+    """Move the matrices that an adapter brings whole from its tensors into the model.
+
+    Raises:
+        UserError: one is missing or has another shape, or there are rows for some matrices of tokens alone.
+    """
+    weights = {hf_name(name): parameter for name, parameter in model.named_parameters()}
+    for key in config.saved_weights([*weights, *({_OUTPUT} - weights.keys())]):
+        if key not in tensors:
+            raise UserError(f"{file}: {key}", "must be in the file, by modules_to_save", got="nothing")
+    embedding, output = tensors.pop(_EMBEDDING, None), tensors.pop(_OUTPUT, None)
+    if embedding is not None or output is not None:
+        _take_token_matrices(embedding, output, model, file)
+    rows, repeated = tensors.get(f"model.embed_tokens.{_ROWS}"), tensors.get(f"lm_head.{_ROWS}")
+    if model.lm_head is None and rows is not None and repeated is not None and torch.equal(rows, repeated):
+        del tensors[f"lm_head.{_ROWS}"]
+    whole = {key: parameter for key, parameter in weights.items() if key in tensors}
+    _fill(whole, {key: tensors.pop(key) for key in whole}, file)
+
+
+def _take_token_matrices(
+    embedding: Tensor | None, output: Tensor | None, model: Transformer, file: Path
+) -> None:
+    """Matrices of tokens as PEFT has them: each replaces its own, so two that were tied may differ then."""
+    old_output = model.output_weight.detach()
+    embedding = model.token_embedding.weight.detach() if embedding is None else embedding.float()
+    output = old_output if output is None else output.float()
+    expected, in_base = (len(embedding), model.config.model_dim), model.config.vocab_size
+    for key, matrix in ((_EMBEDDING, embedding), (_OUTPUT, output)):
+        if tuple(matrix.shape) != expected:
+            expectation = f"must have shape {expected}, as the embedding has"
+            got = f"{tuple(matrix.shape)}; the base has {in_base} token ids"
+            remedy = "save the adapter with both matrices (PEFT: save_embedding_layers=True)"
+            raise UserError(f"{file}: {key}", expectation, got=got, remedy=remedy)
+    tied = model.lm_head is None and torch.equal(embedding, output)
+    replace_token_matrices(model, embedding, None if tied else output)
+
+
+def _fill(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Set parameters to an adapter's tensors of the same names. Raises UserError where these do not fit."""
+    for key in [*parameters, *tensors]:
+        shape = tuple(tensors[key].shape) if key in tensors else "nothing"
+        if key not in parameters:
             hint = " (the loss is fused with lm_head)" if key.startswith("lm_head.") else ""
+            expectation = f"must have a place in the model by {CONFIG}"
+            got = f"one of shape {shape} that has none{hint}"
+            raise UserError(f"{file}: {key}", expectation, got=got)
+        if shape != (expected := tuple(parameters[key].shape)):
             expectation = f"must have shape {expected} by {CONFIG} and the model"
-            raise UserError(f"{file}: {key}", expectation, got=f"{got}{hint}")
+            raise UserError(f"{file}: {key}", expectation, got=shape)
     for key, parameter in parameters.items():
         parameter.data = tensors[key].float().to(parameter.device)
-    return config
 
 
-def _check_fingerprints(folder: Path, base: str | Path, tokenizer: Tokenizer | None) -> None:
-    """Raises UserError where the adapter's file names another base or tokenizer."""
-    with open_tensors(folder / WEIGHTS) as opened:
-        metadata = opened.metadata() or {}
-    fingerprints = {"base": weights_fingerprint(base)}
-    if tokenizer is not None:
-        fingerprints["tokenizer"] = tokenizer.fingerprint
-    for what, got in fingerprints.items():
-        if (expected := metadata.get(f"{what}_fingerprint", got)) != got:
-            expectation = f"must be the one that it was trained with, of fingerprint {expected}"
-            raise UserError(f"{folder}: the {what}", expectation, got=got)
+def _check_fingerprints(
+    folder: Path, base: str | Path, tokenizer: Tokenizer, of_base: str | None, of_tokenizer: str | None
+) -> None:
+    """Raises UserError where an adapter names another base or tokenizer. PEFT's name none."""
+    trained_with = "must be the one that the adapter was trained with, of fingerprint"
+    if of_base is not None and not is_fingerprint_of(of_base, base):
+        got = f"other weights in {base}"
+        both = "that base by --model-path, this by --adapter-path (merge: --base-path, --model-path)"
+        remedy = f"pass both: {both}"
+        raise UserError(f"{folder}: the base", f"{trained_with} {of_base}", got=got, remedy=remedy)
+    if of_tokenizer not in (None, tokenizer.fingerprint):
+        got, remedy = tokenizer.fingerprint, tokenizer_remedy(folder)
+        raise UserError(f"{folder}: the tokenizer", f"{trained_with} {of_tokenizer}", got=got, remedy=remedy)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     """An adapter's tensors, by PEFT's names without its prefix. Raises UserError if one is not finite."""
-    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in load_tensors(file).items()}
+    tensors = {_plain_name(key): tensor for key, tensor in load_tensors(file).items()}
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values() or not tensor.isfinite().all():
             fault = "it is damaged, or quantised, which is not supported"
             raise UserError(f"{file}: {key}", f"must hold finite {', '.join(DTYPES)}", remedy=fault)
+    tensors.pop("", None)
     return tensors
+
+
+def _plain_name(key: str) -> str:
+    """PEFT's name of a tensor without its prefixes and wrappers; "" for what it saves and does not use."""
+    key = key.removeprefix(_PREFIX)
+    if any(copy in key for copy in _COPIES):
+        return ""
+    return key.replace(".token_adapter.base_layer.", ".")
 
 
 def _parameters(model: Transformer) -> dict[str, Tensor]:
@@ -183,67 +262,3 @@ def _parameters(model: Transformer) -> dict[str, Tensor]:
         if (rows := trained_rows(matrix)) is not None:
             found[f"{hf_name(f'{name}.')}{_ROWS}"] = rows.rows
     return found
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not is_adapter(folder):
-        raise UserError(f"{folder}: must be an adapter folder with {CONFIG}, and has none")
-    data = read_json(folder / CONFIG)
-    if not isinstance(data, dict):
-        got, remedy = str(data)[:60], "copy the adapter again"
-        raise UserError(f"{folder / CONFIG}:", "must hold an object", got=got, remedy=remedy)
-    return data
-
-
-def _token_ids(data: dict[str, Any], model: Transformer, where: str) -> list[int]:
-    """The tokens whose rows an adapter brings. PEFT lists them once for the embedding, or for each matrix."""
-    listed, vocab_size = data.get(_ROW_IDS) or [], model.config.vocab_size
-    lists = list(listed.values()) if isinstance(listed, dict) else [listed]
-    ids = lists[0]
-    if listed and (len(lists) != len(token_matrices(model)) or any(other != ids for other in lists)):
-        expectation = "must be the same for the embedding and an lm_head of its own"
-        raise UserError(f"{where}: {_ROW_IDS}", expectation, got=listed)
-    if not isinstance(ids, list) or not all(type(id_) is int and 0 <= id_ < vocab_size for id_ in ids):
-        raise UserError(f"{where}: {_ROW_IDS}", f"must be ids below {vocab_size}", got=listed)
-    return ids
-
-
-def weights_fingerprint(folder: str | Path) -> str:
-    """SHA-256 over the hashes of a folder's safetensors files, in the order of their names."""
-    digests = "".join(sha256_file(path) for path in sorted(Path(folder).glob("*.safetensors")))
-    return hashlib.sha256(digests.encode()).hexdigest()
-
-
-def peft_config(config: LoraConfig, targets: list[str], base: str | Path) -> dict[str, Any]:
-    """PEFT's `adapter_config.json`."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(Path(base).resolve()),
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "use_dora": config.dora,
-        "target_modules": targets,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
-
-
-def _lora_config(data: dict[str, Any], where: str) -> LoraConfig:
-    """Our config from PEFT's. The weights name the targets."""
-    for key, value in data.items():
-        if key in _ALLOWED and value not in _ALLOWED[key]:
-            expectation = f"must be {' or '.join(map(repr, _ALLOWED[key]))}"
-            raise UserError(f"{where}: {key}", expectation, got=f"{value!r}: this adapter cannot be read")
-        if value and key not in [*_ALLOWED, *_NAMES, *_HARMLESS, _ROW_IDS]:
-            got = f"{str(value)[:60]}: this adapter computes what Lumi does not"
-            raise UserError(f"{where}: {key}", "must not be set", got=got)
-    if missing := [key for key in ("r", "lora_alpha") if key not in data]:
-        raise UserError(f"{where}: {missing[0]} is missing; copy the adapter again")
-    values = {ours: data[theirs] for theirs, ours in _NAMES.items() if theirs in data}
-    return from_dict(LoraConfig, values, where)

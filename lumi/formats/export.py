@@ -17,7 +17,7 @@ from lumi.config import UserError
 from lumi.formats.adapter_format import is_adapter
 from lumi.formats.hf_format import DTYPES, load_model, save_model
 from lumi.formats.pretrained import load_pretrained, locate
-from lumi.host.storage import atomic_folder
+from lumi.host.storage import atomic_folder, check_output
 from lumi.model.lora import merge_lora
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -133,6 +133,7 @@ def _check_output(output_dir: str | Path) -> None:
     path = Path(output_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError("--output-dir", "must be new or empty", got=path, remedy="choose another")
+    check_output(path, renamed=True)
 
 
 def _write(

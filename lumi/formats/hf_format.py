@@ -1,6 +1,10 @@
-"""Models as Hugging Face folders, of the families that `lumi.formats.hf_family` names."""
+"""Models as Hugging Face folders, of the families that `lumi.formats.hf_family` names.
 
-from collections.abc import Mapping, Sequence
+What reads a folder also takes a checkpoint of a run (`lumi.formats.checkpoint_folder`).
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
+from lumi.formats.checkpoint_folder import is_checkpoint, open_folder, tokenizer_folder
 from lumi.formats.hf_config import from_hf_config, generation_config, to_hf_config
 from lumi.host.storage import atomic_folder
 from lumi.host.tensor_files import save_tensors
@@ -100,13 +105,15 @@ def _save_weights(
 def model_folder(path: str | Path) -> Path:
     """The folder of a model: the path itself, or the `final/` of a run. Raises UserError without a model."""
     path = Path(path)
+    if is_checkpoint(path):
+        return path
     if (path / "final").is_dir():
         return path / "final"
     if (path / "checkpoints").is_dir():
-        remedy = "finish it with --resume-from-checkpoint auto"
+        remedy = "finish it with --resume-from-checkpoint auto, or pass one of its checkpoints/step-..."
         raise UserError(f"{path}: must be a finished run, but has no final/ yet", remedy=remedy)
     if not (path / "config.json").is_file():
-        remedy = "pass a run folder or its final/"
+        remedy = "pass a run folder, its final/ or one of its checkpoints/step-..."
         raise UserError(f"{path}: must be a model folder with a config.json", remedy=remedy)
     return path
 
@@ -117,7 +124,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.float32,
     tokenizer: Tokenizer | None = None,
 ) -> Transformer:
-    """Read a folder of one of the families, ours or another program's.
+    """Read a folder of one of the families, ours or another program's, or a checkpoint of a whole model.
 
     Args:
         tokenizer: must be the one that the model was trained with. Our folders carry its fingerprint; in
@@ -131,52 +138,61 @@ def load_model(
     folder = model_folder(folder)
     shape = read_shape(folder)
     if tokenizer is not None:
-        _check_tokenizer(folder, shape, tokenizer)
+        check_tokenizer(folder, shape.vocab_size, tokenizer)
     model = Transformer(shape, ops, compute_dtype=compute_dtype)
-    _load_weights(folder, model)
+    if is_checkpoint(folder):
+        open_folder(folder).weights().fill("model", dict(model.named_parameters()))
+    else:
+        _load_weights(folder, model)
     return model
 
 
-def _check_tokenizer(folder: Path, shape: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the model was trained with another tokenizer, or has too few ids for it."""
-    expected = read_json(folder / "config.json").get("tokenizer_fingerprint")
-    if expected is None and has_tokenizer(folder):
-        expected = load_tokenizer(folder).fingerprint
-    if expected not in (None, tokenizer.fingerprint):
+def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer, *, may_extend: bool = False) -> None:
+    """Raises UserError if the model was trained with another tokenizer, or has too few ids for it.
+
+    Args:
+        may_extend: the tokenizer may have more tokens than the one in the folder, as that of an adapter.
+    """
+    if is_checkpoint(folder):
+        expected, own = open_folder(folder).tokenizer_fingerprint, tokenizer_folder(folder)
+    else:
+        expected, own = read_json(folder / "config.json").get("tokenizer_fingerprint"), folder
+    if expected is None and has_tokenizer(own):
+        expected = load_tokenizer(own).fingerprint
+    extends = may_extend and has_tokenizer(own) and tokenizer.extends(load_tokenizer(own))
+    if expected not in (None, tokenizer.fingerprint) and not extends:
         raise UserError(
             f"{folder}: the tokenizer",
             f"must be the one it was trained with, of fingerprint {expected}",
             got=tokenizer.fingerprint,
-            remedy=f"pass --tokenizer-path {folder}",
+            remedy=tokenizer_remedy(folder),
         )
-    if tokenizer.vocab_size > shape.vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         files = "tokenizer.json, tokenizer_config.json and added_tokens.json"
         remedy = f"remove tokens that the model does not know from {files}"
         raise UserError(
             f"{folder}: the tokenizer",
-            f"must have at most the model's {shape.vocab_size} ids",
+            f"must have at most the model's {vocab_size} ids",
             got=tokenizer.vocab_size,
             remedy=f"{remedy}, or pass another --tokenizer-path",
         )
 
 
+def tokenizer_remedy(folder: Path) -> str:
+    """What helps where another tokenizer than a folder's was given. A checkpoint's lies in its run."""
+    return "leave --tokenizer-path out" if is_checkpoint(folder) else f"pass --tokenizer-path {folder}"
+
+
 def _load_weights(folder: Path, model: Transformer) -> None:
     """Compare every name, shape and dtype, then copy the weights into the model, one tensor at a time."""
     expected = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
-    places: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
-        for name, shape in _shapes(file).items():
-            if name in places:
-                files = f"{places[name].name} and {file.name}"
-                raise UserError(f"{folder}: {name}", "must be in one file", got=files)
-            places[name], shapes[name] = file, shape
+    places, shapes = _places(folder)
     for name, tensor in expected.items():
         if shapes.get(name) != tuple(tensor.shape):
             got = shapes.get(name, "nothing")
             raise UserError(f"{folder}: {name}", f"must have shape {tuple(tensor.shape)}", got=got)
     others = sorted(places.keys() - expected.keys())
-    if unknown := [name for name in others if not _is_redundant(name, model)]:
+    if unknown := [name for name in others if not _is_redundant(name, model.config.tied_embeddings)]:
         fault = "holds a weight that this model has no place for"
         raise UserError(f"{folder}: {fault}: {unknown[0]} ({len(unknown)} in all)")
     for file in sorted(set(places.values())):
@@ -188,10 +204,10 @@ def _load_weights(folder: Path, model: Transformer) -> None:
             _check_redundant(f"{places[name]}: {name}", tensors.get_tensor(name), model)
 
 
-def _is_redundant(name: str, model: Transformer) -> bool:
+def _is_redundant(name: str, tied: bool) -> bool:
     """Whether a tensor says what others say: some writers repeat the tied embedding, old ones store the
     rotary frequencies."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tied_embeddings)
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied)
 
 
 def _check_redundant(what: str, tensor: Tensor, model: Transformer) -> None:
@@ -210,6 +226,37 @@ def _check_redundant(what: str, tensor: Tensor, model: Transformer) -> None:
         if tensor.shape == frequencies.shape and torch.allclose(tensor.float(), frequencies, 0.01, 1e-7):
             return
     raise UserError(what, "must be the frequencies of config.json", got="others", remedy="mend rope_theta")
+
+
+def _places(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """The file and the shape of each weight of a folder, by transformers' names."""
+    places: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(folder):
+        for name, shape in _shapes(file).items():
+            if name in places:
+                files = f"{places[name].name} and {file.name}"
+                raise UserError(f"{folder}: {name}", "must be in one file", got=files)
+            places[name], shapes[name] = file, shape
+    return places, shapes
+
+
+def weights_in_order(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model, one at a time, by transformers' names and in the order of these.
+
+    Raises UserError as `load_model`.
+    """
+    folder = model_folder(folder)
+    if is_checkpoint(folder):
+        tensors = open_folder(folder).weights().tensors("model")
+        for name in sorted(tensors, key=hf_name):
+            yield hf_name(name), tensors[name]
+        return
+    (places, _), tied = _places(folder), read_shape(folder).tied_embeddings
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(open_tensors(file)) for file in set(places.values())}
+        for name in sorted(name for name in places if not _is_redundant(name, tied)):
+            yield name, opened[places[name]].get_tensor(name)
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -266,5 +313,8 @@ def hf_name(name: str) -> str:
 
 def read_shape(folder: str | Path) -> ModelConfig:
     """The shape of the model in a folder. Raises UserError as `load_model`."""
-    path = model_folder(folder) / "config.json"
+    folder = model_folder(folder)
+    if is_checkpoint(folder):
+        return open_folder(folder).shape
+    path = folder / "config.json"
     return from_hf_config(read_json(path), str(path))

@@ -1,6 +1,7 @@
 """A path from the user -> a model that runs, with its tokenizer.
 
-The path may be a run, its `final/`, a folder of others, or an adapter, which brings its base.
+The path may be a run, its `final/`, one of its checkpoints, a folder of others, or an adapter, which brings
+its base.
 """
 
 from pathlib import Path
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 from lumi.config import UserError
-from lumi.formats.adapter_format import base_of, is_adapter, load_adapter
-from lumi.formats.hf_format import load_model, model_folder, read_shape
+from lumi.formats.adapter_format import adapted_vocab_size, base_of, is_adapter, load_adapter
+from lumi.formats.checkpoint_folder import is_checkpoint, tokenizer_folder
+from lumi.formats.hf_format import check_tokenizer, load_model, model_folder, read_shape
 from lumi.host.devices import choose_device
 from lumi.kernels.bundle import select
 from lumi.model.lora import settle_rows
 from lumi.model.transformer import Linear, Transformer
-from lumi.tokenizer.files import TEMPLATE_FILE
+from lumi.tokenizer.files import read_surroundings
 from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -42,10 +44,11 @@ def load_pretrained(
     """Load the model that `path` means.
 
     Args:
-        path: a run folder, its `final/`, or a Hugging Face folder. An adapter brings the base that it names.
+        path: a run folder, its `final/` or one of its checkpoints, or a Hugging Face folder. An adapter
+            brings the base that it names.
         adapter_path: the folder of an adapter, or a run folder with one. `path` is then its base.
         tokenizer_path: None: the tokenizer in the adapter's folder. If there is none: the one in the model's
-            folder, with the adapter's chat template.
+            folder, with the tokens and the chat template that the adapter's folder adds.
         device: "auto", "cpu" or "cuda".
         dtype: of activations and products.
         kernels: the operators' name, as for `lumi.kernels.bundle.select`.
@@ -56,8 +59,11 @@ def load_pretrained(
     chosen = choose_device(device)
     folder, adapter = _locate_both(path, adapter_path)
     tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else load_tokenizer(tokenizer_path)
-    ops = select(kernels, chosen, read_shape(folder).head_dim, dtype)
-    model = load_model(folder, ops, dtype, tokenizer)
+    shape = read_shape(folder)
+    vocab_size = adapted_vocab_size(adapter) if adapter is not None else None
+    may_extend = adapter is not None and has_tokenizer(adapter)
+    check_tokenizer(folder, vocab_size or shape.vocab_size, tokenizer, may_extend=may_extend)
+    model = load_model(folder, select(kernels, chosen, shape.head_dim, dtype), dtype)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)
@@ -90,16 +96,16 @@ def _locate_both(path: str | Path, adapter_path: str | Path | None) -> tuple[Pat
 
 
 def _load_tokenizer(folder: Path, adapter: Path | None) -> Tokenizer:
-    """The adapter's tokenizer; or, as PEFT saves none, the model's with the adapter's chat template."""
+    """The adapter's tokenizer; or the model's, with the files that others have saved beside the adapter."""
+    folder = tokenizer_folder(folder) if is_checkpoint(folder) else folder
     if adapter is None:
         return load_tokenizer(folder)
+    adapter = tokenizer_folder(adapter) if is_checkpoint(adapter) else adapter
     if has_tokenizer(adapter):
         return load_tokenizer(adapter)
+    template = read_surroundings(adapter).chat_template
     tokenizer = load_tokenizer(folder)
-    template = adapter / TEMPLATE_FILE
-    if template.is_file():
-        return tokenizer.with_chat_template(template.read_text(encoding="utf-8"))
-    return tokenizer
+    return tokenizer if template is None else tokenizer.with_chat_template(template)
 
 
 def locate(path: str | Path) -> Path:

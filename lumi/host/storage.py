@@ -1,8 +1,9 @@
 """Files and folders on disk: hashes, the error for a damaged file, and folders that are whole or absent.
 
-`atomic_folder` writes into a sibling named `.tmp-NAME-PID` and renames it. A folder that is replaced waits as
-`.tmp-NAME-PID-displaced`, one that is deleted as `.tmp-NAME-discarded`. Whatever a killed process leaves
-under such a name is litter, and a later run sweeps it.
+`atomic_folder` writes into a sibling named `.tmp-NAME-PID` and renames it; behind a symbolic link, into a
+sibling of what it leads to. A folder that is replaced waits as `.tmp-NAME-PID-displaced`, one that is deleted
+as `.tmp-NAME-discarded`. Whatever a killed process leaves under such a name is litter, and a later run sweeps
+it.
 """
 
 import contextlib
@@ -72,15 +73,47 @@ def make_folder(folder: str | Path) -> None:
         _fsync(path.parent)
 
 
+def check_output(folder: str | Path, *, renamed: bool, option: str = "--output-dir") -> None:
+    """Check, before the work, that results can go into a folder, which need not exist yet.
+
+    Args:
+        renamed: `atomic_folder` will put the whole folder in its place; a mount point cannot be replaced.
+        option: what the user named the folder by.
+
+    Raises:
+        UserError: it is or lies in a file, cannot be written to, or is a mount point.
+    """
+    real = _real(folder)
+    there = next(path for path in (real, *real.parents) if path.exists())
+    if not is_writable(there):
+        what = "a folder that cannot be written to" if there.is_dir() else "a file"
+        raise UserError(option, "must be a folder that can be written to", got=f"{folder}: {there} is {what}")
+    if not renamed or real != there:
+        return
+    if _is_mount_point(real):
+        why = "a mount point"
+    elif not is_writable(real.parent):
+        why = f"in {real.parent}, which cannot be written to"
+    else:
+        return
+    expectation, remedy = "must be a folder that can be replaced", f"choose one inside it: {folder}/output"
+    raise UserError(option, expectation, got=f"{folder}, {why}", remedy=remedy)
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a folder is there and files can be made in it."""
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling, which becomes `folder` when the block ends and disappears if it raises.
 
     The files are fsynced before the rename and the parent after it. So a reader finds the whole folder or
     none, even after a power cut. `folder` must not exist, or be empty; with `replace` an existing one is
-    displaced at the end.
+    displaced at the end. A symbolic link stays one: what it leads to is made or displaced.
     """
-    folder = Path(folder)
+    folder = _real(folder)
     make_folder(folder.parent)
     temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -122,7 +155,7 @@ def sweep_temporaries(parent: str | Path) -> list[str]:
 
 def sweep_dead(folder: str | Path) -> None:
     """Remove what dead processes left when they made or removed `folder`. Live processes keep theirs."""
-    folder = Path(folder)
+    folder = _real(folder)
     for litter in folder.parent.glob(f"{TEMPORARY_PREFIX}*"):
         pid = litter.name.removeprefix(f"{TEMPORARY_PREFIX}{folder.name}-")
         if litter.is_dir() and pid.isdigit() and not _is_alive(int(pid)):
@@ -131,7 +164,8 @@ def sweep_dead(folder: str | Path) -> None:
 
 def remove_folder(folder: str | Path) -> None:
     """Rename a folder and delete it. `sweep_dead` takes what an interrupted call leaves."""
-    temporary = _temporary(Path(folder))
+    folder = _real(folder)
+    temporary = _temporary(folder)
     os.rename(folder, temporary)
     shutil.rmtree(temporary)
 
@@ -154,6 +188,23 @@ def discard_folders(parent: str | Path, names: Iterable[str]) -> list[str]:
         except OSError as error:
             faults.append(f"{litter}: cannot be removed: {error.strerror}")
     return faults
+
+
+def _real(folder: str | Path) -> Path:
+    """Where a folder is or will be, behind all symbolic links. Renaming within one disk needs that."""
+    return Path(os.path.realpath(folder))
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Also one that is bound to a folder of the same disk, which `os.path.ismount` does not see."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not on Linux
+        return False
+    escaped = re.sub(r"[\\\s]", lambda match: f"\\{ord(match[0]):03o}", str(folder))
+    return escaped in {line.split(" ")[4] for line in lines}
 
 
 def _temporary(folder: Path) -> Path:

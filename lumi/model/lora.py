@@ -15,8 +15,8 @@ Pre-training never sees the control tokens of a chat template, and the frozen ro
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -71,6 +71,13 @@ class LoraConfig:
     def scale(self) -> float:
         """The factor s of the low-rank product."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def token_ids(self, control_ids: Mapping[str, int]) -> list[int]:
+        """The ids of `tokens`, in order. Raises UserError for one that is not among the control pieces."""
+        if unknown := [piece for piece in self.tokens if piece not in control_ids]:
+            expectation = f"must be control pieces of the tokenizer ({', '.join(control_ids)})"
+            raise UserError("lora.tokens", expectation, got=repr(unknown[0]))
+        return sorted({control_ids[piece] for piece in self.tokens})
 
 
 class LoraLinear(Linear):
@@ -170,8 +177,18 @@ def add_lora(model: Transformer, config: LoraConfig, seed: int = 0, token_ids: S
             module.lora_A.copy_((2 * torch.rand(module.lora_A.shape, generator=generator) - 1) * bound)
 
 
-def wrap(model: Transformer, names: Sequence[str], config: LoraConfig, token_ids: Sequence[int] = ()) -> None:
-    """Freeze a model in `base_dtype`, put zero adapters on the linears `names`, free the tokens' rows."""
+def wrap(
+    model: Transformer,
+    names: Sequence[str],
+    config: LoraConfig,
+    token_ids: Sequence[int] = (),
+    own: Mapping[str, LoraConfig] | None = None,
+) -> None:
+    """Freeze a model in `base_dtype`, put zero adapters on the linears `names`, free the tokens' rows.
+
+    Args:
+        own: the configs of linears that have another one than `config`, by name.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.ndim >= 2:
@@ -180,7 +197,7 @@ def wrap(model: Transformer, names: Sequence[str], config: LoraConfig, token_ids
         owner, attribute = _owner(model, name)
         base = getattr(owner, attribute)
         assert isinstance(base, Linear)
-        setattr(owner, attribute, LoraLinear(base, config, model.ops))
+        setattr(owner, attribute, LoraLinear(base, (own or {}).get(name, config), model.ops))
         owner.project = apply_adapted
     for module in token_matrices(model).values() if token_ids else ():
         parametrize.register_parametrization(module, "weight", TrainedRows(module.weight, token_ids))
@@ -215,6 +232,21 @@ def token_matrices(model: Transformer) -> dict[str, nn.Embedding | Linear]:
     """The modules whose `weight` has a row for each token, by name: the embedding and an untied `lm_head`."""
     modules = {"token_embedding": model.token_embedding}
     return modules if model.lm_head is None else modules | {"lm_head": model.lm_head}
+
+
+def replace_token_matrices(model: Transformer, embedding: Tensor, output: Tensor | None) -> None:
+    """Give a model other matrices (V, D) of tokens, in place: another number of them, or no longer tied.
+
+    Args:
+        output: of `lm_head`; None: the embedding, tied.
+    """
+    vocab_size, model_dim = embedding.shape
+    model.token_embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
+    model.lm_head = None
+    if output is not None:
+        model.lm_head = Linear(model_dim, vocab_size, model.ops)
+        model.lm_head.weight = nn.Parameter(output)
+    model.config = replace(model.config, vocab_size=vocab_size, tied_embeddings=output is None)
 
 
 def trained_rows(module: nn.Module) -> TrainedRows | None:

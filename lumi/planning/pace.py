@@ -38,12 +38,16 @@ class Pace(NamedTuple):
     share: float
 
     def config(self, name: str) -> TrainConfig:
-        """A shipped training at this pace. One that is cut validates and saves at its end only."""
+        """A shipped training at this pace. One that is cut warms up for the same share of its steps, and
+        validates and saves at its end only."""
         config = replace(load_config(TrainConfig, shipped(name)), dtype=self.dtype, preflight=False)
         if self.share == 1.0:
             return config
         steps = max(1, round(config.num_steps * self.share))
-        return replace(config, num_steps=steps, validate_every=steps, save_every=steps)
+        warmup_steps = config.optimizer.schedule.warmup_steps * steps // config.num_steps
+        schedule = replace(config.optimizer.schedule, warmup_steps=warmup_steps)
+        optimizer = replace(config.optimizer, schedule=schedule)
+        return replace(config, num_steps=steps, optimizer=optimizer, validate_every=steps, save_every=steps)
 
 
 FULL = Pace("pretrain", "bfloat16", 1.0)

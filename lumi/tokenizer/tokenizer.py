@@ -73,6 +73,11 @@ class Tokenizer(ABC):
         """The id of a control token such as "<|im_start|>", None where there is none of that name."""
         return self.control_ids.get(name)
 
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether all of the other's tokens are here under their ids; there may be more."""
+        same_bytes = list(self._bytes[: other.vocab_size]) == list(other._bytes)
+        return same_bytes and other.control_ids.items() <= self.control_ids.items()
+
     @abstractmethod
     def encode_utf8(self, data: bytes, follows: Follows = "nothing") -> list[int]:
         """Token ids of valid UTF-8, as `encode` gives them for the text."""

@@ -15,7 +15,7 @@ import sentencepiece
 from lumi.config import UserError, to_dict
 from lumi.corpus import CorpusReader, read_corpus
 from lumi.host.progress import progress_bar
-from lumi.host.storage import atomic_folder
+from lumi.host.storage import atomic_folder, check_output
 from lumi.tokenizer import files as tokenizer_files
 from lumi.tokenizer.files import MODEL_FILE
 from lumi.tokenizer.loading import load_tokenizer
@@ -229,6 +229,7 @@ def _existing_tokenizer(output_dir: Path) -> Tokenizer | None:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         got = f"{output_dir}, which holds something else"
         raise UserError("--output-dir", "must be new, empty or a tokenizer folder", got=got)
+    check_output(output_dir, renamed=True)
     return None
 
 

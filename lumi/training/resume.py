@@ -6,6 +6,7 @@ from typing import Any
 
 from lumi.checkpoint.checkpoint import Checkpoint
 from lumi.config import UserError, differences, from_dict, to_dict
+from lumi.formats.fingerprint import is_fingerprint_of
 from lumi.model.transformer import ModelConfig
 from lumi.training.run_config import TrainConfig
 from lumi.training.run_data import RunData
@@ -27,9 +28,18 @@ def run_identity(config: TrainConfig, start: Path | None, data: RunData) -> dict
 
 
 def check_resumable(
-    checkpoint: Checkpoint, identity: dict[str, Any], config: TrainConfig, say: Callable[[str], None]
+    checkpoint: Checkpoint,
+    identity: dict[str, Any],
+    config: TrainConfig,
+    start: Path | None,
+    say: Callable[[str], None],
 ) -> None:
-    """Check that a run may go on from a checkpoint; `say` is told what has changed in the config.
+    """Check that a run may go on from a checkpoint.
+
+    Args:
+        identity: as `run_identity` gives it for this run.
+        start: the folder of the model that it begins with.
+        say: is told what has changed in the config.
 
     Raises:
         UserError: the identity is another one, or the run was to end before the checkpoint's step.
@@ -38,6 +48,9 @@ def check_resumable(
     saved_identity, saved_config = (
         _resolved(state[name], str(checkpoint.path)) for name in ("identity", "config")
     )
+    older = saved_identity["start"]
+    if start and older and older != identity["start"] and is_fingerprint_of(older, start):
+        saved_identity = saved_identity | {"start": identity["start"]}
     if changed := differences(saved_identity, identity):
         more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
         changes = f"{'; '.join(changed[:3])}{more}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from lumi.checkpoint.checkpoint import Checkpoint
 from lumi.checkpoint.saver import Saver
 from lumi.config import to_dict
+from lumi.formats.checkpoint_folder import state_of_start
 from lumi.model.lora import trained_tensors
 from lumi.model.transformer import Transformer
 from lumi.parallel.world import World
@@ -62,7 +63,7 @@ class RunCheckpoints:
                 self.log.say(f"no checkpoint in {self.folder.checkpoints}: starting at step 0")
             return
         with self.world.fail_together():
-            check_resumable(found, self.identity, self.run.config, self.log.say)
+            check_resumable(found, self.identity, self.run.config, self.run.start, self.log.say)
             tensors = self.tensors()
             for group in ("model", "optimizer"):
                 found.fill(group, tensors[group])
@@ -88,6 +89,7 @@ class RunCheckpoints:
         self.saved_step = step
         state.note_best(step)
         values = state.to_json() | {"identity": self.identity, "config": to_dict(self.run.config)}
+        values |= state_of_start(self.run.start)
         best = state.best.step if state.best else None
 
         def finish(path: Path) -> None:

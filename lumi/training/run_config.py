@@ -10,6 +10,7 @@ from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import ParallelConfig
 from lumi.training.optimizer import OptimizerConfig
+from lumi.training.schedule import check_fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        check_fits(self.optimizer.schedule, self.num_steps)
         if self.model is not None and self.batches.sequence_length > self.model.max_positions:
             raise ValueError(
                 f"batches.sequence_length must be at most model.max_positions = {self.model.max_positions}, "
@@ -93,6 +95,7 @@ class Paths:
     Attributes:
         resume: None, "auto", or a checkpoint folder.
         model_path: the model that a run begins with; None: random weights.
+        cache_dir: for the tokens of corpus folders; None: as in `lumi.data.token_cache.token_cache`.
     """
 
     data_dirs: Sequence[str]
@@ -101,3 +104,4 @@ class Paths:
     data_weights: Sequence[float] | None = None
     resume: str | None = None
     model_path: Path | None = None
+    cache_dir: Path | None = None

@@ -9,7 +9,7 @@ from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError
 from lumi.data.batches import Batch, Batches, prefetch
 from lumi.data.rows import ConversationRows, make_rows, validation_rows
-from lumi.data.token_cache import open_or_tokenize
+from lumi.data.token_cache import check_cache_dir, open_or_tokenize
 from lumi.data.token_store import TokenStore
 from lumi.parallel.world import World
 from lumi.tokenizer.loading import load_tokenizer
@@ -42,11 +42,14 @@ class RunData:
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
         self.folders = paths.data_dirs
         with world.fail_together():
+            check_cache_dir(paths.cache_dir, self.folders)
             tokenizer = load_tokenizer(paths.tokenizer_dir)
         stores: list[TokenStore] = []
         with world.fail_together(interruptible=True):
             if world.is_main:
-                stores += [open_or_tokenize(folder, tokenizer) for folder in self.folders]
+                stores += [
+                    open_or_tokenize(folder, tokenizer, cache_dir=paths.cache_dir) for folder in self.folders
+                ]
         with world.fail_together():
             self._open(config, paths, tokenizer, stores)
 
@@ -55,10 +58,11 @@ class RunData:
     ) -> None:
         """What each process does by itself; `stores` are those that the main one has opened already."""
         self.stores = stores or [
-            open_or_tokenize(folder, tokenizer, verify="size") for folder in self.folders
+            open_or_tokenize(folder, tokenizer, cache_dir=paths.cache_dir, verify="size")
+            for folder in self.folders
         ]
         self.tokenizer = self._in_template(tokenizer)
-        self._check_rows(config.batches.sequence_length)
+        self._check_rows(config.batches.sequence_length, config.validation_tokens)
         self.batches = Batches(
             [store.split("train") for store in self.stores], paths.data_weights, config.batches, config.seed
         )
@@ -127,12 +131,15 @@ class RunData:
             for store, ids in self.batches.documents(step, start, stop)
         )
 
-    def _check_rows(self, length: int) -> None:
-        """Make the rows of every split once, to name a split without rows before the first step."""
+    def _check_rows(self, length: int, validation_tokens: int | None) -> None:
+        """Make the rows of every split once, to name one without rows or targets before the first step."""
         for folder, store in zip(self.folders, self.stores, strict=True):
             for name, split in store.splits.items():
                 try:
-                    make_rows(split, length, 0) if name == "train" else validation_rows(split, length, None)
+                    if name == "train":
+                        make_rows(split, length, 0)
+                    else:
+                        validation_rows(split, length, validation_tokens)
                 except UserError as error:
                     raise error.within(f"{folder}, {name} split") from error
 

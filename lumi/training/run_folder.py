@@ -1,6 +1,7 @@
 """The folder of one run.
 
 config.json  status.json  metrics.jsonl  loss.png     what was asked, how it stands, what it measured
+tokenizer/                                            that of the data, with the template of its conversations
 checkpoints/ final/                                   what it saved
 .lock                                                 records the owning process
 """
@@ -22,7 +23,13 @@ from lumi.checkpoint.checkpoint import (
 from lumi.checkpoint.manifest import REMEDY
 from lumi.config import UserError
 from lumi.host.locks import lock_file
-from lumi.host.storage import DamagedError, discard_folders, make_folder, sweep_temporaries
+from lumi.host.storage import (
+    DamagedError,
+    check_output,
+    discard_folders,
+    make_folder,
+    sweep_temporaries,
+)
 from lumi.parallel.world import World
 
 LOCK_WAIT_SECONDS = 30  # the processes of a killed run may need a moment to end
@@ -46,6 +53,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.picture = self.path / "loss.png"
         self.final = self.path / "final"
+        self.tokenizer = self.path / "tokenizer"
         self._lock: int | None = None  # descriptor
 
     def __enter__(self) -> "RunFolder":
@@ -69,8 +77,7 @@ class RunFolder:
             UserError: the folder holds another run, or another process is at work there.
         """
         for folder in (self.path, self.checkpoints):
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"--output-dir must be a folder, got a file: {folder}")
+            check_output(folder, renamed=False)
         make_folder(self.path)
         try:
             self._lock = lock_file(self.path / ".lock", LOCK_WAIT_SECONDS, say)

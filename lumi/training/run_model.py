@@ -1,13 +1,13 @@
 """The model of a run: what it begins with, and what it leaves in `final/`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from lumi.checkpoint.checkpoint import Checkpoint
 from lumi.config import UserError
-from lumi.formats.adapter_format import save_adapter, weights_fingerprint
+from lumi.formats.adapter_format import save_adapter
+from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import load_model, save_model_tensors
 from lumi.kernels.bundle import Ops
 from lumi.model.lora import add_lora
@@ -43,16 +43,9 @@ def build(
     else:
         model = load_model(start, ops, dtype, tokenizer)
         if config.lora is not None:
-            add_lora(model, config.lora, config.seed, _token_ids(config.lora.tokens, tokenizer))
+            add_lora(model, config.lora, config.seed, config.lora.token_ids(tokenizer.control_ids))
     model.gradient_checkpointing = config.gradient_checkpointing
     return model.train()
-
-
-def _token_ids(pieces: Sequence[str], tokenizer: Tokenizer) -> list[int]:
-    if unknown := [piece for piece in pieces if piece not in tokenizer.control_ids]:
-        known = ", ".join(tokenizer.control_ids)
-        raise UserError(f"lora.tokens must be control pieces of the tokenizer ({known}), got {unknown[0]!r}")
-    return sorted({tokenizer.control_ids[piece] for piece in pieces})
 
 
 def start_fingerprint(start: Path | None) -> str | None:

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lumi.config import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
@@ -13,7 +15,7 @@ class CosineSchedule:
     """
 
     kind: Literal["cosine"] = "cosine"
-    # Steps of linear warm-up. The last one of them has the peak rate.
+    # Steps of linear warm-up, fewer than num_steps. The last one of them has the peak rate.
     warmup_steps: int = 100
     # The last rate, as a share of the peak.
     final_lr_ratio: float = 0.1
@@ -30,9 +32,9 @@ class WarmupStableDecay:
     """
 
     kind: Literal["wsd"] = "wsd"
-    # Steps of linear warm-up. The last one of them has the peak rate.
+    # Steps of linear warm-up, fewer than num_steps. The last one of them has the peak rate.
     warmup_steps: int = 100
-    # The share of all steps in which the rate falls, at the end.
+    # The share of all steps in which the rate falls, at the end, after the warm-up.
     decay_fraction: float = 0.2
     # The last rate, as a share of the peak.
     final_lr_ratio: float = 0.0
@@ -42,18 +44,41 @@ class WarmupStableDecay:
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
 
+    def decay_steps(self, num_steps: int) -> int:
+        """Steps in which the rate falls, of a run of `num_steps`; the last one at least."""
+        return max(1, round(num_steps * self.decay_fraction))
+
+
+def check_fits(schedule: CosineSchedule | WarmupStableDecay, num_steps: int) -> None:
+    """Raises UserError where a run of `num_steps` ends before its schedule does."""
+    warmup = schedule.warmup_steps
+    if warmup >= num_steps:
+        raise UserError(
+            "optimizer.schedule.warmup_steps",
+            f"must be less than num_steps = {num_steps}",
+            got=warmup,
+            remedy="lower it, or train for more steps",
+        )
+    if isinstance(schedule, WarmupStableDecay) and warmup + schedule.decay_steps(num_steps) > num_steps:
+        most = math.floor(100 * (num_steps - warmup) / num_steps) / 100
+        raise UserError(
+            "optimizer.schedule.decay_fraction",
+            f"must be at most {most:g}, what {warmup} steps of warm-up leave of num_steps = {num_steps}",
+            got=schedule.decay_fraction,
+            remedy="lower it or warmup_steps",
+        )
+
 
 def lr_at(step: int, num_steps: int, peak_lr: float, schedule: CosineSchedule | WarmupStableDecay) -> float:
-    """The learning rate of step `step`, counted from 1 to `num_steps`."""
-    warmup = min(schedule.warmup_steps, num_steps)
+    """The learning rate of step `step`, counted from 1 to `num_steps`, which `check_fits` has accepted."""
+    warmup = schedule.warmup_steps
     if step <= warmup:
         return peak_lr * step / warmup
     if isinstance(schedule, CosineSchedule):
-        progress = (step - warmup) / max(1, num_steps - warmup)
+        progress = (step - warmup) / (num_steps - warmup)
         shape = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        decay_steps = max(1, min(round(num_steps * schedule.decay_fraction), num_steps - warmup))
-        shape = min(1.0, (num_steps - step) / decay_steps)
+        shape = min(1.0, (num_steps - step) / schedule.decay_steps(num_steps))
     return peak_lr * (schedule.final_lr_ratio + (1 - schedule.final_lr_ratio) * shape)
 
 

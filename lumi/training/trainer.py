@@ -13,6 +13,7 @@ from lumi.checkpoint.saver import Saver
 from lumi.config import to_dict, write_json
 from lumi.data.batches import Batch
 from lumi.host.devices import peak_flops
+from lumi.host.storage import atomic_folder
 from lumi.parallel.sharding import gradient_sync, parallelize
 from lumi.parallel.watchdog import Watchdog
 from lumi.parallel.world import World
@@ -218,13 +219,15 @@ class Trainer:
             raise too_many_skipped(outcome, self.state.skipped_in_a_row, checkpoint)
 
     def _announce(self) -> None:
-        """Keep the config, and say what the run will do and need."""
+        """Keep config and tokenizer, and say what the run will do and need."""
         run, data = self.run, self.data
         with self.world.fail_together(interruptible=True):
             if not self.world.is_main:
                 return
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.folder.config, to_dict(run.config))
+            with atomic_folder(self.folder.tokenizer, replace=True) as temporary:
+                data.tokenizer.save(temporary)
             plan = describe_plan(
                 run.config,
                 data.shares(),

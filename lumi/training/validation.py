@@ -33,7 +33,7 @@ class Validation:
         """Measure one batch, for its time and its memory."""
         batches = self.config.batches
         one_batch = self.world.layout.data * batches.micro_batch_rows * batches.sequence_length
-        self._loss(self.data.validation[:1], one_batch)
+        self._loss(self.data.validation[:1], max(one_batch, 2))  # of one token nothing is predicted
 
     def _loss(
         self, splits: Sequence[Split], max_tokens: int | None, stopping: Callable[[], bool] | None = None

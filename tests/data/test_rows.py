@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from splits import make_conversations, make_split
 
+from lumi.config import UserError
 from lumi.data.rows import ConversationRows, TextRows, cut_row, make_rows, pack, validation_rows
 
 
@@ -115,6 +116,21 @@ def test_validation_rows_are_bounded():
     # With 7, a quarter of each row is padding.
     assert validation_rows(make_conversations(["..+"] * 40), 7, None)[0] == 20
     assert validation_rows(make_conversations(["..+"] * 40), 5, 12)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "got"),
+    [
+        ([6, 5, 3], 1, "none in the first 1 of 14 tokens"),
+        ([1, 6], 2, "none in the first 2 of 7 tokens"),  # each document's first token is no target
+        ([1, 1, 1], None, "none in 3 tokens"),
+    ],
+)
+def test_a_validation_without_targets_is_refused(lengths, max_tokens, got):
+    with pytest.raises(UserError, match=f"must hold at least one token to predict, got {got}; raise valid"):
+        validation_rows(make_split(lengths), 4, max_tokens)
+    count, read = validation_rows(make_split([1, 6]), 4, 3)
+    assert [read(index).num_targets for index in range(count)] == [1]
 
 
 @pytest.mark.parametrize(

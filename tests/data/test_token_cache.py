@@ -1,3 +1,4 @@
+import os
 import shutil
 import signal
 
@@ -6,8 +7,9 @@ from corpora import CHATS, SOURCES, TEXTS, write_chats, write_corpus
 
 from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError
+from lumi.corpus import read_corpus
 from lumi.data import tokenization
-from lumi.data.token_cache import open_or_tokenize, token_cache
+from lumi.data.token_cache import check_cache_dir, open_or_tokenize, token_cache
 from lumi.host.interruption import Interrupted
 
 FRACTION = 0.25
@@ -16,7 +18,11 @@ FRACTION = 0.25
 def test_a_corpus_folder_is_tokenized_once(tokenizer, other_tokenizer, tmp_path, monkeypatch, capsys):
     corpus = write_corpus(tmp_path / "corpus", TEXTS, SOURCES)
     store = open_or_tokenize(corpus, tokenizer, validation_fraction=FRACTION)
-    assert store.folder == token_cache(corpus, tokenizer) == corpus / ".tokens" / tokenizer.fingerprint[:16]
+    assert (
+        store.folder
+        == token_cache(read_corpus(corpus), tokenizer)
+        == corpus / ".tokens" / tokenizer.fingerprint[:16]
+    )
     assert store.split("train").num_documents + store.split("validation").num_documents == 200
     open_or_tokenize(corpus, other_tokenizer, validation_fraction=FRACTION)
     monkeypatch.setattr(tokenization, "encode_all", None)  # nothing is encoded again
@@ -59,6 +65,53 @@ def test_an_outdated_cache_is_made_anew_also_after_an_interruption(tokenizer, tm
     store = open_or_tokenize(corpus, tokenizer, validation_fraction=FRACTION)
     assert sum(split.num_documents for split in store.splits.values()) == 100
     assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_tokens_of_a_corpus_that_is_read_only_lie_elsewhere(
+    tokenizer, other_tokenizer, tmp_path, monkeypatch, capsys
+):
+    corpus = write_corpus(tmp_path / "corpus", TEXTS, SOURCES)
+    inside = open_or_tokenize(corpus, tokenizer, validation_fraction=FRACTION)
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: corpus not in (path, path.parent) and real(path, mode)
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    again = open_or_tokenize(corpus, tokenizer, validation_fraction=FRACTION)
+    assert again.folder == inside.folder  # they are there already
+    capsys.readouterr()
+    elsewhere = open_or_tokenize(corpus, other_tokenizer, validation_fraction=FRACTION)
+    assert elsewhere.folder.parent == tmp_path / "cache" / "lumi" / "tokens"
+    said = f"{corpus}: cannot be written to; its tokens are kept in {elsewhere.folder}"
+    assert said in capsys.readouterr().err.splitlines()
+    write_corpus(tmp_path / "other", TEXTS[:100], SOURCES[:100])
+    named = [
+        open_or_tokenize(folder, tokenizer, validation_fraction=FRACTION, cache_dir=tmp_path / "named")
+        for folder in (corpus, tmp_path / "other")
+    ]
+    assert {store.folder.parent for store in named} == {tmp_path / "named"}
+    assert [sum(split.num_documents for split in store.splits.values()) for store in named] == [200, 100]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="--cache-dir must be a folder that can be written to"):
+        open_or_tokenize(tmp_path / "other", other_tokenizer, validation_fraction=FRACTION)
+
+
+def test_the_user_s_cache_is_an_absolute_folder(tokenizer, tmp_path, monkeypatch):
+    corpus = read_corpus(write_corpus(tmp_path / "corpus", TEXTS, SOURCES))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        place = token_cache(corpus, tokenizer)
+        assert place.parent == tmp_path / "home" / ".cache" / "lumi" / "tokens"
+
+
+def test_a_cache_folder_must_have_a_use(finished, tmp_path):
+    check_cache_dir(None, [finished])
+    check_cache_dir(tmp_path, [finished, tmp_path])
+    for data_dirs, got in (([finished], "token stores"), ([], "none")):
+        with pytest.raises(UserError, match=f"--cache-dir must come with a corpus folder .*, got {got}"):
+            check_cache_dir(tmp_path, data_dirs)
 
 
 def test_data_dirs_of_neither_kind(tokenizer, other_tokenizer, finished, tmp_path):

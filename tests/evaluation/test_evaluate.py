@@ -12,13 +12,14 @@ from lumi.command_line import run
 from lumi.config import UserError, load_config
 from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig, evaluate
 from lumi.evaluation.likelihood import encode_request, score
-from lumi.formats.adapter_format import save_adapter, weights_fingerprint
+from lumi.formats.adapter_format import save_adapter
+from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import save_model
 from lumi.formats.pretrained import Pretrained
 from lumi.model.lora import LoraConfig, adapters, add_lora, merge_lora
 
 BOOLQ = [
-    {"question": f"is it stone {i}", "passage": "The river opens. " * (i + 1), "answer": i % 3 > 0}
+    {"question": f"is it stone {i}", "passage": "The river opens. " * (2 * i + 1), "answer": i % 3 > 0}
     for i in range(9)
 ]
 CONFIG = {
@@ -91,15 +92,20 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     assert results["config"]["batch_tokens"] == 500
     assert set(results["versions"]) == {"lumi", "torch", "python"}
 
-    right = 0
+    right = cut = 0
     for record in BOOLQ:
         prompt = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
         [[no, yes]] = score(
             opinionated_model, [encode_request(tokenizer, prompt, [" no", " yes"])], batch_tokens=1
         )
         right += (yes > no) == record["answer"]
+        answer = max(len(tokenizer.encode(prompt + text)) for text in (" no", " yes"))
+        cut += answer > opinionated_model.config.max_positions  # BOS is read, the last token is not
     boolq = results["tasks"]["boolq"]
     assert (boolq["acc"], boolq["acc_norm"], boolq["examples"]) == (right / 9, None, 9)
+    assert 0 < cut < 9
+    assert (boolq["cut_contexts"], results["tasks"]["piqa"]["cut_contexts"]) == (cut, 0)
+    assert f"9 examples, {cut} cut" in table
     assert (boolq["majority"], boolq["chance"]) == (6 / 9, 0.5)
     assert results["tasks"]["piqa"]["acc_stderr"] is None
     river = results["perplexity"]["river"]
@@ -114,6 +120,7 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
         "majority 66.67%, chance 50.00%",
         f"{river['bits_per_byte']:,.4g}",
         "stride 32",
+        f"{cut} contexts cut from the left to the model's positions",
         "EOS not counted",
     ):
         assert figure in report
@@ -255,7 +262,7 @@ def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokeni
         (["--data-dirs", "a", "a/"], "--data-dirs must be different folders, got a a; leave one out"),
         (
             ["--output-dir", "river.txt"],
-            "--output-dir must be a folder that can be written to, got river.txt: river.txt is a file",
+            "--output-dir must be a folder that can be written to, got river.txt: ",
         ),
         (
             ["--output-dir", "river.txt/x"],

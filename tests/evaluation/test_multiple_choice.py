@@ -60,8 +60,25 @@ def test_contexts_of_their_own_and_shared_ones(opinionated_model, tokenizer):
     ]
     expected = [only for [only] in score(opinionated_model, requests, batch_tokens=1)]
     expected = [expected[:2], expected[2:], expected[:2]]
-    for row, wanted in zip(got, expected, strict=True):
+    assert got.num_cut == 0
+    for row, wanted in zip(got.nats, expected, strict=True):
         assert row == pytest.approx(wanted, abs=1e-4)
+
+
+def test_questions_that_do_not_fit_are_counted(opinionated_model, tokenizer):
+    """The context and all but the last token of the longest choice must fit into the model's positions."""
+    positions = opinionated_model.config.max_positions
+    words = next(n for n in range(positions) if len(tokenizer.encode("a" + " river" * n)) >= positions - 20)
+    context = "a" + " river" * words
+    room = positions - 1 - len(tokenizer.encode(context))
+    longest = next(
+        "a" + " a" * n for n in range(room + 2) if len(tokenizer.encode(" a" + " a" * n)) == room + 1
+    )
+    fits = Question((context,) * 2, ("a", longest), 0)
+    cut = Question((context,) * 2, ("a", longest + " a"), 0)
+    apart = Question((context, "a " + context), (longest, longest), 0)
+    questions = [fits, cut, apart]
+    assert score_questions(questions, opinionated_model, tokenizer, batch_tokens=100).num_cut == 2
 
 
 def test_limits_and_the_place_of_a_bad_record(tmp_path):

@@ -1,5 +1,6 @@
 """PEFT is the judge: it loads our adapters, we load its, and both compute the same."""
 
+import hashlib
 import json
 
 import peft
@@ -10,9 +11,11 @@ import transformers
 from crafted_models import LORA_KINDS, save_adapted, save_base
 
 from lumi.config import UserError
-from lumi.formats.adapter_format import is_adapter, load_adapter, save_adapter, weights_fingerprint
+from lumi.formats.adapter_format import is_adapter, load_adapter, save_adapter
+from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import load_model
 from lumi.formats.pretrained import load_pretrained
+from lumi.host.storage import sha256_file
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import LoraConfig, add_lora, merge_lora, token_matrices, trained_rows
 
@@ -46,7 +49,7 @@ def test_peft_computes_the_same_from_our_adapter(config, base_dir, tokenizer, tm
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj"], r".*\.layers\.1\..*o_proj"])
-def test_we_compute_the_same_from_theirs(targets, base_dir, tmp_path):
+def test_we_compute_the_same_from_theirs(targets, base_dir, tokenizer, tmp_path):
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
     config = peft.LoraConfig(
@@ -62,7 +65,7 @@ def test_we_compute_the_same_from_theirs(targets, base_dir, tmp_path):
     with torch.no_grad():
         expected = theirs(IDS).logits
     model = load_model(base_dir, REFERENCE)
-    loaded = load_adapter(tmp_path / "adapter", model, base_dir)
+    loaded = load_adapter(tmp_path / "adapter", model, base_dir, tokenizer)
     assert (loaded.rank, loaded.alpha, loaded.rslora) == (3, 7.0, True)
     torch.testing.assert_close(our_logits(model), expected, rtol=1e-4, atol=1e-4)
 
@@ -133,6 +136,29 @@ def test_rows_of_tokens_are_peft_s_too(tied, tokenizer, tmp_path):
         torch.testing.assert_close(loaded.logits(loaded.hidden(ids)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_base_in_other_files_is_the_same_and_a_rounded_one_is_not(base_dir, tokenizer, tmp_path):
+    model = save_adapted(base_dir, LoraConfig(rank=4), tokenizer, tmp_path / "adapter")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    options = {"adapter_path": tmp_path / "adapter", "device": "cpu", "kernels": "reference"}
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(our_logits(load_pretrained(tmp_path / "sharded", **options).model), our_logits(model))
+    with pytest.raises(
+        UserError, match=r"the base must be .*, got other weights in .*rounded; pass both: that"
+    ):
+        load_pretrained(tmp_path / "rounded", **options)
+
+
+def test_an_adapter_of_the_first_version_finds_its_base(base_dir, tokenizer, tmp_path):
+    model = save_adapted(base_dir, LoraConfig(rank=4), tokenizer, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    of_files = hashlib.sha256(sha256_file(base_dir / "model.safetensors").encode()).hexdigest()
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, {"base_fingerprint": of_files})
+    loaded = load_pretrained(tmp_path / "adapter", device="cpu", kernels="reference")
+    assert torch.equal(our_logits(loaded.model), our_logits(model))
+
+
 def test_it_comes_back_as_it_went(base_dir, tokenizer, tmp_path):
     config = LoraConfig(rank=4, alpha=6, dropout=0.1, targets=("v_proj", "up_proj"))
     model = save_adapted(base_dir, config, tokenizer, tmp_path / "run" / "final")
@@ -192,8 +218,19 @@ REFUSALS = [
     ),
     (config_with(peft_type="IA3"), "peft_type must be 'LORA', got 'IA3'"),
     (config_with(init_lora_weights="pissa"), "init_lora_weights must be True or .*, got 'pissa'"),
-    (config_with(modules_to_save=["lm_head"]), "modules_to_save must not be set"),
-    (config_with(rank_pattern={"q_proj": 2}), "rank_pattern must not be set"),
+    (
+        config_with(modules_to_save=["lm_head"]),
+        "lm_head.weight must be in the file, by modules_to_save, got nothing",
+    ),
+    (config_with(modules_to_save=["score"]), "modules_to_save must name modules of the model, got 'score'"),
+    (config_with(modules_to_save="lm_head"), "modules_to_save must be a list of names, got 'lm_head'"),
+    (
+        config_with(rank_pattern={"q_proj": 2}),
+        r"q_proj.lora_A.weight must have shape \(2, 32\) by adapter_config.json and the model, got \(4, 32\)",
+    ),
+    (config_with(rank_pattern={"q_proj": 0}), "rank_pattern: rank must be at least 1, got 0"),
+    (config_with(alpha_pattern={"(": 2}), r"alpha_pattern must hold regular expressions: .*, got '\('"),
+    (config_with(alpha_pattern=["q_proj"]), "alpha_pattern must be an object of regular expressions and"),
     (config_with(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens must not be set"),
     (config_with(use_something_new=True), "use_something_new must not be set, got True"),
     (lambda base, adapter: drop(adapter / "adapter_config.json", "lora_alpha"), "lora_alpha is missing"),
@@ -228,15 +265,21 @@ REFUSALS = [
         weights_with(lambda tensors: tensors.pop(A_WEIGHT)),
         r"q_proj.lora_A.weight must have shape \(4, 32\) .*, got nothing",
     ),
-    (replace_weight("alien", torch.clone), r"alien must have shape nothing .*, got \(4, 32\)"),
-    (replace_weight("lm_head.lora_A.weight", torch.clone), r"got \(4, 32\) .the loss is fused with lm_head"),
+    (
+        replace_weight("alien", torch.clone),
+        r"alien must have a place in the model",
+    ),
+    (
+        replace_weight("lm_head.lora_A.weight", torch.clone),
+        r"that has none .the loss is fused with lm_head",
+    ),
     (
         replace_weight("base_model.model.model.norm.lora_A.weight", torch.clone),
-        "model.norm.lora_A.weight must have shape nothing",
+        "model.norm.lora_A.weight must have a place",
     ),
     (
         replace_weight(A_WEIGHT.replace("lora_A.weight", "lora_magnitude_vector"), torch.clone),
-        "lora_magnitude_vector must have shape nothing",
+        "lora_magnitude_vector must have a place",
     ),
     (
         replace_weight(A_WEIGHT, lambda tensor: tensor * float("nan")),

@@ -12,8 +12,9 @@ from crafted_models import add_noise
 import lumi.formats.export
 from lumi.cli import dispatch
 from lumi.config import UserError
-from lumi.formats.adapter_format import save_adapter, weights_fingerprint
+from lumi.formats.adapter_format import save_adapter
 from lumi.formats.export import export_model, merge_adapter, parse_size
+from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import load_model, save_model
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import LoraConfig, adapters, add_lora

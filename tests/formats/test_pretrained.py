@@ -1,15 +1,21 @@
 """Which folders a path means, and which tokenizer comes with them."""
 
 import json
+import shutil
 
 import peft
 import pytest
+import torch
 import transformers
 from crafted_models import save_adapted, save_base
 
 from lumi.config import UserError
+from lumi.formats.export import export_model, merge_adapter
+from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.pretrained import load_pretrained
 from lumi.model.lora import LoraConfig
+
+TEMPLATE = "own {{ messages[0]['content'] }}"
 
 
 @pytest.fixture
@@ -32,6 +38,109 @@ def test_an_adapter_without_a_tokenizer_takes_the_base_s(base_dir, tokenizer, tm
     (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     tokenizer = load_pretrained(tmp_path / "adapter", device="cpu").tokenizer
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+
+
+@pytest.fixture
+def with_files(base_dir, tmp_path):
+    """An adapter of PEFT's, with the tokenizer that transformers saves and a template of its own."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(base_dir)
+    theirs.chat_template = TEMPLATE
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "tokenizer.model").exists()
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_adapter_s_own_template_is_used_and_merged(place, with_files, base_dir, tokenizer, tmp_path):
+    if place == "tokenizer_config.json":  # where transformers wrote it until 4.43
+        (with_files / "chat_template.jinja").unlink()
+        edit(with_files / place, lambda data: data.update(chat_template=TEMPLATE))
+    loaded = load_pretrained(with_files, device="cpu").tokenizer
+    assert (loaded.chat_template, loaded.fingerprint) == (TEMPLATE, tokenizer.fingerprint)
+    merge_adapter(with_files, tmp_path / "merged")
+    assert load_pretrained(tmp_path / "merged", device="cpu").tokenizer.chat_template == TEMPLATE
+    judge = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert judge.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "own x"
+
+
+def test_an_adapter_s_tokenizer_must_have_the_base_s_pieces(with_files):
+    edit(with_files / "tokenizer_config.json", lambda data: data.update(lumi_fingerprint="another"))
+    with pytest.raises(
+        UserError, match=r"tokenizer_config.json must belong to the tokenizer .*, got another"
+    ):
+        load_pretrained(with_files, device="cpu")
+    edit(with_files / "tokenizer.json", lambda data: data["model"]["vocab"].update(novel=384))
+    with pytest.raises(
+        UserError, match=r"adapter/tokenizer.json: must have the pieces of the base's, .*others"
+    ):
+        load_pretrained(with_files, device="cpu")
+
+
+def test_a_checkpoint_is_a_model(start, tokenizer, tmp_path):
+    """What `final/` is at the last step; of a run that has not finished too."""
+    run = start(num_steps=8, keep_last=3)
+    middle, last = (run / "checkpoints" / f"step-0000000{step}" for step in (4, 8))
+    logits = {path: our_logits(path) for path in (run, middle, last)}
+    assert torch.equal(logits[last], logits[run])
+    assert not torch.equal(logits[middle], logits[run])
+    assert weights_fingerprint(last) == weights_fingerprint(run)
+    export_model(middle, tmp_path / "exported")
+    assert torch.equal(our_logits(tmp_path / "exported"), logits[middle])
+    shutil.rmtree(run / "final")
+    assert torch.equal(our_logits(last), logits[run])
+    with pytest.raises(UserError, match=r"has no final/ yet; .* or pass one of its checkpoints/step-"):
+        load_pretrained(run, device="cpu")
+    moved = shutil.copytree(last, tmp_path / "moved")
+    with pytest.raises(
+        UserError, match=r"moved: the tokenizer must be in the run's folder, .* --tokenizer-path"
+    ):
+        load_pretrained(moved, device="cpu")
+    edit_model(last, tmp_path / "edited")
+    with pytest.raises(UserError, match=r"the tokenizer must be the one .*; leave --tokenizer-path out"):
+        load_pretrained(last, tokenizer_path=tmp_path / "edited", device="cpu")
+    tokenizer.save(tmp_path / "tokenizer")
+    assert load_pretrained(moved, tokenizer_path=tmp_path / "tokenizer", device="cpu").folder == moved
+
+
+def test_a_checkpoint_of_adapters_is_an_adapter(start, tokenizer, tmp_path):
+    base = start("base", num_steps=4) / "checkpoints" / "step-00000004"
+    lora = {"rank": 4, "targets": ["q_proj", "up_proj"], "tokens": ["<|im_end|>"]}
+    run = start("tuned", num_steps=8, keep_last=3, model=None, lora=lora, model_path=base)
+    middle, last = (run / "checkpoints" / f"step-0000000{step}" for step in (4, 8))
+    loaded = load_pretrained(last, device="cpu")
+    assert (loaded.folder, loaded.adapter) == (base, last)
+    assert torch.equal(our_logits(last), our_logits(run))
+    assert not torch.equal(our_logits(middle), our_logits(run))
+    merge_adapter(middle, tmp_path / "merged")
+    torch.testing.assert_close(our_logits(tmp_path / "merged"), our_logits(middle))
+    both = load_pretrained(base, adapter_path=middle, device="cpu")
+    assert both.adapter == middle
+    with pytest.raises(UserError, match="the base must be the one that the adapter was trained with"):
+        load_pretrained(save_base(tokenizer, tmp_path / "other"), adapter_path=middle, device="cpu")
+
+
+def our_logits(path):
+    model = load_pretrained(path, device="cpu", kernels="reference").model
+    with torch.no_grad():
+        return model.logits(model.hidden(torch.arange(6, 30)[None]))
+
+
+def edit_model(checkpoint, folder):
+    """Another tokenizer: a run's, with an unknown field at the end of its model."""
+    shutil.copytree(checkpoint.parent.parent / "tokenizer", folder)
+    model = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(model + b"\x98\x3f\x01")
+    edit(folder / "tokenizer_config.json", lambda data: data.pop("lumi_fingerprint"))
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
 
 
 def test_a_path_must_be_what_it_is_given_for(base_dir, tokenizer, tmp_path):

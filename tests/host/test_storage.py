@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from lumi.config import UserError
 from lumi.host.storage import (
     DamagedError,
     atomic_folder,
     check_file,
+    check_output,
     discard_folders,
     file_record,
     remove_folder,
@@ -54,6 +56,57 @@ def test_replace(tmp_path):
     with pytest.raises(OSError, match="not empty"), atomic_folder(tmp_path / "f") as temporary:
         (temporary / "y").write_text("3")
     assert (tmp_path / "f" / "x").read_text() == "2"
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["to a folder", "to nothing yet"])
+def test_a_link_is_followed(exists, tmp_path):
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "f"
+    if exists:
+        target.mkdir(parents=True)
+    link.symlink_to(target)
+    for text in ("1", "2"):
+        with atomic_folder(link, replace=True) as temporary:
+            assert temporary.parent == target.parent
+            (temporary / "x").write_text(text)
+    assert (link.is_symlink(), (target / "x").read_text()) == (True, "2")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "f", "link", "x"]
+    remove_folder(link)
+    assert not target.exists()
+
+
+def test_a_mount_point_is_no_output_that_is_renamed(disk_of):
+    disk = disk_of("1m")
+    (disk / "with space").mkdir()
+    check_output(disk, renamed=False)
+    check_output(disk / "new" / "f", renamed=True)
+    check_output(disk / "with space", renamed=True)
+    subprocess.run(["mount", "--bind", disk / "with space", disk / "with space"], check=True)
+    try:  # os.path.ismount does not see this one: it is on its parent's disk
+        for place in (disk, disk / "with space"):
+            with pytest.raises(
+                UserError, match=f"--output-dir must be a folder .* got {place}, a mount point"
+            ):
+                check_output(place, renamed=True)
+    finally:
+        subprocess.run(["umount", disk / "with space"], check=True)
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=f"--cache-dir must be .*, got {tmp_path}/file/f: {tmp_path}/file is a"
+    ):
+        check_output(tmp_path / "file" / "f", renamed=False, option="--cache-dir")
+    (tmp_path / "f").mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode))
+    check_output(tmp_path / "f", renamed=False)
+    with pytest.raises(UserError, match=f"can be replaced, got {tmp_path}/f, in {tmp_path}, which cannot be"):
+        check_output(tmp_path / "f", renamed=True)
+    with pytest.raises(
+        UserError, match=f"got {tmp_path}/g: {tmp_path} is a folder that cannot be written to"
+    ):
+        check_output(tmp_path / "g", renamed=True)
 
 
 def test_sweep(tmp_path):

@@ -17,7 +17,9 @@ from lumi.model.lora import (
     add_lora,
     apply_adapted,
     merge_lora,
+    replace_token_matrices,
     trained_tensors,
+    wrap,
 )
 from lumi.model.transformer import ModelConfig, Transformer, apply_each
 
@@ -381,3 +383,39 @@ def test_the_seed_makes_the_adapters():
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_linears_may_have_a_config_of_their_own():
+    model, own = build(), LoraConfig(rank=2, alpha=10)
+    names = ["layers.0.attention.q_proj", "layers.1.attention.q_proj"]
+    wrap(model, names, LoraConfig(rank=3), own={names[1]: own})
+    assert [(len(module.lora_A), module.config.scale) for _, module in adapters(model)] == [
+        (3, 32 / 3),
+        (2, 5),
+    ]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_other_matrices_of_tokens(tied):
+    model = build().eval()
+    generator = torch.Generator().manual_seed(1)
+    embedding, output = (torch.randn(70, SHAPE.model_dim, generator=generator) for _ in range(2))
+    replace_token_matrices(model, embedding, None if tied else output)
+    assert (model.config.vocab_size, model.config.tied_embeddings) == (70, tied)
+    expected = Transformer(model.config, REFERENCE).init_weights(3).eval()
+    with torch.no_grad():
+        expected.token_embedding.weight.copy_(embedding)
+        expected.output_weight.copy_(embedding if tied else output)
+    names = [name for name, _ in expected.named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == names
+    for name in names[1:]:  # the layers are those of before
+        if name.startswith("layers."):
+            expected.get_parameter(name).data = build().get_parameter(name).data
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_the_ids_of_trained_tokens():
+    config = LoraConfig(tokens=("<b>", "<a>", "<b>"))
+    assert config.token_ids({"<a>": 4, "<b>": 2, "<c>": 3}) == [2, 4]
+    with pytest.raises(UserError, match=r"lora\.tokens must be control pieces .*\(<a>\), got '<b>'"):
+        config.token_ids({"<a>": 4})

@@ -106,6 +106,7 @@ def test_a_cut_training_validates_and_saves_at_its_end():
         310,
         "float32",
     )
+    assert config.optimizer.schedule.warmup_steps == 5  # a quarter of 20
     full = Pace("pretrain", "bfloat16", 1.0).config("pretrain")
     assert (full.num_steps, full.validate_every, full.save_every) == (520, 130, 260)
     assert Pace("pretrain", "bfloat16", 0.0001).config("finetune").num_steps == 1

@@ -57,7 +57,7 @@ def case(model, layout, *, rows=4, optimizer="adamw", **settings):
         batches=batches,
         optimizer=kind,
         parallel=parallel,
-        num_steps=1,
+        num_steps=1000,
         kernels="reference",
         **settings,
     )

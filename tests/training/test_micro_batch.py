@@ -18,7 +18,7 @@ from lumi.training.run_config import TrainConfig
 CONFIG = TrainConfig(
     model=ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16),
     batches=BatchConfig(sequence_length=16, batch_tokens=16 * 24, micro_batch_size="auto"),
-    num_steps=1,
+    num_steps=1000,
 )
 
 
@@ -62,7 +62,7 @@ def test_a_resumed_run_keeps_its_micro_batch_where_it_fits():
 def test_the_message_is_about_one_row_whatever_the_run_had_before():
     model = ModelConfig(vocab_size=100, num_layers=4, model_dim=128, num_heads=2, mlp_dim=512)
     batches = BatchConfig(sequence_length=1024, batch_tokens=4096, micro_batch_size="auto")
-    config, layout = TrainConfig(model=model, batches=batches, num_steps=1), Layout(1, 1, 1)
+    config, layout = TrainConfig(model=model, batches=batches, num_steps=1000), Layout(1, 1, 1)
     one, two = (
         f"{memory_of(with_micro_batch(config, size), layout, 'cpu', 'reference')['total'] / 2**20:,.0f} MiB"
         for size in (1, 2)

@@ -59,7 +59,7 @@ def test_switches_reach_the_run(start, monkeypatch):
 CONFIG = TrainConfig(
     model=ModelConfig(vocab_size=100, num_layers=2, model_dim=8, num_heads=2, mlp_dim=16),
     batches=BatchConfig(sequence_length=16, batch_tokens=16 * 24, micro_batch_size="auto"),
-    num_steps=1,
+    num_steps=1000,
 )
 
 
@@ -105,7 +105,9 @@ def test_adapters_are_counted_before_they_are_built(start, tokenizer, tmp_path):
         rank=3, dora=True, targets=("q_proj", "down_proj"), tokens=("<|im_start|>", "<|im_end|>")
     )
     config = TrainConfig(
-        lora=lora, num_steps=1, batches=BatchConfig(sequence_length=16, batch_tokens=16, micro_batch_size=1)
+        lora=lora,
+        num_steps=1000,
+        batches=BatchConfig(sequence_length=16, batch_tokens=16, micro_batch_size=1),
     )
     run = resolve(config, model_path=base)
     model = build(run.config, run.shape, run.start, tokenizer, run.ops)

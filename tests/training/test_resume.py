@@ -24,7 +24,9 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(start, tmp_p
     with pytest.raises(UserError, match=r"--output-dir must be new, got .*other, which holds a run"):
         start("other", resume=str(start("other") / ".." / "run" / "checkpoints" / "step-00000012"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output-dir must be a folder, got a file: .*file"):
+    with pytest.raises(
+        UserError, match=r"--output-dir must be a folder that can be written to, got .*file is a file"
+    ):
         start("file")
     assert final_weights(folder) == before
     with pytest.raises(UserError, match=r"nowhere: must be a checkpoint folder"):

@@ -15,6 +15,14 @@ MODEL = CONFIG["model"]
         ({"kernels": "tritn"}, 'kernels must be one of "auto", "reference", "native", "triton", got "tritn"'),
         ({"seed": -1}, "seed must be between 0"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        (
+            {"num_steps": 8},
+            r"optimizer\.schedule\.warmup_steps must be less than num_steps = 8, got 100; lower it, or train",
+        ),
+        (
+            {"num_steps": 100, "optimizer": {"schedule": {"kind": "wsd", "warmup_steps": 90}}},
+            r"decay_fraction must be at most 0\.1, what 90 steps of warm-up leave of num_steps = 100",
+        ),
         ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
         ({"validation_tokens": 0}, "validation_tokens must be at least 1, got 0"),
         ({"max_loss_sigmas": 0.0}, r"max_loss_sigmas must be positive, got 0\.0"),
@@ -28,10 +36,10 @@ MODEL = CONFIG["model"]
 )
 def test_refuses(changes, message):
     with pytest.raises(UserError, match=message):
-        from_dict(TrainConfig, {"model": MODEL, "num_steps": 3} | changes)
+        from_dict(TrainConfig, {"model": MODEL, "num_steps": 300} | changes)
 
 
 def test_the_tokens_of_a_run():
     batches = {"sequence_length": 32, "batch_tokens": 256, "micro_batch_size": 2}
-    config = from_dict(TrainConfig, {"model": MODEL, "num_steps": 3, "batches": batches})
-    assert config.num_tokens == 768
+    config = from_dict(TrainConfig, {"model": MODEL, "num_steps": 300, "batches": batches})
+    assert config.num_tokens == 76_800

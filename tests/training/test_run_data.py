@@ -28,3 +28,15 @@ def test_a_corpus_folder_is_tokenized_once(start, corpus_dir, capfd):
 def test_weights_must_be_as_many_as_folders(start):
     with pytest.raises(UserError, match="one weight per data folder, got 2 for 1"):
         start(weights=[1.0, 2.0])
+
+
+def test_a_validation_without_targets_is_refused_before_the_run(start, store_dir, tmp_path):
+    message = f"{store_dir}, validation split: a validation must hold at least one token to predict"
+    with pytest.raises(UserError, match=message):
+        start(validation_tokens=1)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    start("least", validation_tokens=2, num_steps=1, preflight=True)
+    (result,) = [
+        record for record in read_metrics(tmp_path / "least" / "metrics.jsonl") if "bits_per_byte" in record
+    ]
+    assert (result["tokens"], result["loss"] > 1) == (1, True)

@@ -18,7 +18,7 @@ ROWS = {"sequence_length": 32, "batch_tokens": 64, "micro_batch_size": 2}
 
 def built(tokenizer, start=None, **changes):
     config = from_dict(
-        TrainConfig, {"model": MODEL, "batches": ROWS, "num_steps": 1, "dtype": "float32"} | changes
+        TrainConfig, {"model": MODEL, "batches": ROWS, "num_steps": 1000, "dtype": "float32"} | changes
     )
     return build(config, config.model, start, tokenizer, REFERENCE)
 

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from lumi.training.schedule import CosineSchedule, WarmupStableDecay, lr_at
+from lumi.config import UserError
+from lumi.training.schedule import CosineSchedule, WarmupStableDecay, check_fits, lr_at
 
 
 def rates(schedule, num_steps, peak_lr, steps):
@@ -22,14 +23,39 @@ def test_warmup_stable_decay_by_hand():
     assert rates(schedule, 10, 1.0, range(1, 11)) == pytest.approx(expected)
 
 
-def test_a_decay_longer_than_the_steps_after_warmup_takes_all_of_them():
-    schedule = WarmupStableDecay(warmup_steps=2, decay_fraction=1.0, final_lr_ratio=0.5)
+def test_a_decay_may_take_all_steps_after_the_warmup():
+    schedule = WarmupStableDecay(warmup_steps=2, decay_fraction=0.5, final_lr_ratio=0.5)
+    check_fits(schedule, 4)
     assert rates(schedule, 4, 1.0, range(1, 5)) == pytest.approx([0.5, 1, 0.75, 0.5])
 
 
-@pytest.mark.parametrize("schedule", [CosineSchedule(warmup_steps=9), WarmupStableDecay(warmup_steps=9)])
-def test_a_run_shorter_than_its_warmup_only_warms_up(schedule):
-    assert rates(schedule, 4, 1.0, (1, 2, 3, 4)) == [0.25, 0.5, 0.75, 1.0]
+def test_a_decay_of_less_than_a_step_takes_the_last_one():
+    schedule = WarmupStableDecay(warmup_steps=0, decay_fraction=0.1, final_lr_ratio=0.5)
+    assert rates(schedule, 2, 1.0, (1, 2)) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_steps", "message"),
+    [
+        (CosineSchedule(warmup_steps=100), 8, "warmup_steps must be less than num_steps = 8, got 100"),
+        (CosineSchedule(warmup_steps=8), 8, "warmup_steps must be less than num_steps = 8, got 8"),
+        (WarmupStableDecay(warmup_steps=100), 8, "warmup_steps must be less than num_steps = 8, got 100"),
+        (
+            WarmupStableDecay(warmup_steps=7, decay_fraction=0.25),
+            8,
+            r"decay_fraction must be at most 0\.12, what 7 steps .* leave of num_steps = 8, got 0\.25",
+        ),
+    ],
+)
+def test_a_schedule_longer_than_the_run_is_refused(schedule, num_steps, message):
+    with pytest.raises(UserError, match=message):
+        check_fits(schedule, num_steps)
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule(warmup_steps=7), WarmupStableDecay(warmup_steps=6)])
+def test_a_schedule_as_long_as_the_run_is_not(schedule):
+    check_fits(schedule, 8)
+    assert rates(schedule, 8, 1.0, [8])[0] == pytest.approx(schedule.final_lr_ratio)
 
 
 @pytest.mark.parametrize(

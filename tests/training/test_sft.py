@@ -189,7 +189,7 @@ def test_a_frozen_base_is_bit_identical_after_training(start, base_dir, monkeypa
 
 def test_the_loss_is_the_sum_over_trained_tokens_by_their_number(start, base_dir, chat_dir, tokenizer):
     """The first step's loss against conversations one by one, without packing."""
-    folder = start(num_steps=1, seed=5)
+    folder = start(num_steps=6, seed=5)
     split = TokenStore.open(chat_dir).split("train")
     batches = Batches([split], None, BatchConfig(sequence_length=96, batch_tokens=384, micro_batch_size=2), 5)
     model, nats, count = load_model(base_dir, REFERENCE), 0.0, 0
@@ -212,7 +212,7 @@ def test_two_processes_share_the_trained_tokens(start, chat_dir, base_dir, token
     """Each has another number of trained tokens: a mean of their means would be another loss."""
     changes = {
         "lora": LORA,
-        "num_steps": 4,
+        "num_steps": 6,
         "batches": {"sequence_length": 100, "batch_tokens": 200, "micro_batch_size": 1},
     }
     alone = start("alone", **changes)
@@ -320,7 +320,7 @@ def test_a_best_that_was_pruned_since_is_forgotten(start, validations):
 
 def test_conversations_and_texts_are_mixed_by_weight(start, chat_dir, store_dir):
     """Three rows of conversations to one of text: the number of targets says which were there."""
-    folder = start(data_dirs=(chat_dir, store_dir), weights=[3, 1], num_steps=4)
+    folder = start(data_dirs=(chat_dir, store_dir), weights=[3, 1], num_steps=6)
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
     assert records[-1]["mix"] == [0.75, 0.25]
     splits = [TokenStore.open(path).split("train") for path in (chat_dir, store_dir)]
@@ -350,7 +350,7 @@ def span(split, document):
 
 def test_dora_muon_and_float16_train_too(start):
     lora = LORA | {"dora": True, "dropout": 0.1}
-    optimizer = {"kind": "muon", "peak_lr": 0.003}
+    optimizer = {"kind": "muon", "peak_lr": 0.003, "schedule": {"kind": "cosine", "warmup_steps": 5}}
     losses = curve(
         start(lora=lora, dtype="float16", optimizer=optimizer, gradient_checkpointing=True, num_steps=20)
     )
@@ -367,12 +367,12 @@ def test_the_model_may_stand_in_the_config_as_well(start):
             "mlp_dim": 128,
             "max_positions": 128,
         },
-        num_steps=1,
+        num_steps=6,
     )
 
 
 def test_the_resolved_config_holds_the_model(start):
-    assert from_dict(TrainConfig, read_json(start(num_steps=1) / "config.json")).model.model_dim == 64
+    assert from_dict(TrainConfig, read_json(start(num_steps=6) / "config.json")).model.model_dim == 64
 
 
 def test_an_adapter_vouches_for_the_base_that_was_loaded(start, base_dir, tmp_path, monkeypatch):
@@ -387,8 +387,8 @@ def test_an_adapter_vouches_for_the_base_that_was_loaded(start, base_dir, tmp_pa
         return model
 
     monkeypatch.setattr(lumi.training.trainer, "build", change_afterwards)
-    folder = start(model_path=base, lora=LORA, num_steps=1)
-    with pytest.raises(UserError, match="the base must be the one that it was trained with"):
+    folder = start(model_path=base, lora=LORA, num_steps=6)
+    with pytest.raises(UserError, match="the base must be the one that the adapter was trained with"):
         load_pretrained(folder, device="cpu")
 
 
@@ -450,11 +450,11 @@ def test_refuses(changes, message, start):
 
 
 def test_an_adapter_is_no_base_and_keeps_its_config(start):
-    adapter = start("adapter", lora=LORA, num_steps=1)
+    adapter = start("adapter", lora=LORA, num_steps=6)
     with pytest.raises(UserError, match="--model-path must be a whole model to train, got the adapter"):
         start("again", model_path=adapter)
     with pytest.raises(UserError, match=r"lora\.rank was 32, is 8 now"):
-        start("adapter", resume="auto", lora={"rank": 8}, num_steps=2)
+        start("adapter", resume="auto", lora={"rank": 8}, num_steps=7)
 
 
 def test_the_best_needs_a_validation_split(start, chat_dir, tmp_path):

@@ -25,6 +25,7 @@ def test_it_learns_and_leaves_what_the_design_says(start, tokenizer, capsys):
         "status.json",
         "metrics.jsonl",
         "loss.png",
+        "tokenizer",
         "checkpoints",
         "final",
         ".lock",
