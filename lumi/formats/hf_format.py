@@ -154,13 +154,17 @@ def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer, *, may_
         may_extend: the tokenizer may have more tokens than the one in the folder, as that of an adapter.
     """
     if is_checkpoint(folder):
-        expected, own = open_folder(folder).tokenizer_fingerprint, tokenizer_folder(folder)
+        expected = open_folder(folder).tokenizer_fingerprint
     else:
-        expected, own = read_json(folder / "config.json").get("tokenizer_fingerprint"), folder
-    if expected is None and has_tokenizer(own):
-        expected = load_tokenizer(own).fingerprint
-    extends = may_extend and has_tokenizer(own) and tokenizer.extends(load_tokenizer(own))
-    if expected not in (None, tokenizer.fingerprint) and not extends:
+        expected = read_json(folder / "config.json").get("tokenizer_fingerprint")
+        if expected is None and has_tokenizer(folder):
+            expected = load_tokenizer(folder).fingerprint
+    fits = expected in (None, tokenizer.fingerprint)
+    if not fits and may_extend:
+        fits = tokenizer.extends(
+            load_tokenizer(tokenizer_folder(folder) if is_checkpoint(folder) else folder)
+        )
+    if not fits:
         raise UserError(
             f"{folder}: the tokenizer",
             f"must be the one it was trained with, of fingerprint {expected}",

@@ -94,7 +94,7 @@ def test_on_a_qwen2_in_a_window_too(config, tokenizer, tmp_path):
     with torch.no_grad():
         expected = theirs(IDS).logits
     loaded = load_model(base_dir, REFERENCE)
-    load_adapter(tmp_path / "theirs", loaded, base_dir)
+    load_adapter(tmp_path / "theirs", loaded, base_dir, tokenizer)
     torch.testing.assert_close(our_logits(loaded), expected, rtol=1e-4, atol=1e-4)
 
 

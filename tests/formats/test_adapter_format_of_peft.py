@@ -80,7 +80,7 @@ PEFT_ADAPTERS = {
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("changes", PEFT_ADAPTERS.values(), ids=PEFT_ADAPTERS.keys())
 def test_what_peft_trains_is_computed_and_merged(changes, tied, tokenizer, tmp_path):
-    base_dir = save_base(tokenizer, tmp_path / "base", tied)
+    base_dir = save_base(tokenizer, tmp_path / "base", tied_embeddings=tied)
     expected = peft_adapter(base_dir, tmp_path / "adapter", **changes)
     model = load_model(base_dir, REFERENCE)
     assert tuple(our_logits(model).shape) != tuple(expected.shape) or (
@@ -100,7 +100,7 @@ def test_what_peft_trains_is_computed_and_merged(changes, tied, tokenizer, tmp_p
 
 
 def test_trained_rows_of_a_resized_vocabulary(tokenizer, tmp_path):
-    base_dir = save_base(tokenizer, tmp_path / "base", tied=True)
+    base_dir = save_base(tokenizer, tmp_path / "base", tied_embeddings=True)
     expected = peft_adapter(base_dir, tmp_path / "adapter", 390, trainable_token_indices=[7, 384])
     loaded = load_pretrained(base_dir, adapter_path=tmp_path / "adapter", device="cpu", kernels="reference")
     assert loaded.model.config.tied_embeddings

@@ -47,7 +47,7 @@ def test_files_make_no_difference(base_dir, tokenizer, tmp_path):
 
 
 def test_a_repeated_tied_matrix_makes_no_difference(tokenizer, tmp_path):
-    base_dir = save_base(tokenizer, tmp_path / "base", tied=True)
+    base_dir = save_base(tokenizer, tmp_path / "base", tied_embeddings=True)
     fingerprint = weights_fingerprint(base_dir)
     change(base_dir, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert weights_fingerprint(base_dir) == fingerprint
