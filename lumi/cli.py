@@ -350,9 +350,45 @@ def demo(argv: list[str]) -> int:
     return lumi.demo.demo(options.output_dir, options.minutes, options.device)
 
 
+def finetune(argv: list[str]) -> int:
+    """a model and chat data -> a fine-tuned model, all settings chosen"""
+    import lumi.finetune
+
+    texts = {
+        "model": "a model folder, or a finished run",
+        "data": ".jsonl, .json or .parquet files of conversations or of pairs, or one dataset on the hub",
+        "split": "of a dataset on the hub; default: train",
+        "epochs": "passes over the data; default: 3 for few conversations down to 1 for many",
+        "merge": "also write OUTPUT_DIR/model, with the adapter merged",
+        "chatml": "add the tokens of ChatML to a copy of a model that has no chat template",
+    }
+    arguments = parser("lumi finetune", _summary(finetune))
+    arguments.add_argument("model", type=Path, metavar="MODEL", help=texts["model"])
+    arguments.add_argument("data", nargs="+", metavar="DATA", help=texts["data"])
+    arguments.add_argument("--output-dir", required=True, type=Path)
+    arguments.add_argument("--split", help=texts["split"])
+    arguments.add_argument("--epochs", type=float, help=texts["epochs"])
+    arguments.add_argument("--merge", action="store_true", help=texts["merge"])
+    arguments.add_argument("--add-chatml", action="store_true", help=texts["chatml"])
+    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    arguments.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=texts["set"])
+    options = arguments.parse_args(argv)
+    return lumi.finetune.finetune(
+        options.model,
+        options.data,
+        options.output_dir,
+        split=options.split,
+        epochs=options.epochs,
+        merge=options.merge,
+        add_chatml=options.add_chatml,
+        device=options.device,
+        overrides=options.overrides,
+    )
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
-    for command in (prepare, tokenizer, tokenize, plan, generate, chat, evaluate, export, merge, demo)
+    for command in (prepare, tokenizer, tokenize, plan, generate, chat, evaluate, export, merge, finetune, demo)
 }
 
 

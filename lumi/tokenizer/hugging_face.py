@@ -109,6 +109,16 @@ class HuggingFaceTokenizer(Tokenizer):
         """As in `Tokenizer`."""
         return text if self.loss is None else self.decode(self.encode(text))
 
+    def with_tokens(self, names: Sequence[str]) -> "HuggingFaceTokenizer":
+        """A copy that knows further control tokens, under the ids behind its own."""
+        library = Library.from_buffer(self._files[JSON_FILE])
+        _add_tokens(library, self._surroundings, self._where)
+        library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        data = library.to_str(pretty=True).encode()
+        return HuggingFaceTokenizer(
+            json.loads(data), self._surroundings, {JSON_FILE: data}, self._where
+        ).with_chat_template(self.chat_template)
+
     def save(self, folder: str | Path) -> None:
         """As in `Tokenizer`: all files as they came."""
         files = self._surroundings.files_with(self.chat_template)

@@ -1,0 +1,215 @@
+"""A model and chat data -> a model that has learnt from them, by one command.
+
+It calls the stages one after the other and leaves their folders and configs, from which each can be called
+again by hand. Each stage reuses what it finds finished, so an interrupted call goes on.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lumi.chat.messages import Conversation
+from lumi.chat.pairs import Pair
+from lumi.chat.rendering import prompt_ids, stop_ids, template_of
+from lumi.chat.templates import CHATML
+from lumi.config import UserError, load_config, read_json, to_dict, write_json
+from lumi.corpus import PrepareConfig, prepare, read_corpus
+from lumi.corpus.recognition import find_source, recognise
+from lumi.data.token_store import TokenStore
+from lumi.data.tokenization import tokenize
+from lumi.formats.added_tokens import add_tokens
+from lumi.formats.export import merge_adapter
+from lumi.formats.hf_format import model_folder, read_shape
+from lumi.formats.pretrained import Pretrained, load_pretrained
+from lumi.host.devices import choose_device, fast_bfloat16
+from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
+from lumi.planning.finetuning import choose, estimated_seconds
+from lumi.tokenizer.loading import load_tokenizer
+from lumi.tokenizer.tokenizer import Tokenizer
+from lumi.training.run import train
+from lumi.training.run_config import Paths, TrainConfig
+
+MARKERS = ("<|im_start|>", "<|im_end|>")
+VALIDATION_CONVERSATIONS = 32  # held out, if that is no more than a tenth and no less than 2%
+NUM_ANSWERS, ANSWER_TOKENS = 3, 96
+
+
+class FineTuning:
+    """The stages and their folders below `output_dir`."""
+
+    def __init__(self, model: Path, output_dir: Path, device: str):
+        self.model, self.output_dir, self.device = model_folder(model), output_dir, device
+        self.base = self.model  # with --add-chatml a copy that has more tokens
+        self.corpus, self.tokens = output_dir / "corpus", output_dir / "tokens"
+        self.run, self.merged = output_dir / "run", output_dir / "model"
+
+    def prepare(self, data: Sequence[str], split: str) -> None:
+        """The data -> a corpus of conversations or pairs."""
+        source = find_source(data, split)
+        found = recognise(source)
+        kind = "pairs of answers" if isinstance(found.example, Pair) else "conversations"
+        settings = {key: value for key, value in to_dict(found.format).items() if value is not None}
+        print(f"format: {settings}, which reads {found.num_read} of the first {found.num_records} records")
+        print(f"{kind}; the first is:\n{_show(found.example)}\n", flush=True)
+        config = {"sources": [to_dict(source) | {"conversation": to_dict(found.format)}]}
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(self.output_dir / "prepare.json", config)
+        prepare(load_config(PrepareConfig, self.output_dir / "prepare.json"), self.corpus, use_cache=True)
+
+    def tokenizer(self, add_chatml: bool) -> tuple[Tokenizer, tuple[str, ...]]:
+        """The tokenizer with a chat template, and the control tokens that the model has to learn.
+
+        Raises:
+            UserError: the model has no chat template, nor the tokens of ChatML; or it needs none of them.
+        """
+        tokenizer = load_tokenizer(self.model)
+        missing = [name for name in MARKERS if tokenizer.control_id(name) is None]
+        if tokenizer.chat_template or not missing:
+            if add_chatml:
+                got = "a chat template" if tokenizer.chat_template else "its tokens"
+                remedy = "leave --add-chatml out"
+                raise UserError(f"{self.model}: the tokenizer", "must lack ChatML", got=got, remedy=remedy)
+            if tokenizer.chat_template:
+                return tokenizer, ()
+            return tokenizer.with_chat_template(CHATML.jinja), MARKERS
+        if not add_chatml:
+            expectation = "must have a chat template or the tokens of ChatML"
+            remedy = f"pass --add-chatml, which adds {' and '.join(missing)} to a copy of the model"
+            raise UserError(f"{self.model}: the tokenizer", expectation, got="neither", remedy=remedy)
+        self.base = self.output_dir / "base"
+        if not (self.base / "config.json").is_file():
+            ids = add_tokens(self.model, self.base, MARKERS, CHATML.jinja)
+            print(f"{self.base}: a copy of the model with {' and '.join(MARKERS)} as {ids}")
+        return load_tokenizer(self.base), MARKERS
+
+    def tokenize(self, tokenizer: Tokenizer) -> TokenStore:
+        """The corpus -> tokens, a part of them held out. A hash decides which, so few may give none."""
+        documents = len(read_corpus(self.corpus))
+        fraction = min(0.1, max(0.02, VALIDATION_CONVERSATIONS / documents))
+        while True:
+            try:
+                tokenize([self.corpus], tokenizer, self.tokens, validation_fraction=fraction)
+                return TokenStore.open(self.tokens)
+            except UserError as error:
+                if error.subject != "--validation-fraction" or fraction >= 0.5:
+                    raise
+                fraction = min(0.5, 2 * fraction)
+
+    def choose(
+        self, store: TokenStore, tokens: Sequence[str], epochs: float | None, overrides: Sequence[str]
+    ) -> TrainConfig:
+        """The settings of the training, printed and written to `train.json`."""
+        shape, device = read_shape(self.base), choose_device(self.device)
+        bfloat16 = fast_bfloat16(device)
+        choice = choose(shape, store, tokens=tokens, bfloat16=bfloat16, epochs=epochs)
+        write_json(self.output_dir / "train.json", choice.config)
+        config = load_config(TrainConfig, self.output_dir / "train.json", overrides)
+        write_json(self.output_dir / "train.json", to_dict(config))
+        print("\nthe plan:")
+        for name, reason in choice.reasons.items():
+            print(f"  {name:<16} {reason}")
+        if overrides:
+            print(f"  {'changed':<16} {' '.join(overrides)}")
+        seconds = estimated_seconds(shape, config.num_tokens, config.batches.sequence_length, device)
+        if seconds is not None:
+            print(f"  {'time':<16} about {_minutes(seconds)} on this machine")
+        print(f"  {'settings':<16} {self.output_dir / 'train.json'}\n", flush=True)
+        return config
+
+    def train(self, config: TrainConfig) -> int:
+        """Train, or go on. Returns the exit code."""
+        if (self.run / "final").is_dir():
+            print(f"{self.run / 'final'} is there already; remove {self.run} to train anew")
+            return 0
+        resume = "auto" if self.run.exists() else None
+        paths = Paths([str(self.tokens)], str(self.tokenizer_dir), self.run, resume=resume, model_path=self.base)
+        return train(config, paths, self.device)
+
+    def compare(self, tokenizer: Tokenizer) -> None:
+        """Ask held-out questions before and after."""
+        asked = _held_out(self.corpus, self.tokens)[:NUM_ANSWERS]
+        result = self.merged if self.merged.is_dir() else self.run
+        before, after = (self._answers(path, tokenizer, asked) for path in (self.base, result))
+        for messages, old, new in zip(asked, before, after, strict=True):
+            print(f"\n  question: {_cut(messages[-2].content)}")
+            print(f"    before: {old}\n    after:  {new}\n    data:   {_cut(messages[-1].content)}")
+        print(f"\ntalk to it: lumi chat --model-path {result}")
+
+    def _answers(self, path: Path, tokenizer: Tokenizer, asked: Sequence[Conversation]) -> list[str]:
+        model = load_pretrained(path, device=self.device).model
+        room = model.config.max_positions - ANSWER_TOKENS
+        prompts = [prompt_ids(tokenizer, messages[:-1])[-room:] for messages in asked]
+        greedy = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0.0)
+        ends = stop_ids(tokenizer)
+        answers = generate_ids(model, prompts, greedy, stop_ids=ends, pad_id=filler_id(tokenizer))
+        return [_cut(tokenizer.decode(answer.ids, continues=True)) for answer in answers]
+
+
+def finetune(
+    model: Path,
+    data: Sequence[str],
+    output_dir: Path,
+    *,
+    split: str = "train",
+    epochs: float | None = None,
+    merge: bool = False,
+    add_chatml: bool = False,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+) -> int:
+    """Fine-tune a model on chat data. A call that was interrupted goes on.
+
+    Args:
+        model: a model folder or a finished run, of a whole model.
+        data: files, patterns, or one dataset on the hub.
+        output_dir: of all stages.
+        split: of a dataset on the hub.
+        epochs: passes over the data; None: chosen by its size.
+        merge: also write the model with the adapter merged into it.
+        add_chatml: give the tokenizer ChatML's tokens, where the model has no chat template.
+        device: "auto", "cpu" or "cuda".
+        overrides: changes to the chosen settings.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: as the stages.
+    """
+    stages = FineTuning(model, output_dir, device)
+    tokenizer, tokens = stages.tokenizer(add_chatml)
+    stages.prepare(data, split)
+    config = stages.choose(stages.tokenize(tokenizer), tokens, epochs, overrides)
+    if code := stages.train(config):
+        return code
+    if merge and not stages.merged.is_dir():
+        print(merge_adapter(stages.run, stages.merged))
+    stages.compare(tokenizer)
+    return 0
+
+
+def _held_out(corpus: Path, store: TokenStore) -> list[Conversation]:
+    """The conversations of the validation split that are a question and its answer, at the end."""
+    fraction = float(store.manifest.inputs["validation_fraction"])
+    reader = read_corpus(corpus)
+    documents = (document for batch in reader.iter_documents() for document in batch.documents)
+    held_out = (document for document in documents if split_of(key_of(document), fraction)[0] == "validation")
+    return [document.prompt + document.chosen if isinstance(document, Pair) else document for document in held_out]
+
+
+def _show(example: Conversation | Pair) -> str:
+    if isinstance(example, Pair):
+        sides = (("chosen", example.chosen), ("rejected", example.rejected))
+        answers = [f"  [{side}] {_cut(messages[0].content)}" for side, messages in sides]
+        return "\n".join([_show(example.prompt), *answers])
+    return "\n".join(f"  [{message.role}] {_cut(message.content)}" for message in example)
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{math.ceil(seconds / 60)} min"
