@@ -48,8 +48,8 @@ struct CpuOperators {
     void (*linear)(Address x, Address weight, Address y, Int rows, Int inputs, Int outputs, int threads);
 
     // Of logits (vocab, columns): writes each column's loss (float) and, if `gradient`, turns its logits into
-    // dloss times their gradient, times the column's weight (float) where there are weights. targets (columns)
-    // are int64. scratch: cross_entropy_scratch floats.
+    // dloss times their gradient, times the column's weight (float) where there are weights. targets
+    // (columns) are int64. scratch: cross_entropy_scratch floats.
     void (*cross_entropy)(Address logits, Address targets, Address losses, Address weights, Address scratch,
                           Int vocab, Int columns, float z_loss, float dloss, bool gradient, int threads);
     Int (*cross_entropy_scratch)(Int vocab, Int columns);

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lumi.chat.messages import Conversation, MalformedConversation, Message, parse_messages
+from lumi.chat.pairs import Pair
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -31,8 +32,11 @@ class Format(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def read(self, record: dict[str, Any]) -> Conversation:
-        """The conversation in a record. Raises MalformedConversation with the reason to count it under."""
+    def read(self, record: dict[str, Any]) -> Conversation | Pair:
+        """The conversation or the pair in a record.
+
+        Raises MalformedConversation with the reason to count it under.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ class ShareGptFormat(Format):
         if isinstance(messages, list) and self.answer_field is not None:
             messages = [*messages, read_field(record, self.answer_field)]
         if isinstance(messages, list):
-            messages = [_rename(message) for message in messages]
+            messages = [rename(message) for message in messages]
         return parse_messages(messages)
 
 
@@ -181,8 +185,11 @@ def _join(instruction: str, context: str) -> str:
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
-def _rename(message: Any) -> Any:
-    """A ShareGPT message in the form of `parse_messages`, which then finds whatever is wrong with it."""
+def rename(message: Any) -> Any:
+    """A message of ShareGPT in the form of `parse_messages`, which then finds whatever is wrong with it.
+
+    Any other message stays as it is.
+    """
     if not isinstance(message, dict) or not isinstance(message.get("from"), str):
         return message
     return {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message.get("value")}

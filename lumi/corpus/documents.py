@@ -1,10 +1,12 @@
-"""A document is a text or a conversation; a record is a document, or the reason why there is none."""
+"""A document is a text, a conversation or a pair; a record is a document, or the reason why there is none."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from lumi.chat.messages import Conversation, contents
+from lumi.chat.messages import Conversation, contents, from_json, to_json
+from lumi.chat.pairs import Pair, pair_from_json, pair_to_json
 
-Document = str | Conversation
+Document = str | Conversation | Pair
+Kind = Literal["texts", "conversations", "pairs"]  # what a corpus holds
 
 
 class Record(NamedTuple):
@@ -16,10 +18,30 @@ class Record(NamedTuple):
 
 
 def text_of(document: Document) -> str:
-    """The text itself, or the contents of a conversation with a line end between the messages."""
-    return document if isinstance(document, str) else contents(document)
+    """The text itself, or the contents of all messages with a line end between them."""
+    return document if isinstance(document, str) else contents(_messages(document))
 
 
 def count_chars(document: Document) -> int:
-    """The characters of a text, or of all contents of a conversation."""
-    return len(document) if isinstance(document, str) else sum(len(message.content) for message in document)
+    """The characters of a text, or of the contents of all messages."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(message.content) for message in _messages(document))
+
+
+def to_plain(document: Document) -> Any:
+    """The plain JSON values of a document."""
+    if isinstance(document, str):
+        return document
+    return pair_to_json(document) if isinstance(document, Pair) else to_json(document)
+
+
+def from_plain(data: Any, kind: Kind) -> Document:
+    """The document that `to_plain` was given."""
+    if kind == "texts":
+        return data
+    return pair_from_json(data) if kind == "pairs" else from_json(data)
+
+
+def _messages(document: Conversation | Pair) -> Conversation:
+    return document.messages if isinstance(document, Pair) else document

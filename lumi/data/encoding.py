@@ -1,8 +1,9 @@
 """Documents -> arrays of tokens, in threads.
 
-A document is a text or a conversation. Every token of a text is trained; a chat template lays out and masks
-a conversation. SentencePiece releases the interpreter's lock while it encodes (since 0.2.3; before, the
-threads took turns).
+A document is a text, a conversation or a pair. Every token of a text is trained; a chat template lays out
+and masks a conversation. A pair becomes two documents, the chosen conversation and then the rejected one, in
+which the answers alone are trained. SentencePiece releases the interpreter's lock while it encodes (since
+0.2.3; before, the threads took turns).
 """
 
 import hashlib
@@ -14,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lumi.chat.messages import Conversation, to_json
+from lumi.chat.messages import Conversation, Message
+from lumi.chat.pairs import Pair, render_pair
 from lumi.chat.rendering import Rendered, Template, render
+from lumi.corpus.documents import Document, count_chars, to_plain
 from lumi.data.store_manifest import Counts, token_dtype
 from lumi.host.text import utf8
 from lumi.host.workers import Workers
@@ -26,9 +29,9 @@ _RANKS = 2**64
 
 
 class Documents(NamedTuple):
-    """Texts or conversations, and the name of the source of each."""
+    """Texts, conversations or pairs, and the name of the source of each."""
 
-    documents: Sequence[str | Conversation]
+    documents: Sequence[Document]
     sources: Sequence[str]
 
 
@@ -38,7 +41,8 @@ class EncodingSettings:
 
     Args:
         validation_fraction: share of the documents for validation, 0 (none) to 1 (all).
-        template, max_tokens: for conversations, as in `lumi.chat.rendering.render`.
+        template, max_tokens: for conversations, as in `lumi.chat.rendering.render`, and for pairs, as in
+            `lumi.chat.pairs.render_pair`.
     """
 
     tokenizer: Tokenizer
@@ -56,7 +60,7 @@ class Encoded(NamedTuple):
         mask: (sum of lengths,) bool, which tokens are trained. None for texts: all.
         counts: per source.
         lowest_rank: the lowest of the documents' hashes, 0 to 2**64 - 1.
-        dropped: conversations without a trained token, by reason.
+        dropped: conversations without a trained token, and pairs, by reason.
         truncated: number of conversations that lost answers to `max_tokens`.
     """
 
@@ -95,15 +99,23 @@ def encode_documents(settings: EncodingSettings, task: Documents) -> dict[str, E
         else:
             name, rank = split_of(canonical(document), settings.validation_fraction)
             assert settings.template is not None
-            rendered = render(tokenizer, settings.template, document, settings.max_tokens)
-            splits[name].add_conversation(rendered, document, source, rank)
+            if isinstance(document, Pair):
+                sides = render_pair(tokenizer, settings.template, document, settings.max_tokens)
+                splits[name].add_pair(sides, document, source, rank)
+            else:
+                rendered = render(tokenizer, settings.template, document, settings.max_tokens)
+                splits[name].add_conversation(rendered, document, source, rank)
     dtype = token_dtype(tokenizer.vocab_size)
     return {name: split.finish(dtype) for name, split in splits.items() if split.lengths or split.dropped}
 
 
-def canonical(conversation: Conversation) -> bytes:
-    """What is hashed of a conversation: compact JSON in UTF-8. Raises UserError for a lone surrogate."""
-    return utf8(json.dumps(to_json(conversation), ensure_ascii=False, separators=(",", ":")))
+def canonical(document: Conversation | Pair) -> bytes:
+    """What is hashed of a conversation: compact JSON in UTF-8. Of a pair it is the prompt's.
+
+    So pairs of one question share a split. Raises UserError for a lone surrogate.
+    """
+    messages = document.prompt if isinstance(document, Pair) else document
+    return utf8(json.dumps(to_plain(messages), ensure_ascii=False, separators=(",", ":")))
 
 
 @dataclass
@@ -136,7 +148,15 @@ class _GrowingSplit:
         if len(kept) < len(answers):
             self.truncated += 1
         self.mask += rendered.mask
-        self.add(rendered.ids, source, sum(len(utf8(conversation[index].content)) for index in kept), rank)
+        self.add(rendered.ids, source, _answer_bytes([conversation[index] for index in kept]), rank)
+
+    def add_pair(self, sides: tuple[Rendered, Rendered] | None, pair: Pair, source: str, rank: int) -> None:
+        if sides is None:
+            self.dropped["pair_beyond_max_tokens"] += 1
+            return
+        for rendered, answer in zip(sides, (pair.chosen, pair.rejected), strict=True):
+            self.mask += rendered.mask
+            self.add(rendered.ids, source, _answer_bytes(answer), rank)
 
     def finish(self, dtype: np.dtype) -> Encoded:
         tokens, lengths = np.array(self.tokens, dtype=dtype), np.array(self.lengths, dtype=np.int64)
@@ -162,14 +182,14 @@ def encode_all(
 
 def make_tasks(batches: Iterable[Documents]) -> Iterator[Documents]:
     """The same documents in tasks of at least TASK_CHARACTERS characters; the last one may be smaller."""
-    documents: list[str | Conversation] = []
+    documents: list[Document] = []
     sources: list[str] = []
     size = 0
     for batch in batches:
         for document, source in zip(batch.documents, batch.sources, strict=True):
             documents.append(document)
             sources.append(source)
-            size += _num_characters(document)
+            size += count_chars(document)
             if size >= TASK_CHARACTERS:
                 yield Documents(documents, sources)
                 documents, sources, size = [], [], 0
@@ -177,7 +197,5 @@ def make_tasks(batches: Iterable[Documents]) -> Iterator[Documents]:
         yield Documents(documents, sources)
 
 
-def _num_characters(document: str | Conversation) -> int:
-    if isinstance(document, str):
-        return len(document)
-    return sum(len(message.content) for message in document)
+def _answer_bytes(messages: Sequence[Message]) -> int:
+    return sum(len(utf8(message.content)) for message in messages if message.role == "assistant")

@@ -15,9 +15,9 @@ from lumi.tokenizer.tokenizer import Tokenizer
 
 
 def token_cache(corpus_dir: str | Path, tokenizer: Tokenizer) -> Path:
-    """The place in a corpus folder for its tokens by this tokenizer and, for conversations, its template."""
+    """The place in a corpus folder for its tokens by this tokenizer and, unless of texts, its template."""
     name = tokenizer.fingerprint[:16]
-    if read_corpus(corpus_dir).holds_conversations and (template := template_of(tokenizer)) is not None:
+    if read_corpus(corpus_dir).holds != "texts" and (template := template_of(tokenizer)) is not None:
         name += f"-{template.name}"
     return Path(corpus_dir) / ".tokens" / name
 

@@ -150,7 +150,15 @@ def _read_texts(config: EvaluationConfig, tokenizer: Tokenizer, limit: int | Non
 
 def _open_stores(folders: Sequence[Path], tokenizer: Tokenizer, limit: int | None) -> Iterator[_Text]:
     for folder in folders:
-        split = open_or_tokenize(folder, tokenizer).split("validation")
+        store = open_or_tokenize(folder, tokenizer)
+        if store.manifest.pairs:
+            raise UserError(
+                "--data-dirs",
+                "must hold texts or conversations",
+                got=f"the pairs of {folder}, of which half are bad answers",
+                remedy="a run with dpo measures them at each validation",
+            )
+        split = store.split("validation")
         yield _Text(str(folder), "store", f"store: {folder} / validation", limit, split)
 
 

@@ -55,6 +55,7 @@ class RunData:
         self.stores = stores or [
             open_or_tokenize(folder, tokenizer, verify="size") for folder in self.folders
         ]
+        self._check_pairs(config.dpo is not None)
         self.tokenizer = self._in_template(tokenizer)
         self._check_rows(config.batches.sequence_length)
         self.batches = Batches(
@@ -124,6 +125,20 @@ class RunData:
             f"{self.folders[store]} documents {ids}"
             for store, ids in self.batches.documents(step, start, stop)
         )
+
+    def _check_pairs(self, wanted: bool) -> None:
+        """Raises UserError unless each store holds pairs, or none does, as `dpo` needs it."""
+        for folder, store in zip(self.folders, self.stores, strict=True):
+            if store.manifest.pairs and not wanted:
+                expectation = f"must be given for the pairs of {folder}"
+                raise UserError("config.dpo", expectation, got="null", remedy='add "dpo": {}')
+            if wanted and not store.manifest.pairs:
+                raise UserError(
+                    "--data-dirs",
+                    "must hold pairs where the config has dpo",
+                    got=f"{folder}, which holds none",
+                    remedy="prepare pairs by a source of the kind preference, or take dpo out",
+                )
 
     def _check_rows(self, length: int) -> None:
         """Make the rows of every split once, to name a split without rows before the first step."""

@@ -324,14 +324,14 @@ def test_what_does_not_go_together(chat_corpus, corpus, tokenizer, tmp_path):
             [],
             tokenizer,
             {},
-            f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}",
+            f"must be all of texts, .*, got conversations in {chat_corpus} and texts in {corpus}",
         ),
         (
             [chat_corpus],
             [corpus],
             tokenizer,
             {},
-            f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}",
+            f"must be all of texts, .*, got conversations in {chat_corpus} and texts in {corpus}",
         ),
         (
             [corpus],
