@@ -85,7 +85,7 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
 
 def find_pair_fault(pair: Pair, config: ConversationFilterConfig) -> str:
     """The reason to drop a cleaned pair, or "" to keep it. Raises UserError as `find_conversation_fault`."""
-    if pair.chosen == pair.rejected:
+    if contents(pair.chosen).strip() == contents(pair.rejected).strip():
         return "equal_answers"
     lenient = replace(config, min_answer_chars=1, blocked_phrases=())
     chosen = find_conversation_fault((*pair.prompt, *pair.chosen), config)

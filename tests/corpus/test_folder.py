@@ -159,7 +159,7 @@ def test_what_is_not_a_corpus_is_refused_with_the_command_that_makes_one(tmp_pat
         ({"format": 99}, "format must be 1, got 99"),
         (
             {"columns": ["prompt"]},
-            r"columns must be text, source or messages, source or .*, got \['prompt'\]",
+            r"columns must be text, source or .*, got \['prompt'\]",
         ),
         ({"shards": None}, "must hold documents and shards"),
         ({"shards": [{"file": "x"}]}, "shards must hold bytes, documents, file, sha256"),

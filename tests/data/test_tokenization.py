@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -8,10 +9,12 @@ import sys
 
 import numpy as np
 import pytest
-from corpora import CHATS, SOURCES, TEXTS, write_chats, write_corpus
+from corpora import CHATS, SOURCES, TEXTS, write_chats, write_corpus, write_pairs
+from synthetic import pair
 
 from lumi import cli
 from lumi.chat.messages import Message
+from lumi.chat.pairs import Pair, render_pair
 from lumi.chat.rendering import render
 from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError, read_json
@@ -378,3 +381,47 @@ def test_what_the_command_says(corpus, tokenizer, tmp_path, capsys):
     assert output == f"train: {line}\nvalidation: {line}\n"
     output = lumi_tokenize("t", "--corpus-dirs", corpus, "--validation-fraction", 0.25)
     assert re.match(r"train: 1\d\d documents, [\d,]+ tokens, \d\.\d\d bytes per token\nvalidation: ", output)
+
+
+def test_a_store_of_pairs(tokenizer, tmp_path):
+    """Two documents for each pair, whole, in order; pairs of one question are on one side."""
+    (tmp_path / "corpus").mkdir()
+    pairs = [pair(seed) for seed in range(40)]
+    pairs += [Pair(prompt, rejected, chosen) for prompt, chosen, rejected in pairs]
+    write_pairs(tmp_path / "corpus", pairs)
+    whole = [render_pair(tokenizer, TEMPLATES["chatml"], each) for each in pairs]
+    lengths = [max(len(side.ids) for side in sides) for sides in whole]
+    limit = sorted(lengths)[60]
+    manifest = tokenize(
+        [tmp_path / "corpus"],
+        tokenizer,
+        tmp_path / "s",
+        validation_fraction=0.25,
+        template=TEMPLATES["chatml"],
+        max_tokens=limit,
+    )
+    assert manifest.pairs
+    kept = [sides for sides, length in zip(whole, lengths, strict=True) if length <= limit]
+    assert 55 < len(kept) < 80
+    found = {}
+    for name, split in TokenStore.open(tmp_path / "s").splits.items():
+        assert split.pairs
+        bounds = split.offsets.astype(int).tolist()
+        found[name] = [
+            (split.tokens[begin:end].tolist(), split.loss_mask(begin, end).tolist())
+            for begin, end in itertools.pairwise(bounds)
+        ]
+        assert manifest.splits[name].describe(pairs=True).startswith(f"{split.num_documents // 2} pairs, ")
+        mine = [side[:2] for sides in kept for side in sides if side[:2] in found[name]]
+        assert found[name] == mine
+    assert not any(document in found["train"] for document in found["validation"])
+    assert len(found["train"]) + len(found["validation"]) == 2 * len(kept)
+    dropped = [split.dropped["pair_beyond_max_tokens"] for split in manifest.splits.values()]
+    assert sum(dropped) == 80 - len(kept)
+
+
+def test_pairs_and_conversations_are_two_stores(chat_corpus, tokenizer, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    write_pairs(tmp_path / "corpus", [pair(0)])
+    with pytest.raises(UserError, match=r"all of pairs, got conversations in .* and pairs in .*two stores"):
+        tokenize([chat_corpus, tmp_path / "corpus"], tokenizer, tmp_path / "s")
