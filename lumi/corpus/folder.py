@@ -135,12 +135,12 @@ class CorpusReader:
     def _read_shard(self, index: int, batch_documents: int) -> Iterator[tuple[list[Any], list[str]]]:
         if batch_documents < 1:
             raise ValueError(f"batch_documents must be at least 1, got {batch_documents}")
-        shard = self.manifest["shards"][index]
+        shard, kind = self.manifest["shards"][index], self.holds
         _check_shard(self.folder, shard, read=True)
         with pq.ParquetFile(self.folder / shard["file"]) as file:
             for batch in file.iter_batches(batch_size=batch_documents, columns=self.manifest["columns"]):
                 *parts, sources = (column.to_pylist() for column in batch.columns)
-                yield [_from_row(row, self.holds) for row in zip(*parts, strict=True)], sources
+                yield [_from_row(row, kind) for row in zip(*parts, strict=True)], sources
 
     def verify(self) -> None:
         """Read every shard and compare its SHA-256. Raises UserError as `iter_batches` does."""
