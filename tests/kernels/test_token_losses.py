@@ -10,22 +10,25 @@ from lumi.kernels.token_losses import token_losses, token_losses_chunked, token_
 # As in test_linear_cross_entropy.py.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 NAMES = ("losses", "dhidden", "dweight")
+BUNDLES = [REFERENCE, NATIVE, TRITON]
 CASES = [
     (REFERENCE, torch.float32),
     (REFERENCE, torch.bfloat16),
-    (NATIVE, torch.float32),
-    (NATIVE, torch.bfloat16),
     (TRITON, torch.float32),
     (TRITON, torch.float16),
 ]
+each_bundle = pytest.mark.parametrize("ops", BUNDLES, ids=lambda ops: ops.name)
 
 
 def run(function, hidden, weight, targets):
     """Losses and gradients, for an incoming gradient that differs from row to row in size and sign."""
     hidden, weight = (t.detach().requires_grad_() for t in (hidden, weight))
     losses = function(hidden, weight, targets)
-    dlosses = torch.linspace(-1, 2, len(targets)).square().sub(0.5).to(losses)
-    return losses, *torch.autograd.grad(losses, (hidden, weight), dlosses)
+    return losses, *torch.autograd.grad(losses, (hidden, weight), factors(losses))
+
+
+def factors(losses):
+    return torch.linspace(-1, 2, len(losses)).square().sub(0.5).to(losses)
 
 
 @pytest.fixture
@@ -38,17 +41,33 @@ def small_chunks(monkeypatch):
         monkeypatch.setattr(linear_cross_entropy, name, value)
 
 
-@pytest.mark.parametrize(("ops", "dtype"), CASES, ids=lambda value: getattr(value, "name", str(value)))
-@pytest.mark.parametrize("ignored", [0.0, 0.3])
-@pytest.mark.usefixtures("small_chunks")
-def test_parity(ops, dtype, ignored):
-    hidden, weight, targets = inputs(27, 65, 32, ignored)
-    hidden, weight = hidden.to(dtype), (weight / 2).float()  # master weights are float32
+def placed(ops, device, *sizes, dtype=torch.float32, **options):
+    """Inputs where the bundle runs; the weight is float32, as master weights are."""
+    hidden, weight, targets = inputs(*sizes, **options)
+    device = "cpu" if ops is NATIVE else device
+    return hidden.to(device, dtype), (weight / 2).to(device, torch.float32), targets.to(device)
+
+
+def assert_same(ops, hidden, weight, targets):
     exact = run(token_losses_reference, hidden.double(), weight.double(), targets)
     same_dtype = run(token_losses_reference, hidden, weight, targets)
     actual = run(ops.token_losses, hidden, weight, targets)
     for name, a, s, e in zip(NAMES, actual, same_dtype, exact, strict=True):
         assert_parity(name, a, s, e)
+
+
+@pytest.mark.parametrize(("ops", "dtype"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+@pytest.mark.usefixtures("small_chunks")
+def test_parity(ops, dtype, ignored, device):
+    assert_same(ops, *placed(ops, device, 27, 65, 32, dtype=dtype, ignored=ignored))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+@pytest.mark.usefixtures("small_chunks", "cpu_target")
+def test_native_parity(dtype, ignored, device):
+    assert_same(NATIVE, *placed(NATIVE, device, 27, 65, 32, dtype=dtype, ignored=ignored))
 
 
 def test_float64_is_the_definition():
@@ -58,11 +77,11 @@ def test_float64_is_the_definition():
         torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("ops", [REFERENCE, NATIVE, TRITON], ids=lambda ops: ops.name)
+@each_bundle
 @pytest.mark.usefixtures("small_chunks")
-def test_the_sum_is_linear_cross_entropy(ops):
-    hidden, weight, targets = inputs(27, 65, 32)
-    leaves = [(hidden.float().requires_grad_(), weight.float().requires_grad_()) for _ in range(2)]
+def test_the_sum_is_linear_cross_entropy(ops, device):
+    hidden, weight, targets = placed(ops, device, 27, 65, 32)
+    leaves = [(hidden.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2)]
     losses = ops.token_losses(*leaves[0], targets)
     total = ops.linear_cross_entropy(*leaves[1], targets)
     assert not losses[targets == -100].any()
@@ -74,30 +93,30 @@ def test_the_sum_is_linear_cross_entropy(ops):
         torch.testing.assert_close(mine, fused)
 
 
-@pytest.mark.parametrize("ops", [REFERENCE, NATIVE, TRITON], ids=lambda ops: ops.name)
-def test_only_the_needed_gradient(ops, monkeypatch):
-    hidden, weight, targets = inputs(9, 33, 8)
-    hidden, weight = hidden.float().requires_grad_(), weight.float()
+@each_bundle
+def test_only_the_needed_gradient(ops, device):
+    hidden, weight, targets = placed(ops, device, 9, 33, 8)
+    hidden.requires_grad_()
     expected = run(token_losses_reference, hidden, weight, targets)[1]
     losses = ops.token_losses(hidden, weight, targets)
-    (gradient,) = torch.autograd.grad(losses, hidden, torch.linspace(-1, 2, len(targets)).square().sub(0.5))
+    (gradient,) = torch.autograd.grad(losses, hidden, factors(losses))
     torch.testing.assert_close(gradient, expected)
     with torch.no_grad():
         assert not ops.token_losses(hidden, weight, targets).requires_grad
 
 
-@pytest.mark.parametrize("ops", [REFERENCE, NATIVE, TRITON], ids=lambda ops: ops.name)
-def test_without_counted_rows_or_rows(ops):
-    hidden, weight, targets = inputs(7, 5, 4)
+@each_bundle
+def test_without_counted_rows_or_rows(ops, device):
+    hidden, weight, targets = placed(ops, device, 7, 5, 4)
     for rows in (7, 0):
         ignored = torch.full_like(targets, -100)[:rows]
-        losses, dhidden, dweight = run(ops.token_losses, hidden.float()[:rows], weight.float(), ignored)
+        losses, dhidden, dweight = run(ops.token_losses, hidden[:rows], weight, ignored)
         assert losses.shape == (rows,)
         assert dhidden.shape == (rows, 4)
         assert not any(tensor.any() for tensor in (losses, dhidden, dweight))
 
 
-def test_refusals():
+def test_refusals(device):
     hidden, weight, targets = inputs(3, 5, 4, ignored=0.0)
     with pytest.raises(ValueError, match=r"hidden must be float32, bfloat16 or float16, got torch.float64"):
         token_losses(hidden, weight, targets)
@@ -107,6 +126,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="the operators for CPUs take tensors of float32 or of bfloat16"):
         NATIVE.token_losses(hidden, weight, targets)
     targets[1] = 5
-    assert token_losses(hidden.float(), weight.float(), targets).isnan().tolist() == [False, True, False]
+    losses = token_losses(*(t.to(device) for t in (hidden.float(), weight.float(), targets)))
+    assert losses.isnan().tolist() == [False, True, False]
     with pytest.raises(IndexError):
         NATIVE.token_losses(hidden.float(), weight.float(), targets)
