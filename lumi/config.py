@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -117,7 +118,15 @@ def read_json(path: str | Path) -> Any:
     try:
         return _parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
+        remedy = "it looks like YAML: write it as JSON" if _looks_like_yaml(str(path), text) else ""
+        raise UserError(f"{path}: not valid JSON: {error}", remedy=remedy) from error
+
+
+def _looks_like_yaml(path: str, text: str) -> bool:
+    lines = (line for line in text.splitlines() if line.strip() and not line.startswith("#"))
+    return path.lower().endswith((".yaml", ".yml")) or bool(
+        re.match(r"---|- |[A-Za-z_][\w.-]*:(\s|$)", next(lines, ""))
+    )
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -133,18 +142,18 @@ def _parse_json(text: str) -> Any:
     """Raises ValueError for a duplicate key and for a number that is not finite."""
     return json.loads(
         text,
-        object_pairs_hook=_unique_keys,
+        object_pairs_hook=unique_keys,
         parse_constant=_refuse_constant,
         parse_float=_finite_float,
     )
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in data:
-            raise ValueError(f"duplicate key {key!r}")
-        data[key] = value
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A hook for json: the object of these pairs. Raises ValueError for a key that stands twice."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(key for key in data if keys.count(key) > 1)!r}")
     return data
 
 

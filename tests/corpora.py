@@ -1,8 +1,8 @@
 """Corpus folders of texts and conversations that a test chooses, and some to choose from."""
 
 from lumi.chat.messages import Message
+from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.corpus.documents import text_of
-from lumi.corpus.folder import CorpusWriter
 
 PROSE = (
     "The quick brown fox jumps over the lazy dog, and 1234 other things happen on Monday.\n\n"

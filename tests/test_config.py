@@ -145,6 +145,28 @@ def test_refuses(tmp_path, text, message):
         load(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.yaml", "- a\n"),
+        ("config.YML", "{name: x}"),
+        ("config.json", "# a run\n\nname: x\nsteps: 3\n"),
+        ("config.json", "---\nname: x\n"),
+        ("config", "sources:\n  - kind: text\n"),
+    ],
+)
+def test_yaml_is_told_from_broken_json(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(
+        UserError, match=rf"{name}: not valid JSON: .*; it looks like YAML: write it as JSON$"
+    ):
+        load_config(Tree, tmp_path / name)
+    (tmp_path / "broken.json").write_text('{"name": ')
+    with pytest.raises(UserError) as caught:
+        load_config(Tree, tmp_path / "broken.json")
+    assert "YAML" not in str(caught.value)
+
+
 def test_overrides(tmp_path):
     overrides = ["circle.radius=3e-1", "mode=b", "shapes.0.side=7", "weights.new=2"]
     tree = load(tmp_path, '{"name": "x", "shapes": [{"kind": "square", "side": 1}]}', overrides)

@@ -1,16 +1,33 @@
 """A conversation: messages with roles, and what makes one fit to learn from."""
 
+import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from lumi.host.text import utf8
+
 ROLES = ("system", "user", "assistant")
+ROLE_NAMES = {role: role for role in ROLES} | {"developer": "system"}  # OpenAI's name since 2024
+TOOL_ROLES = frozenset(
+    "tool function ipython function_call function_response observation tool_call tool_response".split()
+)
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+# Non-empty, these change what a message means, and Lumi has no place for them.
+UNSUPPORTED_FIELDS = tuple(
+    "tool_calls tool_call_id function_call refusal audio audios image images video videos".split()
+)
+WEIGHT_FIELDS = ("weight", "train")  # whether an answer is trained: 1 or true, as all are
+MESSAGE_FIELDS = ("role", "content", *REASONING_FIELDS, *UNSUPPORTED_FIELDS, *WEIGHT_FIELDS)
+NO_PLACE_FOR = "no_place_for_"  # such reasons end with a name from the data
 
 
 class Message(NamedTuple):
-    """Who speaks, and the text."""
+    """Who speaks, and the text; `reasoning` is what an assistant thought before it."""
 
     role: Literal["system", "user", "assistant"]
     content: str
+    reasoning: str = ""
 
 
 Conversation = tuple[Message, ...]
@@ -25,11 +42,16 @@ class MalformedConversation(ValueError):  # noqa: N818 - data that is counted, n
 
 
 def parse_messages(data: Any) -> Conversation:
-    """A conversation from plain JSON values: a list of {"role", "content"}.
+    """A conversation from plain JSON values: a list of {"role", "content"}, as OpenAI and others lay it out.
+
+    The role "developer" means "system". A content may be a list of parts of type "text": they stand below
+    each other. An assistant's message may have its reasoning in one of REASONING_FIELDS. Other fields count
+    as names and notes, see `unknown_message_fields`.
 
     Raises:
-        MalformedConversation: "malformed_messages" if it is not such a list; "unknown_role" for a role other
-            than system, user and assistant.
+        MalformedConversation: "malformed_messages" if it is not such a list; "null_content"; "unknown_role";
+            "no_place_for_..." for the tools, images and weights of others: a role of TOOL_ROLES, a part of
+            another type, or a non-empty field of UNSUPPORTED_FIELDS or WEIGHT_FIELDS, which it names.
     """
     if not isinstance(data, list | tuple) or not data:
         raise MalformedConversation(
@@ -38,32 +60,120 @@ def parse_messages(data: Any) -> Conversation:
     return tuple(_parse_message(item, number) for number, item in enumerate(data, start=1))
 
 
+def refuse_fields(data: dict[str, Any], names: Iterable[str], place: str) -> None:
+    """Raises MalformedConversation for the first of these fields that is not empty."""
+    for name in names:
+        if not is_empty(data.get(name)):
+            raise no_place_for(name, f"{place} has {name}, got {str(data[name])[:60]!r}")
+
+
+def no_place_for(name: str, message: str) -> MalformedConversation:
+    """The error for something that Lumi cannot train on; the reason ends with its name."""
+    safe = name if re.fullmatch(r"\w{1,40}", name) else "other"
+    return MalformedConversation(f"{NO_PLACE_FOR}{safe}", message)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a JSON value says nothing: null, blank, or made of such values; a table fills its gaps so."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    return value is None or (isinstance(value, list | tuple) and all(map(is_empty, value)))
+
+
+def unknown_message_fields(data: Any, known: Iterable[str] = MESSAGE_FIELDS) -> list[str]:
+    """The names of non-empty fields of messages that `parse_messages` does not read."""
+    messages = [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+    found = (name for item in messages for name, value in item.items() if not is_empty(value))
+    return list(dict.fromkeys(name for name in found if name not in known))
+
+
 def _parse_message(item: Any, number: int) -> Message:
-    role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
-    if not isinstance(role, str) or not isinstance(content, str):
+    place = f"message {number}"
+    if not isinstance(item, dict) or not isinstance(item.get("role"), str) or "content" not in item:
         raise MalformedConversation(
-            "malformed_messages", f"message {number} must have a role and a content, got {str(item)[:60]!r}"
+            "malformed_messages", f"{place} must have a role and a content, got {str(item)[:60]!r}"
         )
-    if role not in ROLES:
+    name = item["role"]
+    if name in TOOL_ROLES:
+        raise no_place_for(f"role_{name}", f"{place} has the role {name!r}")
+    refuse_fields(item, UNSUPPORTED_FIELDS, place)
+    if name not in ROLE_NAMES:
         raise MalformedConversation(
-            "unknown_role", f"message {number}: role must be one of {', '.join(ROLES)}, got {role!r}"
+            "unknown_role", f"{place}: role must be one of {', '.join(ROLE_NAMES)}, got {name!r}"
         )
-    return Message(item["role"], content)
+    role: Any = ROLE_NAMES[name]
+    if role == "assistant":
+        for name in WEIGHT_FIELDS:
+            if item.get(name) not in (None, 1):
+                raise no_place_for(name, f"{place} has the {name} {str(item[name])[:60]}")
+        return Message(role, _parse_content(item["content"], place), _parse_reasoning(item, place))
+    refuse_fields(item, REASONING_FIELDS, place)
+    return Message(role, _parse_content(item["content"], place))
 
 
-def to_json(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The plain JSON values that `parse_messages` reads."""
-    return [message._asdict() for message in messages]
+def _parse_reasoning(item: dict[str, Any], place: str) -> str:
+    given = [item[name] for name in REASONING_FIELDS if not is_empty(item.get(name))]
+    texts = {_parse_content(value, place) for value in given}  # servers write the same under two names
+    if len(texts) > 1:
+        fields = ", ".join(REASONING_FIELDS)
+        raise MalformedConversation("malformed_messages", f"{place} must have one reasoning in {fields}")
+    return texts.pop() if texts else ""
+
+
+def _parse_content(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise MalformedConversation("null_content", f"{place} has a content that is null")
+    if not isinstance(content, list):
+        raise MalformedConversation(
+            "malformed_messages", f"{place} must have a text or a list of parts, got {str(content)[:60]!r}"
+        )
+    return "\n".join(_parse_part(part, place) for part in content)  # as vLLM and llama.cpp join them
+
+
+def _parse_part(part: Any, place: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind != "text":
+        raise no_place_for(f"part_{kind}", f"{place} has a part of type {kind!r}")
+    if kind is None or not isinstance(part.get("text"), str):
+        expectation = 'each part must be {"type": "text", "text": ...}'
+        raise MalformedConversation("malformed_messages", f"{place}: {expectation}, got {str(part)[:60]!r}")
+    return part["text"]
+
+
+def to_json(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """The plain JSON values that `parse_messages` reads; `reasoning_content` only where there is some."""
+    return [
+        {"role": message.role, "content": message.content}
+        | ({"reasoning_content": message.reasoning} if message.reasoning else {})
+        for message in messages
+    ]
 
 
 def from_json(data: Iterable[dict[str, Any]]) -> Conversation:
     """The conversation that `to_json` was given; unlike `parse_messages` it checks nothing."""
-    return tuple(Message(**message) for message in data)
+    return tuple(
+        Message(message["role"], message["content"], message.get("reasoning_content") or "")
+        for message in data
+    )
 
 
-def contents(messages: Sequence[Message]) -> str:
-    """All contents in order, a line end between the messages."""
-    return "\n".join(message.content for message in messages)
+def canonical(messages: Iterable[Message]) -> bytes:
+    """What is hashed of a conversation: compact JSON in UTF-8. Raises UserError for a lone surrogate."""
+    return utf8(json.dumps(to_json(messages), ensure_ascii=False, separators=(",", ":")))
+
+
+def said(message: Message) -> tuple[str, ...]:
+    """The texts of a message: its reasoning, if it has some, and its content."""
+    return (message.reasoning, message.content) if message.reasoning else (message.content,)
+
+
+def contents(messages: Iterable[Message]) -> str:
+    """All that is said in order, a line end between the texts."""
+    return "\n".join(text for message in messages for text in said(message))
 
 
 def find_disorder(messages: Sequence[Message]) -> str:

@@ -65,8 +65,10 @@ def render(
         None if there is no answer, or none within `max_tokens`.
 
     Raises:
-        UserError: the tokenizer lacks a control token of the template, or a message holds a lone surrogate.
+        UserError: the tokenizer lacks a control token of the template, the template has no place for a
+            message's reasoning, or a message holds a lone surrogate.
     """
+    _check_reasoning(template, messages)
     writer = _Writer(tokenizer, template)
     size = num_messages = 0
     writer.begin(messages)
@@ -87,7 +89,8 @@ def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[in
 
     Raises:
         UserError: the tokenizer has no chat template, or lacks a control token of it; the template refuses or
-            changes the conversation; a message holds a lone surrogate.
+            changes the conversation, or has no place for a message's reasoning; a message holds a lone
+            surrogate.
     """
     for number, message in enumerate(messages, start=1):
         try:
@@ -95,6 +98,7 @@ def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[in
         except UserError as error:
             raise error.within(f"message {number}") from error
     template = template_of(tokenizer)
+    _check_reasoning(template, messages)
     writer = _Writer(tokenizer, template)
     if template is not None:
         writer.begin(messages)
@@ -130,6 +134,22 @@ def stop_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
         pieces = [part.piece for part in after_answer if isinstance(part, foreign_template.ControlPiece)]
         ids.update(tokenizer.control_ids[piece] for piece in pieces[:1])
     return frozenset(ids)
+
+
+def loses_reasoning(template: Template | None, messages: Iterable[Message]) -> bool:
+    """Whether a message has reasoning that the template has no place for. None: a template of others."""
+    return any(message.reasoning for message in messages)  # no template shows it yet
+
+
+def _check_reasoning(template: Template | None, messages: Iterable[Message]) -> None:
+    if loses_reasoning(template, messages):
+        name = "the tokenizer's chat template" if template is None else f"the template {template.name}"
+        raise UserError(
+            "reasoning_content",
+            "must be left out of messages",
+            got=f"some, and {name} has no place for it",
+            remedy="take the field out, or put its text into the content",
+        )
 
 
 def template_of(tokenizer: ChatTokenizer) -> Template | None:

@@ -23,11 +23,13 @@ SCHEMA = pa.schema(
     [
         ("text", pa.large_string()),  # of a conversation or a pair: its JSON
         ("digest", pa.binary()),
+        ("normalized", pa.binary()),
         ("signature", pa.binary()),
         ("num_bytes", pa.int64()),
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("shortened", pa.bool_()),
+        ("unused", pa.list_(pa.string())),
     ]
 )
 
@@ -137,16 +139,23 @@ def cache_key(identity: Any) -> str:
 def _serialize(outcomes: Sequence[Outcome]) -> bytes:
     columns = {
         "text": [_to_text(outcome.document) for outcome in outcomes],
-        "digest": [outcome.fingerprint and outcome.fingerprint.digest for outcome in outcomes],
-        "signature": [outcome.fingerprint and outcome.fingerprint.signature for outcome in outcomes],
+        **{
+            field: [outcome.fingerprint and getattr(outcome.fingerprint, field) for outcome in outcomes]
+            for field in Fingerprint._fields
+        },
         "num_bytes": [outcome.num_bytes for outcome in outcomes],
         "reason": [outcome.reason for outcome in outcomes],
-        "detail": [outcome.detail.encode("utf-8", "replace").decode() for outcome in outcomes],
+        "detail": [_valid(outcome.detail) for outcome in outcomes],
         "shortened": [outcome.shortened for outcome in outcomes],
+        "unused": [[_valid(name) for name in outcome.unused] for outcome in outcomes],
     }
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # lone surrogates become "?"
 
 
 def _to_text(document: Document | None) -> str | None:
@@ -163,8 +172,9 @@ def _read_part(path: Path, kind: Kind) -> list[Outcome] | None:
         return None
     rows = zip(*(column.to_pylist() for column in pq.read_table(pa.BufferReader(data)).columns), strict=True)
     outcomes = []
-    for text, digest, signature, *rest in rows:
+    for text, digest, normalized, signature, num_bytes, reason, detail, shortened, unused in rows:
         plain = text if text is None or kind == "texts" else json.loads(text)
         document = None if plain is None else from_plain(plain, kind)
-        outcomes.append(Outcome(document, None if text is None else Fingerprint(digest, signature), *rest))
+        found = None if text is None else Fingerprint(digest, normalized, signature)
+        outcomes.append(Outcome(document, found, num_bytes, reason, detail, shortened, tuple(unused)))
     return outcomes

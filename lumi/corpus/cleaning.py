@@ -9,8 +9,13 @@ from typing import Literal
 import ftfy
 
 TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# Unicode's category Cc without tab and newline, and the byte order mark.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+# Runs of Unicode's category Cc without tab and newline, and the byte order mark.
+_CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]"
+CONTROLS = re.compile(f"{_CONTROL}{_CONTROL}*")  # is found faster than one or more
+SEPARATORS = frozenset("\x0b\x0c\x1c\x1d\x1e\x1f\x85")  # of pages, lines or fields: white space to Python
+# The control "next line", unless it is the second byte of a letter that was decoded with the wrong encoding.
+NEXT_LINE = re.compile("(?<![\xc2-\xf4])\x85")
+OTHER_C1 = re.compile("[\x80-\x84\x86-\x9f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,9 @@ class CleaningConfig:
 
 
 def clean_text(text: str, config: CleaningConfig) -> str:
-    """Repair a text. Line ends become \\n; lone surrogates and control characters but \\n and \\t go.
+    """Repair a text. Line ends become \\n, as do controls that separate words, such as form feeds.
+
+    Lone surrogates and all other control characters but \\n and \\t go.
 
     Quotes, ligatures, tabs, spaces and line breaks stay, so that code comes out byte for byte.
 
@@ -34,6 +41,8 @@ def clean_text(text: str, config: CleaningConfig) -> str:
     if text.isascii() and not (config.unescape_html and "&" in text):
         return _remove_controls(text)
     text = _mend_surrogates(text)
+    if "\x85" in text and not OTHER_C1.search(text):  # beside others ftfy takes it for the "…" of Windows
+        text = NEXT_LINE.sub("\x0b", text)  # a separator that ftfy leaves alone
     if config.repair_text or config.unescape_html:
         settings = _ftfy_settings(config)
         # ftfy works line by line. It would leave lines of ASCII as they are, but they would cost time.
@@ -47,7 +56,16 @@ def clean_text(text: str, config: CleaningConfig) -> str:
 
 
 def _remove_controls(text: str) -> str:
-    return CONTROL.sub("", TERMINAL_ESCAPE.sub("", text))
+    return CONTROLS.sub(_replacement, TERMINAL_ESCAPE.sub("", text))
+
+
+def _replacement(controls: re.Match[str]) -> str:
+    """A line end for controls that separate words, where none stands beside them; nothing for others."""
+    text, (start, end) = controls.string, controls.span()
+    inside = start > 0 and end < len(text)
+    if SEPARATORS.isdisjoint(controls[0]) or not inside or "\n" in (text[start - 1], text[end]):
+        return ""
+    return "\n"
 
 
 def _mend_surrogates(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lumi.chat.messages import Conversation, contents, find_disorder
+from lumi.chat.messages import Conversation, Message, contents, find_disorder
 from lumi.chat.pairs import Pair
 from lumi.corpus.cleaning import CleaningConfig, clean_text
 from lumi.corpus.filters import check_languages, check_phrases, classifier
@@ -12,7 +12,7 @@ from lumi.corpus.filters import check_languages, check_phrases, classifier
 class ConversationFilterConfig:
     """Limits of a conversation that is kept. Both conversations of a pair must be within them.
 
-    `max_chars` counts all contents together, `max_messages` the system message as well. Every answer has at
+    `max_chars` counts all texts together, `max_messages` the system message as well. Every answer has at
     least `min_answer_chars`. `blocked_phrases` are searched in the answers, in upper and lower case.
     Neither of these two judges the rejected answer of a pair, which may be bad.
     `languages` judges the whole conversation.
@@ -40,7 +40,7 @@ class ConversationFilterConfig:
 
 
 def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conversation:
-    """Clean every content. Leave out a blank system message and the last messages without an answer."""
+    """Clean every text. Leave out a blank system message and the last messages without an answer."""
     cleaned = list(_clean(messages, config))
     while cleaned and cleaned[-1].role == "user":
         cleaned.pop()
@@ -48,13 +48,18 @@ def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conver
 
 
 def clean_pair(pair: Pair, config: CleaningConfig) -> Pair:
-    """Clean every content, as `clean_conversation`; the prompt keeps what the user said last."""
+    """Clean every text, as `clean_conversation`; the prompt keeps what the user said last."""
     answers = (clean_conversation(answer, config) for answer in (pair.chosen, pair.rejected))
     return Pair(_clean(pair.prompt, config), *answers)
 
 
 def _clean(messages: Conversation, config: CleaningConfig) -> Conversation:
-    cleaned = (message._replace(content=clean_text(message.content, config)) for message in messages)
+    cleaned = (
+        message._replace(
+            content=clean_text(message.content, config), reasoning=clean_text(message.reasoning, config)
+        )
+        for message in messages
+    )
     return tuple(message for message in cleaned if message.role != "system" or not _is_blank(message.content))
 
 
@@ -74,7 +79,7 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
     answers = [message.content for message in messages if message.role == "assistant"]
     if any(len(answer) < config.min_answer_chars for answer in answers):
         return "short_answer"
-    lowered = [answer.lower() for answer in answers]
+    lowered = [contents([message]).lower() for message in messages if message.role == "assistant"]
     if any(phrase.lower() in answer for phrase in config.blocked_phrases for answer in lowered):
         return "blocked_phrase"
     languages = config.languages
@@ -85,11 +90,15 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
 
 def find_pair_fault(pair: Pair, config: ConversationFilterConfig) -> str:
     """The reason to drop a cleaned pair, or "" to keep it. Raises UserError as `find_conversation_fault`."""
-    if contents(pair.chosen).strip() == contents(pair.rejected).strip():
+    if _stripped(pair.chosen) == _stripped(pair.rejected):
         return "equal_answers"
     lenient = replace(config, min_answer_chars=1, blocked_phrases=())
     chosen = find_conversation_fault((*pair.prompt, *pair.chosen), config)
     return chosen or find_conversation_fault((*pair.prompt, *pair.rejected), lenient)
+
+
+def _stripped(messages: Conversation) -> list[Message]:
+    return [Message(role, content.strip(), reasoning.strip()) for role, content, reasoning in messages]
 
 
 def _is_blank(text: str) -> bool:

@@ -1,10 +1,21 @@
 """The formats that chat data comes in: the config of each, and how it reads a record as a conversation."""
 
 import abc
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lumi.chat.messages import Conversation, MalformedConversation, Message, parse_messages
+from lumi.chat.messages import (
+    MESSAGE_FIELDS,
+    UNSUPPORTED_FIELDS,
+    Conversation,
+    MalformedConversation,
+    Message,
+    is_empty,
+    parse_messages,
+    refuse_fields,
+    unknown_message_fields,
+)
 from lumi.chat.pairs import Pair
 
 SHAREGPT_ROLES = {
@@ -16,10 +27,13 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "bard": "assistant",
 }
+SHAREGPT_FIELDS = ("from", "value", *MESSAGE_FIELDS)
+# Of a record, as UNSUPPORTED_FIELDS of a message: non-empty, they change what it means.
+UNSUPPORTED = ("tools", "functions", *UNSUPPORTED_FIELDS)
 
 
 class Format(abc.ABC):
-    """One format. `required` and `optional` name the fields that it reads; it ignores all others."""
+    """One format. `required` and `optional` name the fields that it reads; `unused` finds the others."""
 
     @property
     @abc.abstractmethod
@@ -29,53 +43,68 @@ class Format(abc.ABC):
     @property
     def optional(self) -> tuple[str, ...]:
         """Fields that may be missing."""
-        return ()
+        return tuple(name for name in UNSUPPORTED if name not in self.required)
 
-    @abc.abstractmethod
     def read(self, record: dict[str, Any]) -> Conversation | Pair:
         """The conversation or the pair in a record.
 
         Raises MalformedConversation with the reason to count it under.
         """
+        document = self.parse(record)
+        refuse_fields(record, (name for name in UNSUPPORTED if name in self.optional), "the record")
+        return document
+
+    @abc.abstractmethod
+    def parse(self, record: dict[str, Any]) -> Conversation | Pair:
+        """As `read`, without a look at fields that Lumi has no place for."""
+
+    def unused(self, record: dict[str, Any]) -> list[str]:
+        """The names of non-empty fields that `read` ignores; of messages as "messages[].name"."""
+        known = self.required + self.optional
+        return [name for name, value in record.items() if name not in known and not is_empty(value)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlpacaFormat(Format):
-    """`instruction` and `output`, perhaps `input` and `system`.
+    """`instruction` and `output`, perhaps `input`, `system` and `history`, pairs of question and answer.
 
     The input goes below the instruction. An input or a system message that is blank counts as missing.
     """
 
     kind: Literal["alpaca"] = "alpaca"
     required = ("instruction", "output")
-    optional = ("input", "system")
 
-    def read(self, record: dict[str, Any]) -> Conversation:
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return ("input", "system", "history", *super().optional)
+
+    def parse(self, record: dict[str, Any]) -> Conversation:
         question = _join(read_string(record, "instruction"), read_string(record, "input", optional=True))
-        return _exchange(
-            read_string(record, "system", optional=True), question, read_string(record, "output")
-        )
+        return _exchange(record, question, read_string(record, "output"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DollyFormat(Format):
-    """`instruction` and `response`, perhaps `context`.
+    """`instruction` and `response`, perhaps `context`, and `system` and `history` as in "alpaca".
 
     The context goes below the instruction, where the authors of the dataset put it (databrickslabs/dolly).
     """
 
     kind: Literal["dolly"] = "dolly"
     required = ("instruction", "response")
-    optional = ("context",)
 
-    def read(self, record: dict[str, Any]) -> Conversation:
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return ("context", "system", "history", *super().optional)
+
+    def parse(self, record: dict[str, Any]) -> Conversation:
         question = _join(read_string(record, "instruction"), read_string(record, "context", optional=True))
-        return _exchange("", question, read_string(record, "response"))
+        return _exchange(record, question, read_string(record, "response"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MessagesFormat(Format):
-    """A list of {"role", "content"} in `field`."""
+    """A list of {"role", "content"} in `field`, perhaps a system message in `system`."""
 
     kind: Literal["messages"] = "messages"
     # The field that holds the list of messages.
@@ -88,13 +117,20 @@ class MessagesFormat(Format):
     def required(self) -> tuple[str, ...]:
         return (self.field,)
 
-    def read(self, record: dict[str, Any]) -> Conversation:
-        return parse_messages(read_field(record, self.field))
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return ("system", *super().optional)
+
+    def parse(self, record: dict[str, Any]) -> Conversation:
+        return with_system(record, parse_messages(read_field(record, self.field)))
+
+    def unused(self, record: dict[str, Any]) -> list[str]:
+        return [*super().unused(record), *unused_in_messages(record, self.required)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareGptFormat(Format):
-    """A list of {"from", "value"} in `field`.
+    """A list of {"from", "value"} in `field`, perhaps a system message in `system`.
 
     In files of preferences `answer_field` ("chosen") holds the last message, in the same form.
     """
@@ -112,25 +148,35 @@ class ShareGptFormat(Format):
     def required(self) -> tuple[str, ...]:
         return (self.field,) if self.answer_field is None else (self.field, self.answer_field)
 
-    def read(self, record: dict[str, Any]) -> Conversation:
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return ("system", *super().optional)
+
+    def parse(self, record: dict[str, Any]) -> Conversation:
         messages = read_field(record, self.field)
         if isinstance(messages, list) and self.answer_field is not None:
             messages = [*messages, read_field(record, self.answer_field)]
         if isinstance(messages, list):
             messages = [rename(message) for message in messages]
-        return parse_messages(messages)
+        return with_system(record, parse_messages(messages))
+
+    def unused(self, record: dict[str, Any]) -> list[str]:
+        return [*super().unused(record), *unused_in_messages(record, self.required, SHAREGPT_FIELDS)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResponseFormat(Format):
-    """A question and its answer in two fields, and perhaps a system message in a third."""
+    """A question and its answer in two fields, perhaps a system message in a third.
+
+    `history` is read as in "alpaca".
+    """
 
     kind: Literal["prompt_response"] = "prompt_response"
     # The field with the question.
     prompt_field: str = "prompt"
     # The field with the answer.
     response_field: str = "response"
-    # The field with the system message; null: there is none.
+    # The field with the system message; null: `system`, where a record has it.
     system_field: str | None = None
 
     def __post_init__(self) -> None:
@@ -143,11 +189,16 @@ class PromptResponseFormat(Format):
         fields = (self.prompt_field, self.response_field)
         return fields if self.system_field is None else (*fields, self.system_field)
 
-    def read(self, record: dict[str, Any]) -> Conversation:
-        system = "" if self.system_field is None else read_string(record, self.system_field, optional=True)
-        return _exchange(
-            system, read_string(record, self.prompt_field), read_string(record, self.response_field)
-        )
+    @property
+    def optional(self) -> tuple[str, ...]:
+        names = ("history",) if self.system_field is not None else ("history", "system")
+        return (*(name for name in names if name not in self.required), *super().optional)
+
+    def parse(self, record: dict[str, Any]) -> Conversation:
+        question, answer = read_string(record, self.prompt_field), read_string(record, self.response_field)
+        names = self.optional if self.system_field is None else (self.system_field, *self.optional)
+        before = {name: record.get(name) for name in names}  # the question itself may stand in "history"
+        return _exchange(before, question, answer, self.system_field or "system")
 
 
 def read_field(record: dict[str, Any], name: str) -> Any:
@@ -176,9 +227,50 @@ def check_names(**fields: str | None) -> None:
         raise ValueError(f"{', '.join(fields)} must be different names, got {', '.join(names)}")
 
 
-def _exchange(system: str, question: str, answer: str) -> Conversation:
-    spoken = (Message("user", question), Message("assistant", answer))
-    return (Message("system", system), *spoken) if system.strip() else spoken
+def unused_in_messages(
+    record: dict[str, Any], fields: Iterable[str], known: Iterable[str] = MESSAGE_FIELDS
+) -> Iterator[str]:
+    """The names of non-empty fields of the messages, or the one message, in these fields of a record."""
+    for field in fields:
+        value = record.get(field)
+        for name in unknown_message_fields(value if isinstance(value, list) else [value], known):
+            yield f"{field}[].{name}"
+
+
+def _exchange(
+    record: dict[str, Any], question: str, answer: str, system_field: str = "system"
+) -> Conversation:
+    """The system message of a record, its earlier turns, and its own question and answer."""
+    own = (Message("user", question), Message("assistant", answer))
+    return with_system(record, (*read_history(record), *own), system_field)
+
+
+def read_history(record: dict[str, Any]) -> Conversation:
+    """The earlier turns in the field `history`, pairs of question and answer."""
+    history = record.get("history")
+    pairs: list[Any] = [] if is_empty(history) else history if isinstance(history, list) else [history]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(x, str) for x in pair):
+            raise MalformedConversation(
+                "wrong_type", f"'history' must be a list of [question, answer], got {str(pair)[:60]!r} in it"
+            )
+    turns = ((Message("user", asked), Message("assistant", answered)) for asked, answered in pairs)
+    return tuple(message for turn in turns for message in turn)
+
+
+def with_system(record: dict[str, Any], messages: Conversation, system_field: str = "system") -> Conversation:
+    """Messages after the system message in a field of their record; their own must be the same, or blank."""
+    system = read_string(record, system_field, optional=True)
+    if not system.strip():
+        return messages
+    if messages[0].role == "system":
+        if messages[0].content.strip() not in ("", system.strip()):
+            raise MalformedConversation(
+                "two_system_messages",
+                f"the field {system_field!r} and message 1 differ: {messages[0].content[:60]!r}",
+            )
+        messages = messages[1:]
+    return (Message("system", system), *messages)
 
 
 def _join(instruction: str, context: str) -> str:
@@ -192,4 +284,5 @@ def rename(message: Any) -> Any:
     """
     if not isinstance(message, dict) or not isinstance(message.get("from"), str):
         return message
-    return {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+    renamed = message | {"role": SHAREGPT_ROLES.get(message["from"], message["from"])}
+    return renamed | {"content": message["value"]} if "value" in message else renamed

@@ -1,17 +1,23 @@
 """How many records of each source were kept, and how many dropped by reason, from the run to the manifest."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lumi.chat.messages import NO_PLACE_FOR
+
 NUM_EXAMPLES = 5
-# In the order in which a record meets them.
+# In the order in which a record meets them. Those that begin with NO_PLACE_FOR end with a name from the data.
 REASONS = (
     "malformed_json",
     "invalid_utf8",
     "missing_text",
     "wrong_type",
     "malformed_messages",
+    "two_system_messages",
+    "null_content",
+    NO_PLACE_FOR,
     "malformed_tree",
     "unknown_role",
     "other_language",
@@ -37,8 +43,15 @@ REASONS = (
     "duplicate_ngrams",
     "language",
     "exact_duplicate",
+    "normalized_duplicate",
     "near_duplicate",
 )
+
+
+def in_order(reasons: Iterable[str]) -> list[str]:
+    """Reasons in the order of REASONS."""
+    known = lambda reason: NO_PLACE_FOR if reason.startswith(NO_PLACE_FOR) else reason
+    return sorted(reasons, key=lambda reason: (REASONS.index(known(reason)), reason))
 
 
 @dataclass(kw_only=True)
@@ -49,7 +62,8 @@ class SourceCounts:
         name, origin: of the source.
         shortened: how many of the kept conversations lack messages.
         num_bytes: of UTF-8 text kept.
-        dropped: by reason, one of REASONS.
+        dropped: by reason, as in REASONS.
+        unused_fields: the names of fields that hold something and that nobody reads.
         examples: the first few malformed records, each with its reason and place.
         budget_reached: whether the source was left because enough of it was kept.
         facts: what was found out when the source was opened.
@@ -62,6 +76,7 @@ class SourceCounts:
     shortened: int = 0
     num_bytes: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    unused_fields: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     budget_reached: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +96,10 @@ class SourceCounts:
         if detail and len(self.examples) < NUM_EXAMPLES:
             self.examples.append(f"{reason}: {detail}")
 
+    def note_unused(self, names: Iterable[str]) -> None:
+        """Remember fields of a record that nobody reads."""
+        self.unused_fields += [name for name in names if name not in self.unused_fields]
+
     def estimate_tokens(self, bytes_per_token: float) -> int:
         """How many tokens are kept, by the estimate of the config."""
         return round(self.num_bytes / bytes_per_token)
@@ -93,13 +112,17 @@ class SourceCounts:
             "read": self.read,
             "kept": self.kept,
             "shortened": self.shortened,
-            "dropped": {reason: self.dropped[reason] for reason in sorted(self.dropped, key=REASONS.index)},
+            "dropped": {reason: self.dropped[reason] for reason in in_order(self.dropped)},
             "bytes": self.num_bytes,
             "estimated_tokens": self.estimate_tokens(bytes_per_token),
             "budget_reached": self.budget_reached,
+            "unused_fields": self.unused_fields,
             "malformed_examples": self.examples,
             **self.facts,
         }
+
+
+SAME_IN_MANIFEST = ("name", "origin", "read", "kept", "shortened", "budget_reached", "unused_fields")
 
 
 def from_manifest(manifest: dict[str, Any]) -> list[SourceCounts]:
@@ -113,6 +136,6 @@ def _from_json(entry: dict[str, Any]) -> SourceCounts:
         num_bytes=entry.pop("bytes"),
         dropped=Counter(entry.pop("dropped")),
         examples=entry.pop("malformed_examples"),
-        **{key: entry.pop(key) for key in ("name", "origin", "read", "kept", "shortened", "budget_reached")},
+        **{key: entry.pop(key) for key in SAME_IN_MANIFEST},
         facts=entry,
     )

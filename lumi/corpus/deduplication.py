@@ -13,6 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import rensa
 
+from lumi.chat.messages import Conversation, contents
+from lumi.chat.pairs import Pair
+from lumi.corpus.documents import Document, bytes_of, text_of
+from lumi.corpus.words import split_words
+
 # A part with fewer words ("Yes.") is the same in many unrelated texts.
 LEAST_PART_WORDS = 20
 # The share of pairs exactly at the threshold that the bands must find.
@@ -25,14 +30,19 @@ RECENT_BANDS = 1 << 18
 class DeduplicationConfig:
     """What counts as a duplicate. The first of them, in the order of the sources, stays.
 
+    Exact duplicates are the same bytes. Normalized ones are equal but for case, runs of white space and the
+    Unicode form, which also tells no indentation apart.
+
     Two documents are near duplicates if the estimated Jaccard similarity of their sets of `shingle_words`
-    successive words is at least `threshold`, in (0, 1]. The standard error of the estimate is
-    sqrt(threshold (1 - threshold) / num_permutations). Two conversations must be that similar twice: as a
-    whole, and in their answers alone.
+    successive words, in lower case, is at least `threshold`, in (0, 1]. The standard error of the estimate is
+    sqrt(threshold (1 - threshold) / num_permutations). Two conversations, or two pairs, must be that similar
+    twice: as a whole, and in their answers alone.
     """
 
     # Drop documents that are equal to an earlier one.
     exact: bool = True
+    # Drop documents that are equal to an earlier one but for case, white space and the Unicode form.
+    normalized: bool = False
     # Drop documents that are similar to an earlier one, by MinHash.
     near: bool = True
     # The estimated similarity, in (0, 1], from which two documents are near duplicates.
@@ -58,40 +68,42 @@ class DeduplicationConfig:
 class Fingerprint(NamedTuple):
     """What duplicates are recognized by; b"" for what is switched off.
 
-    `digest`: SHA-256. `signature`: MinHash of the whole, and perhaps of a part, as little-endian uint32.
+    `digest`: SHA-256 of the bytes. `normalized`: SHA-256 of the words in lower case. `signature`: MinHash of
+    the whole, and perhaps of a part, as little-endian uint32.
     """
 
     digest: bytes
+    normalized: bytes
     signature: bytes
 
 
-def fingerprint(
-    texts: Sequence[str], config: DeduplicationConfig, parts: Sequence[str] | None = None
-) -> list[Fingerprint]:
-    """The fingerprint of each document. Case, runs of white space and the Unicode form do not change it.
+def fingerprint(documents: Sequence[Document], config: DeduplicationConfig) -> list[Fingerprint]:
+    """The fingerprints of texts, of conversations or of pairs.
 
-    Args:
-        texts: the documents.
-        config: what is computed.
-        parts: of each document the part that tells it from others: the answers of a conversation, since
-            many conversations may be about one long passage. The part gets a signature of its own, and near
-            duplicates are alike in both. If the part has fewer than LEAST_PART_WORDS words, the wholes must
-            be the same.
+    The answers of a conversation or a pair tell it from others about the same long passage. They get a
+    signature of their own, and near duplicates are alike in both. If the answers have fewer than
+    LEAST_PART_WORDS words, the wholes must be the same bytes.
     """
-    words = [_split_words(text) for text in texts]
-    digests = [
-        hashlib.sha256(" ".join(document).encode()).digest() if config.exact else b"" for document in words
+    digests = [hashlib.sha256(bytes_of(document)).digest() for document in documents]
+    needs_words = config.near or config.normalized
+    words = [_normalize(text_of(document)) if needs_words else [] for document in documents]
+    normalized = [
+        hashlib.sha256(" ".join(whole).encode()).digest() if config.normalized else b"" for whole in words
     ]
-    if not config.near or not texts:
-        return [Fingerprint(digest, b"") for digest in digests]
-    rows = _sign([shingle(document, config.shingle_words) for document in words], config)
-    if parts is not None:
-        sets = [
-            _shingle_part(_split_words(part), document, config)
-            for part, document in zip(parts, words, strict=True)
+    signatures = [b""] * len(documents)
+    if config.near and documents:
+        rows = _sign([shingle(whole, config.shingle_words) for whole in words], config)
+        parts = [
+            _shingle_part(_normalize(_answers(document)), digest, config)
+            for document, digest in zip(documents, digests, strict=True)
+            if not isinstance(document, str)
         ]
-        rows = np.concatenate([rows, _sign(sets, config)], axis=1)
-    return [Fingerprint(digest, row.tobytes()) for digest, row in zip(digests, rows, strict=True)]
+        if parts:
+            rows = np.concatenate([rows, _sign(parts, config)], axis=1)
+        signatures = [row.tobytes() for row in rows]
+    if not config.exact:
+        digests = [b""] * len(documents)
+    return list(map(Fingerprint, digests, normalized, signatures))
 
 
 def shingle(words: Sequence[str], size: int) -> list[str]:
@@ -101,14 +113,18 @@ def shingle(words: Sequence[str], size: int) -> list[str]:
     return list(map(" ".join, zip(*(words[start:] for start in range(size)), strict=False)))
 
 
-def _split_words(text: str) -> list[str]:
-    return unicodedata.normalize("NFC", text).lower().split()
+def _normalize(text: str) -> list[str]:
+    return split_words(unicodedata.normalize("NFC", text).lower())
 
 
-def _shingle_part(part: list[str], document: list[str], config: DeduplicationConfig) -> list[str]:
-    if len(part) < LEAST_PART_WORDS:
-        return [" ".join(document)]
-    return shingle(part, config.shingle_words)
+def _answers(document: Conversation | Pair) -> str:
+    if isinstance(document, Pair):
+        document = (*document.chosen, *document.rejected)
+    return contents(message for message in document if message.role == "assistant")
+
+
+def _shingle_part(part: list[str], digest: bytes, config: DeduplicationConfig) -> list[str]:
+    return [digest.hex()] if len(part) < LEAST_PART_WORDS else shingle(part, config.shingle_words)
 
 
 def _sign(shingles: list[list[str]], config: DeduplicationConfig) -> "npt.NDArray[np.uint32]":
@@ -129,18 +145,19 @@ def choose_bands(threshold: float, num_permutations: int) -> int:
 class Deduplicator:
     """Remembers the documents that were kept.
 
-    A document takes 32 bytes for exact duplicates, and about 4 `num_permutations` + 12 bands bytes for near
-    ones.
+    A document takes 32 bytes for exact duplicates, as many for normalized ones, and about 4
+    `num_permutations` + 12 bands bytes for near ones.
 
     Args:
         config: what a duplicate is.
-        has_parts: whether fingerprints hold a second signature, of a part; it takes as much memory as the
+        has_parts: whether fingerprints hold a second signature, of answers; it takes as much memory as the
             first.
     """
 
     def __init__(self, config: DeduplicationConfig, *, has_parts: bool = False) -> None:
         self.config, self._num_views = config, 2 if has_parts else 1
         self._digests: set[bytes] = set()
+        self._normalized: set[bytes] = set()
         self._bands = BandIndex(
             choose_bands(config.threshold, config.num_permutations), config.num_permutations
         )
@@ -168,6 +185,10 @@ class Deduplicator:
             if item.digest in self._digests:
                 return "exact_duplicate"
             self._digests.add(item.digest)
+        if self.config.normalized:
+            if item.normalized in self._normalized:
+                return "normalized_duplicate"
+            self._normalized.add(item.normalized)
         if hashes is None:
             return ""
         signature = self._stack([item])[0]

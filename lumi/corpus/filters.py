@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lumi.config import UserError
+from lumi.corpus.words import split_words
 
 # The start of a document decides its language: the whole of a long one would cost more than all else.
 LANGUAGE_CHARS = 4_000
@@ -18,7 +19,11 @@ SYMBOLS = ("#", "...", "…")
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
-    """Limits of a document that is kept; the defaults suit web pages and prose."""
+    """Limits of a document that is kept; the defaults suit web pages and prose.
+
+    N-grams are of words by white space. In Chinese, Japanese or Thai that is a run of sentences, so only
+    long repetitions count: five characters recur in any good page. For symbols each character is a word.
+    """
 
     # Shorter documents are dropped.
     min_chars: int = 200
@@ -94,14 +99,19 @@ def find_fault(text: str, config: FilterConfig) -> str:
         if any(phrase.lower() in lowered for phrase in config.blocked_phrases):
             return "blocked_phrase"
     words = text.split()
-    ratio = config.max_symbol_to_word_ratio
-    if ratio is not None and sum(map(text.count, SYMBOLS)) > ratio * len(words):
+    if _has_many_symbols(text, words, config.max_symbol_to_word_ratio):
         return "symbol_to_word_ratio"
     if fault := _find_repetition(text, words, config):
         return fault
     if config.languages is not None and classifier(config.languages)(text) not in config.languages:
         return "language"
     return ""
+
+
+def _has_many_symbols(text: str, words: list[str], ratio: float | None) -> bool:
+    if ratio is None or (num_symbols := sum(map(text.count, SYMBOLS))) <= ratio * len(words):
+        return False
+    return num_symbols > ratio * len(split_words(text))  # slower, and never fewer words
 
 
 def _find_repetition(text: str, words: list[str], config: FilterConfig) -> str:

@@ -1,11 +1,9 @@
-"""The corpus folder: Parquet shards and `manifest.json`, written whole or not at all, verified when read.
+"""The corpus folder: Parquet shards and `manifest.json`, verified when read. `corpus_writer` writes it.
 
 A corpus holds texts, conversations or pairs. Its columns are `text`, or `messages`, or `prompt`, `chosen` and
 `rejected`; and `source`.
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,22 +13,29 @@ import pyarrow.parquet as pq
 
 from lumi.chat.messages import Conversation
 from lumi.chat.pairs import Pair
-from lumi.config import UserError, read_json, write_json
-from lumi.corpus.documents import Document, Kind, from_plain, text_of, to_plain
+from lumi.config import UserError, read_json
+from lumi.corpus.documents import Document, Kind, from_plain, text_of
 from lumi.host.storage import sha256_file
 
 KIND = "lumi-corpus"
 FORMAT = 1
-ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
-# Messages, and pairs, as the libraries of the hub read and write them.
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-SCHEMAS: dict[Kind, pa.Schema] = {
-    "texts": pa.schema([("text", pa.string()), ("source", pa.string())]),
-    "conversations": pa.schema([("messages", MESSAGES), ("source", pa.string())]),
-    "pairs": pa.schema([*((name, MESSAGES) for name in Pair._fields), ("source", pa.string())]),
-}
 MAKE_ONE = "lumi prepare --config CONFIG --output-dir"
 SHARD_KEYS = ("bytes", "documents", "file", "sha256")
+
+
+def _schemas(*message_fields: str) -> dict[Kind, pa.Schema]:
+    messages = pa.list_(pa.struct([(name, pa.string()) for name in message_fields]))
+    columns: dict[Kind, dict[str, pa.DataType]] = {
+        "texts": {"text": pa.string()},
+        "conversations": {"messages": messages},
+        "pairs": dict.fromkeys(Pair._fields, messages),
+    }
+    return {kind: pa.schema([*own.items(), ("source", pa.string())]) for kind, own in columns.items()}
+
+
+# Messages, and pairs, as the libraries of the hub read and write them, with reasoning if there is some.
+SCHEMAS = _schemas("role", "content")
+WITH_REASONING = _schemas("role", "content", "reasoning_content")
 
 Manifest = dict[str, Any]
 
@@ -124,7 +129,7 @@ class CorpusReader:
             yield from self._read_shard(index, batch_documents)
 
     def iter_texts(self, batch_documents: int = 1024) -> Iterator[str]:
-        """The text of every document in order: the contents of messages have a line end between them.
+        """The text of every document in order: what messages say has a line end between.
 
         Raises:
             UserError: a shard is damaged: which, what was expected, what came.
@@ -210,98 +215,6 @@ def _is_shard(shard: Any) -> bool:
     if not isinstance(shard, dict) or not set(SHARD_KEYS) <= shard.keys():
         return False
     return Path(str(shard["file"])).name == shard["file"]  # a name with a folder in it could point anywhere
-
-
-class CorpusWriter:
-    """A context that writes shards beside their final place; `commit` moves all of them there.
-
-    The same documents give the same files: the bytes of text alone decide where shards and row groups end.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int, kind: Kind = "texts") -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.schema = SCHEMAS[kind]
-        self.shards: list[dict[str, Any]] = []
-        self._building = folder / ".building"
-        self._documents: list[Document] = []
-        self._sources: list[str] = []
-        self._group_bytes = self._file_bytes = self._file_documents = 0
-        self._file: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> "CorpusWriter":
-        shutil.rmtree(self._building, ignore_errors=True)
-        self._building.mkdir(parents=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        shutil.rmtree(self._building, ignore_errors=True)
-
-    def add(self, document: Document, source: str, num_bytes: int) -> None:
-        """Append a document whose text has `num_bytes` bytes of UTF-8."""
-        self._documents.append(document)
-        self._sources.append(source)
-        self._group_bytes += num_bytes
-        if self._group_bytes >= min(ROW_GROUP_BYTES, self.shard_bytes - self._file_bytes):
-            self._flush()
-        if self._file_bytes >= self.shard_bytes:
-            self._close()
-
-    def commit(self, manifest: Manifest, card: str) -> Manifest:
-        """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards."""
-        self._flush()
-        self._close()
-        manifest = {
-            "kind": KIND,
-            "format": FORMAT,
-            **manifest,
-            "columns": self.schema.names,
-            "shards": self.shards,
-        }
-        for shard in self.shards:
-            os.replace(self._building / shard["file"], self.folder / shard["file"])
-        temporary = self._building / "DATA_CARD.md"
-        temporary.write_text(card, encoding="utf-8")
-        os.replace(temporary, self.folder / "DATA_CARD.md")
-        write_json(self.folder / "manifest.json", manifest)
-        names = {shard["file"] for shard in self.shards}
-        for path in self.folder.glob("shard-*-????????.parquet"):
-            if path.name not in names:
-                path.unlink()
-        return manifest
-
-    def _flush(self) -> None:
-        if not self._documents:
-            return
-        if self._file is None:
-            self._file = pq.ParquetWriter(self._building / "shard.parquet", self.schema, compression="zstd")
-        columns = list(zip(*map(_to_row, self._documents), strict=True))
-        self._file.write_table(pa.table([*map(list, columns), self._sources], schema=self.schema))
-        self._file_bytes += self._group_bytes
-        self._file_documents += len(self._documents)
-        self._documents, self._sources, self._group_bytes = [], [], 0
-
-    def _close(self) -> None:
-        if self._file is None:
-            return
-        self._file.close()
-        self._file = None
-        path = self._building / "shard.parquet"
-        digest = sha256_file(path)
-        # The hash in the name keeps the shards of an earlier corpus whole until the new manifest is in place.
-        name = f"shard-{len(self.shards):05d}-{digest[:8]}.parquet"
-        self.shards.append(
-            {"file": name, "documents": self._file_documents, "bytes": path.stat().st_size, "sha256": digest}
-        )
-        os.replace(path, self._building / name)
-        self._file_bytes = self._file_documents = 0
-
-
-def _to_row(document: Document) -> tuple[Any, ...]:
-    """The values of a document's columns."""
-    plain = to_plain(document)
-    return tuple(plain.values()) if isinstance(document, Pair) else (plain,)
 
 
 def _from_row(row: tuple[Any, ...], kind: Kind) -> Document:

@@ -25,10 +25,14 @@ class OasstFormat(Format):
     lang: str | None = None
     required = ("prompt",)
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return ()
+
     def __post_init__(self) -> None:
         _check_lang(self.lang)
 
-    def read(self, record: dict[str, Any]) -> Conversation:
+    def parse(self, record: dict[str, Any]) -> Conversation:
         return best_path(read_field(record, "prompt"), self.lang)
 
 
@@ -44,12 +48,18 @@ class OasstMessagesFormat(Format):
     # Keep only trees whose prompt is in this language, by the data's own label; null: all.
     lang: str | None = None
     required = ("message_id", "parent_id", "message_tree_id", "text", "role")
-    optional = ("lang", "rank", "deleted")
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return ("lang", "rank", "deleted")
 
     def __post_init__(self) -> None:
         _check_lang(self.lang)
 
-    def read(self, record: dict[str, Any]) -> Conversation:
+    def unused(self, record: dict[str, Any]) -> list[str]:
+        return [name for name in super().unused(record) if name != "rows"]
+
+    def parse(self, record: dict[str, Any]) -> Conversation:
         # `reading` has joined the rows of the tree in the field "rows".
         nodes: dict[str, dict[str, Any]] = {}
         for row in record["rows"]:

@@ -5,7 +5,16 @@ from typing import Any, Literal
 
 from lumi.chat.messages import Conversation, MalformedConversation, Message, parse_messages
 from lumi.chat.pairs import Pair, split_pair
-from lumi.corpus.conversations import Format, check_names, read_field, read_string, rename
+from lumi.corpus.conversations import (
+    SHAREGPT_FIELDS,
+    Format,
+    check_names,
+    read_field,
+    read_history,
+    rename,
+    unused_in_messages,
+    with_system,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +23,7 @@ class PreferenceFormat(Format):
 
     Each is a text, a message or a list of messages, of {"role", "content"} or {"from", "value"}. Where both
     answers begin before an answer, they are whole conversations: the prompt is their common beginning.
+    `history` is read as in "alpaca", and belongs to the prompt.
     """
 
     kind: Literal["preference"] = "preference"
@@ -23,7 +33,7 @@ class PreferenceFormat(Format):
     chosen_field: str = "chosen"
     # The field with the other answer.
     rejected_field: str = "rejected"
-    # The field with the system message; null: there is none.
+    # The field with the system message; null: `system`, where a record has it.
     system_field: str | None = None
 
     def __post_init__(self) -> None:
@@ -40,10 +50,16 @@ class PreferenceFormat(Format):
 
     @property
     def optional(self) -> tuple[str, ...]:
-        return (self.prompt_field,) if self.system_field is None else (self.prompt_field, self.system_field)
+        fields = (*self.required, self.prompt_field)
+        names = ("history", self.system_field or "system")
+        before = (name for name in names if name not in fields)
+        return (self.prompt_field, *before, *super().optional)
 
-    def read(self, record: dict[str, Any]) -> Pair:
-        """The pair in a record. Raises MalformedConversation with the reason to count it under."""
+    def unused(self, record: dict[str, Any]) -> list[str]:
+        fields = (self.prompt_field, *self.required)
+        return [*super().unused(record), *unused_in_messages(record, fields, SHAREGPT_FIELDS)]
+
+    def parse(self, record: dict[str, Any]) -> Pair:
         chosen, rejected = (_read_messages(record, name, "assistant") for name in self.required)
         prompt: Conversation = ()
         if record.get(self.prompt_field) is not None:
@@ -60,10 +76,10 @@ class PreferenceFormat(Format):
             pair = Pair(prompt, chosen, rejected)
         if not all(answer and answer[0].role == "assistant" for answer in (pair.chosen, pair.rejected)):
             raise MalformedConversation("different_prompts", "the two differ before an answer begins")
-        system = "" if self.system_field is None else read_string(record, self.system_field, optional=True)
-        if system.strip():
-            pair = pair._replace(prompt=(Message("system", system), *pair.prompt))
-        return pair
+        # The prompt itself may stand in "history" or "system".
+        before = {name: record.get(name) for name in self.optional if name != self.prompt_field}
+        prompt = (*read_history(before), *pair.prompt)
+        return pair._replace(prompt=with_system(before, prompt, self.system_field or "system"))
 
 
 def _read_messages(record: dict[str, Any], name: str, role: Literal["user", "assistant"]) -> Conversation:

@@ -14,19 +14,20 @@ from pathlib import Path
 from lumi.config import UserError, to_dict
 from lumi.corpus import processing
 from lumi.corpus.cache import SourceCache, cache_key
+from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.corpus.counts import SourceCounts
 from lumi.corpus.deduplication import Deduplicator
 from lumi.corpus.filters import classifier
-from lumi.corpus.folder import CorpusReader, CorpusWriter, Manifest, read_manifest
+from lumi.corpus.folder import CorpusReader, Manifest, read_manifest
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.processing import Outcome, make_batches
 from lumi.corpus.reading import open_source
-from lumi.corpus.report import data_card, find_warnings, noun, summary_table
+from lumi.corpus.report import data_card, find_warnings, noun, summary_table, unused_fields
 from lumi.corpus.sources import Source, describe, identify
 from lumi.host.progress import progress_bar
 from lumi.host.workers import Workers, num_cores
 
-CACHE_FORMAT = 4  # raise it when cleaning, filters or fingerprints change their results
+CACHE_FORMAT = 5  # raise it when cleaning, filters or fingerprints change their results
 OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")
 
 
@@ -87,7 +88,7 @@ def prepare(
 
 def _analyze(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers) -> Manifest:
     manifest = _summarize(config, _run(config, caches, workers, None))
-    print(summary_table(manifest))
+    _report(manifest)
     print(f"nothing was written; {manifest['documents']:,} {noun(manifest)} would be")
     return manifest
 
@@ -105,7 +106,7 @@ def _write(
     inputs_key = cache_key([to_dict(config), keys])
     with _lock(folder):
         if old is not None and old.get("inputs_key") == inputs_key and _is_whole(folder, old):
-            print(summary_table(old))
+            _report(old)
             print(f"{folder} is up to date: {old['documents']:,} {noun(old)}")
             return old
         if not use_cache:
@@ -124,11 +125,15 @@ def _write(
         for path in (folder / ".cache").iterdir():  # runs of other configs may have left more
             if path.is_dir() and path not in in_use:
                 shutil.rmtree(path)
-    print(summary_table(manifest))
+    _report(manifest)
     shards = "1 shard" if len(manifest["shards"]) == 1 else f"{len(manifest['shards'])} shards"
     made = f"{manifest['documents']:,} {noun(manifest)} in {shards}"
     print(f"{made}: {folder} ({folder}/.cache may be deleted)")
     return manifest
+
+
+def _report(manifest: Manifest) -> None:
+    print("\n".join([summary_table(manifest), *unused_fields(manifest)]))
 
 
 def _discard(folder: Path, caches: dict[str, SourceCache]) -> None:
@@ -173,6 +178,7 @@ def _take(
     """Count and write a batch, up to the document that reaches the budget."""
     duplicates = deduplicator.decide([outcome.fingerprint for outcome in outcomes])
     for outcome, duplicate in zip(outcomes, duplicates, strict=True):
+        counts.note_unused(outcome.unused)
         if outcome.document is None or duplicate:
             counts.drop(outcome.reason or duplicate, outcome.detail)
             continue

@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
     """What became of one record: the cleaned document, or None with the reason; `detail` as in `Record`.
 
     `num_bytes`: the UTF-8 of its text (of a conversation, of its contents). `shortened`: messages were left
-    out.
+    out. `unused`: as in `Record`.
     """
 
     document: Document | None
@@ -42,16 +42,14 @@ class Outcome(NamedTuple):
     reason: str = ""
     detail: str = ""
     shortened: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def process_batch(rules: RecordRules, records: list[Record]) -> list[Outcome]:
     """Clean, filter and fingerprint; one outcome per record, in order."""
     outcomes = [_process(record, rules) for record in records]
     kept = [outcome.document for outcome in outcomes if outcome.document is not None]
-    answers = None
-    if isinstance(rules.filters, ConversationFilterConfig):
-        answers = [_answers(document) for document in kept if not isinstance(document, str)]
-    fingerprints = iter(fingerprint([text_of(document) for document in kept], rules.deduplication, answers))
+    fingerprints = iter(fingerprint(kept, rules.deduplication))
     return [
         outcome if outcome.document is None else outcome._replace(fingerprint=next(fingerprints))
         for outcome in outcomes
@@ -60,6 +58,11 @@ def process_batch(rules: RecordRules, records: list[Record]) -> list[Outcome]:
 
 def _process(record: Record, rules: RecordRules) -> Outcome:
     """The outcome without its fingerprint."""
+    outcome = _judge(record, rules)
+    return outcome._replace(unused=record.unused) if record.unused else outcome
+
+
+def _judge(record: Record, rules: RecordRules) -> Outcome:
     document, filters = record.document, rules.filters
     if document is None:
         return _drop(record.reason, record.detail)
@@ -98,13 +101,6 @@ def _process_pair(original: Pair, cleaning: CleaningConfig, filters: Conversatio
         return _drop(reason)
     shortened = len(pair.messages) < len(original.messages)
     return Outcome(pair, None, len(text_of(pair).encode()), shortened=shortened)
-
-
-def _answers(document: Conversation | Pair) -> str:
-    """The part of a document that tells it from others of the same question."""
-    if isinstance(document, Pair):
-        document = (*document.chosen, *document.rejected)
-    return contents([message for message in document if message.role == "assistant"])
 
 
 def _drop(reason: str, detail: str = "") -> Outcome:

@@ -3,17 +3,16 @@
 The stage `prepare` counts the pieces that cannot be read, `lumi evaluate` refuses them.
 """
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumi.config import UserError
+from lumi.config import UserError, unique_keys
+from lumi.corpus.compression import ERRORS, find_compression, open_file
 from lumi.corpus.documents import Record
 from lumi.corpus.sources import (
     Files,
@@ -33,10 +32,14 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RawRecord(NamedTuple):
-    """The fields that stand at one place of a file or a dataset."""
+    """The fields that stand at one place of a file or a dataset.
+
+    `unread`: the names of other fields, which were left where they are.
+    """
 
     fields: dict[str, Any]
     place: str
+    unread: tuple[str, ...] = ()
 
 
 Piece = RawRecord | Record  # a text, or something that cannot be read, is a Record already
@@ -88,7 +91,7 @@ def _read_files(files: Files, max_chars: int) -> Iterator[Piece]:
             else:
                 separator = files.separator if isinstance(files, TextSource) else None
                 yield from _read_text(path, separator, 4 * max_chars)
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        except ERRORS as error:
             raise UserError(path, f"must be a readable {files.kind} file", got=_first_line(error)) from error
 
 
@@ -96,13 +99,9 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _open(path: str) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
-
-
 def _read_jsonl(path: str, limit: int) -> Iterator[Piece]:
     # `limit` in bytes: a character takes at most 12 in JSON ("\\ud83d\\ude00"), other fields take the rest.
-    with _open(path) as file:
+    with open_file(path) as file:
         number = 0
         while line := file.readline(limit):
             number += 1
@@ -124,11 +123,16 @@ def _read_jsonl(path: str, limit: int) -> Iterator[Piece]:
 
 def _parse_line(line: bytes, place: str) -> Piece:
     try:
-        return _check_object(json.loads(line.decode("utf-8")), place)
+        return _check_object(_parse(line.decode("utf-8")), place)
     except UnicodeDecodeError as error:
         return Record(None, "invalid_utf8", f"{place}: invalid UTF-8 at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
         return Record(None, "malformed_json", f"{place}: not valid JSON: {error}")
+
+
+def _parse(text: str) -> Any:
+    """JSON as Python reads it, but a name that stands twice in an object is an error: one value is lost."""
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def _check_object(data: Any, place: str) -> Piece:
@@ -138,10 +142,10 @@ def _check_object(data: Any, place: str) -> Piece:
 
 
 def _read_json(path: str) -> Iterator[Piece]:
-    with _open(path) as file:
+    with open_file(path) as file:
         data = file.read()
     try:
-        items = json.loads(data.decode("utf-8-sig"))
+        items = _parse(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         items = error
     if not isinstance(items, list):
@@ -156,6 +160,8 @@ def _read_json(path: str) -> Iterator[Piece]:
 
 
 def _read_parquet(path: str, source: ParquetSource) -> Iterator[Piece]:
+    if (how := find_compression(path)) is not None:
+        raise UserError(path, "must be a plain Parquet file", got=f"one in {how}", remedy="unpack it first")
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if source.conversation is None:
@@ -165,17 +171,34 @@ def _read_parquet(path: str, source: ParquetSource) -> Iterator[Piece]:
                     f"must be a column of {path} ({', '.join(names)})",
                     got=repr(source.text_field),
                 )
-            yield from _read_column(file, path, source.text_field)
+            used = [source.text_field]
         else:
             required, optional = source.conversation.required, source.conversation.optional
             if not set(required) <= set(names):
                 raise UserError(
                     path, f"must have the columns {', '.join(required)}", got=", ".join(names) or "none"
                 )
-            yield from _read_columns(file, path, [name for name in names if name in required + optional])
+            used = [name for name in names if name in required + optional]
+        if twice := _named_twice([field for field in file.schema_arrow if field.name in used]):
+            got = f"{' and '.join(map(repr, twice))} more than once"
+            raise UserError(path, "must have columns of different names", got=got, remedy="rename one")
+        unread = tuple(name for name in names if name not in used)
+        if source.conversation is None:
+            yield from _read_column(file, path, source.text_field, unread)
+        else:
+            yield from _read_columns(file, path, used, unread)
 
 
-def _read_column(file: pq.ParquetFile, path: str, name: str) -> Iterator[Record]:
+def _named_twice(fields: Sequence[pa.Field]) -> list[str]:
+    """The names that stand twice among columns, or among the fields within one of them."""
+    names = [field.name for field in fields]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    for field in fields:
+        twice += _named_twice([field.type.field(index) for index in range(field.type.num_fields)])
+    return twice
+
+
+def _read_column(file: pq.ParquetFile, path: str, name: str, unread: tuple[str, ...]) -> Iterator[Record]:
     kind = file.schema_arrow.field(name).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
@@ -186,18 +209,21 @@ def _read_column(file: pq.ParquetFile, path: str, name: str) -> Iterator[Record]
         for value in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
             row += 1
             if value is None:
-                yield Record(None, "missing_text", f"{path}:row {row}: null")
+                record = Record(None, "missing_text", f"{path}:row {row}: null")
             else:
-                yield _decode(value, f"{path}:row {row}")
+                record = _decode(value, f"{path}:row {row}")
+            yield record._replace(unused=unread)
 
 
-def _read_columns(file: pq.ParquetFile, path: str, names: list[str]) -> Iterator[Piece]:
+def _read_columns(
+    file: pq.ParquetFile, path: str, names: list[str], unread: tuple[str, ...]
+) -> Iterator[Piece]:
     row = 0
     for batch in file.iter_batches(batch_size=256, columns=names):
         for index in range(len(batch)):  # one by one, so that invalid UTF-8 spoils one row only
             row += 1
             try:
-                yield RawRecord(batch.slice(index, 1).to_pylist()[0], f"{path}:row {row}")
+                yield RawRecord(batch.slice(index, 1).to_pylist()[0], f"{path}:row {row}", unread)
             except UnicodeDecodeError as error:
                 yield Record(None, "invalid_utf8", f"{path}:row {row}: invalid UTF-8 at byte {error.start}")
 
@@ -224,9 +250,9 @@ def _read_text(path: str, separator: str | None, limit: int) -> Iterator[Record]
 
 def _split(path: str, separator: str | None, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """(line number, piece) for the pieces between separators; None for a piece of more than `limit` bytes."""
-    mark = separator.encode() if separator else None
+    mark = separator.replace("\r\n", "\n").encode() if separator else None
     number, passed_lines, buffer, too_long = 1, 0, b"", False
-    with _open(path) as file:
+    with open_file(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             if mark and b"\r" in chunk:
                 chunk += file.read(1) if chunk.endswith(b"\r") else b""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-from lumi.chat.messages import MalformedConversation
+from lumi.chat.messages import MalformedConversation, is_empty
 from lumi.config import UserError
 from lumi.corpus.conversations import read_string
 from lumi.corpus.documents import Record
@@ -62,8 +62,8 @@ def _read_records(
             pieces: Iterator[Piece] = islice(trees, skip, None)
         else:
             pieces = read_pieces(source, max_chars=max_chars, skip=skip)
-        for piece in pieces:
-            yield piece if isinstance(piece, Record) else _interpret(piece, source)
+        records = (piece if isinstance(piece, Record) else _interpret(piece, source) for piece in pieces)
+        yield from _name_once(records)
     except UserError as error:
         remedy = error.remedy
         if isinstance(source, HubSource) and remedy:
@@ -73,12 +73,28 @@ def _read_records(
 
 def _interpret(raw: RawRecord, source: Source) -> Record:
     assert isinstance(source, RecordSource)
+    fields, format = raw.fields, source.conversation
+    if format is None:
+        unused = [name for name, value in fields.items() if name != source.text_field and not is_empty(value)]
+    else:
+        unused = format.unused(fields)
     try:
-        if source.conversation is None:
-            return Record(read_string(raw.fields, source.text_field))
-        return Record(source.conversation.read(raw.fields))
+        document = read_string(fields, source.text_field) if format is None else format.read(fields)
+        return Record(document, unused=(*unused, *raw.unread))
     except MalformedConversation as finding:
-        return Record(None, finding.reason, f"{raw.place}: {finding}" if str(finding) else "")
+        detail = f"{raw.place}: {finding}" if str(finding) else ""
+        return Record(None, finding.reason, detail, (*unused, *raw.unread))
+
+
+def _name_once(records: Iterable[Record]) -> Iterator[Record]:
+    """The same records, each unused field only with the first that has it."""
+    named: set[str] = set()
+    for record in records:
+        if record.unused:
+            unused = tuple(name for name in record.unused if name not in named)
+            named.update(unused)
+            record = record._replace(unused=unused)
+        yield record
 
 
 def _join_trees(pieces: Iterable[Piece], conversation: OasstMessagesFormat) -> Iterator[Piece]:
@@ -95,11 +111,11 @@ def _join_trees(pieces: Iterable[Piece], conversation: OasstMessagesFormat) -> I
         if not isinstance(identity, str):
             yield RawRecord({"rows": [piece.fields]}, piece.place)
             continue
-        row = {
-            key: piece.fields[key]
-            for key in conversation.required + conversation.optional
-            if key in piece.fields
-        }
-        trees.setdefault(identity, RawRecord({"rows": []}, piece.place)).fields["rows"].append(row)
+        known = conversation.required + conversation.optional
+        row = {name: piece.fields[name] for name in known if name in piece.fields}
+        tree = trees.get(identity, RawRecord({"rows": []}, piece.place))
+        tree.fields["rows"].append(row)
+        unread = dict.fromkeys((*tree.unread, *conversation.unused(piece.fields), *piece.unread))
+        trees[identity] = tree._replace(unread=tuple(unread))
     while trees:  # each is given up as it goes: all of them are held in memory
         yield trees.pop(next(iter(trees)))

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lumi.corpus.counts import REASONS, SourceCounts, from_manifest
+from lumi.corpus.counts import SourceCounts, from_manifest, in_order
+
+NAMES_SHOWN = 20  # `manifest.json` has all of them
 
 
 def noun(manifest: dict[str, Any]) -> str:
@@ -24,9 +26,8 @@ def summary_table(manifest: dict[str, Any]) -> str:
     ]
     if any(source.shortened for source in sources):
         rows.append(_row("kept, but shortened", (source.shortened for source in sources)))
-    for reason in REASONS:
-        if any(source.dropped[reason] for source in sources):
-            rows.append(_row(f"dropped: {reason}", (source.dropped[reason] for source in sources)))
+    for reason in in_order({reason for source in sources for reason in source.dropped}):
+        rows.append(_row(f"dropped: {reason}", (source.dropped[reason] for source in sources)))
     rows.append(_row("megabytes kept", (source.num_bytes for source in sources), _megabytes))
     rows.append(_row("estimated tokens", _estimates(manifest, sources)))
     if len(sources) > 1:
@@ -57,10 +58,8 @@ def _estimates(manifest: dict[str, Any], sources: Sequence[SourceCounts]) -> lis
 def find_warnings(source: SourceCounts, *, has_budget: bool, bytes_per_token: float) -> list[str]:
     """What a user should look at: a source that gives nothing, or less than its budget."""
     if not source.kept:
-        reasons = ", ".join(
-            f"{source.dropped[reason]} {reason}" for reason in REASONS if source.dropped[reason]
-        )
-        example = f"; the first malformed one: {source.examples[0]}" if source.examples else ""
+        reasons = ", ".join(f"{source.dropped[reason]} {reason}" for reason in in_order(source.dropped))
+        example = f"; the first of them: {source.examples[0]}" if source.examples else ""
         return [
             f"source {source.name!r}: no document is kept of {source.read} read"
             f" ({reasons or 'it is empty'}){example}"
@@ -69,6 +68,16 @@ def find_warnings(source: SourceCounts, *, has_budget: bool, bytes_per_token: fl
         tokens = source.estimate_tokens(bytes_per_token)
         return [f"source {source.name!r} ended before its budget: {tokens:,} estimated tokens"]
     return []
+
+
+def unused_fields(manifest: dict[str, Any]) -> list[str]:
+    """A line for each source that has fields which nobody reads."""
+    lines = []
+    for source in from_manifest(manifest):
+        if names := source.unused_fields:
+            more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+            lines.append(f"{source.name}: fields that are not used: {', '.join(names[:NAMES_SHOWN])}{more}")
+    return lines
 
 
 def data_card(manifest: dict[str, Any]) -> str:
@@ -91,7 +100,7 @@ def data_card(manifest: dict[str, Any]) -> str:
         figures = f"{source.kept:,} | {_megabytes(source.num_bytes)} | {tokens:,}"
         lines.append(f"| {source.name} | {source.origin} | {figures} |")
     lines += ["", "## Kept and dropped", "", "```", summary_table(manifest), "```", ""]
-    notes = [*(f"- {warning}" for warning in manifest["warnings"]), *_notes(sources)]
+    notes = [f"- {line}" for line in (*manifest["warnings"], *unused_fields(manifest))] + _notes(sources)
     if notes:
         lines += ["## Notes", "", *notes, ""]
     lines += ["## How it was made", ""]
@@ -113,7 +122,7 @@ def _notes(sources: Sequence[SourceCounts]) -> list[str]:
             lines.append(
                 f"- {source.name}: {source.shortened:,} of {source.kept:,} conversations are kept {left_out}"
             )
-        lines += [f"- malformed in {source.name}: {example}" for example in source.examples]
+        lines += [f"- dropped of {source.name}: {example}" for example in source.examples]
         if "sha256" in source.facts:
             lines.append(f"- {source.name}: SHA-256 of its documents {source.facts['sha256']}")
     return lines

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lumi.config import UserError, to_dict
+from lumi.corpus.compression import find_compression
 from lumi.corpus.conversations import (
     AlpacaFormat,
     DollyFormat,
@@ -71,7 +72,7 @@ class HubDataset(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Checked):
-    """Local files: `paths` holds paths and glob patterns. A file named `.gz` is unpacked while it is read."""
+    """Local files: `paths` holds paths and glob patterns. gzip, bzip2, xz and zstd are unpacked."""
 
     kind: str
     # Files, or patterns such as `data/*.jsonl`.
@@ -258,8 +259,8 @@ def identify(source: Source) -> dict[str, Any]:
     """What decides which documents a source gives: its config without name and budget, files, versions.
 
     Raises:
-        UserError: a path matches no file, or a package of `python_docs` or `python_questions` is not
-            installed.
+        UserError: a path matches no file, or one that is compressed in a way that nobody reads; a package of
+            `python_docs` or `python_questions` is not installed.
     """
     config = {
         key: value
@@ -273,9 +274,15 @@ def identify(source: Source) -> dict[str, Any]:
     if isinstance(source, HubSource):
         return config
     try:
-        stats = [(path, os.stat(path)) for path in matching_files(source.paths)]
+        paths = matching_files(source.paths)
+        for path in paths:  # here, before the work on any file
+            find_compression(path)
+        stats = [(path, os.stat(path)) for path in paths]
     except UserError as error:
         raise error.within(f"source {source.name!r}") from error
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise UserError(f"source {source.name!r}: {error.filename}", "must be readable", got=got) from error
     return config | {"files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]}
 
 

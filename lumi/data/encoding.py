@@ -7,7 +7,6 @@ which the answers alone are trained. SentencePiece releases the interpreter's lo
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lumi.chat.messages import Conversation, Message
+from lumi.chat.messages import Conversation, Message, canonical
 from lumi.chat.pairs import Pair, render_pair
-from lumi.chat.rendering import Rendered, Template, render
-from lumi.corpus.documents import Document, count_chars, to_plain
+from lumi.chat.rendering import Rendered, Template, loses_reasoning, render
+from lumi.corpus.documents import Document, count_chars, messages_of
 from lumi.data.store_manifest import Counts, token_dtype
 from lumi.host.text import utf8
 from lumi.host.workers import Workers
@@ -60,7 +59,7 @@ class Encoded(NamedTuple):
         mask: (sum of lengths,) bool, which tokens are trained. None for texts: all.
         counts: per source.
         lowest_rank: the lowest of the documents' hashes, 0 to 2**64 - 1.
-        dropped: conversations without a trained token, and pairs, by reason.
+        dropped: conversations without a trained token or a place for their reasoning, and pairs, by reason.
         truncated: number of conversations that lost answers to `max_tokens`.
     """
 
@@ -97,9 +96,13 @@ def encode_documents(settings: EncodingSettings, task: Documents) -> dict[str, E
             ids = [tokenizer.bos_id, *tokenizer.encode_utf8(data), tokenizer.eos_id]
             splits[name].add(ids, source, len(data), rank)
         else:
-            name, rank = split_of(canonical(document), settings.validation_fraction)
+            # Pairs of one question share a split.
+            question = document.prompt if isinstance(document, Pair) else document
+            name, rank = split_of(canonical(question), settings.validation_fraction)
             assert settings.template is not None
-            if isinstance(document, Pair):
+            if loses_reasoning(settings.template, messages_of(document)):
+                splits[name].dropped["reasoning_without_place_in_template"] += 1
+            elif isinstance(document, Pair):
                 sides = render_pair(tokenizer, settings.template, document, settings.max_tokens)
                 splits[name].add_pair(sides, document, source, rank)
             else:
@@ -107,15 +110,6 @@ def encode_documents(settings: EncodingSettings, task: Documents) -> dict[str, E
                 splits[name].add_conversation(rendered, document, source, rank)
     dtype = token_dtype(tokenizer.vocab_size)
     return {name: split.finish(dtype) for name, split in splits.items() if split.lengths or split.dropped}
-
-
-def canonical(document: Conversation | Pair) -> bytes:
-    """What is hashed of a conversation: compact JSON in UTF-8. Of a pair it is the prompt's.
-
-    So pairs of one question share a split. Raises UserError for a lone surrogate.
-    """
-    messages = document.prompt if isinstance(document, Pair) else document
-    return utf8(json.dumps(to_plain(messages), ensure_ascii=False, separators=(",", ":")))
 
 
 @dataclass

@@ -253,7 +253,9 @@ def _check_splits(
     documents = sum(split.documents for split in manifest.splits.values())
     lost = "".join(f"; {count:,} dropped: {reason}" for reason, count in sorted(dropped.items()))
     more = "see the corpus' DATA_CARD.md for what was dropped"
-    if lost:
+    if "reasoning_without_place_in_template" in dropped:
+        more = "choose a --template that shows reasoning_content, or prepare conversations without it"
+    elif lost:
         more = "raise --max-tokens, or prepare more conversations"
     filled = {"--corpus-dirs": documents > 0}
     if has_validation_corpora:

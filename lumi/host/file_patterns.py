@@ -17,11 +17,14 @@ def matching_files(paths: Sequence[str]) -> list[str]:
     """The files that paths and glob patterns match, in their order; one pattern's are sorted, none repeats.
 
     Raises:
-        UserError: a path or pattern matches no file.
+        UserError: a path or pattern matches no file, or a link to a file that is gone.
     """
     found: dict[str, None] = {}
     for pattern in paths:
-        matches = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+        found_here = glob.glob(os.path.expanduser(pattern), recursive=True)
+        if gone := sorted(path for path in found_here if not os.path.exists(path)):
+            raise UserError("paths", "must match files that exist", got=f"{gone[0]}, a broken link")
+        matches = sorted(filter(os.path.isfile, found_here))
         if not matches:
             raise UserError(
                 "paths",

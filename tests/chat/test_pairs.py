@@ -17,11 +17,14 @@ def test_the_common_beginning_of_two_conversations_is_the_prompt():
     assert split_pair((ASK, ANSWER, AGAIN, GOOD), (ASK, ANSWER, AGAIN, BAD)) == PAIR
     assert split_pair((ASK, GOOD), (AGAIN, BAD)) == Pair((), (ASK, GOOD), (AGAIN, BAD))
     assert split_pair((ASK, GOOD), (ASK, GOOD, AGAIN, BAD)) == Pair((ASK, GOOD), (), (AGAIN, BAD))
+    thought = GOOD._replace(reasoning="It is wet.")
+    assert split_pair((ASK, GOOD), (ASK, thought)) == Pair((ASK,), (GOOD,), (thought,))
     assert PAIR.messages == (ASK, ANSWER, AGAIN, GOOD, BAD)
 
 
 def test_it_survives_json():
-    assert pair_from_json(json.loads(json.dumps(pair_to_json(PAIR)))) == PAIR
+    for pair in (PAIR, PAIR._replace(chosen=(GOOD._replace(reasoning="It is wet."),))):
+        assert pair_from_json(json.loads(json.dumps(pair_to_json(pair)))) == pair
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)

@@ -343,3 +343,15 @@ def test_a_template_whose_tokens_are_missing_is_refused(tokenizer):
         ):
             use()
     assert check_controls(poor, TEMPLATES["plain"]) == {Control.BOS: BOS, Control.EOS: EOS}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reasoning_without_a_place_is_refused_by_name(tokenizer, name):
+    messages = (Message("user", "q"), Message("assistant", "a", "thought"), Message("user", "r"))
+    message = rf"reasoning_content must be left out of messages, got some, and .*{name} has no place for it"
+    with pytest.raises(UserError, match=message):
+        render(tokenizer, TEMPLATES[name], messages)
+    spoken = copy.copy(tokenizer)
+    spoken.chat_template = TEMPLATES[name].jinja
+    with pytest.raises(UserError, match=message):
+        prompt_ids(spoken, messages)

@@ -55,6 +55,19 @@ def test_control_characters_go_but_newline_and_tab_stay():
     assert clean("é\x00b\x08\n\té") == "éb\n\té"
 
 
+@pytest.mark.parametrize("control", "\x0b \x0c \x1c \x1d \x1e \x1f \x85".split(" "))
+@pytest.mark.parametrize("repair_text", [False, True])
+def test_controls_that_separate_words_become_a_line_end(control, repair_text):
+    assert clean(f"one{control}two", repair_text=repair_text) == "one\ntwo"
+    assert clean(f"é{control}{control}\x00two", repair_text=False) == "é\ntwo"
+    assert clean(f"{control}one\n{control}two{control}\n{control}", repair_text=repair_text) == "one\ntwo\n"
+
+
+def test_a_next_line_within_broken_text_is_repaired():
+    assert clean("Ã\x85ngström") == "Ångström"
+    assert clean("wait\x85 \x93ok\x94") == "wait… “ok”"
+
+
 def test_line_ends_become_newlines():
     assert clean("a\r\nb\rc\n\r\n") == "a\nb\nc\n\n"
 

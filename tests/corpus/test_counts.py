@@ -1,12 +1,14 @@
 import json
 
-from lumi.corpus.counts import NUM_EXAMPLES, SourceCounts, from_manifest
+from lumi.corpus.counts import NUM_EXAMPLES, SourceCounts, from_manifest, in_order
 
 
 def counted():
     counts = SourceCounts(name="x", origin="text: a.txt", facts={"sha256": "ab", "documents": 9})
     counts.keep(10, shortened=False)
     counts.drop("near_duplicate", "")
+    counts.note_unused(["url", "id"])
+    counts.note_unused(["id", "lang"])
     counts.keep(32, shortened=True)
     for number in range(NUM_EXAMPLES + 2):
         counts.drop("malformed_json", f"a.txt:{number}")
@@ -24,6 +26,7 @@ def test_every_record_is_counted_once_and_the_first_malformed_ones_are_kept():
 def test_the_entry_of_the_manifest_names_reasons_in_the_order_in_which_they_are_met():
     entry = counted().to_json(4.0)
     assert list(entry["dropped"].items()) == [("malformed_json", NUM_EXAMPLES + 2), ("near_duplicate", 1)]
+    assert entry["unused_fields"] == ["url", "id", "lang"]
     assert (entry["bytes"], entry["estimated_tokens"], entry["sha256"]) == (42, 10, "ab")
 
 
@@ -31,3 +34,14 @@ def test_counts_come_back_from_the_manifest():
     entries = json.loads(json.dumps([counted().to_json(4.0)]))
     assert from_manifest({"sources": entries}) == [counted()]
     assert entries[0]["bytes"] == 42  # the manifest is left as it was
+
+
+def test_reasons_with_a_name_from_the_data_have_their_place_among_the_others():
+    reasons = [
+        "near_duplicate",
+        "no_place_for_tool_calls",
+        "unknown_role",
+        "no_place_for_part_x",
+        "null_content",
+    ]
+    assert in_order(reasons) == [reasons[4], reasons[3], reasons[1], reasons[2], reasons[0]]

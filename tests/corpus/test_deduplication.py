@@ -3,6 +3,8 @@ import random
 import numpy as np
 import pytest
 
+from lumi.chat.messages import Message
+from lumi.chat.pairs import Pair
 from lumi.config import UserError, from_dict
 from lumi.corpus import DeduplicationConfig
 from lumi.corpus import deduplication as module
@@ -20,14 +22,44 @@ def pair(shared, different):
     return [" ".join(common + [f"{side}{i}" for i in range(different)]) for side in ("left", "right")]
 
 
-def test_exact_ignores_case_white_space_and_unicode_form():
-    assert decide(["Hello  World\n", "hello world", "é", "e\u0301", "other"], near=False) == [
-        "",
-        "exact_duplicate",
-        "",
-        "exact_duplicate",
-        "",
-    ]
+ALIKE = ["Hello  World\n", "hello world", "é", "e\u0301", "other", "hello world"]
+
+
+def test_exact_means_the_same_bytes():
+    assert decide(ALIKE, near=False) == ["", "", "", "", "", "exact_duplicate"]
+
+
+def test_normalized_ignores_case_white_space_and_unicode_form():
+    again = "normalized_duplicate"
+    assert decide(ALIKE, near=False, normalized=True) == ["", again, "", again, "", "exact_duplicate"]
+    assert decide(ALIKE, near=False, exact=False, normalized=True) == ["", again, "", again, "", again]
+
+
+def test_near_compares_words_without_case():
+    text = " ".join(f"Word{i}" for i in range(50))
+    assert decide([text, text.lower().replace(" ", "\n  ")]) == ["", "near_duplicate"]
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new"),
+    [
+        (
+            "图书馆在山坡上，窗子朝着南边的田野。每到秋天，学生们就坐在窗边读书，读累了便看一看外面的稻子。",
+            "秋天",
+            "春天",
+        ),
+        (
+            "庭の梅が咲いたので、祖母は毎朝窓を開けて眺めている。遠くから子供たちの声が聞こえ、春が近いことを知る。",
+            "祖母",
+            "母親",
+        ),
+        ("เช้าวันนี้อากาศดีมากชาวประมงกลับมาจากทะเลพร้อมปลามากมายเด็กวิ่งเล่นบนหาดทราย", "ดี", "แย่"),
+    ],
+)
+def test_near_finds_texts_without_spaces_that_differ_by_a_word(text, old, new):
+    pages = [text * 2, text + text.replace(old, new), text[::-1] * 2]
+    assert pages[0] != pages[1]
+    assert decide(pages) == ["", "near_duplicate", ""]
 
 
 def test_exact_and_near_can_be_switched_off():
@@ -39,9 +71,8 @@ def test_exact_and_near_can_be_switched_off():
 
 def decide_parts(pairs, **options):
     config = DeduplicationConfig(**options)
-    pairs = list(pairs)
-    texts, parts = [f"{question} {answer}" for question, answer in pairs], [answer for _, answer in pairs]
-    return list(Deduplicator(config, has_parts=True).decide(fingerprint(texts, config, parts)))
+    chats = [(Message("user", question), Message("assistant", answer)) for question, answer in pairs]
+    return list(Deduplicator(config, has_parts=True).decide(fingerprint(chats, config)))
 
 
 def test_near_duplicates_are_alike_as_a_whole_and_in_their_part():
@@ -64,6 +95,42 @@ def test_a_short_part_makes_no_near_duplicate():
             expected,
         ]
         assert decide_parts([(passage, answer), (passage, answer)], exact=False) == ["", "near_duplicate"]
+
+
+def test_conversations_about_case_or_indentation_are_no_duplicates():
+    pairs = [
+        ("Rewrite with correct capitals: i met anna", "I met Anna"),
+        ("Rewrite with correct capitals: I MET ANNA", "I met Anna"),
+        ("Indent this:\nx = 1", "    x = 1"),
+        ("Indent this:\n x = 1", "     x = 1"),
+    ]
+    assert decide_parts([*pairs, pairs[0]]) == ["", "", "", "", "exact_duplicate"]
+    again = "normalized_duplicate"
+    assert decide_parts(pairs, normalized=True) == ["", again, "", again]
+
+
+def test_reasoning_tells_conversations_apart():
+    config = DeduplicationConfig(near=False)
+    chats = [(Message("user", "q"), Message("assistant", "a", thought)) for thought in ("", "b", "c", "b")]
+    found = Deduplicator(config, has_parts=True).decide(fingerprint(chats, config))
+    assert list(found) == ["", "", "", "exact_duplicate"]
+
+
+def test_pairs_are_told_apart_by_both_answers_and_their_reasoning():
+    (ask,), good, bad = [[Message("user", "Why?")], Message("assistant", "A b."), Message("assistant", "c")]
+    first = Pair((ask,), (good,), (bad,))
+    pairs = [
+        first,
+        Pair((ask,), (bad,), (good,)),
+        first._replace(chosen=(good._replace(reasoning="d"),)),
+        first._replace(rejected=(bad._replace(reasoning="d"),)),
+        first._replace(chosen=(good._replace(content="a  B."),)),
+        first,
+    ]
+    for normalized, case in ((False, ""), (True, "normalized_duplicate")):
+        config = DeduplicationConfig(near=False, normalized=normalized)
+        found = Deduplicator(config, has_parts=True).decide(fingerprint(pairs, config))
+        assert list(found) == ["", "", "", "", case, "exact_duplicate"]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
@@ -112,6 +179,7 @@ def test_num_permutations_and_seed_reach_the_signature():
     assert len(one.signature) == 4 * 128
     assert one.signature != other.signature
     assert one.digest == other.digest
+    assert one.normalized == b""
     assert len(longer.signature) == 4 * 256
 
 

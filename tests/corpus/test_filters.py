@@ -130,3 +130,20 @@ def test_languages_without_py3langid(monkeypatch):
 def test_impossible_values_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         from_dict(FilterConfig, values)
+
+
+CHINESE = (
+    "清晨的港口很安静，渔船一条接一条地回来，甲板上堆满了银色的鱼。"
+    "老陈站在码头边，望着远处的海面，心里想着昨夜的风……他的儿子还没有回家。"
+)
+JAPANESE = (
+    "彼は駅の前でしばらく立ち止まった。雨はまだ降り続いていて、人々が屋根の下に"
+    "集まっている……電車は三十分遅れる。"
+)
+THAI = "เช้าวันนี้อากาศดีมากชาวประมงกลับมาจากทะเลพร้อมปลามากมายเด็กวิ่งเล่นบนหาดทรายและหัวเราะกัน..."
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE, THAI])
+def test_an_ellipsis_in_a_script_without_spaces_does_no_harm(text):
+    assert find_fault(text, FilterConfig(min_chars=10)) == ""
+    assert fault("……" * 9 + text[:40], max_symbol_to_word_ratio=0.1) == "symbol_to_word_ratio"

@@ -5,8 +5,8 @@ import pytest
 from lumi.chat.messages import Message
 from lumi.config import UserError
 from lumi.corpus import ConversationBatch, CorpusBatch, is_corpus, read_corpus
+from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.corpus.documents import text_of
-from lumi.corpus.folder import CorpusWriter
 
 
 def write(folder, documents, shard_bytes=1 << 20, **options):
@@ -69,17 +69,6 @@ def test_conversations_come_back_in_order_with_their_sources(tmp_path):
     assert list(reader.iter_texts())[:2] == [
         "be\n\tkind\nquestion 0 😀\nÜmlaut 0\u2028",
         "question 1 😀\nÜmlaut 1\u2028",
-    ]
-
-
-def test_the_hub_reads_the_shards_of_conversations(tmp_path):
-    from datasets import load_dataset
-
-    write(tmp_path / "c", CONVERSATIONS, kind="conversations")
-    (shard,) = (tmp_path / "c").glob("shard-*.parquet")
-    rows = load_dataset("parquet", data_files=str(shard), split="train", streaming=True)
-    assert [row["messages"] for row in rows] == [
-        [message._asdict() for message in messages] for messages in CONVERSATIONS
     ]
 
 
@@ -171,19 +160,3 @@ def test_a_damaged_manifest_is_refused(tmp_path, change, message):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))
     with pytest.raises(UserError, match=message):
         read_corpus(tmp_path)
-
-
-def test_an_earlier_corpus_stays_whole_until_the_new_one_is(tmp_path):
-    old = write(tmp_path, TEXTS)
-    with CorpusWriter(tmp_path, 100) as writer:  # never committed, as if something had gone wrong
-        for _ in range(50):
-            writer.add("new text", "s", 8)
-        assert len(writer.shards) > 2
-    assert [text for text, _ in read_corpus(tmp_path)] == TEXTS
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["DATA_CARD.md", "manifest.json", old["shards"][0]["file"]]
-    )
-    new = write(tmp_path, ["other"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["DATA_CARD.md", "manifest.json", new["shards"][0]["file"]]
-    )

@@ -18,7 +18,7 @@ from lumi.corpus import (
     read_corpus,
 )
 from lumi.corpus.conversations import AlpacaFormat, MessagesFormat
-from lumi.corpus.folder import CorpusWriter
+from lumi.corpus.corpus_writer import CorpusWriter
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "ma", "lis", "ro", "sk")]
 
@@ -65,10 +65,11 @@ def test_counts_add_up_and_malformed_lines_are_named(mixed, tmp_path, capsys):
         "too_short": 1,
         "too_long": 1,
         "top_ngram": 1,
-        "exact_duplicate": 2,
-        "near_duplicate": 1,
+        "exact_duplicate": 1,
+        "near_duplicate": 2,
     }
-    assert second["dropped"] == {"blocked_phrase": 1, "exact_duplicate": 1}
+    assert second["dropped"] == {"blocked_phrase": 1, "near_duplicate": 1}
+    assert (first["unused_fields"], second["unused_fields"]) == (["id"], [])
     assert (first["read"], first["kept"], second["read"], second["kept"]) == (51, 40, 12, 10)
     for source in manifest["sources"]:
         assert source["read"] == source["kept"] + sum(source["dropped"].values())
@@ -85,9 +86,11 @@ def test_counts_add_up_and_malformed_lines_are_named(mixed, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "dropped: near_duplicate" in printed
     assert "50 documents in 1 shard:" in printed
+    assert "\nfirst: fields that are not used: id\n" in printed
     card = (tmp_path / "c" / "DATA_CARD.md").read_text()
     assert "50 documents" in card
     assert "first.jsonl:48" in card
+    assert "- first: fields that are not used: id\n" in card
     assert from_dict(PrepareConfig, manifest["config"]) == mixed
 
 
@@ -115,7 +118,7 @@ def chats(tmp_path):
     (tmp_path / "alpaca.json").write_text(json.dumps([*records, "x", {"instruction": "x", "output": "no"}]))
     turns = [
         {"role": "user", "content": "Hé\x00llo\ud83d"},
-        {"role": "assistant", "content": prose(100)},
+        {"role": "assistant", "content": prose(100), "reasoning_content": "Hm."},
         {"role": "user", "content": "And?"},
     ]
     system = {"role": "system", "content": "Be kind."}
@@ -131,7 +134,9 @@ def chats(tmp_path):
         [turns[0], {"role": "assistant", "content": "I cannot help: " + prose(101)}],
         [*turns, *turns[1:], *turns[1:]],
     ]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in chats))
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"chat": chat, "origin": "a"}) + "\n" for chat in chats)
+    )
     return PrepareConfig(
         sources=(
             JsonSource(name="alpaca", paths=(str(tmp_path / "alpaca.json"),), conversation=AlpacaFormat()),
@@ -156,8 +161,7 @@ def test_conversations_are_counted_like_texts(chats, tmp_path, capsys):
         "empty_turn": 1,
         "short_answer": 1,
         "too_long": 1,
-        "exact_duplicate": 1,
-        "near_duplicate": 1,
+        "near_duplicate": 2,
     }
     assert second["dropped"] == {
         "malformed_messages": 1,
@@ -173,20 +177,21 @@ def test_conversations_are_counted_like_texts(chats, tmp_path, capsys):
         assert source["read"] == source["kept"] + sum(source["dropped"].values())
     reader = read_corpus(tmp_path / "c")
     assert (reader.manifest, reader.manifest["columns"]) == (manifest, ["messages", "source"])
-    (batch,) = reader.iter_conversations()
-    assert batch.sources == ["alpaca"] * 20 + ["chats"]
-    assert [messages[1].content for messages in batch.conversations[:20]] == [
+    first_batch, last_batch = reader.iter_conversations()  # reasoning begins a shard
+    assert first_batch.sources + last_batch.sources == ["alpaca"] * 20 + ["chats"]
+    assert [messages[1].content for messages in first_batch.conversations] == [
         prose(seed) for seed in range(20)
     ]
-    assert [tuple(message) for message in batch.conversations[20]] == [
-        ("system", "Be kind."),
-        ("user", "Héllo\ufffd"),
-        ("assistant", prose(100)),
+    assert [tuple(message) for message in last_batch.conversations[0]] == [
+        ("system", "Be kind.", ""),
+        ("user", "Héllo\ufffd", ""),
+        ("assistant", prose(100), "Hm."),
     ]
+    assert (first["unused_fields"], second["unused_fields"]) == ([], ["origin"])
     assert manifest["bytes"] == sum(len(text.encode()) for text in reader.iter_texts())
     printed = capsys.readouterr().out
     assert "conversations read" in printed
-    assert "21 conversations in 1 shard:" in printed
+    assert "21 conversations in 2 shards:" in printed
     card = (tmp_path / "c" / "DATA_CARD.md").read_text()
     assert "21 conversations, " in card
     assert "chats.jsonl:5: message 1: role must be one of" in card
@@ -219,7 +224,7 @@ def test_questions_about_one_passage_are_no_near_duplicates(tmp_path, system):
     again = [("Who wrote it, then?", prose(1, 30) + "Indeed."), ("is it LONG?", "Yes.")]
     source = json_source(tmp_path / "a.json", ask_about(prose(0, 300), pairs + again, system))
     (counts,) = prepare(PrepareConfig(sources=(source,)), tmp_path / "c", num_workers=1)["sources"]
-    assert (counts["kept"], counts["dropped"]) == (4, {"exact_duplicate": 1, "near_duplicate": 1})
+    assert (counts["kept"], counts["dropped"]) == (5, {"near_duplicate": 1})
 
 
 def test_conversations_that_were_shortened_are_counted(tmp_path, capsys):
@@ -375,9 +380,9 @@ def test_a_source_that_gives_nothing_shows_its_first_malformed_record(tmp_path, 
     with pytest.raises(UserError) as caught:
         prepare(from_dict(PrepareConfig, {"sources": sources}), tmp_path / "c", num_workers=1)
     warnings = [
-        "source 'a': no document is kept of 3 read (3 missing_text); the first malformed one: missing_text: "
+        "source 'a': no document is kept of 3 read (3 missing_text); the first of them: missing_text: "
         f"{tmp_path}/a.jsonl:1: no field 'response'; it has 'instruction', 'context', 'output'",
-        f"the first malformed one: malformed_json: {tmp_path}/b.jsonl:1: not valid JSON: Expecting value: ",
+        f"the first of them: malformed_json: {tmp_path}/b.jsonl:1: not valid JSON: Expecting value: ",
         'for a file that is one JSON array use kind "json"',
     ]
     printed = capsys.readouterr().err

@@ -24,17 +24,17 @@ def test_one_outcome_for_each_text_in_order():
         Record(None, "malformed_json", "a.jsonl:2: no"),
         Record("x" * 101),
         Record(" \n"),
-        Record("short"),
-        Record("Für alle, immer."),
+        Record("short", unused=("url",)),
+        Record("Für alle, immer.", unused=("id", "url")),
     ]
-    first, second = fingerprint([PROSE, "Für alle, immer."], DEDUPLICATION)
+    first, second = fingerprint([PROSE + "\n", "Für alle, immer."], DEDUPLICATION)
     assert process_batch(TEXTS, records) == [
         Outcome(PROSE + "\n", first, len(PROSE) + 1),
         Outcome(None, None, reason="malformed_json", detail="a.jsonl:2: no"),
         Outcome(None, None, reason="too_long"),
         Outcome(None, None, reason="empty"),
-        Outcome(None, None, reason="too_short"),
-        Outcome("Für alle, immer.", second, 17),
+        Outcome(None, None, reason="too_short", unused=("url",)),
+        Outcome("Für alle, immer.", second, 17, unused=("id", "url")),
     ]
 
 
@@ -45,12 +45,21 @@ def test_a_conversation_stays_one_and_its_answers_are_its_part():
         Record((question, answer._replace(content="x" * 61))),
         Record((answer, question)),
     ]
-    (expected,) = fingerprint(["Für wen?\nFür alle."], DEDUPLICATION, ["Für alle."])
     kept, too_long, disordered = process_batch(CHATS, records)
     cleaned = (question._replace(content="Für wen?"), answer)
+    (expected,) = fingerprint([cleaned], DEDUPLICATION)
     assert kept == Outcome(cleaned, expected, 9 + 1 + 10, shortened=True)
     assert (too_long.document, too_long.reason) == (None, "too_long")
     assert (disordered.document, disordered.reason) == (None, "roles_do_not_alternate")
+
+
+def test_reasoning_is_cleaned_and_counted_with_its_answer():
+    chat = (Message("user", "Für wen?"), Message("assistant", "Für alle.", "Hm\x00m."))
+    (kept,) = process_batch(CHATS, [Record(chat)])
+    assert kept.document == (chat[0], Message("assistant", "Für alle.", "Hmm."))
+    assert kept.num_bytes == 9 + 1 + 4 + 1 + 10
+    (too_long,) = process_batch(CHATS, [Record((chat[0], chat[1]._replace(reasoning="x" * 61)))])
+    assert too_long.reason == "too_long"
 
 
 @pytest.mark.parametrize(("name", "limit"), [("BATCH_DOCUMENTS", 3), ("BATCH_CHARS", 30)])

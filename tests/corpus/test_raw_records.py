@@ -1,6 +1,9 @@
 """Files as they are written; the hub through a stand-in for `datasets`."""
 
+import bz2
+import gzip
 import json
+import lzma
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +13,7 @@ import pytest
 
 from lumi.config import UserError
 from lumi.corpus import HubDataset, JsonFiles, JsonlFiles, ParquetSource, TextFiles, TextSource
+from lumi.corpus.conversations import MessagesFormat, PromptResponseFormat
 from lumi.corpus.documents import Record
 from lumi.corpus.raw_records import CHUNK_BYTES, RawRecord, read_pieces
 
@@ -92,6 +96,64 @@ def test_parquet_of_dictionary_and_large_strings(tmp_path):
         assert texts(ParquetSource(name="x", paths=(str(path),))) == ["a", "b", "a"]
 
 
+def test_the_columns_that_are_not_read_are_named(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"url": ["u"], "text": ["a"], "prompt": ["q"], "response": ["b"]}), path)
+    (record,) = read(ParquetSource(name="x", paths=(path,)))
+    assert (record.document, record.unused) == ("a", ("url", "prompt", "response"))
+    chats = ParquetSource(name="x", paths=(path,), conversation=PromptResponseFormat())
+    assert read(chats) == [RawRecord({"prompt": "q", "response": "b"}, f"{path}:row 1", ("url", "text"))]
+
+
+def test_two_columns_of_one_name_are_refused_where_they_are_read(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"])] * 4, names=["text", "prompt", "text", "response"]), path
+    )
+    message = r"a.parquet must have columns of different names, got 'text' more than once; rename one"
+    with pytest.raises(UserError, match=message):
+        read(ParquetSource(name="x", paths=(path,)))
+    (piece,) = read(ParquetSource(name="x", paths=(path,), conversation=PromptResponseFormat()))
+    assert piece.fields == {"prompt": "a", "response": "a"}
+
+
+def test_two_fields_of_one_name_within_a_column_are_refused(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    turns = pa.StructArray.from_arrays([pa.array(["user"])] * 3, names=["role", "content", "content"])
+    pq.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 1], turns)}), path)
+    with pytest.raises(UserError, match=r"different names, got 'content' more than once"):
+        read(ParquetSource(name="x", paths=(path,), conversation=MessagesFormat()))
+
+
+def test_a_compressed_parquet_file_is_refused(tmp_path):
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(UserError, match=r"gz must be a plain Parquet file, got one in gzip; unpack it first"):
+        read(ParquetSource(name="x", paths=(str(path),)))
+
+
+def test_a_name_that_stands_twice_in_an_object_is_malformed(tmp_path):
+    (piece,) = read(jsonl(tmp_path, '{"text": "a", "meta": {"b": 1, "b": 2}}'))
+    assert (piece.reason, piece.document) == ("malformed_json", None)
+    assert piece.detail.endswith("data.jsonl:1: not valid JSON: duplicate key 'b'")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_glob_of_plain_and_compressed_files_loses_none(tmp_path, ending):
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(
+        ending, lambda data: pa.compress(data, codec="zstd", asbytes=True)
+    )
+    (tmp_path / "a.jsonl").write_text('{"n": 1}')
+    whole = compress(b'{"n": 2}\n{"n": 3}')
+    path = tmp_path / f"b.jsonl{ending}"
+    path.write_bytes(whole)
+    location = JsonlFiles(paths=(str(tmp_path / "*.jsonl*"),))
+    assert [piece.fields["n"] for piece in read(location)] == [1, 2, 3]
+    path.write_bytes(whole[:-4])
+    with pytest.raises(UserError, match=rf"b.jsonl{ending} must be a readable jsonl file, got \w"):
+        read(location)
+
+
 def test_text_is_a_document_per_file_or_per_separator(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffone\r\n\r\ntwo\ntwo\r\n\r\n\n\nthree\n".encode())
@@ -99,6 +161,8 @@ def test_text_is_a_document_per_file_or_per_separator(tmp_path):
     assert texts(whole) == ["one\r\n\r\ntwo\ntwo\r\n\r\n\n\nthree\n"]
     assert texts(TextSource(name="x", paths=(str(path),), separator="\n\n")) == ["one", "two\ntwo", "three"]
     assert texts(TextSource(name="x", paths=(str(path),), separator="two")) == ["one", "three"]
+    windows = TextSource(name="x", paths=(str(path),), separator="\r\n\r\n")
+    assert texts(windows) == ["one", "two\ntwo", "three"]
     path.write_bytes(b"")
     assert texts(whole) == [""]
     assert texts(TextSource(name="x", paths=(str(path),), separator="--")) == []

@@ -73,6 +73,28 @@ def test_jsonl_text_field_skip_bom_and_gzip(tmp_path):
         read(source)
 
 
+def test_a_field_that_nobody_reads_is_named_with_the_first_record_that_has_it(tmp_path):
+    lines = [
+        '{"text": "a", "url": "", "n": 0}',
+        '{"text": "b", "url": "u", "n": 1}',
+        '{"id": 3}',
+        '{"id": 4}',
+    ]
+    assert [record.unused for record in read(jsonl(tmp_path, *lines))] == [("n",), ("url",), ("id",), ()]
+    lines = ['{"instruction": "q", "output": "a", "text": "b"}', '{"output": "a", "text": "b", "id": 1}']
+    records = read(jsonl(tmp_path, *lines, conversation=AlpacaFormat()))
+    assert [record.unused for record in records] == [("text",), ("id",)]
+
+
+def test_fields_of_trees_that_nobody_reads_are_named(tmp_path):
+    row = {"message_id": "a", "parent_id": None, "message_tree_id": "t", "text": "q", "role": "prompter"}
+    answer = row | {"message_id": "b", "parent_id": "a", "text": "a", "role": "assistant", "labels": {"x": 1}}
+    lines = [json.dumps(row | {"emojis": None, "user_id": "u"}), json.dumps(answer)]
+    (record,) = read(jsonl(tmp_path, *lines, conversation=OasstMessagesFormat()))
+    assert said(record) == ["q", "a"]
+    assert record.unused == ("user_id", "labels")
+
+
 def test_parquet(tmp_path):
     path = tmp_path / "data.parquet"
     values = pa.array([b"one", None, b"\xff"], pa.binary()).view(pa.string())

@@ -1,7 +1,7 @@
 from collections import Counter
 
 from lumi.corpus.counts import SourceCounts
-from lumi.corpus.report import data_card, find_warnings, summary_table
+from lumi.corpus.report import data_card, find_warnings, summary_table, unused_fields
 
 FIRST = SourceCounts(
     name="first", origin="jsonl: a", read=1200, kept=1000, num_bytes=4_000_000, dropped=Counter(too_long=200)
@@ -74,7 +74,7 @@ def test_warnings():
     (warning,) = find_warnings(nothing, has_budget=False, bytes_per_token=4.0)
     assert warning == (
         "source 'x': no document is kept of 3 read (2 missing_text, 1 too_short);"
-        " the first malformed one: missing_text: a:1"
+        " the first of them: missing_text: a:1"
     )
     empty = SourceCounts(name="x", origin="")
     assert "of 0 read (it is empty)" in find_warnings(empty, has_budget=True, bytes_per_token=4.0)[0]
@@ -88,6 +88,17 @@ def test_the_data_card():
     assert "1,004 documents, 4.03 MB of UTF-8 text, about 1,007,500 tokens (4.0 bytes per token)" in card
     assert "| second | text: b | 4 | 0.03 | 7,500 |" in card
     assert "- look here\n- second: 2 of 4 conversations are kept without what the user said last" in card
-    assert "- malformed in second: malformed_json: b:3: no\n- second: SHA-256 of its documents abc\n" in card
+    assert "- dropped of second: malformed_json: b:3: no\n- second: SHA-256 of its documents abc\n" in card
     assert "- filters: `min_chars` 5\n- deduplication: `exact` True\n- made with python 3.11.7\n" in card
     assert "## Notes" not in data_card(manifest(FIRST))
+
+
+def test_unused_fields_are_named_once_for_each_source_and_a_long_list_is_cut():
+    first = SourceCounts(name="a", origin="", unused_fields=["url", "messages[].name"])
+    many = SourceCounts(name="b", origin="", unused_fields=[f"f{number}" for number in range(1025)])
+    lines = unused_fields(manifest(first, SourceCounts(name="none", origin=""), many))
+    assert lines[0] == "a: fields that are not used: url, messages[].name"
+    assert lines[1].startswith("b: fields that are not used: f0, f1, ")
+    assert lines[1].endswith("f19 and 1,005 more")
+    assert len(lines) == 2
+    assert f"- {lines[0]}\n- {lines[1]}\n" in data_card(manifest(first, many))

@@ -1,7 +1,7 @@
 import pytest
 
 from lumi.config import UserError, from_dict
-from lumi.corpus import JsonSource, PrepareConfig, PythonDocsSource, TextSource
+from lumi.corpus import JsonlSource, JsonSource, PrepareConfig, PythonDocsSource, TextSource
 from lumi.corpus.conversations import AlpacaFormat
 from lumi.corpus.sources import identify
 
@@ -64,3 +64,11 @@ def test_impossible_sources_are_refused(source, message):
 def test_python_docs_of_a_package_that_is_not_installed():
     with pytest.raises(UserError, match="packages must name installed packages, got 'no_such_package_here'"):
         identify(PythonDocsSource(name="x", packages=("no_such_package_here",)))
+
+
+def test_a_compression_that_nobody_reads_is_refused_before_the_work(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "b.jsonl.br").write_text("")
+    source = from_dict(JsonlSource, {"name": "x", "paths": [str(tmp_path / "*")]})
+    with pytest.raises(UserError, match=r"source 'x': .*b.jsonl.br must be plain, .*, got brotli; unpack it"):
+        identify(source)

@@ -254,6 +254,20 @@ def test_long_conversations_are_truncated_or_dropped_and_counted(chat_corpus, to
     assert not (tmp_path / "t").exists()
 
 
+def test_conversations_whose_reasoning_has_no_place_are_dropped_and_counted(tokenizer, tmp_path):
+    plain = (Message("user", "q"), Message("assistant", "a"))
+    thought = (Message("user", "q"), Message("assistant", "a", "thought"))
+    alone, with_others = tmp_path / "alone", tmp_path / "with_others"
+    arguments = {"template": TEMPLATES["plain"], "validation_fraction": 0, "num_workers": 1}
+    train = tokenize(
+        [write_chats(with_others, [thought, plain])], tokenizer, tmp_path / "s", **arguments
+    ).splits["train"]
+    assert (train.documents, train.dropped) == (1, {"reasoning_without_place_in_template": 1})
+    message = "none; 1 dropped: reasoning_without_place_in_template; choose a --template that shows reasoning"
+    with pytest.raises(UserError, match=message):
+        tokenize([write_chats(alone, [thought])], tokenizer, tmp_path / "t", **arguments)
+
+
 def test_any_number_of_workers_gives_the_same_conversations(chat_corpus, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "TASK_CHARACTERS", 300)
     for workers in (1, 3):
@@ -418,6 +432,17 @@ def test_a_store_of_pairs(tokenizer, tmp_path):
     assert len(found["train"]) + len(found["validation"]) == 2 * len(kept)
     dropped = [split.dropped["pair_beyond_max_tokens"] for split in manifest.splits.values()]
     assert sum(dropped) == 80 - len(kept)
+
+
+def test_pairs_whose_reasoning_has_no_place_are_dropped_whole_and_counted(tokenizer, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    plain = pair(0)
+    thoughts = [side._replace(reasoning="thought") for side in (plain.chosen[0], plain.rejected[0])]
+    pairs = [plain._replace(chosen=tuple(thoughts[:1])), plain._replace(rejected=tuple(thoughts[1:])), plain]
+    write_pairs(tmp_path / "corpus", pairs)
+    arguments = {"template": TEMPLATES["plain"], "validation_fraction": 0, "num_workers": 1}
+    train = tokenize([tmp_path / "corpus"], tokenizer, tmp_path / "s", **arguments).splits["train"]
+    assert (train.documents, train.dropped) == (2, {"reasoning_without_place_in_template": 2})
 
 
 def test_pairs_and_conversations_are_two_stores(chat_corpus, tokenizer, tmp_path):

@@ -46,3 +46,10 @@ def test_empty_paths_are_refused(paths):
     with pytest.raises(UserError, match="paths must hold at least one path or glob pattern, got"):
         check_patterns(paths)
     check_patterns(["a.txt"])
+
+
+def test_a_broken_link_is_refused_and_not_passed_over(folder):
+    (folder / "x.txt").symlink_to("gone.txt")
+    for pattern in ("*.txt", "x.txt"):
+        with pytest.raises(UserError, match=r"paths must match files that exist, got x.txt, a broken link"):
+            matching_files([pattern])

@@ -23,7 +23,7 @@ from synthetic import document
 import lumi.train
 from lumi.checkpoint.checkpoint import list_checkpoints, open_checkpoint, step_of
 from lumi.config import write_json
-from lumi.corpus.folder import CorpusWriter
+from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.data.tokenization import tokenize
 from lumi.parallel.watchdog import EXIT_HUNG
 from lumi.training.metrics import read_metrics
