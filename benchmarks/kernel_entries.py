@@ -205,12 +205,17 @@ def _linear_cross_entropy_entries(dtype: str) -> Iterator[Entry]:
         "stride_c": "i32", "V": "i32", "z_loss": "fp32", "dloss": "fp32",
     }  # fmt: skip
     for V in (32_768, 50_257, 128_256):
-        flags = {"IGNORE_INDEX": IGNORE_INDEX, "GRADIENT": True}
+        flags = {"weights_ptr": None, "IGNORE_INDEX": IGNORE_INDEX, "GRADIENT": True}
         config = flags | tile_config(V, 4 if dtype == "fp32" else 2)
         name, width = f"linear_cross_entropy V={V}", "V" if V % 16 == 0 else ""
         yield _entry(
             name, module, "_cross_entropy_kernel", signature, config, width, moved=(2 * V, 3)
         )  # the target is 8 bytes
+    weighted = signature | {"weights_ptr": "*fp32"}
+    config = {key: value for key, value in config.items() if key != "weights_ptr"}
+    yield _entry(
+        f"token_losses V={V}", module, "_cross_entropy_kernel", weighted, config, width, moved=(2 * V, 4)
+    )
     rescale = {"gradient_ptr": "*T", "dloss_ptr": "*fp32", "expected_dloss": "fp32", "num_elements": "i32"}
     yield _entry(
         "linear_cross_entropy_rescale",

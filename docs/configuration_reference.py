@@ -37,7 +37,12 @@ PAGE = Path(__file__).parent / "configuration.md"
 ROOTS = (
     (PrepareConfig, "Preparing a corpus", "lumi prepare --config FILE", "configs/corpus, configs/demo"),
     (TokenizerConfig, "Training a tokenizer", "lumi tokenizer --config FILE", "configs/tokenizer"),
-    (TrainConfig, "Training", "torchrun lumi/train.py --config FILE", "configs/pretrain, configs/sft"),
+    (
+        TrainConfig,
+        "Training",
+        "torchrun lumi/train.py --config FILE",
+        "configs/pretrain, configs/sft, configs/dpo",
+    ),
     (EvaluationConfig, "Evaluation", "lumi evaluate --config FILE", "configs/evaluation"),
 )
 HEAD = """# Configuration reference

@@ -32,6 +32,7 @@ from lumi.kernels.optional_triton import HAS_TRITON
 from lumi.kernels.rms_norm import rms_norm, rms_norm_native, rms_norm_reference
 from lumi.kernels.rope import rope, rope_native, rope_reference
 from lumi.kernels.swiglu import swiglu, swiglu_native, swiglu_reference
+from lumi.kernels.token_losses import token_losses, token_losses_chunked, token_losses_native
 
 
 class RMSNorm(Protocol):
@@ -133,6 +134,12 @@ class LinearCrossEntropy(Protocol):
     ) -> Tensor: ...
 
 
+class TokenLosses(Protocol):
+    """The loss of each row (N,), from hidden (N, D), weight (V, D) and targets (N,) int64."""
+
+    def __call__(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
     """One implementation of every operator. The public functions of `TRITON`'s files document the arguments.
@@ -151,6 +158,7 @@ class Ops:
     linear: Linear
     lora_linear: LoraLinear
     linear_cross_entropy: LinearCrossEntropy
+    token_losses: TokenLosses
 
 
 REFERENCE = Ops(
@@ -165,6 +173,7 @@ REFERENCE = Ops(
     linear=linear_reference,
     lora_linear=lora_linear_reference,
     linear_cross_entropy=chunked_cross_entropy,
+    token_losses=token_losses_chunked,
 )
 
 TRITON = Ops(
@@ -179,6 +188,7 @@ TRITON = Ops(
     linear=linear_reference,  # torch's product is cuBLAS's
     lora_linear=lora_linear,  # not a kernel: fewer matrix products
     linear_cross_entropy=linear_cross_entropy,
+    token_losses=token_losses,
 )
 
 
@@ -194,6 +204,7 @@ NATIVE = Ops(
     linear=linear_native,
     lora_linear=lora_linear,
     linear_cross_entropy=linear_cross_entropy_native,
+    token_losses=token_losses_native,
 )
 
 

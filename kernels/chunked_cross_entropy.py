@@ -54,6 +54,42 @@ def _losses_and_dlogits(
     return losses_C1.where(counted_C1, 0), dlogits_CV.masked_fill_(~counted_C1, 0)
 
 
+def chunked_cross_entropy_fwd(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    expected_dloss: float,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+    weights_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns losses_N and dweight_VD, both float32 or wider, and dhidden_ND between them.
+
+    Both gradients are multiplied by `expected_dloss`, and each row's part by its weight. One that is not
+    needed is None.
+    """
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    weight = weight_VD.to(hidden_ND.dtype)
+    losses_N = torch.empty(len(hidden_ND), dtype=wide, device=hidden_ND.device)
+    dhidden_ND = torch.empty_like(hidden_ND) if needs_dhidden else None
+    dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_dweight else None
+    for rows in _chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
+        hidden_CD = hidden_ND[rows]
+        losses_C1, dlogits_CV = _losses_and_dlogits(hidden_CD @ weight.T, targets_N[rows], wide, z_loss)
+        losses_N[rows] = losses_C1[:, 0]
+        if expected_dloss != 1:
+            dlogits_CV *= expected_dloss
+        if weights_N is not None:
+            dlogits_CV *= weights_N[rows, None]
+        dlogits_CV = dlogits_CV.to(weight.dtype)
+        if dhidden_ND is not None:
+            dhidden_ND[rows] = dlogits_CV @ weight
+        if dweight_VD is not None:
+            dweight_VD += dlogits_CV.T @ hidden_CD
+    return losses_N, dhidden_ND, dweight_VD
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,25 +100,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         expected_dloss: float,
     ) -> Tensor:
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        weight = weight_VD.to(hidden_ND.dtype)
-        loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
-        dhidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
-            hidden_CD = hidden_ND[rows]
-            losses_C1, dlogits_CV = _losses_and_dlogits(hidden_CD @ weight.T, targets_N[rows], wide, z_loss)
-            loss += losses_C1.sum()
-            if expected_dloss != 1:
-                dlogits_CV *= expected_dloss
-            dlogits_CV = dlogits_CV.to(weight.dtype)
-            if dhidden_ND is not None:
-                dhidden_ND[rows] = dlogits_CV @ weight
-            if dweight_VD is not None:
-                dweight_VD += dlogits_CV.T @ hidden_CD
+        losses_N, dhidden_ND, dweight_VD = chunked_cross_entropy_fwd(
+            hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, *ctx.needs_input_grad[:2]
+        )
         ctx.save_for_backward(dhidden_ND, dweight_VD)
         ctx.weight_dtype, ctx.expected_dloss = weight_VD.dtype, expected_dloss
-        return loss
+        return losses_N.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -88,6 +88,21 @@ def check_operands(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> N
         )
 
 
+def check(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+    """Raises ValueError for what the compiled operators do not take."""
+    check_operands(hidden_ND, weight_VD, targets_N)
+    if len(weight_VD) == 0:
+        raise ValueError(f"weight must have at least one row, got shape {tuple(weight_VD.shape)}")
+    for name, tensor in (("hidden", hidden_ND), ("weight", weight_VD)):
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    for name, tensor in (("weight", weight_VD), ("targets", targets_N)):
+        if tensor.device != hidden_ND.device:
+            raise ValueError(
+                f"{name} must be on the device of hidden, {hidden_ND.device}, got {tensor.device}"
+            )
+
+
 def check_numbers(z_loss: float, expected_dloss: float) -> None:
     """Raises ValueError if a number is out of range."""
     if not 0 <= z_loss < math.inf:
@@ -102,7 +117,7 @@ def check_numbers(z_loss: float, expected_dloss: float) -> None:
 @triton.jit
 @no_type_check
 def _cross_entropy_kernel(
-    logits_ptr, targets_ptr, losses_ptr,
+    logits_ptr, targets_ptr, losses_ptr, weights_ptr,
     stride_c,
     V, z_loss, dloss,
     IGNORE_INDEX: tl.constexpr, GRADIENT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -145,6 +160,8 @@ def _cross_entropy_kernel(
         tl.store(losses_ptr + row, tl.where(in_range, loss, float("nan")))
 
         if GRADIENT:
+            if weights_ptr is not None:  # known when the kernel is compiled
+                dloss *= tl.load(weights_ptr + row)
             scale = tl.where(in_range, dloss * (1.0 + 2.0 * z_loss * lse) / total, float("nan"))
             num_tiles = tl.cdiv(V, LANES * VECTOR)
             for tile in range(0, num_tiles):
@@ -262,10 +279,12 @@ def linear_cross_entropy_fwd(
     expected_dloss: float,
     needs_dhidden: bool,
     needs_dweight: bool,
+    weights_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the loss, dhidden_ND in hidden's dtype and dweight_VD in `dweight_dtype`.
+    """Returns losses_N in float32, dhidden_ND in hidden's dtype and dweight_VD in `dweight_dtype`.
 
     Both gradients are multiplied by `expected_dloss`. One that is not needed is empty, of shape (0,).
+    `weights_N` (float32) are factors of each row's gradient; the losses are without them.
     """
     N, V = len(hidden_ND), len(weight_VD)
     weight, targets_N = weight_VD.to(hidden_ND.dtype), targets_N.contiguous()
@@ -274,17 +293,18 @@ def linear_cross_entropy_fwd(
     losses_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
     dhidden, dweight = _empty_gradients(hidden_ND, weight_VD, needs_dhidden, needs_dweight)
     if N == 0:
-        return losses_N.sum(), dhidden, dweight.zero_()
+        return losses_N, dhidden, dweight.zero_()
     for start in range(0, N, rows_at_once):
         rows = slice(start, min(start + rows_at_once, N))
         logits_CV = torch.mm(hidden_ND[rows], weight.T, out=logits[: rows.stop - start, :V])
+        weights_C = None if weights_N is None else weights_N[rows]
         needs_any = needs_dhidden or needs_dweight
-        _rewrite(logits_CV, targets_N[rows], losses_N[rows], z_loss, expected_dloss, needs_any)
+        _rewrite(logits_CV, targets_N[rows], losses_N[rows], weights_C, z_loss, expected_dloss, needs_any)
         if needs_dhidden:
             torch.mm(logits_CV, weight, out=dhidden[rows])
         if needs_dweight:
             _accumulate(dweight, logits_CV, hidden_ND[rows], first=start == 0)
-    return losses_N.sum(), dhidden, dweight
+    return losses_N, dhidden, dweight
 
 
 def _empty_gradients(
@@ -300,14 +320,21 @@ def _empty_gradients(
 
 
 def _rewrite(
-    logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, z_loss: float, dloss: float, gradient: bool
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    losses_C: Tensor,
+    weights_C: Tensor | None,
+    z_loss: float,
+    dloss: float,
+    gradient: bool,
 ) -> None:
-    """Fills losses_C and, if `gradient`, turns logits_CV into their gradient times `dloss`, in place."""
+    """Fills losses_C and, if `gradient`, turns logits_CV into their gradient times `dloss` and the row's
+    weight, in place."""
     C, V = logits_CV.shape
     config = tile_config(V, logits_CV.element_size())
     with torch.cuda.device_of(logits_CV):  # Triton launches on the current device: it need not be the logits'
         _cross_entropy_kernel[(C,)](
-            logits_CV, targets_C, losses_C, logits_CV.stride(0), V, z_loss, dloss,
+            logits_CV, targets_C, losses_C, weights_C, logits_CV.stride(0), V, z_loss, dloss,
             IGNORE_INDEX=IGNORE_INDEX, GRADIENT=gradient, **config,
         )  # fmt: skip
 
@@ -373,6 +400,7 @@ def native_linear_cross_entropy_fwd(
     expected_dloss: float,
     needs_dhidden: bool,
     needs_dweight: bool,
+    weights_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_cross_entropy_fwd`; dweight_VD is float32. Rows without a target take part in no product."""
     counted = (targets_N != IGNORE_INDEX).nonzero()[:, 0]
@@ -381,20 +409,22 @@ def native_linear_cross_entropy_fwd(
     all_counted = len(counted) == len(targets_N)
     hidden_MD, targets_M = (hidden_ND, targets_N) if all_counted else (hidden_ND[counted], targets_N[counted])
     M, V, dtype = len(hidden_MD), len(weight_VD), hidden_ND.dtype
+    weights_M = weights_N if weights_N is None or all_counted else weights_N[counted]
     operators = cpu_operators(dtype)
-    weight, targets_M, loss = weight_VD.to(dtype), targets_M.contiguous(), 0.0
+    weight, targets_M, losses_M = weight_VD.to(dtype), targets_M.contiguous(), torch.empty(M)
     dhidden_MD = torch.empty(hidden_MD.shape if needs_dhidden else (0,), dtype=dtype)
     dweight_VD = torch.zeros(weight_VD.shape if needs_dweight else (0,))
     # The transpose of a chunk's logits: at these shapes products with it are a tenth faster.
     columns_at_once = native_chunk_rows(M, V, dtype.itemsize)
-    buffer, losses_C = torch.empty(V * columns_at_once, dtype=dtype), torch.empty(columns_at_once)
+    buffer = torch.empty(V * columns_at_once, dtype=dtype)
     scratch = torch.empty(operators.cross_entropy_scratch(V, columns_at_once))
     for start in range(0, M, columns_at_once):
         rows = slice(start, min(start + columns_at_once, M))
         C, hidden_CD = rows.stop - start, hidden_MD[rows]
         logits_VC = torch.mm(weight, hidden_CD.T, out=buffer[: V * C].view(V, C))
-        loss += operators.cross_entropy(
-            *map(address, (logits_VC, targets_M[rows], losses_C, scratch)), V, C,
+        weights_C = None if weights_M is None else weights_M[rows]
+        operators.cross_entropy(
+            *map(address, (logits_VC, targets_M[rows], losses_M[rows], weights_C, scratch)), V, C,
             z_loss, expected_dloss, needs_dhidden or needs_dweight, torch.get_num_threads(),
         )  # fmt: skip
         if needs_dhidden:
@@ -405,7 +435,9 @@ def native_linear_cross_entropy_fwd(
             dweight_VD += logits_VC @ hidden_CD
     if needs_dhidden and not all_counted:
         dhidden_MD = torch.zeros_like(hidden_ND).index_copy_(0, counted, dhidden_MD)
-    return torch.tensor(loss, dtype=torch.float32), dhidden_MD, dweight_VD
+    if not all_counted:
+        losses_M = torch.zeros(len(targets_N)).index_copy_(0, counted, losses_M)
+    return losses_M, dhidden_MD, dweight_VD
 
 
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
@@ -423,7 +455,10 @@ def _linear_cross_entropy_op(
     native: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     launch = native_linear_cross_entropy_fwd if native else linear_cross_entropy_fwd
-    return launch(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, needs_dhidden, needs_dweight)
+    losses_N, dhidden, dweight = launch(
+        hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, needs_dhidden, needs_dweight
+    )
+    return losses_N.sum(), dhidden, dweight
 
 
 @torch.library.custom_op("lumi::linear_cross_entropy_rescale", mutates_args=("gradient",))
@@ -520,7 +555,8 @@ def linear_cross_entropy(
 
     Source: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
     """
-    _check(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss)
+    check(hidden_ND, weight_VD, targets_N)
+    check_numbers(z_loss, expected_dloss)
     return _apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, native=False)
 
 
@@ -540,7 +576,8 @@ def linear_cross_entropy_native(
         IndexError: if a target is out of range.
     """
     check_taken(hidden_ND)
-    _check(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss)
+    check(hidden_ND, weight_VD, targets_N)
+    check_numbers(z_loss, expected_dloss)
     return _apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, native=True)
 
 
@@ -557,20 +594,3 @@ def _apply(
         hidden_ND, weight_VD, targets_N, float(z_loss), float(expected_dloss), *needs, native
     )
     return loss
-
-
-def _check(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_loss: float, expected_dloss: float
-) -> None:
-    check_operands(hidden_ND, weight_VD, targets_N)
-    check_numbers(z_loss, expected_dloss)
-    if len(weight_VD) == 0:
-        raise ValueError(f"weight must have at least one row, got shape {tuple(weight_VD.shape)}")
-    for name, tensor in (("hidden", hidden_ND), ("weight", weight_VD)):
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-    for name, tensor in (("weight", weight_VD), ("targets", targets_N)):
-        if tensor.device != hidden_ND.device:
-            raise ValueError(
-                f"{name} must be on the device of hidden, {hidden_ND.device}, got {tensor.device}"
-            )

@@ -74,7 +74,7 @@ def tokenize(argv: list[str]) -> int:
         "fraction": "share of the documents to hold out for validation; default: 0.005",
         "corpora": "hold out these corpora instead, whole",
         "template": "layout of conversations; default: the tokenizer's",
-        "max_tokens": "end conversations at the last answer within so many tokens",
+        "max_tokens": "end conversations at the last answer within so many tokens; drop longer pairs",
         "workers": "threads; default: one per core",
     }
     arguments = parser("lumi tokenize", _summary(tokenize))
@@ -98,7 +98,7 @@ def tokenize(argv: list[str]) -> int:
         num_workers=options.num_workers,
     )
     for name, split in manifest.splits.items():
-        print(f"{name}: {split.describe()}")
+        print(f"{name}: {split.describe(manifest.pairs)}")
     return 0
 
 
@@ -388,7 +388,19 @@ def finetune(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
-    for command in (prepare, tokenizer, tokenize, plan, generate, chat, evaluate, export, merge, finetune, demo)
+    for command in (
+        prepare,
+        tokenizer,
+        tokenize,
+        plan,
+        generate,
+        chat,
+        evaluate,
+        export,
+        merge,
+        finetune,
+        demo,
+    )
 }
 
 

@@ -5,23 +5,25 @@ again by hand. Each stage reuses what it finds finished, so an interrupted call 
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lumi.chat.messages import Conversation
+import torch
+
+from lumi.chat.messages import Conversation, canonical
 from lumi.chat.pairs import Pair
-from lumi.chat.rendering import prompt_ids, stop_ids, template_of
+from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.chat.templates import CHATML
-from lumi.config import UserError, load_config, read_json, to_dict, write_json
+from lumi.config import UserError, load_config, to_dict, write_json
 from lumi.corpus import PrepareConfig, prepare, read_corpus
 from lumi.corpus.recognition import find_source, recognise
+from lumi.data.encoding import key_of, split_of
 from lumi.data.token_store import TokenStore
 from lumi.data.tokenization import tokenize
 from lumi.formats.added_tokens import add_tokens
 from lumi.formats.export import merge_adapter
 from lumi.formats.hf_format import model_folder, read_shape
-from lumi.formats.pretrained import Pretrained, load_pretrained
+from lumi.formats.pretrained import load_pretrained
 from lumi.host.devices import choose_device, fast_bfloat16
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
 from lumi.planning.finetuning import choose, estimated_seconds
@@ -100,7 +102,7 @@ class FineTuning:
         self, store: TokenStore, tokens: Sequence[str], epochs: float | None, overrides: Sequence[str]
     ) -> TrainConfig:
         """The settings of the training, printed and written to `train.json`."""
-        shape, device = read_shape(self.base), choose_device(self.device)
+        shape, device = read_shape(self.base), torch.device(choose_device(self.device))
         bfloat16 = fast_bfloat16(device)
         choice = choose(shape, store, tokens=tokens, bfloat16=bfloat16, epochs=epochs)
         write_json(self.output_dir / "train.json", choice.config)
@@ -123,12 +125,13 @@ class FineTuning:
             print(f"{self.run / 'final'} is there already; remove {self.run} to train anew")
             return 0
         resume = "auto" if self.run.exists() else None
-        paths = Paths([str(self.tokens)], str(self.tokenizer_dir), self.run, resume=resume, model_path=self.base)
+        stores, tokenizer = [str(self.tokens)], str(self.base)
+        paths = Paths(stores, tokenizer, self.run, resume=resume, model_path=self.base)
         return train(config, paths, self.device)
 
     def compare(self, tokenizer: Tokenizer) -> None:
         """Ask held-out questions before and after."""
-        asked = _held_out(self.corpus, self.tokens)[:NUM_ANSWERS]
+        asked = _held_out(self.corpus, TokenStore.open(self.tokens))[:NUM_ANSWERS]
         result = self.merged if self.merged.is_dir() else self.run
         before, after = (self._answers(path, tokenizer, asked) for path in (self.base, result))
         for messages, old, new in zip(asked, before, after, strict=True):
@@ -192,10 +195,13 @@ def finetune(
 def _held_out(corpus: Path, store: TokenStore) -> list[Conversation]:
     """The conversations of the validation split that are a question and its answer, at the end."""
     fraction = float(store.manifest.inputs["validation_fraction"])
-    reader = read_corpus(corpus)
-    documents = (document for batch in reader.iter_documents() for document in batch.documents)
-    held_out = (document for document in documents if split_of(key_of(document), fraction)[0] == "validation")
-    return [document.prompt + document.chosen if isinstance(document, Pair) else document for document in held_out]
+    held_out = []
+    for documents, _ in read_corpus(corpus).iter_documents():
+        for document in documents:
+            if split_of(canonical(key_of(document)), fraction)[0] == "validation":
+                pair = isinstance(document, Pair)
+                held_out.append(document.prompt + document.chosen if pair else document)
+    return held_out
 
 
 def _show(example: Conversation | Pair) -> str:

@@ -98,6 +98,21 @@ def store_dir(corpus_dir, tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def pairs_dir(tokenizer, tmp_path_factory):
+    """A token store of 60 pairs, some of them held out."""
+    from corpora import write_pairs
+    from synthetic import pair
+
+    from lumi.data.tokenization import tokenize
+
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "corpus").mkdir()
+    write_pairs(folder / "corpus", [pair(seed) for seed in range(60)])
+    tokenize([folder / "corpus"], tokenizer, folder / "tokens", validation_fraction=0.2, num_workers=1)
+    return folder / "tokens"
+
+
 @pytest.fixture
 def start(store_dir, tokenizer_dir, tmp_path, monkeypatch):
     """Train in this process; returns the run folder. Keywords are changes to `runs.CONFIG`.

@@ -2,6 +2,7 @@
 
 from lumi.chat.messages import Message
 from lumi.corpus.corpus_writer import CorpusWriter
+from lumi.corpus.documents import text_of
 
 PROSE = (
     "The quick brown fox jumps over the lazy dog, and 1234 other things happen on Monday.\n\n"
@@ -34,19 +35,23 @@ CHATS[9] = [Message("user", "silence")]  # `prepare` lets no such thing through
 
 def write_corpus(folder, texts, sources=None):
     """A corpus folder of texts; their sources are "prose" if not given."""
-    return _write(folder, texts, sources or ["prose"] * len(texts), conversations=False)
+    return _write(folder, texts, sources or ["prose"] * len(texts), kind="texts")
 
 
 def write_chats(folder, chats, sources=None):
     """A corpus folder of conversations; their sources are the first of `sources`, or "chats"."""
-    return _write(folder, chats, (sources or ["chats"] * len(chats))[: len(chats)], conversations=True)
+    return _write(folder, chats, (sources or ["chats"] * len(chats))[: len(chats)], kind="conversations")
 
 
-def _write(folder, documents, sources, conversations):
-    with CorpusWriter(folder, 1 << 20, conversations=conversations) as writer:
+def write_pairs(folder, pairs):
+    """A corpus folder of pairs; their source is "pairs"."""
+    return _write(folder, pairs, ["pairs"] * len(pairs), kind="pairs")
+
+
+def _write(folder, documents, sources, kind):
+    with CorpusWriter(folder, 1 << 20, kind=kind) as writer:
         for document, source in zip(documents, sources, strict=True):
-            contents = [message.content for message in document] if conversations else [document]
-            writer.add(document, source, sum(len(content.encode()) for content in contents))
+            writer.add(document, source, len(text_of(document).encode()))
         kept = [
             {"name": name, "origin": "made up", "kept": sources.count(name)} for name in sorted(set(sources))
         ]

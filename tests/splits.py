@@ -17,3 +17,10 @@ def make_conversations(masks):
     split = make_split([len(mask) for mask in masks])
     split.mask = np.packbits(np.array([token == "+" for token in "".join(masks)]))
     return split
+
+
+def make_pairs(masks):
+    """Pairs: as `make_conversations`, the chosen one and the rejected one of each pair in turn."""
+    split = make_conversations(masks)
+    split.pairs = True
+    return split

@@ -4,6 +4,9 @@ import json
 import random
 from pathlib import Path
 
+from lumi.chat.messages import Message
+from lumi.chat.pairs import Pair
+
 _NOUNS = "river stone garden letter engine window teacher forest bridge market winter signal".split()
 _VERBS = "finds carries opens measures follows paints repairs remembers".split()
 _PLACES = [
@@ -27,6 +30,18 @@ def document(seed: int) -> str:
     text = " ".join(sentence(rng) for _ in range(rng.randint(3, 12)))
     items = "\n".join(f"  - {rng.choice(_NOUNS)}: {rng.randint(0, 999)}" for _ in range(rng.randint(1, 4)))
     return f"{text}\n\n{items}\n\nif {rng.choice(_NOUNS)}:\n    return {rng.randint(0, 99)}\n"
+
+
+def pair(seed: int) -> Pair:
+    """Where something is: the chosen answer says it, the rejected one says up to three other sentences."""
+    rng = random.Random(seed)
+    noun, place = rng.choice(_NOUNS), rng.choice(_PLACES)
+    prompt = (Message("user", f"Where is the {noun} of number {seed}?"),)
+    if seed % 3 == 0:
+        prompt = (Message("user", "Hello!"), Message("assistant", "Hello."), *prompt)
+    rejected = " ".join(sentence(rng) for _ in range(rng.randint(1, 3)))
+    answers = ((Message("assistant", text),) for text in (f"It is {place}.", rejected))
+    return Pair(prompt, *answers)
 
 
 def write_jsonl(path: Path, count: int, first_seed: int = 0) -> Path:

@@ -35,6 +35,7 @@ CLASSES = {
     "tokenizer": TokenizerConfig,
     "pretrain": TrainConfig,
     "sft": TrainConfig,
+    "dpo": TrainConfig,
     "evaluation": EvaluationConfig,
 }
 DEMO = {

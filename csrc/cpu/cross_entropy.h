@@ -31,10 +31,11 @@ inline void for_each_logits_piece(Int vocab, Int columns, int threads, const Bod
 }
 
 template <typename T>
-double cross_entropy(Address logits_, Address targets_, Address losses_, Address scratch_, Int vocab,
-                     Int columns, float z_loss, float dloss, bool gradient, int threads) {
+void cross_entropy(Address logits_, Address targets_, Address losses_, Address weights_, Address scratch_,
+                   Int vocab, Int columns, float z_loss, float dloss, bool gradient, int threads) {
     T* logits = pointer<T>(logits_);
     const Int *targets = pointer<const Int>(targets_), pieces = logits_pieces(vocab, columns);
+    const float* weights = pointer<const float>(weights_);
     float *losses = pointer<float>(losses_), *all_largest = pointer<float>(scratch_);
     float *all_sums = all_largest + pieces * columns, *shifts = all_sums + pieces * columns,
           *scales = shifts + columns;
@@ -54,7 +55,6 @@ double cross_entropy(Address logits_, Address targets_, Address losses_, Address
             });
     });
 
-    double total_loss = 0;
     for (Int j = 0; j < columns; ++j) {
         float shift = all_largest[j], sum = 0;
         for (Int piece = 1; piece < pieces; ++piece) {
@@ -66,13 +66,13 @@ double cross_entropy(Address logits_, Address targets_, Address losses_, Address
         const float log_sum = logf(sum), lse = shift + log_sum;
         const float at_target = to_float(logits[targets[j] * columns + j]) - shift;
         losses[j] = log_sum - at_target + z_loss * lse * lse;
-        total_loss += losses[j];
         shifts[j] = shift;
-        scales[j] = dloss * (1.0f + 2.0f * z_loss * lse) / sum;
+        const float factor = weights ? dloss * weights[j] : dloss;
+        scales[j] = factor * (1.0f + 2.0f * z_loss * lse) / sum;
         all_sums[j] =
-            exp(broadcast(at_target))[0] * scales[j] - dloss;  // the gradient there; this sum is used up
+            exp(broadcast(at_target))[0] * scales[j] - factor;  // the gradient there; this sum is used up
     }
-    if (!gradient) return total_loss;
+    if (!gradient) return;
 
     for_each_logits_piece(vocab, columns, threads, [&](Int first, Int end, Int) {
         for (Int row = first; row < end; ++row)
@@ -82,7 +82,6 @@ double cross_entropy(Address logits_, Address targets_, Address losses_, Address
             });
     });
     for (Int j = 0; j < columns; ++j) store(logits + targets[j] * columns + j, broadcast(all_sums[j]), 1);
-    return total_loss;
 }
 
 }  // namespace lumi::LUMI_TARGET

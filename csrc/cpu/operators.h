@@ -48,10 +48,10 @@ struct CpuOperators {
     void (*linear)(Address x, Address weight, Address y, Int rows, Int inputs, Int outputs, int threads);
 
     // Of logits (vocab, columns): writes each column's loss (float) and, if `gradient`, turns its logits into
-    // dloss times their gradient. targets (columns) are int64. scratch: cross_entropy_scratch floats. Returns
-    // the sum of the losses.
-    double (*cross_entropy)(Address logits, Address targets, Address losses, Address scratch, Int vocab,
-                            Int columns, float z_loss, float dloss, bool gradient, int threads);
+    // dloss times their gradient, times the column's weight (float) where there are weights. targets
+    // (columns) are int64. scratch: cross_entropy_scratch floats.
+    void (*cross_entropy)(Address logits, Address targets, Address losses, Address weights, Address scratch,
+                          Int vocab, Int columns, float z_loss, float dloss, bool gradient, int threads);
     Int (*cross_entropy_scratch)(Int vocab, Int columns);
 
     // Causal attention. Token t sees the keys first_key[t] .. t. starts (num_spans + 1, int64): tokens before

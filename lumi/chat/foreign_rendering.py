@@ -47,10 +47,15 @@ class _Unit(NamedTuple):
 
 
 def render(
-    tokenizer: ChatTokenizer, template: ForeignTemplate, messages: Sequence[Message], max_tokens: int | None
+    tokenizer: ChatTokenizer,
+    template: ForeignTemplate,
+    messages: Sequence[Message],
+    max_tokens: int | None,
+    num_given: int,
 ) -> list[Rendered]:
     """As `lumi.chat.rendering.render_documents`."""
-    answers = [number for number, message in enumerate(messages, start=1) if message.role == "assistant"]
+    roles = enumerate((message.role for message in messages), start=1)
+    answers = [number for number, role in roles if role == "assistant" and number > num_given]
     if not answers:
         return []
     messages = _with_reasoning_apart(template, messages[: answers[-1]])
@@ -58,7 +63,10 @@ def render(
     if any(isinstance(part, Mark) for part in whole):
         for number in answers:
             _check_reasoning(whole, messages, number)
-        documents = [_units(whole)]
+        units = _units(whole)
+        places = (place for place, unit in enumerate(units) if unit.part == Content(num_given - 1))
+        given = next(places, -1) + 1
+        documents = [[*(unit._replace(trained=False) for unit in units[:given]), *units[given:]]]
     else:
         documents = _derived(tokenizer, template, messages, answers)
     rendered = (_encode(tokenizer, document, messages, max_tokens) for document in documents)

@@ -24,25 +24,31 @@ def render_documents(
     template: Template | ForeignTemplate,
     messages: Sequence[Message],
     max_tokens: int | None = None,
+    num_given: int = 0,
 ) -> list[Rendered]:
     """A conversation as training documents: one, several (see `foreign_rendering`), or none.
 
     Arguments and errors as for `render`, and: a template of others refuses or changes the conversation.
     """
     if isinstance(template, ForeignTemplate):
-        return foreign_rendering.render(tokenizer, template, messages, max_tokens)
-    rendered = render(tokenizer, template, messages, max_tokens)
+        return foreign_rendering.render(tokenizer, template, messages, max_tokens, num_given)
+    rendered = render(tokenizer, template, messages, max_tokens, num_given)
     return [] if rendered is None else [rendered]
 
 
 def render(
-    tokenizer: ChatTokenizer, template: Template, messages: Sequence[Message], max_tokens: int | None = None
+    tokenizer: ChatTokenizer,
+    template: Template,
+    messages: Sequence[Message],
+    max_tokens: int | None = None,
+    num_given: int = 0,
 ) -> Rendered | None:
     """A conversation as a training document in one of Lumi's templates.
 
     Args:
         messages: in any order of roles. What follows the last answer is left out.
         max_tokens: keep whole turns from the start, up to the last answer that ends within so many tokens.
+        num_given: answers among so many first messages are not trained.
 
     Returns:
         None if there is no answer, or none within `max_tokens`.
@@ -56,7 +62,7 @@ def render(
     size = num_messages = 0
     writer.begin(messages)
     for number, message in enumerate(messages, start=1):
-        writer.turn(message)
+        writer.turn(message, trained=number > num_given)
         if message.role == "assistant":
             if max_tokens is not None and writer.end_of_answer > max_tokens:
                 break
@@ -172,13 +178,13 @@ class _Writer(TokenWriter):
         if self.template.default_system is not None and not (messages and messages[0].role == "system"):
             self.turn(Message("system", self.template.default_system))
 
-    def turn(self, message: Message) -> None:
-        """A message and what the template puts around it."""
+    def turn(self, message: Message, *, trained: bool = True) -> None:
+        """A message and what the template puts around it; `trained` is for an answer."""
         before, after = self.template.turns[message.role]
         self.parts(before)
         if message.role == "assistant":
-            self.answer(message.content)
-            self.control(self.control_ids[self.template.end_of_turn], trained=True)
+            self.answer(message.content, trained=trained)
+            self.control(self.control_ids[self.template.end_of_turn], trained=trained)
             self.end_of_answer = len(self.ids)
             after = after[1:]
         else:

@@ -63,11 +63,11 @@ class TokenWriter:
         elif text:
             self._waiting.append((text, trained))
 
-    def answer(self, text: str) -> None:
-        """Text that is trained, and encoded by itself, as a model generates it."""
+    def answer(self, text: str, *, trained: bool = True) -> None:
+        """Text that is encoded by itself, as a model generates it."""
         self.flush()
         ids = self.tokenizer.encode(text, follows="text")
-        self._add(ids, [True] * len(ids))
+        self._add(ids, [trained] * len(ids))
 
     def flush(self) -> None:
         """Encode the waiting text."""

@@ -13,16 +13,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumi.chat.messages import from_json, to_json
 from lumi.config import UserError, read_json, write_json
 from lumi.corpus.deduplication import Fingerprint
-from lumi.corpus.documents import Document
+from lumi.corpus.documents import Document, Kind, from_plain, to_plain
 from lumi.corpus.processing import Outcome
 
 PART = re.compile(r"part-(\d{6})-([0-9a-f]{64})\.parquet")  # number and SHA-256
 SCHEMA = pa.schema(
     [
-        ("text", pa.large_string()),  # of a conversation: the JSON of its messages
+        ("text", pa.large_string()),  # of a conversation or a pair: its JSON
         ("digest", pa.binary()),
         ("normalized", pa.binary()),
         ("signature", pa.binary()),
@@ -40,12 +39,12 @@ class SourceCache:
 
     Args:
         folder: of this cache alone.
-        conversations: whether the documents are conversations, not texts.
+        kind: what the documents are.
         writable: without it, nothing is written or deleted.
     """
 
-    def __init__(self, folder: Path, *, conversations: bool, writable: bool) -> None:
-        self.folder, self.conversations, self.writable = folder, conversations, writable
+    def __init__(self, folder: Path, *, kind: Kind, writable: bool) -> None:
+        self.folder, self.kind, self.writable = folder, kind, writable
         self._num_parts = 0
 
     def clear(self) -> None:
@@ -57,7 +56,7 @@ class SourceCache:
         self._num_parts = 0
         if self.facts() is not None:
             for path in self._list_parts():
-                outcomes = _read_part(path, self.conversations)
+                outcomes = _read_part(path, self.kind)
                 if outcomes is None:
                     redone = "it is made again" if self.writable else "it is left out"
                     print(f"lumi: {path}: this part of the cache is damaged, {redone}", file=sys.stderr)
@@ -160,10 +159,12 @@ def _valid(text: str) -> str:
 
 
 def _to_text(document: Document | None) -> str | None:
-    return document if isinstance(document, str | None) else json.dumps(to_json(document), ensure_ascii=False)
+    if isinstance(document, str | None):
+        return document
+    return json.dumps(to_plain(document), ensure_ascii=False)
 
 
-def _read_part(path: Path, conversations: bool) -> list[Outcome] | None:
+def _read_part(path: Path, kind: Kind) -> list[Outcome] | None:
     data = path.read_bytes()
     match = PART.fullmatch(path.name)
     assert match is not None
@@ -172,7 +173,8 @@ def _read_part(path: Path, conversations: bool) -> list[Outcome] | None:
     rows = zip(*(column.to_pylist() for column in pq.read_table(pa.BufferReader(data)).columns), strict=True)
     outcomes = []
     for text, digest, normalized, signature, num_bytes, reason, detail, shortened, unused in rows:
-        document = from_json(json.loads(text)) if conversations and text is not None else text
+        plain = text if text is None or kind == "texts" else json.loads(text)
+        document = None if plain is None else from_plain(plain, kind)
         found = None if text is None else Fingerprint(digest, normalized, signature)
         outcomes.append(Outcome(document, found, num_bytes, reason, detail, shortened, tuple(unused)))
     return outcomes

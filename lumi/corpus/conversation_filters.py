@@ -1,18 +1,20 @@
 """Which conversations are fit to learn from: their order of roles, and limits that the config sets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lumi.chat.messages import Conversation, contents, find_disorder
+from lumi.chat.messages import Conversation, Message, contents, find_disorder
+from lumi.chat.pairs import Pair
 from lumi.corpus.cleaning import CleaningConfig, clean_text
 from lumi.corpus.filters import check_languages, check_phrases, classifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationFilterConfig:
-    """Limits of a conversation that is kept.
+    """Limits of a conversation that is kept. Both conversations of a pair must be within them.
 
     `max_chars` counts all texts together, `max_messages` the system message as well. Every answer has at
     least `min_answer_chars`. `blocked_phrases` are searched in the answers, in upper and lower case.
+    Neither of these two judges the rejected answer of a pair, which may be bad.
     `languages` judges the whole conversation.
     """
 
@@ -39,14 +41,25 @@ class ConversationFilterConfig:
 
 def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conversation:
     """Clean every text. Leave out a blank system message and the last messages without an answer."""
-    cleaned = [
+    cleaned = list(_clean(messages, config))
+    while cleaned and cleaned[-1].role == "user":
+        cleaned.pop()
+    return tuple(cleaned)
+
+
+def clean_pair(pair: Pair, config: CleaningConfig) -> Pair:
+    """Clean every text, as `clean_conversation`; the prompt keeps what the user said last."""
+    answers = (clean_conversation(answer, config) for answer in (pair.chosen, pair.rejected))
+    return Pair(_clean(pair.prompt, config), *answers)
+
+
+def _clean(messages: Conversation, config: CleaningConfig) -> Conversation:
+    cleaned = (
         message._replace(
             content=clean_text(message.content, config), reasoning=clean_text(message.reasoning, config)
         )
         for message in messages
-    ]
-    while cleaned and cleaned[-1].role == "user":
-        cleaned.pop()
+    )
     return tuple(message for message in cleaned if message.role != "system" or not _is_blank(message.content))
 
 
@@ -73,6 +86,19 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
     if languages is not None and classifier(languages)(contents(messages)) not in languages:
         return "language"
     return ""
+
+
+def find_pair_fault(pair: Pair, config: ConversationFilterConfig) -> str:
+    """The reason to drop a cleaned pair, or "" to keep it. Raises UserError as `find_conversation_fault`."""
+    if _stripped(pair.chosen) == _stripped(pair.rejected):
+        return "equal_answers"
+    lenient = replace(config, min_answer_chars=1, blocked_phrases=())
+    chosen = find_conversation_fault((*pair.prompt, *pair.chosen), config)
+    return chosen or find_conversation_fault((*pair.prompt, *pair.rejected), lenient)
+
+
+def _stripped(messages: Conversation) -> list[Message]:
+    return [Message(role, content.strip(), reasoning.strip()) for role, content, reasoning in messages]
 
 
 def _is_blank(text: str) -> bool:

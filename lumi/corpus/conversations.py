@@ -1,6 +1,7 @@
 """The formats that chat data comes in: the config of each, and how it reads a record as a conversation."""
 
 import abc
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from lumi.chat.messages import (
     refuse_fields,
     unknown_message_fields,
 )
+from lumi.chat.pairs import Pair
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -25,8 +27,7 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "bard": "assistant",
 }
-
-
+SHAREGPT_FIELDS = ("from", "value", *MESSAGE_FIELDS)
 # Of a record, as UNSUPPORTED_FIELDS of a message: non-empty, they change what it means.
 UNSUPPORTED = ("tools", "functions", *UNSUPPORTED_FIELDS)
 
@@ -44,14 +45,17 @@ class Format(abc.ABC):
         """Fields that may be missing."""
         return tuple(name for name in UNSUPPORTED if name not in self.required)
 
-    def read(self, record: dict[str, Any]) -> Conversation:
-        """The conversation in a record. Raises MalformedConversation with the reason to count it under."""
-        messages = self.parse(record)
+    def read(self, record: dict[str, Any]) -> Conversation | Pair:
+        """The conversation or the pair in a record.
+
+        Raises MalformedConversation with the reason to count it under.
+        """
+        document = self.parse(record)
         refuse_fields(record, (name for name in UNSUPPORTED if name in self.optional), "the record")
-        return messages
+        return document
 
     @abc.abstractmethod
-    def parse(self, record: dict[str, Any]) -> Conversation:
+    def parse(self, record: dict[str, Any]) -> Conversation | Pair:
         """As `read`, without a look at fields that Lumi has no place for."""
 
     def unused(self, record: dict[str, Any]) -> list[str]:
@@ -118,11 +122,10 @@ class MessagesFormat(Format):
         return ("system", *super().optional)
 
     def parse(self, record: dict[str, Any]) -> Conversation:
-        return _with_system(record, parse_messages(read_field(record, self.field)))
+        return with_system(record, parse_messages(read_field(record, self.field)))
 
     def unused(self, record: dict[str, Any]) -> list[str]:
-        names = unknown_message_fields(record.get(self.field))
-        return [*super().unused(record), *(f"{self.field}[].{name}" for name in names)]
+        return [*super().unused(record), *unused_in_messages(record, self.required)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +157,11 @@ class ShareGptFormat(Format):
         if isinstance(messages, list) and self.answer_field is not None:
             messages = [*messages, read_field(record, self.answer_field)]
         if isinstance(messages, list):
-            messages = [_rename(message) for message in messages]
-        return _with_system(record, parse_messages(messages))
+            messages = [rename(message) for message in messages]
+        return with_system(record, parse_messages(messages))
 
     def unused(self, record: dict[str, Any]) -> list[str]:
-        names = unknown_message_fields(record.get(self.field), known=("from", "value", *MESSAGE_FIELDS))
-        return [*super().unused(record), *(f"{self.field}[].{name}" for name in names)]
+        return [*super().unused(record), *unused_in_messages(record, self.required, SHAREGPT_FIELDS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,34 +227,47 @@ def check_names(**fields: str | None) -> None:
         raise ValueError(f"{', '.join(fields)} must be different names, got {', '.join(names)}")
 
 
+def unused_in_messages(
+    record: dict[str, Any], fields: Iterable[str], known: Iterable[str] = MESSAGE_FIELDS
+) -> Iterator[str]:
+    """The names of non-empty fields of the messages, or the one message, in these fields of a record."""
+    for field in fields:
+        value = record.get(field)
+        for name in unknown_message_fields(value if isinstance(value, list) else [value], known):
+            yield f"{field}[].{name}"
+
+
 def _exchange(
     record: dict[str, Any], question: str, answer: str, system_field: str = "system"
 ) -> Conversation:
     """The system message of a record, its earlier turns, and its own question and answer."""
-    system = read_string(record, system_field, optional=True)
+    own = (Message("user", question), Message("assistant", answer))
+    return with_system(record, (*read_history(record), *own), system_field)
+
+
+def read_history(record: dict[str, Any]) -> Conversation:
+    """The earlier turns in the field `history`, pairs of question and answer."""
     history = record.get("history")
-    pairs = [] if is_empty(history) else history if isinstance(history, list) else [history]
+    pairs: list[Any] = [] if is_empty(history) else history if isinstance(history, list) else [history]
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(x, str) for x in pair):
             raise MalformedConversation(
                 "wrong_type", f"'history' must be a list of [question, answer], got {str(pair)[:60]!r} in it"
             )
-    messages = [Message("system", system)] if system.strip() else []
-    for asked, answered in (*pairs, (question, answer)):
-        messages += [Message("user", asked), Message("assistant", answered)]
-    return tuple(messages)
+    turns = ((Message("user", asked), Message("assistant", answered)) for asked, answered in pairs)
+    return tuple(message for turn in turns for message in turn)
 
 
-def _with_system(record: dict[str, Any], messages: Conversation) -> Conversation:
+def with_system(record: dict[str, Any], messages: Conversation, system_field: str = "system") -> Conversation:
     """Messages after the system message in a field of their record; their own must be the same, or blank."""
-    system = read_string(record, "system", optional=True)
+    system = read_string(record, system_field, optional=True)
     if not system.strip():
         return messages
     if messages[0].role == "system":
         if messages[0].content.strip() not in ("", system.strip()):
             raise MalformedConversation(
                 "two_system_messages",
-                f"the field 'system' and message 1 differ: {messages[0].content[:60]!r}",
+                f"the field {system_field!r} and message 1 differ: {messages[0].content[:60]!r}",
             )
         messages = messages[1:]
     return (Message("system", system), *messages)
@@ -262,8 +277,11 @@ def _join(instruction: str, context: str) -> str:
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
-def _rename(message: Any) -> Any:
-    """A ShareGPT message in the form of `parse_messages`, which then finds whatever is wrong with it."""
+def rename(message: Any) -> Any:
+    """A message of ShareGPT in the form of `parse_messages`, which then finds whatever is wrong with it.
+
+    Any other message stays as it is.
+    """
     if not isinstance(message, dict) or not isinstance(message.get("from"), str):
         return message
     renamed = message | {"role": SHAREGPT_ROLES.get(message["from"], message["from"])}

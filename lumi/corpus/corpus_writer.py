@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumi.chat.messages import to_json
+from lumi.chat.pairs import Pair
 from lumi.config import write_json
-from lumi.corpus.documents import Document
-from lumi.corpus.folder import CONVERSATIONS, FORMAT, KIND, TEXTS, WITH_REASONING, Manifest
+from lumi.corpus.documents import Document, Kind, messages_of, to_plain
+from lumi.corpus.folder import FORMAT, KIND, SCHEMAS, WITH_REASONING, Manifest
 from lumi.host.storage import sha256_file
 
 ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
@@ -24,9 +24,9 @@ class CorpusWriter:
     The first reasoning in a corpus also begins a shard, and all shards then have the column of it.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int, *, conversations: bool = False) -> None:
+    def __init__(self, folder: Path, shard_bytes: int, kind: Kind = "texts") -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
-        self.schema = CONVERSATIONS if conversations else TEXTS
+        self.schema, self._with_reasoning = SCHEMAS[kind], WITH_REASONING[kind]
         self.shards: list[dict[str, Any]] = []
         self._building = folder / ".building"
         self._documents: list[Document] = []
@@ -46,10 +46,10 @@ class CorpusWriter:
 
     def add(self, document: Document, source: str, num_bytes: int) -> None:
         """Append a document whose text has `num_bytes` bytes of UTF-8."""
-        if self.schema is CONVERSATIONS and _has_reasoning(document):
+        if self.schema is not self._with_reasoning and _has_reasoning(document):
             self._flush()
             self._close()
-            self.schema = WITH_REASONING
+            self.schema = self._with_reasoning
         self._documents.append(document)
         self._sources.append(source)
         self._group_bytes += num_bytes
@@ -62,7 +62,7 @@ class CorpusWriter:
         """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards."""
         self._flush()
         self._close()
-        if self.schema is WITH_REASONING:
+        if self.schema is self._with_reasoning:
             self.shards = [self._widen(shard) for shard in self.shards]
         manifest = {
             "kind": KIND,
@@ -87,17 +87,15 @@ class CorpusWriter:
         if not self._documents:
             return
         if self._file is None:
-            self._file = self._open(self.schema)
-        column = [
-            document if isinstance(document, str) else to_json(document) for document in self._documents
-        ]
-        self._file.write_table(pa.table([column, self._sources], schema=self.schema))
+            self._file = self._open()
+        columns = list(zip(*map(_to_row, self._documents), strict=True))
+        self._file.write_table(pa.table([*map(list, columns), self._sources], schema=self.schema))
         self._file_bytes += self._group_bytes
         self._file_documents += len(self._documents)
         self._documents, self._sources, self._group_bytes = [], [], 0
 
-    def _open(self, schema: pa.Schema) -> pq.ParquetWriter:
-        return pq.ParquetWriter(self._building / "shard.parquet", schema, compression="zstd")
+    def _open(self) -> pq.ParquetWriter:
+        return pq.ParquetWriter(self._building / "shard.parquet", self.schema, compression="zstd")
 
     def _close(self) -> None:
         if self._file is None:
@@ -121,14 +119,20 @@ class CorpusWriter:
         """Give a shard from before the first reasoning the column of it."""
         old = self._building / shard["file"]
         with pq.ParquetFile(old) as file:
-            if file.schema_arrow.equals(WITH_REASONING):
+            if file.schema_arrow.equals(self.schema):
                 return shard
-            with self._open(WITH_REASONING) as writer:
+            with self._open() as writer:
                 for group in range(file.num_row_groups):
-                    writer.write_table(file.read_row_group(group).cast(WITH_REASONING))
+                    writer.write_table(file.read_row_group(group).cast(self.schema))
         old.unlink()
         return self._seal(self.shards.index(shard), shard["documents"])
 
 
 def _has_reasoning(document: Document) -> bool:
-    return not isinstance(document, str) and any(message.reasoning for message in document)
+    return not isinstance(document, str) and any(message.reasoning for message in messages_of(document))
+
+
+def _to_row(document: Document) -> tuple[Any, ...]:
+    """The values of a document's columns."""
+    plain = to_plain(document)
+    return tuple(plain.values()) if isinstance(document, Pair) else (plain,)

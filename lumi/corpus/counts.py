@@ -24,6 +24,8 @@ REASONS = (
     "deleted",
     "no_summary",
     "answer_in_train",
+    "different_prompts",
+    "equal_answers",
     "empty",
     "no_answer",
     "system_not_first",

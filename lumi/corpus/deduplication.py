@@ -14,6 +14,7 @@ import numpy.typing as npt
 import rensa
 
 from lumi.chat.messages import Conversation, contents
+from lumi.chat.pairs import Pair
 from lumi.corpus.documents import Document, bytes_of, text_of
 from lumi.corpus.words import split_words
 
@@ -34,8 +35,8 @@ class DeduplicationConfig:
 
     Two documents are near duplicates if the estimated Jaccard similarity of their sets of `shingle_words`
     successive words, in lower case, is at least `threshold`, in (0, 1]. The standard error of the estimate is
-    sqrt(threshold (1 - threshold) / num_permutations). Two conversations must be that similar twice: as a
-    whole, and in their answers alone.
+    sqrt(threshold (1 - threshold) / num_permutations). Two conversations, or two pairs, must be that similar
+    twice: as a whole, and in their answers alone.
     """
 
     # Drop documents that are equal to an earlier one.
@@ -77,11 +78,11 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(documents: Sequence[Document], config: DeduplicationConfig) -> list[Fingerprint]:
-    """The fingerprints of texts, or of conversations.
+    """The fingerprints of texts, of conversations or of pairs.
 
-    The answers of a conversation tell it from others about the same long passage. They get a signature of
-    their own, and near duplicates are alike in both. If the answers have fewer than LEAST_PART_WORDS words,
-    the wholes must be the same bytes.
+    The answers of a conversation or a pair tell it from others about the same long passage. They get a
+    signature of their own, and near duplicates are alike in both. If the answers have fewer than
+    LEAST_PART_WORDS words, the wholes must be the same bytes.
     """
     digests = [hashlib.sha256(bytes_of(document)).digest() for document in documents]
     needs_words = config.near or config.normalized
@@ -116,8 +117,10 @@ def _normalize(text: str) -> list[str]:
     return split_words(unicodedata.normalize("NFC", text).lower())
 
 
-def _answers(conversation: Conversation) -> str:
-    return contents(message for message in conversation if message.role == "assistant")
+def _answers(document: Conversation | Pair) -> str:
+    if isinstance(document, Pair):
+        document = (*document.chosen, *document.rejected)
+    return contents(message for message in document if message.role == "assistant")
 
 
 def _shingle_part(part: list[str], digest: bytes, config: DeduplicationConfig) -> list[str]:

@@ -1,10 +1,12 @@
-"""A document is a text or a conversation; a record is a document, or the reason why there is none."""
+"""A document is a text, a conversation or a pair; a record is a document, or the reason why there is none."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from lumi.chat.messages import Conversation, canonical, contents, said
+from lumi.chat.messages import Conversation, canonical, contents, from_json, said, to_json
+from lumi.chat.pairs import Pair, pair_from_json, pair_to_json
 
-Document = str | Conversation
+Document = str | Conversation | Pair
+Kind = Literal["texts", "conversations", "pairs"]  # what a corpus holds
 
 
 class Record(NamedTuple):
@@ -20,17 +22,38 @@ class Record(NamedTuple):
 
 
 def text_of(document: Document) -> str:
-    """The text itself, or all that is said in a conversation with a line end between."""
-    return document if isinstance(document, str) else contents(document)
+    """The text itself, or all that is said in the messages with a line end between."""
+    return document if isinstance(document, str) else contents(messages_of(document))
 
 
 def bytes_of(document: Document) -> bytes:
-    """The bytes that only equal documents share: of the text, or of a conversation's JSON."""
-    return document.encode() if isinstance(document, str) else canonical(document)
+    """The bytes that only equal documents share: of the text, or of JSON, of which a pair has three lines."""
+    if isinstance(document, str):
+        return document.encode()
+    return b"\n".join(map(canonical, document)) if isinstance(document, Pair) else canonical(document)
 
 
 def count_chars(document: Document) -> int:
-    """The characters of a text, or of all that is said in a conversation."""
+    """The characters of a text, or of all that is said in the messages."""
     if isinstance(document, str):
         return len(document)
-    return sum(len(text) for message in document for text in said(message))
+    return sum(len(text) for message in messages_of(document) for text in said(message))
+
+
+def messages_of(document: Conversation | Pair) -> Conversation:
+    """All messages of a conversation or a pair."""
+    return document.messages if isinstance(document, Pair) else document
+
+
+def to_plain(document: Document) -> Any:
+    """The plain JSON values of a document."""
+    if isinstance(document, str):
+        return document
+    return pair_to_json(document) if isinstance(document, Pair) else to_json(document)
+
+
+def from_plain(data: Any, kind: Kind) -> Document:
+    """The document that `to_plain` was given."""
+    if kind == "texts":
+        return data
+    return pair_from_json(data) if kind == "pairs" else from_json(data)

@@ -1,6 +1,7 @@
 """The corpus folder: Parquet shards and `manifest.json`, verified when read. `corpus_writer` writes it.
 
-A corpus holds texts or conversations: its first column is `text` or `messages`, its second is `source`.
+A corpus holds texts, conversations or pairs. Its columns are `text`, or `messages`, or `prompt`, `chosen` and
+`rejected`; and `source`.
 """
 
 from collections.abc import Iterator
@@ -10,21 +11,31 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumi.chat.messages import Conversation, contents, from_json
+from lumi.chat.messages import Conversation
+from lumi.chat.pairs import Pair
 from lumi.config import UserError, read_json
+from lumi.corpus.documents import Document, Kind, from_plain, text_of
 from lumi.host.storage import sha256_file
 
 KIND = "lumi-corpus"
 FORMAT = 1
-TEXTS = pa.schema([("text", pa.string()), ("source", pa.string())])
-# The column of conversations as the libraries of the hub read and write it, with reasoning if there is some.
-_MESSAGE = [("role", pa.string()), ("content", pa.string())]
-CONVERSATIONS, WITH_REASONING = (
-    pa.schema([("messages", pa.list_(pa.struct(message))), ("source", pa.string())])
-    for message in (_MESSAGE, [*_MESSAGE, ("reasoning_content", pa.string())])
-)
 MAKE_ONE = "lumi prepare --config CONFIG --output-dir"
 SHARD_KEYS = ("bytes", "documents", "file", "sha256")
+
+
+def _schemas(*message_fields: str) -> dict[Kind, pa.Schema]:
+    messages = pa.list_(pa.struct([(name, pa.string()) for name in message_fields]))
+    columns: dict[Kind, dict[str, pa.DataType]] = {
+        "texts": {"text": pa.string()},
+        "conversations": {"messages": messages},
+        "pairs": dict.fromkeys(Pair._fields, messages),
+    }
+    return {kind: pa.schema([*own.items(), ("source", pa.string())]) for kind, own in columns.items()}
+
+
+# Messages, and pairs, as the libraries of the hub read and write them, with reasoning if there is some.
+SCHEMAS = _schemas("role", "content")
+WITH_REASONING = _schemas("role", "content", "reasoning_content")
 
 Manifest = dict[str, Any]
 
@@ -47,7 +58,7 @@ class CorpusReader:
     """A finished corpus folder. Each shard's SHA-256 is checked before it is read.
 
     `iter_batches`, `iter_shard` and iteration give the documents of a corpus of texts, `iter_conversations`
-    those of a corpus of conversations, and `iter_texts` the text of either.
+    those of a corpus of conversations, `iter_documents` those of any corpus, and `iter_texts` their text.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -66,26 +77,26 @@ class CorpusReader:
         return len(self.manifest["shards"])
 
     @property
-    def holds_conversations(self) -> bool:
-        """Whether its documents are conversations, not texts."""
-        return "messages" in self.manifest["columns"]
+    def holds(self) -> Kind:
+        """What its documents are."""
+        return next(kind for kind, schema in SCHEMAS.items() if schema.names == self.manifest["columns"])
 
     def iter_batches(self, batch_documents: int = 1024) -> Iterator[CorpusBatch]:
         """All documents in order, at most `batch_documents` at a time.
 
         Raises:
-            UserError: it holds conversations; a shard is damaged: which, what was expected, what came.
+            UserError: it holds no texts; a shard is damaged: which, what was expected, what came.
         """
         for index in range(self.num_shards):
             yield from self.iter_shard(index, batch_documents)
 
     def iter_shard(self, index: int, batch_documents: int = 1024) -> Iterator[CorpusBatch]:
         """The documents of shard `index` (from 0) in order. Raises UserError as `iter_batches` does."""
-        if self.holds_conversations:
+        if self.holds != "texts":
             raise UserError(
                 f"{self.folder}",
                 "must be a corpus of texts here",
-                got="one of conversations",
+                got=f"one of {self.holds}",
                 remedy="`lumi tokenize` and `lumi tokenizer` take it,"
                 " or prepare sources without `conversation`",
             )
@@ -96,40 +107,45 @@ class CorpusReader:
         """All conversations in order, at most `batch_documents` at a time.
 
         Raises:
-            UserError: it holds texts; a shard is damaged: which, what was expected, what came.
+            UserError: it holds no conversations; a shard is damaged: which, what was expected, what came.
         """
-        if not self.holds_conversations:
+        if self.holds != "conversations":
             raise UserError(
                 f"{self.folder}",
                 "must be a corpus of conversations here",
-                got="one of texts",
+                got=f"one of {self.holds}",
                 remedy="prepare sources that have a `conversation`, such as configs/corpus/chat.json",
             )
-        for index in range(self.num_shards):
-            for documents, sources in self._read_shard(index, batch_documents):
-                yield ConversationBatch([from_json(messages) for messages in documents], sources)
+        for documents, sources in self.iter_documents(batch_documents):
+            yield ConversationBatch(documents, sources)
 
-    def iter_texts(self, batch_documents: int = 1024) -> Iterator[str]:
-        """The text of every document in order: of a conversation its contents, a line end between messages.
+    def iter_documents(self, batch_documents: int = 1024) -> Iterator[tuple[list[Any], list[str]]]:
+        """All documents in order, of whatever kind, and their sources; at most `batch_documents` at a time.
 
         Raises:
             UserError: a shard is damaged: which, what was expected, what came.
         """
-        if not self.holds_conversations:
-            for batch in self.iter_batches(batch_documents):
-                yield from batch.texts
-            return
-        for conversations, _ in self.iter_conversations(batch_documents):
-            yield from map(contents, conversations)
+        for index in range(self.num_shards):
+            yield from self._read_shard(index, batch_documents)
+
+    def iter_texts(self, batch_documents: int = 1024) -> Iterator[str]:
+        """The text of every document in order: what messages say has a line end between.
+
+        Raises:
+            UserError: a shard is damaged: which, what was expected, what came.
+        """
+        for documents, _ in self.iter_documents(batch_documents):
+            yield from map(text_of, documents)
 
     def _read_shard(self, index: int, batch_documents: int) -> Iterator[tuple[list[Any], list[str]]]:
         if batch_documents < 1:
             raise ValueError(f"batch_documents must be at least 1, got {batch_documents}")
-        shard = self.manifest["shards"][index]
+        shard, kind = self.manifest["shards"][index], self.holds
         _check_shard(self.folder, shard, read=True)
         with pq.ParquetFile(self.folder / shard["file"]) as file:
             for batch in file.iter_batches(batch_size=batch_documents, columns=self.manifest["columns"]):
-                yield batch.column(0).to_pylist(), batch.column(1).to_pylist()
+                *parts, sources = (column.to_pylist() for column in batch.columns)
+                yield [_from_row(row, kind) for row in zip(*parts, strict=True)], sources
 
     def verify(self) -> None:
         """Read every shard and compare its SHA-256. Raises UserError as `iter_batches` does."""
@@ -185,8 +201,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     shards = manifest.get("shards")
     if not isinstance(manifest.get("documents"), int) or not isinstance(shards, list):
         raise UserError(f"{path}:", "must hold documents and shards", remedy=f"the file is damaged, {remake}")
-    if manifest.get("columns") not in (TEXTS.names, CONVERSATIONS.names):
-        expected = " or ".join(", ".join(schema.names) for schema in (TEXTS, CONVERSATIONS))
+    if manifest.get("columns") not in [schema.names for schema in SCHEMAS.values()]:
+        expected = " or ".join(", ".join(schema.names) for schema in SCHEMAS.values())
         raise UserError(f"{path}: columns", f"must be {expected}", got=manifest.get("columns"), remedy=remake)
     if not all(map(_is_shard, shards)):
         raise UserError(
@@ -199,6 +215,10 @@ def _is_shard(shard: Any) -> bool:
     if not isinstance(shard, dict) or not set(SHARD_KEYS) <= shard.keys():
         return False
     return Path(str(shard["file"])).name == shard["file"]  # a name with a folder in it could point anywhere
+
+
+def _from_row(row: tuple[Any, ...], kind: Kind) -> Document:
+    return from_plain(dict(zip(Pair._fields, row, strict=True)) if kind == "pairs" else row[0], kind)
 
 
 def _check_shard(folder: Path, shard: dict[str, Any], *, read: bool) -> None:

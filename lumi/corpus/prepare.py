@@ -68,7 +68,7 @@ def prepare(
     caches = {
         source.name: SourceCache(
             folder / ".cache" / f"{source.name}-{keys[source.name]}",
-            conversations=source.holds_conversations,
+            kind=source.holds,
             writable=not analyze_only,
         )
         for source in config.sources
@@ -112,9 +112,7 @@ def _write(
             return old
         if not use_cache:
             _discard(folder, caches)
-        with CorpusWriter(
-            folder, config.shard_bytes, conversations=config.conversation_filters is not None
-        ) as writer:
+        with CorpusWriter(folder, config.shard_bytes, config.holds) as writer:
             manifest = _summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs_key}
             if not manifest["documents"]:
                 raise UserError(

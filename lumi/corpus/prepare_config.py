@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from lumi.corpus.cleaning import CleaningConfig
 from lumi.corpus.conversation_filters import ConversationFilterConfig
 from lumi.corpus.deduplication import DeduplicationConfig
+from lumi.corpus.documents import Kind
 from lumi.corpus.filters import FilterConfig
 from lumi.corpus.processing import RecordRules
 from lumi.corpus.sources import Source
@@ -15,8 +16,9 @@ class PrepareConfig:
     """What goes into a corpus, and how it is cleaned and filtered.
 
     A source is read until enough of its documents are kept: `max_documents`, or `max_tokens` by an
-    estimate. All sources give texts, which `filters` judges, or all give conversations, which
-    `conversation_filters` judges: the one that fits has its defaults if it is not given, the other is None.
+    estimate. All sources give texts, which `filters` judges, or all give conversations, or all give pairs,
+    which `conversation_filters` judges: the one that fits has its defaults if it is not given, the other is
+    None.
 
     Args:
         bytes_per_token: the estimate behind budgets and reports.
@@ -49,24 +51,30 @@ class PrepareConfig:
             raise ValueError(f"shard_bytes must be at least 1024, got {self.shard_bytes}")
 
     def _set_filters(self) -> None:
-        conversations = [source.name for source in self.sources if source.holds_conversations]
-        texts = [source.name for source in self.sources if not source.holds_conversations]
-        if conversations and texts:
+        names: dict[Kind, list[str]] = {}
+        for source in self.sources:
+            names.setdefault(source.holds, []).append(source.name)
+        if len(names) > 1:
+            got = " and ".join(f"{kind} from {', '.join(each)}" for kind, each in names.items())
             raise ValueError(
                 "sources must all give texts, or all conversations (python_questions, and those with"
-                f" `conversation`), got texts from {', '.join(texts)} and conversations from"
-                f" {', '.join(conversations)}; prepare two corpora"
+                f" `conversation`), or all pairs (`preference`), got {got}; prepare a corpus of each"
             )
-        if conversations:
-            what, fitting, other = "conversations", "conversation_filters", "filters"
+        if self.holds != "texts":
+            fitting, other = "conversation_filters", "filters"
             defaults: FilterConfig | ConversationFilterConfig = ConversationFilterConfig()
         else:
-            what, fitting, other = "texts", "filters", "conversation_filters"
+            fitting, other = "filters", "conversation_filters"
             defaults = FilterConfig()
         if getattr(self, other) is not None:
-            raise ValueError(f"{other} must be left out for sources of {what}; use {fitting}")
+            raise ValueError(f"{other} must be left out for sources of {self.holds}; use {fitting}")
         if getattr(self, fitting) is None:
             object.__setattr__(self, fitting, defaults)
+
+    @property
+    def holds(self) -> Kind:
+        """What the sources give."""
+        return self.sources[0].holds
 
     @property
     def rules(self) -> RecordRules:

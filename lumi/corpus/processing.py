@@ -4,14 +4,17 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from lumi.chat.messages import Conversation, contents
+from lumi.chat.pairs import Pair
 from lumi.corpus.cleaning import CleaningConfig, clean_text
 from lumi.corpus.conversation_filters import (
     ConversationFilterConfig,
     clean_conversation,
+    clean_pair,
     find_conversation_fault,
+    find_pair_fault,
 )
 from lumi.corpus.deduplication import DeduplicationConfig, Fingerprint, fingerprint
-from lumi.corpus.documents import Document, Record, count_chars
+from lumi.corpus.documents import Document, Record, count_chars, text_of
 from lumi.corpus.filters import FilterConfig, find_fault
 
 BATCH_DOCUMENTS = 1024
@@ -19,7 +22,7 @@ BATCH_CHARS = 4_000_000
 
 
 class RecordRules(NamedTuple):
-    """The rules for a single record; the filters judge texts, or conversations."""
+    """The rules for a single record; the filters judge texts, or conversations and pairs."""
 
     cleaning: CleaningConfig
     filters: FilterConfig | ConversationFilterConfig
@@ -69,6 +72,8 @@ def _judge(record: Record, rules: RecordRules) -> Outcome:
         assert isinstance(filters, FilterConfig)
         return _process_text(document, rules.cleaning, filters)
     assert isinstance(filters, ConversationFilterConfig)
+    if isinstance(document, Pair):
+        return _process_pair(document, rules.cleaning, filters)
     return _process_conversation(document, rules.cleaning, filters)
 
 
@@ -87,6 +92,15 @@ def _process_conversation(
         return _drop(reason)
     shortened = len(messages) < len(original)
     return Outcome(messages, None, len(contents(messages).encode()), shortened=shortened)
+
+
+def _process_pair(original: Pair, cleaning: CleaningConfig, filters: ConversationFilterConfig) -> Outcome:
+    pair = clean_pair(original, cleaning)
+    reason = find_pair_fault(pair, filters)
+    if reason:
+        return _drop(reason)
+    shortened = len(pair.messages) < len(original.messages)
+    return Outcome(pair, None, len(text_of(pair).encode()), shortened=shortened)
 
 
 def _drop(reason: str, detail: str = "") -> Outcome:

@@ -82,7 +82,8 @@ def find_source(data: Sequence[str], split: str) -> FoundSource:
         return ParquetSource(name="data", paths=tuple(data))
     if len(kinds) > 1 or kinds[0] not in ("jsonl", "json"):
         expectation = "must be .jsonl, .json or .parquet files, all of one kind, or a dataset on the hub"
-        raise UserError("the data", expectation, got=", ".join(data), remedy="convert them, or use `lumi prepare`")
+        remedy = "convert them, or use `lumi prepare`"
+        raise UserError("the data", expectation, got=", ".join(data), remedy=remedy)
     source = JsonlSource(name="data", paths=tuple(data))
     return JsonSource(name="data", paths=tuple(data)) if _is_array(data[0]) else source
 
@@ -108,7 +109,7 @@ def recognise(source: FoundSource) -> Recognised:
 
 
 def _first_records(source: FoundSource) -> list[dict[str, Any]]:
-    if isinstance(source, ParquetSource):  # `read_pieces` reads the columns of a format, which is not known yet
+    if isinstance(source, ParquetSource):  # `read_pieces` would read the columns of a format alone
         path = matching_files(source.paths)[0]
         try:
             batches = pq.ParquetFile(path).iter_batches(batch_size=LOOKED_AT)

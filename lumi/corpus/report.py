@@ -9,7 +9,10 @@ NAMES_SHOWN = 20  # `manifest.json` has all of them
 
 
 def noun(manifest: dict[str, Any]) -> str:
-    """What the corpus holds: "documents" or "conversations"."""
+    """What the corpus holds: "documents", "conversations" or "pairs"."""
+    formats = [source.get("conversation") for source in manifest["config"]["sources"]]
+    if any(each and each["kind"] == "preference" for each in formats):
+        return "pairs"
     return "conversations" if manifest["config"]["conversation_filters"] else "documents"
 
 

@@ -19,7 +19,9 @@ from lumi.corpus.conversations import (
     PromptResponseFormat,
     ShareGptFormat,
 )
+from lumi.corpus.documents import Kind
 from lumi.corpus.oasst import OasstFormat, OasstMessagesFormat
+from lumi.corpus.preferences import PreferenceFormat
 from lumi.corpus.python_docs import LAYOUT_VERSION, installed_versions
 from lumi.corpus.python_questions import PHRASING_VERSION
 from lumi.host.file_patterns import check_patterns, matching_files
@@ -35,6 +37,7 @@ ConversationFormat = (
     | PromptResponseFormat
     | OasstFormat
     | OasstMessagesFormat
+    | PreferenceFormat
 )
 
 
@@ -122,14 +125,14 @@ class NamedSource(Checked):
                 raise ValueError(f"{key} must be at least 1, or null for all, got {value}")
 
     @property
-    def holds_conversations(self) -> bool:
-        """Whether its documents are conversations, not texts."""
-        return False
+    def holds(self) -> Kind:
+        """What its documents are."""
+        return "texts"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSource(NamedSource):
-    """A source of records with fields: a text in one of them, or a conversation in a format of chat data."""
+    """A source of records with fields: a text in one of them, or a conversation or a pair in a format."""
 
     # The field of a record that holds its text.
     text_field: str = "text"
@@ -146,8 +149,10 @@ class RecordSource(NamedSource):
             )
 
     @property
-    def holds_conversations(self) -> bool:
-        return self.conversation is not None
+    def holds(self) -> Kind:
+        if isinstance(self.conversation, PreferenceFormat):
+            return "pairs"
+        return "texts" if self.conversation is None else "conversations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +239,8 @@ class PythonQuestionsSource(NamedSource):
             raise ValueError(f"max_answer_chars must be at least 20, got {self.max_answer_chars}")
 
     @property
-    def holds_conversations(self) -> bool:
-        return True
+    def holds(self) -> Kind:
+        return "conversations"
 
 
 Location = HubDataset | JsonlFiles | JsonFiles | TextFiles

@@ -11,7 +11,7 @@ target crosses the mark.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ IGNORE = -100  # a target that is not trained: `ignore_index` in torch and in th
 # Mixing weights are rounded to millionths, so that interleaving is exact integer arithmetic.
 _WEIGHT_UNITS = 1_000_000
 
+Held = TypeVar("Held", "Batch", "PairIndex")
 Result = TypeVar("Result")
 
 
@@ -88,6 +89,19 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class PairIndex:
+    """Where the S conversations of a batch's S/2 pairs lie; in each pair the chosen one comes first.
+
+    Attributes:
+        documents: (S,) int64, which they are of all that the run reads: those of the first store come first.
+        segments: (S,) int64, which of the spans of `cu_seqlens` they are.
+    """
+
+    documents: Tensor
+    segments: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """B rows of T tokens.
 
@@ -97,22 +111,23 @@ class Batch:
         positions: (B, T) int64, from 0 in every document.
         cu_seqlens: (documents + 1,) int32, offsets of the documents in the B*T flattened tokens, from 0 to
             B*T. Every row begins a document.
+        pairs: None where the documents are no pairs.
     """
 
     tokens: Tensor
     targets: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    pairs: PairIndex | None = None
 
     @property
     def num_targets(self) -> int:
-        """Trained targets."""
-        return int((self.targets != IGNORE).sum())
+        """What the loss is a mean over: trained targets, or pairs."""
+        return int((self.targets != IGNORE).sum()) if self.pairs is None else len(self.pairs.documents) // 2
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        tensors = (self.tokens, self.targets, self.positions, self.cu_seqlens)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return _moved(self, device)
 
 
 class Batches:
@@ -141,6 +156,8 @@ class Batches:
         units = [max(1, round(weight / sum(weights) * _WEIGHT_UNITS)) for weight in weights]
         units[int(np.argmax(units))] += _WEIGHT_UNITS - sum(units)  # what rounding left over
         self.units = np.array(units, dtype=np.int64)
+        ends = np.cumsum([split.num_documents for split in splits]).tolist()
+        self._documents_before = [0, *ends] if splits[0].pairs else None
 
     @property
     def weights(self) -> list[float]:
@@ -153,7 +170,12 @@ class Batches:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of optimizer step `step` (counted from 1)."""
-        return collate([self.stores[store].row(row) for store, row in self._rows(step, start, stop)])
+        places = self._rows(step, start, stop)
+        before = self._documents_before
+        return collate(
+            [self.stores[store].row(row) for store, row in places],
+            None if before is None else [before[store] for store, _ in places],
+        )
 
     def documents(self, step: int, start: int, stop: int) -> list[tuple[int, list[int]]]:
         """(store index, document ids) of each of the rows [start, stop) of a step, to name a bad batch."""
@@ -220,11 +242,12 @@ def validation_batches(
     count, read = validation_rows(split, config.sequence_length, max_tokens)
     mine = range(rank, count, size)
     for first in range(0, -(-count // size), config.micro_batch_rows):
-        if rows := mine[first : first + config.micro_batch_rows]:
-            yield collate([read(index) for index in rows])
-        else:
-            filler = collate([read(0)])
-            yield replace(filler, targets=torch.full_like(filler.targets, IGNORE))
+        rows = [read(index) for index in mine[first : first + config.micro_batch_rows]]
+        batch = collate(rows or [read(0)], [0] * max(len(rows), 1) if split.pairs else None)
+        if not rows:
+            none = PairIndex(*(torch.zeros(0, dtype=torch.int64) for _ in range(2))) if split.pairs else None
+            batch = replace(batch, targets=torch.full_like(batch.targets, IGNORE), pairs=none)
+        yield batch
 
 
 def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tuple[int, Result]]:
@@ -240,8 +263,12 @@ def prefetch(load: Callable[[int], Result], steps: Iterable[int]) -> Iterator[tu
             yield ready, result.result()
 
 
-def collate(rows: Sequence[TokenRow]) -> Batch:
-    """Rows of T + 1 tokens -> a batch of (B, T). Targets are shifted here and nowhere else."""
+def collate(rows: Sequence[TokenRow], documents_before: Sequence[int] | None = None) -> Batch:
+    """Rows of T + 1 tokens -> a batch of (B, T). Targets are shifted here and nowhere else.
+
+    Args:
+        documents_before: of pairs, for each row: how many documents the stores before its own hold.
+    """
     tokens_BU = np.stack([row.tokens for row in rows])
     starts_BU = np.stack([row.starts for row in rows])
     trained_BU = np.stack([row.trained for row in rows])
@@ -256,4 +283,25 @@ def collate(rows: Sequence[TokenRow]) -> Batch:
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(positions.reshape(starts.shape)),
         cu_seqlens=torch.from_numpy(np.append(offsets, starts.size).astype(np.int32)),
+        pairs=None if documents_before is None else _index_pairs(rows, starts, documents_before),
     )
+
+
+def _moved(held: Held, device: torch.device) -> Held:
+    """A dataclass of tensors, and of others like it, on `device`."""
+    moved: dict[str, Any] = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else _moved(value, device)
+        for name, value in vars(held).items()
+        if value is not None
+    }
+    return replace(held, **moved)
+
+
+def _index_pairs(
+    rows: Sequence[TokenRow], starts_BT: np.ndarray, documents_before: Sequence[int]
+) -> PairIndex:
+    spans_B = starts_BT.sum(axis=1)  # the padding is the last one of its row
+    firsts_B = np.cumsum(spans_B) - spans_B
+    documents = [np.array(row.documents) + num for row, num in zip(rows, documents_before, strict=True)]
+    segments = [first + np.arange(len(row.documents)) for row, first in zip(rows, firsts_B, strict=True)]
+    return PairIndex(*(torch.from_numpy(np.concatenate(each)) for each in (documents, segments)))

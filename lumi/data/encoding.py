@@ -1,8 +1,9 @@
 """Documents -> arrays of tokens, in threads.
 
-A document is a text or a conversation. Every token of a text is trained; a chat template lays out and masks
-a conversation. SentencePiece releases the interpreter's lock while it encodes (since 0.2.3; before, the
-threads took turns).
+A document is a text, a conversation or a pair. Every token of a text is trained; a chat template lays out
+and masks a conversation. A pair becomes two documents, the chosen conversation and then the rejected one, in
+which the answers alone are trained. SentencePiece releases the interpreter's lock while it encodes (since
+0.2.3; before, the threads took turns).
 """
 
 import hashlib
@@ -15,10 +16,12 @@ import numpy as np
 
 from lumi.chat.foreign_rendering import ForeignTemplate
 from lumi.chat.foreign_template import TemplateRefusal
-from lumi.chat.messages import Conversation, canonical, said
+from lumi.chat.messages import Conversation, Message, canonical
+from lumi.chat.pairs import Pair, render_pair
 from lumi.chat.rendering import render_documents
 from lumi.chat.templates import Template
 from lumi.chat.token_writer import Rendered
+from lumi.corpus.documents import Document, count_chars
 from lumi.data.store_manifest import Counts, token_dtype
 from lumi.host.text import utf8
 from lumi.host.workers import Workers
@@ -29,9 +32,9 @@ _RANKS = 2**64
 
 
 class Documents(NamedTuple):
-    """Texts or conversations, and the name of the source of each."""
+    """Texts, conversations or pairs, and the name of the source of each."""
 
-    documents: Sequence[str | Conversation]
+    documents: Sequence[Document]
     sources: Sequence[str]
 
 
@@ -41,7 +44,8 @@ class EncodingSettings:
 
     Args:
         validation_fraction: share of the documents for validation, 0 (none) to 1 (all).
-        template, max_tokens: for conversations, as in `lumi.chat.rendering.render`.
+        template, max_tokens: for conversations, as in `lumi.chat.rendering.render`, and for pairs, as in
+            `lumi.chat.pairs.render_pair`.
     """
 
     tokenizer: Tokenizer
@@ -60,7 +64,7 @@ class Encoded(NamedTuple):
         mask: (sum of lengths,) bool, which tokens are trained. None for texts: all.
         counts: per source.
         lowest_rank: the lowest of the documents' hashes, 0 to 2**64 - 1.
-        dropped: conversations without a trained token, or that the template refuses, by reason.
+        dropped: conversations without a trained token, those that the template refuses, and pairs, by reason.
         truncated: number of conversations that lost answers to `max_tokens`.
     """
 
@@ -82,6 +86,11 @@ def split_of(data: bytes, validation_fraction: float) -> tuple[str, int]:
     return ("validation" if rank < validation_fraction * _RANKS else "train"), rank
 
 
+def key_of(document: Conversation | Pair) -> Conversation:
+    """What decides the split: the conversation, or the question of a pair, so that its pairs share one."""
+    return document.prompt if isinstance(document, Pair) else document
+
+
 def encode_documents(settings: EncodingSettings, task: Documents) -> dict[str, Encoded]:
     """Encode each document and put it into its split.
 
@@ -99,14 +108,11 @@ def encode_documents(settings: EncodingSettings, task: Documents) -> dict[str, E
             ids = [*tokenizer.begin_ids, *next(ids_of_texts), tokenizer.eos_id]
             splits[name].add(ids, source, len(data), rank)
         else:
-            name, rank = split_of(canonical(document), settings.validation_fraction)
-            assert settings.template is not None
+            name, rank = split_of(canonical(key_of(document)), settings.validation_fraction)
             try:
-                rendered = render_documents(tokenizer, settings.template, document, settings.max_tokens)
+                splits[name].add_rendered(settings, document, source, rank)
             except TemplateRefusal as refusal:
                 splits[name].dropped[f"refused_by_template: {refusal.expectation}"] += 1
-                continue
-            splits[name].add_conversation(rendered, document, source, rank)
     dtype = token_dtype(tokenizer.vocab_size)
     return {name: split.finish(dtype) for name, split in splits.items() if split.lengths or split.dropped}
 
@@ -130,6 +136,18 @@ class _GrowingSplit:
         self.counts[source] = self.counts.get(source, Counts()) + count
         self.lowest_rank = min(self.lowest_rank, rank)
 
+    def add_rendered(
+        self, settings: EncodingSettings, document: Conversation | Pair, source: str, rank: int
+    ) -> None:
+        template, max_tokens = settings.template, settings.max_tokens
+        assert template is not None
+        if isinstance(document, Pair):
+            sides = render_pair(settings.tokenizer, template, document, max_tokens)
+            self.add_pair(sides, document, source, rank)
+        else:
+            documents = render_documents(settings.tokenizer, template, document, max_tokens)
+            self.add_conversation(documents, document, source, rank)
+
     def add_conversation(
         self, documents: Sequence[Rendered], conversation: Conversation, source: str, rank: int
     ) -> None:
@@ -141,10 +159,18 @@ class _GrowingSplit:
         for ids, mask, num_messages in documents:
             trained = [index for index in answers if start <= index < num_messages]
             self.mask += mask
-            self.add(ids, source, sum(len(utf8(conversation[index].content)) for index in trained), rank)
+            self.add(ids, source, _answer_bytes([conversation[index] for index in trained]), rank)
             start = num_messages
         if answers[-1] >= start:
             self.truncated += 1
+
+    def add_pair(self, sides: tuple[Rendered, Rendered] | None, pair: Pair, source: str, rank: int) -> None:
+        if sides is None:
+            self.dropped["pair_beyond_max_tokens"] += 1
+            return
+        for rendered, answer in zip(sides, (pair.chosen, pair.rejected), strict=True):
+            self.mask += rendered.mask
+            self.add(rendered.ids, source, _answer_bytes(answer), rank)
 
     def finish(self, dtype: np.dtype) -> Encoded:
         tokens, lengths = np.array(self.tokens, dtype=dtype), np.array(self.lengths, dtype=np.int64)
@@ -170,14 +196,14 @@ def encode_all(
 
 def make_tasks(batches: Iterable[Documents]) -> Iterator[Documents]:
     """The same documents in tasks of at least TASK_CHARACTERS characters; the last one may be smaller."""
-    documents: list[str | Conversation] = []
+    documents: list[Document] = []
     sources: list[str] = []
     size = 0
     for batch in batches:
         for document, source in zip(batch.documents, batch.sources, strict=True):
             documents.append(document)
             sources.append(source)
-            size += _num_characters(document)
+            size += count_chars(document)
             if size >= TASK_CHARACTERS:
                 yield Documents(documents, sources)
                 documents, sources, size = [], [], 0
@@ -185,7 +211,5 @@ def make_tasks(batches: Iterable[Documents]) -> Iterator[Documents]:
         yield Documents(documents, sources)
 
 
-def _num_characters(document: str | Conversation) -> int:
-    if isinstance(document, str):
-        return len(document)
-    return sum(len(text) for message in document for text in said(message))
+def _answer_bytes(messages: Sequence[Message]) -> int:
+    return sum(len(utf8(message.content)) for message in messages if message.role == "assistant")

@@ -6,7 +6,8 @@ fewer than T + 1 at its end.
 
 Conversations, in a split with a loss mask, are packed. A row holds whole ones and then padding, which is not
 trained. A conversation longer than a row ends after its last answer that fits, and is left out if none does.
-Every epoch shuffles the rows.
+Every epoch shuffles the rows. The two conversations of a pair lie side by side, or are left out together
+where a row cannot hold both whole.
 """
 
 import bisect
@@ -76,21 +77,25 @@ class ConversationRows:
     """The endless rows of a split with a loss mask: whole conversations, packed once and shuffled each epoch.
 
     `num_cut` conversations end early and `num_dropped` are left out, because they are longer than a row.
-    `num_tokens` and `num_trained` count what remains.
+    `num_tokens` and `num_trained` count what remains. A pair counts as two conversations.
     """
 
     def __init__(self, split: Split, length: int, seed: int) -> None:
         self.split, self.capacity, self.seed = split, length + 1, seed
         stored = np.diff(_signed(split.offsets))
         trained_N = split.loss_mask(0, len(split.tokens))
-        self.lengths = _lengths_that_fit(split, trained_N, stored, self.capacity)
+        if split.pairs:
+            self.lengths, what = _pairs_that_fit(stored, self.capacity), "a pair whose two conversations fit"
+        else:
+            self.lengths = _lengths_that_fit(split, trained_N, stored, self.capacity)
+            what = "an answer that ends"
         kept = np.flatnonzero(self.lengths)
         self.num_cut = int((self.lengths[kept] < stored[kept]).sum())
         self.num_dropped = len(stored) - len(kept)
         if not len(kept):
             raise UserError(
                 "a token store",
-                f"must hold an answer that ends within sequence_length = {length} tokens",
+                f"must hold {what} within sequence_length = {length} tokens",
                 got="none",
                 remedy="raise it",
             )
@@ -98,8 +103,12 @@ class ConversationRows:
         begins = _signed(split.offsets[:-1])
         trained_before = np.concatenate([[0], np.cumsum(trained_N)])
         self.num_trained = int((trained_before[begins + self.lengths] - trained_before[begins]).sum())
-        order = np.random.default_rng(seed).permutation(kept).tolist()
-        self.rows = pack(self.lengths, order, self.capacity)
+        together = 2 if split.pairs else 1
+        sizes = self.lengths.reshape(-1, together).sum(axis=1)
+        order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes)).tolist()
+        self.rows = pack(sizes, order, self.capacity)
+        if split.pairs:
+            self.rows = [[place for pair in row for place in (2 * pair, 2 * pair + 1)] for row in self.rows]
         self.rows_per_epoch = len(self.rows)
         self._epoch = functools.lru_cache(maxsize=2)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.rows_per_epoch)
@@ -242,6 +251,12 @@ def _lengths_that_fit(split: Split, trained_N: np.ndarray, stored: np.ndarray, c
         ends = np.flatnonzero(trained[:-1] & ~trained[1:])  # an answer's last trained token ends its turn
         lengths[document] = ends[-1] + 1 if len(ends) else 0
     return lengths
+
+
+def _pairs_that_fit(stored: np.ndarray, capacity: int) -> np.ndarray:
+    """The tokens of each conversation; 0 for both of a pair that is longer than a row."""
+    pairs = stored.reshape(-1, 2)
+    return np.where(pairs.sum(axis=1, keepdims=True) <= capacity, pairs, 0).reshape(-1)
 
 
 def _signed(offsets: np.ndarray) -> np.ndarray:

@@ -47,8 +47,8 @@ class SplitManifest:
     """What one split holds, in all and per source, and its files by name.
 
     Three fields describe conversations: `trained_tokens` (None: all tokens, as in texts); `dropped`, the
-    conversations without a trained token, by reason; `truncated`, the number that lost answers to
-    `max_tokens`.
+    conversations without a trained token, and the pairs, by reason; `truncated`, the number that lost answers
+    to `max_tokens`.
     """
 
     documents: int
@@ -61,15 +61,16 @@ class SplitManifest:
     files: dict[str, FileRecord]
     sources: dict[str, Counts]
 
-    def describe(self) -> str:
-        """One line for people."""
+    def describe(self, pairs: bool = False) -> str:
+        """One line for people; `pairs`: the store's."""
         if self.trained_tokens is None:
             density = f"{self.bytes / self.tokens:.2f} bytes per token"
             return f"{self.documents:,} documents, {self.tokens:,} tokens, {density}"
         share = f"{self.trained_tokens:,} trained ({self.trained_tokens / self.tokens:.1%})"
         dropped = "".join(f"; {count:,} dropped: {reason}" for reason, count in self.dropped.items())
         truncated = f"; {self.truncated:,} truncated" if self.truncated else ""
-        return f"{self.documents:,} conversations, {self.tokens:,} tokens, {share}{dropped}{truncated}"
+        what = f"{self.documents // 2:,} pairs" if pairs else f"{self.documents:,} conversations"
+        return f"{what}, {self.tokens:,} tokens, {share}{dropped}{truncated}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class StoreManifest:
     """The whole of `manifest.json`.
 
     `inputs` is whatever decided the content besides the tokenizer: stores of equal inputs are equal.
-    `template` is the name of the chat template, None for texts.
+    `template` is the name of the chat template, None for texts. With `pairs`, documents 2i and 2i + 1 are the
+    chosen and the rejected conversation of one pair.
     """
 
     kind: Literal["lumi-token-store"] = KIND
@@ -87,6 +89,7 @@ class StoreManifest:
     dtype: Literal["uint16", "uint32"]
     inputs: dict[str, str]
     template: str | None = None
+    pairs: bool = False
     splits: dict[str, SplitManifest]
 
 

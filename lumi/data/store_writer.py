@@ -78,14 +78,17 @@ class StoreWriter:
         for writer in self._splits.values():
             writer.close()
 
-    def finish(self, inputs: dict[str, str], template: str | None = None) -> StoreManifest:
-        """Close the files and write the manifest with these two fields."""
+    def finish(
+        self, inputs: dict[str, str], template: str | None = None, pairs: bool = False
+    ) -> StoreManifest:
+        """Close the files and write the manifest with these fields."""
         manifest = StoreManifest(
             tokenizer_fingerprint=self.fingerprint,
             vocab_size=self.vocab_size,
             dtype="uint16" if token_dtype(self.vocab_size).itemsize == 2 else "uint32",
             inputs=inputs,
             template=template,
+            pairs=pairs,
             splits={
                 name: self._splits[name].finish(self.dropped[name], self.truncated[name])
                 for name in sorted(self._splits)

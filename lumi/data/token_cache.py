@@ -22,14 +22,14 @@ from lumi.tokenizer.tokenizer import Tokenizer
 
 
 def token_cache(corpus: CorpusReader, tokenizer: Tokenizer, cache_dir: str | Path | None = None) -> Path:
-    """The place for a corpus's tokens by this tokenizer and, for conversations, its template.
+    """The place for a corpus's tokens by this tokenizer and, unless of texts, its template.
 
     Args:
         cache_dir: the folder for such places. None: the corpus folder, or the user's cache folder where that
             one is read-only and does not hold these tokens yet.
     """
     name = tokenizer.fingerprint[:16]
-    if corpus.holds_conversations and (template := template_of(tokenizer)) is not None:
+    if corpus.holds != "texts" and (template := template_of(tokenizer)) is not None:
         name += f"-{template.name}"
     inside = corpus.folder / ".tokens" / name
     if cache_dir is None:

@@ -1,6 +1,7 @@
 """Reading a token store: per split one flat array of tokens, document offsets and perhaps a loss mask.
 
-A document is a text (BOS, its ids, EOS) or a conversation in a chat template. All files are little-endian:
+A document is a text (BOS, its ids, EOS) or a conversation in a chat template; two that follow each other may
+be a pair. All files are little-endian:
 - `<split>.tokens`: uint16, or uint32 past 65,536 ids.
 - `<split>.offsets`: uint64, where each document begins in the tokens, and last the number of tokens.
 - `<split>.mask`: one bit per token, the first in the highest bit of the first byte. Absent where every token
@@ -40,12 +41,14 @@ class Split:
         offsets: (num_documents + 1,) uint64, where each document begins in `tokens`.
         mask: (ceil(num_tokens / 8),) uint8, the packed loss mask; None where every token is trained.
         num_bytes: UTF-8 bytes of the trained text.
+        pairs: whether documents 2i and 2i + 1 are the chosen and the rejected conversation of a pair.
     """
 
     tokens: np.ndarray | StoredArray
     offsets: np.ndarray
     mask: np.ndarray | None
     num_bytes: int
+    pairs: bool = False
 
     @property
     def num_documents(self) -> int:
@@ -152,7 +155,7 @@ def _open_split(
             f"{folder / name}.tokens: ids", f"must be below {num_ids}", got=highest, remedy=remedy
         )
     mask = arrays["mask"][:] if "mask" in arrays else None
-    return Split(tokens=tokens, offsets=offsets, mask=mask, num_bytes=record.bytes)
+    return Split(tokens, offsets, mask, num_bytes=record.bytes, pairs=manifest.pairs)
 
 
 def _open_arrays(

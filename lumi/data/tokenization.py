@@ -41,8 +41,8 @@ def tokenize(
     """Write the documents of corpus folders as a token store, unless `output_dir` holds that store already.
 
     Args:
-        corpus_dirs: made by `lumi prepare`, all of texts or all of conversations. The documents keep their
-            order.
+        corpus_dirs: made by `lumi prepare`, all of texts, all of conversations or all of pairs. The documents
+            keep their order.
         tokenizer: encodes them.
         output_dir: new, empty, or a token store of the same inputs.
         validation_fraction: expected share of the documents for the validation split, 0 <= fraction < 1. The
@@ -50,9 +50,9 @@ def tokenize(
             `validation_corpus_dirs`.
         validation_corpus_dirs: corpus folders that become the validation split; `validation_fraction` must be
             0 then.
-        template: lays out conversations. None: the one that is the tokenizer's chat template.
+        template: lays out conversations and pairs. None: the one that is the tokenizer's chat template.
         max_tokens: at least 1. Conversations end at their last answer that ends within so many tokens; one
-            without such an answer is dropped.
+            without such an answer is dropped. A pair with a longer conversation is dropped whole.
         num_workers: threads. None: one for each core that this process may use. The result does not depend on
             it.
 
@@ -88,7 +88,9 @@ def tokenize(
     )
     try:
         with closing(encoded):  # an exception ends the threads too
-            return _write_store(output_dir, encoded, settings, inputs, bool(validation_readers))
+            return _write_store(
+                output_dir, encoded, settings, inputs, readers[0].holds == "pairs", bool(validation_readers)
+            )
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -122,23 +124,23 @@ def _choose_template(
     readers: Sequence[CorpusReader], tokenizer: Tokenizer, template: Template | None, max_tokens: int | None
 ) -> Template | ForeignTemplate | None:
     """The template for these corpora, None for texts. Raises UserError for options that have no effect."""
-    conversations = [reader for reader in readers if reader.holds_conversations]
-    if not conversations:
+    first = readers[0]
+    other = next((reader for reader in readers if reader.holds != first.holds), None)
+    if other is not None:
+        raise UserError(
+            "--corpus-dirs",
+            "must be all of texts, all of conversations or all of pairs",
+            got=f"{first.holds} in {first.folder} and {other.holds} in {other.folder}",
+            remedy="tokenize them into two stores",
+        )
+    if first.holds == "texts":
         if template is not None or max_tokens is not None:
             raise UserError(
                 "--template" if template is not None else "--max-tokens",
-                f"must be left out for texts, and {readers[0].folder} holds texts",
+                f"must be left out for texts, and {first.folder} holds texts",
                 remedy="prepare conversations, or leave it out",
             )
         return None
-    if len(conversations) < len(readers):
-        texts = next(reader for reader in readers if not reader.holds_conversations)
-        raise UserError(
-            "--corpus-dirs",
-            "must be all of texts or all of conversations",
-            got=f"texts in {texts.folder} and conversations in {conversations[0].folder}",
-            remedy="tokenize them into two stores",
-        )
     if max_tokens is not None and max_tokens < 1:
         raise UserError("--max-tokens", "must be at least 1", got=max_tokens)
     chosen = template or template_of(tokenizer)
@@ -207,8 +209,7 @@ def _read_batches(readers: Sequence[CorpusReader]) -> Iterator[Documents]:
         return
     with progress_bar("tokenizing", " documents", total=sum(map(len, readers))) as progress:
         for reader in readers:
-            batches = reader.iter_conversations() if reader.holds_conversations else reader.iter_batches()
-            for documents, sources in batches:
+            for documents, sources in reader.iter_documents():
                 yield Documents(documents, sources)
                 progress.update(len(documents))
 
@@ -218,6 +219,7 @@ def _write_store(
     encoded: Iterable[dict[str, Encoded]],
     settings: EncodingSettings,
     inputs: dict[str, str],
+    pairs: bool,
     has_validation_corpora: bool,
 ) -> StoreManifest:
     fingerprint, vocab_size = settings.tokenizer.fingerprint, settings.tokenizer.vocab_size
@@ -226,7 +228,7 @@ def _write_store(
         try:
             lowest_rank = _append_all(writer, encoded)
             template = settings.template.name if settings.template is not None else None
-            manifest = writer.finish(inputs, template)
+            manifest = writer.finish(inputs, template, pairs)
         finally:
             writer.close()
         dropped = writer.dropped["train"] + writer.dropped["validation"]

@@ -155,7 +155,15 @@ def _open_stores(
     folders: Sequence[Path], tokenizer: Tokenizer, cache_dir: str | Path | None, limit: int | None
 ) -> Iterator[_Text]:
     for folder in folders:
-        split = open_or_tokenize(folder, tokenizer, cache_dir=cache_dir).split("validation")
+        store = open_or_tokenize(folder, tokenizer, cache_dir=cache_dir)
+        if store.manifest.pairs:
+            raise UserError(
+                "--data-dirs",
+                "must hold texts or conversations",
+                got=f"the pairs of {folder}, of which half are bad answers",
+                remedy="a run with dpo measures them at each validation",
+            )
+        split = store.split("validation")
         yield _Text(str(folder), "store", f"store: {folder} / validation", limit, split)
 
 

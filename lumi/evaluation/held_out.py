@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lumi.data.batches import IGNORE, BatchConfig, validation_batches
+from lumi.data.batches import IGNORE, Batch, BatchConfig, validation_batches
 from lumi.data.token_store import Split
 from lumi.model.transformer import Transformer
 from lumi.parallel.world import World
@@ -30,6 +30,10 @@ class HeldOut:
     bits_per_byte: float
     tokens: int
     bytes: int
+
+    def describe(self) -> str:
+        """The figures for people."""
+        return f"{self.loss:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte"
 
 
 @torch.no_grad()
@@ -61,15 +65,9 @@ def held_out_loss(
     nats, tokens, num_bytes = 0.0, 0, 0
     with evaluating(model):
         for split in splits:
-            batches = validation_batches(split, config, world.data_rank, world.layout.data, max_tokens)
-            while True:
-                with world.fail_together():
-                    batch = next(batches, None)
-                if stopping is not None and stopping():
-                    return None
+            for batch in held_out_batches(split, config, world, max_tokens, stopping):
                 if batch is None:
-                    break
-                batch = batch.to(world.device)
+                    return None
                 nats += model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens).item()
                 targets = batch.targets[batch.targets != IGNORE]
                 tokens += targets.numel()
@@ -83,6 +81,29 @@ def held_out_loss(
         tokens=round(total_tokens),
         bytes=round(total_bytes),
     )
+
+
+def held_out_batches(
+    split: Split,
+    config: BatchConfig,
+    world: World,
+    max_tokens: int | None,
+    stopping: Callable[[], bool] | None,
+) -> Iterator[Batch | None]:
+    """This process's batches of a split, on its device; arguments and errors as `held_out_loss`.
+
+    Where `stopping` ends them, the last one is None.
+    """
+    batches = validation_batches(split, config, world.data_rank, world.layout.data, max_tokens)
+    while True:
+        with world.fail_together():
+            batch = next(batches, None)
+        if stopping is not None and stopping():
+            yield None
+            return
+        if batch is None:
+            return
+        yield batch.to(world.device)
 
 
 @contextmanager

@@ -14,7 +14,9 @@ from lumi.model.lora import token_matrices
 from lumi.tokenizer.hugging_face import HuggingFaceTokenizer
 
 
-def add_tokens(model_path: Path, output_dir: Path, names: Sequence[str], chat_template: str | None) -> list[int]:
+def add_tokens(
+    model_path: Path, output_dir: Path, names: Sequence[str], chat_template: str | None
+) -> list[int]:
     """Write a model whose tokenizer knows further control tokens; returns their ids.
 
     Their rows in the embedding and in an `lm_head` of its own are the mean of the other rows, from which
@@ -26,7 +28,8 @@ def add_tokens(model_path: Path, output_dir: Path, names: Sequence[str], chat_te
     """
     model, tokenizer, folder, _ = load_pretrained(model_path, device="cpu", kernels="reference")
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise UserError(f"{folder}: the tokenizer", "must be one of others to take tokens", got="one of Lumi's")
+        expectation = "must be one of others to take more tokens"
+        raise UserError(f"{folder}: the tokenizer", expectation, got="one of Lumi's")
     before = tokenizer.vocab_size
     extended = tokenizer.with_tokens(names).with_chat_template(chat_template)
     ids = [extended.control_ids[name] for name in names]

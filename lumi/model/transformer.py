@@ -252,15 +252,20 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         expected_dloss: float = 1.0,
+        per_token: bool = False,
     ) -> Tensor:
-        """The summed next-token loss of a batch, in nats, float32.
+        """The summed next-token loss of a batch, in nats, float32; or (B, T), that of each token.
 
         Args:
             tokens, positions, cu_seqlens: as for `hidden`.
             targets: (B, T) int64, already shifted; -100 is not trained.
-            expected_dloss: the loss's gradient that makes backward cheapest.
+            expected_dloss: the summed loss's gradient that makes backward cheapest.
+            per_token: for losses that are no sum over the tokens. What is not trained is 0.
         """
         hidden_ND = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
+        if per_token:
+            losses_N = self.ops.token_losses(hidden_ND, self.output_weight, targets.flatten())
+            return losses_N.view_as(targets)
         return self.ops.linear_cross_entropy(
             hidden_ND, self.output_weight, targets.flatten(), expected_dloss=expected_dloss
         )

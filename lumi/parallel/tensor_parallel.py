@@ -54,8 +54,8 @@ def check_tensor_parallel(config: ModelConfig, sequence_length: int, size: int, 
 def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     """Share a model among the processes of a one-dimensional mesh, in place.
 
-    Each process then calls it with the same batch. The loss is that of its own T/t tokens; the sum over the
-    mesh is the loss of the batch.
+    Each process then calls it with the same batch. The summed loss is that of its own T/t tokens; the sum
+    over the mesh is the loss of the batch. Losses per token are those of all T tokens, on each process.
     """
     for name, parameter in list(model.named_parameters()):
         path, _, attribute = name.rpartition(".")
@@ -64,7 +64,9 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
         setattr(model.get_submodule(path), attribute, nn.Parameter(shared, parameter.requires_grad))
     for layer in model.layers:
         for module in map(layer.get_submodule, ("attention", "mlp")):
-            module.register_forward_pre_hook(lambda _, inputs: (_gather(inputs[0], mesh), *inputs[1:]))
+            module.register_forward_pre_hook(
+                lambda _, inputs: (_gather(inputs[0], mesh, Partial()), *inputs[1:])
+            )
             module.register_forward_hook(lambda _, inputs, output: _scatter(output, mesh))
         layer.forward = _on_local_parameters(layer, dict.fromkeys(dict(layer.named_parameters()), False))
     model.token_embedding.register_forward_pre_hook(lambda _, inputs: (_own_tokens(inputs[0], mesh),))
@@ -72,7 +74,8 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     local_forward = _on_local_parameters(model, dict.fromkeys(of_root, True))
 
     def forward(tokens: Tensor, targets: Tensor, *rest: Any) -> Tensor:
-        return local_forward(tokens, _own_tokens(targets, mesh), *rest)
+        loss = local_forward(tokens, _own_tokens(targets, mesh), *rest)
+        return loss if loss.ndim == 0 else _gather(loss, mesh, Replicate())
 
     model.forward = forward  # type: ignore[method-assign, assignment]
 
@@ -130,9 +133,10 @@ def _own_tokens(tokens: Tensor, mesh: DeviceMesh) -> Tensor:
     return tokens.chunk(mesh.size(), dim=_SEQUENCE_DIM)[mesh.get_local_rank()]
 
 
-def _gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def _gather(x: Tensor, mesh: DeviceMesh, gradient: Placement) -> Tensor:
+    """The tokens of all processes. `gradient` says how each one's gradient relates to the whole."""
     part = DTensor.from_local(x, mesh, [Shard(_SEQUENCE_DIM)], run_check=False)
-    return part.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return part.redistribute(placements=[Replicate()]).to_local(grad_placements=[gradient])
 
 
 def _scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -1,8 +1,8 @@
 """The settings of a fine-tuning, chosen by the model's size, the data and the machine.
 
-They are a sound start, not an optimum. The learning rate of LoRA falls slowly with the model's size and is
-about ten times that of full training (Schulman et al. 2025, https://thinkingmachines.ai/blog/lora/); DPO takes
-a tenth of it again.
+They are a sound start, not an optimum. The learning rate of LoRA falls slowly with the model's size. It is
+about ten times that of full training (Schulman et al. 2025, https://thinkingmachines.ai/blog/lora/). DPO
+takes a tenth of it.
 """
 
 import time
@@ -16,7 +16,10 @@ from lumi.data.token_store import TokenStore
 from lumi.model.transformer import ModelConfig
 
 LONGEST_ROW = 2048
-MAX_STEPS_PER_EPOCH, MIN_STEPS = 200, 40  # fewer rows a step where there are few: adapters need steps to learn
+MAX_STEPS_PER_EPOCH, MIN_STEPS = (
+    200,
+    40,
+)  # fewer rows a step where there are few: adapters need steps to learn
 ANCHOR_LR, ANCHOR_PARAMETERS, LR_EXPONENT = 2e-4, 1e9, 0.35
 LR_RANGE = (1e-4, 1e-3)
 PREFERENCE_LR_RATIO = 0.1

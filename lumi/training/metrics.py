@@ -126,7 +126,7 @@ class Meter:
         return seconds, waited, rate
 
 
-def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
+def draw_loss(metrics: str | Path, picture: str | Path, title: str, unit: str) -> None:
     """`metrics.jsonl` -> a PNG of training loss (thin: every step; thick: smoothed) and validation loss."""
     import matplotlib.figure  # here: it takes longer to import than everything else
 
@@ -147,7 +147,7 @@ def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
         axes.plot(steps, smooth, color="#2171b5", linewidth=1.8, label="training, smoothed")
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="#d94801", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel=f"loss (nats per {unit})", title=title)
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend()

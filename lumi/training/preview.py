@@ -44,14 +44,21 @@ def describe_conversations(
     dropped = "".join(
         f"; {count:,} {reason} left out by tokenize" for reason, count in stored.dropped.items()
     )
-    first = int(np.flatnonzero(rows.lengths)[0])
+    first, pairs = int(np.flatnonzero(rows.lengths)[0]), rows.split.pairs
+    num_kept, num_dropped = len(rows.lengths) - rows.num_dropped, rows.num_dropped
+    longer = f"{rows.num_cut:,} end at an earlier answer, {num_dropped:,} left out"
+    if pairs:
+        num_kept, longer = num_kept // 2, f"{num_dropped // 2:,} left out"
+    examples = (
+        marked_example(rows.split, document, int(rows.lengths[document]), tokenizer)
+        for document in ((first, first + 1) if pairs else (first,))
+    )
     return (
-        f"{name}: {len(rows.lengths) - rows.num_dropped:,} conversations in {rows.rows_per_epoch:,} rows "
+        f"{name}: {num_kept:,} {'pairs' if pairs else 'conversations'} in {rows.rows_per_epoch:,} rows "
         f"({padding:.1%} padding)\n"
         f"  trained: {rows.num_trained:,} of {rows.num_tokens:,} tokens "
         f"({rows.num_trained / rows.num_tokens:.1%})\n"
-        f"  longer than a row: {rows.num_cut:,} end at an earlier answer, "
-        f"{rows.num_dropped:,} left out{dropped}\n"
-        f"  an example, what is trained between {OPEN} and {CLOSE}:\n"
-        f"{marked_example(rows.split, first, int(rows.lengths[first]), tokenizer)}"
+        f"  longer than a row: {longer}{dropped}\n"
+        f"  an example{', chosen and rejected' if pairs else ''}, "
+        f"what is trained between {OPEN} and {CLOSE}:\n" + "\n".join(examples)
     )

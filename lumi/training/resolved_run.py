@@ -97,6 +97,8 @@ def resolve_model(
             )
         if config.lora is not None:
             raise UserError("config.lora needs a model to adapt: pass --model-path, or take lora out")
+        if config.dpo is not None:
+            raise UserError("config.dpo needs a model that answers: pass --model-path, or take dpo out")
         return config, config.model, None
     folder = locate(model_path)
     if is_adapter(folder):

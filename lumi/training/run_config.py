@@ -9,6 +9,7 @@ from lumi.data.batches import BatchConfig
 from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import ParallelConfig
+from lumi.training.dpo import DpoConfig
 from lumi.training.optimizer import OptimizerConfig
 from lumi.training.schedule import check_fits
 
@@ -21,6 +22,8 @@ class TrainConfig:
     model: ModelConfig | None = None
     # Adapters to train instead of the model; null: every parameter is trained.
     lora: LoraConfig | None = None
+    # Learn from pairs which answer is preferred; null: learn the next token.
+    dpo: DpoConfig | None = None
     # How rows and batches are made of the data.
     batches: BatchConfig = field(default_factory=BatchConfig)
     # The optimizer and its schedule.

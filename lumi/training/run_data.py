@@ -61,6 +61,7 @@ class RunData:
             open_or_tokenize(folder, tokenizer, cache_dir=paths.cache_dir, verify="size")
             for folder in self.folders
         ]
+        self._check_pairs(config.dpo is not None)
         self.tokenizer = self._in_template(tokenizer)
         self._check_rows(config.batches.sequence_length, config.validation_tokens)
         self.batches = Batches(
@@ -130,6 +131,20 @@ class RunData:
             f"{self.folders[store]} documents {ids}"
             for store, ids in self.batches.documents(step, start, stop)
         )
+
+    def _check_pairs(self, wanted: bool) -> None:
+        """Raises UserError unless each store holds pairs, or none does, as `dpo` needs it."""
+        for folder, store in zip(self.folders, self.stores, strict=True):
+            if store.manifest.pairs and not wanted:
+                expectation = f"must be given for the pairs of {folder}"
+                raise UserError("config.dpo", expectation, got="null", remedy='add "dpo": {}')
+            if wanted and not store.manifest.pairs:
+                raise UserError(
+                    "--data-dirs",
+                    "must hold pairs where the config has dpo",
+                    got=f"{folder}, which holds none",
+                    remedy="prepare pairs by a source of the kind preference, or take dpo out",
+                )
 
     def _check_rows(self, length: int, validation_tokens: int | None) -> None:
         """Make the rows of every split once, to name one without rows or targets before the first step."""

@@ -21,11 +21,11 @@ from lumi.training.train_state import StepOutcome
 class RunLog:
     """The log of one run in its folder. All processes may call it; only the main one says anything.
 
-    `meter` measures steps.
+    `meter` measures steps. `unit`: what a loss is a mean over, "token" or "pair".
     """
 
-    def __init__(self, folder: RunFolder, is_main: bool):
-        self.folder, self.is_main = folder, is_main
+    def __init__(self, folder: RunFolder, is_main: bool, unit: str = "token"):
+        self.folder, self.is_main, self.unit = folder, is_main, unit
         self._fault: UserError | OSError | None = None
         self.metrics: MetricsLog | None = None
         self.meter = Meter()
@@ -79,7 +79,8 @@ class RunLog:
             "loss": outcome.loss,
             "gradient_norm": outcome.gradient_norm,
             "lr": outcome.lr,
-            "targets": outcome.num_targets,
+            **outcome.measures,
+            "targets" if self.unit == "token" else "pairs": outcome.num_targets,
             "skipped": not outcome.accepted,
         }
         values |= {"skipped_steps": skipped_steps} if skipped_steps else {}
@@ -93,15 +94,16 @@ class RunLog:
         }
         mfu = {} if flops_share is None else {"mfu": rate * flops_share}
         self.write(outcome.step, "train", **values, **times, **mfu, tokens=outcome.step * tokens)
-        self.bar.set_postfix_str(f"loss {outcome.loss:.3f}, {human(rate)} tokens/s", refresh=False)
+        accuracy = f", accuracy {outcome.measures['accuracy']:.2f}" if "accuracy" in outcome.measures else ""
+        shown = f"loss {outcome.loss:.3f}{accuracy}, {human(rate)} tokens/s"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
     def draw(self) -> None:
         """The picture of the losses so far."""
         if self.is_main:
-            self._try(
-                lambda: draw_loss(self.folder.metrics, self.folder.picture, f"{self.folder.path.name}: loss")
-            )
+            title = f"{self.folder.path.name}: loss"
+            self._try(lambda: draw_loss(self.folder.metrics, self.folder.picture, title, self.unit))
 
     def check(self) -> None:
         """Raise the first error of writing, if there was one."""

@@ -1,20 +1,19 @@
 """What a run remembers between steps. Every checkpoint holds it; a resumed run goes on exactly from it."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
 from torch import Tensor
 
-from lumi.evaluation import HeldOut
 from lumi.training.loss_scale import LossScale
 from lumi.training.loss_spikes import LossSpikes
 
 
 @dataclass(frozen=True)
 class SavedLoss:
-    """A saved step and its validation loss, in nats per token."""
+    """A step and its validation loss, in nats per token, or per pair."""
 
     step: int
     loss: float
@@ -25,12 +24,13 @@ class StepOutcome:
     """What became of one step.
 
     Attributes:
-        loss: mean over the targets of all processes, in nats per token.
+        loss: mean over the targets of all processes, in nats per token; or over the pairs.
         gradient_norm: L2 norm of all gradients before clipping.
         lr: the step's learning rate.
-        num_targets: of all processes.
+        num_targets: of all processes; or pairs.
         micro_losses: this process's losses, one a micro-batch, in nats summed over its targets.
         accepted: whether the weights were updated.
+        measures: other means, by name.
     """
 
     step: int
@@ -40,6 +40,7 @@ class StepOutcome:
     num_targets: int
     micro_losses: Sequence[Tensor]
     accepted: bool
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_finite(self) -> bool:
@@ -54,7 +55,7 @@ class TrainState:
     Attributes:
         skipped_steps: steps that did not update the weights, in the whole run; `skipped_in_a_row`: up to now.
         best: the saved step of the lowest validation loss; None: no saved step was validated.
-        validation: the last validation and its step; None: there was none, or its loss was not finite.
+        validation: the last validation; None: there was none, or its loss was not finite.
         validation_due: a validation was cut short, or has to come before the next step.
     """
 
@@ -62,7 +63,7 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     best: SavedLoss | None = None
-    validation: tuple[int, HeldOut] | None = None
+    validation: SavedLoss | None = None
     validation_due: bool = False
     loss_scale: LossScale
     spikes: LossSpikes
@@ -76,29 +77,27 @@ class TrainState:
             self.spikes.record(outcome.loss)
         self.loss_scale.update(outcome.is_finite)
 
-    def end_validation(self, result: HeldOut | None) -> None:
-        """Take in the validation of the present step; None: it was cut short."""
-        self.validation_due = result is None
-        if result is not None:
-            self.validation = (self.step, result) if isfinite(result.loss) else None
+    def end_validation(self, loss: float | None) -> None:
+        """Take in the validation loss of the present step; None: it was cut short."""
+        self.validation_due = loss is None
+        if loss is not None:
+            self.validation = SavedLoss(self.step, loss) if isfinite(loss) else None
 
     def note_best(self, saved_step: int | None) -> None:
         """Compare the last validation with the best, if its step is the saved one."""
-        if self.validation is None or self.validation[0] != saved_step:
+        if self.validation is None or self.validation.step != saved_step:
             return
-        step, result = self.validation
-        if self.best is None or result.loss < self.best.loss:
-            self.best = SavedLoss(step, result.loss)
+        if self.best is None or self.validation.loss < self.best.loss:
+            self.best = self.validation
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `state.json` holds them."""
-        step_and_result = self.validation and {"step": self.validation[0], **asdict(self.validation[1])}
         return {
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
             "skipped_steps": self.skipped_steps,
             "best": self.best and asdict(self.best),
-            "validation": step_and_result,
+            "validation": self.validation and asdict(self.validation),
             "validation_due": self.validation_due,
             "loss_scale": vars(self.loss_scale),
             "spikes": self.spikes.state(),
@@ -109,8 +108,8 @@ class TrainState:
         self.step = values["step"]
         self.skipped_in_a_row, self.skipped_steps = values["skipped_in_a_row"], values["skipped_steps"]
         self.best = SavedLoss(**values["best"]) if values["best"] else None
-        result = dict(values["validation"] or {})
-        self.validation = (result.pop("step"), HeldOut(**result)) if result else None
+        last = values["validation"]  # older checkpoints hold more of it
+        self.validation = SavedLoss(last["step"], last["loss"]) if last else None
         self.validation_due = values["validation_due"]
         if self.loss_scale.enabled and values["loss_scale"]["enabled"]:
             vars(self.loss_scale).update(values["loss_scale"])

@@ -19,6 +19,7 @@ from lumi.parallel.watchdog import Watchdog
 from lumi.parallel.world import World
 from lumi.training.loss_scale import LossScale
 from lumi.training.loss_spikes import LossSpikes
+from lumi.training.objective import make_objective
 from lumi.training.optimizer import Optimizer
 from lumi.training.plan import describe_plan
 from lumi.training.preflight import rehearse
@@ -42,7 +43,7 @@ class Trainer:
     def __init__(self, run: ResolvedRun, world: World, folder: RunFolder):
         config, start = run.config, run.start
         self.run, self.world, self.folder = run, world, folder
-        self.log = RunLog(folder, world.is_main)
+        self.log = RunLog(folder, world.is_main, "token" if config.dpo is None else "pair")
         found = folder.find(run.paths.resume, world, self.log.say)
         self.data = RunData(config, run.paths, world)
         with world.fail_together():
@@ -59,13 +60,16 @@ class Trainer:
             loss_scale=LossScale(config.dtype),
             spikes=LossSpikes(config.max_loss_sigmas),
         )
+        self.objective = make_objective(
+            run, identity["start"], self.data, self.model, world, folder, self.log
+        )
         self.checkpoints = RunCheckpoints(run, world, folder, self.log, self.model, self.optimizer, identity)
         self.checkpoints.restore(found, self.state)
         saver = self.checkpoints.saver
         self.watchdog = Watchdog(
             world.patient, config.step_timeout_seconds, self._report_hang, lambda: saver.progress
         )
-        self.validation = Validation(config, self.data, self.model, world, self.watchdog)
+        self.validation = Validation(config, self.data, self.model, self.objective, world, self.watchdog)
         peak = peak_flops(world.device)
         self.peak_flops = peak and peak * world.size
         flops = run.shape.flops_per_token(config.batches.sequence_length, frozen=config.lora is not None)
@@ -114,12 +118,13 @@ class Trainer:
             # DDP and FSDP2 average gradients over the groups that read different rows; `layout.data` undoes
             # that.
             dloss = state.loss_scale.value * world.layout.data / num_targets
-            losses: list[Tensor] = []
+            sums: list[Tensor] = []
             for index, batch in enumerate(batches, start=1):
                 self.watchdog.mark(step, f"micro-step {index} of {len(batches)}")
-                losses.append(self.forward_backward(batch, dloss, last=index == len(batches)))
+                sums.append(self.forward_backward(batch, dloss, last=index == len(batches)))
             self.watchdog.mark(step, "optimizer")
-            loss = world.sum(torch.stack(losses).sum().item())[0] / num_targets
+            totals = world.sum(*torch.stack(sums).sum(dim=0).tolist())
+            loss, *measures = (total / num_targets for total in totals)
             clip = self.optimizer.measure_gradients(state.loss_scale.value)
             lr = lr_at(step, config.num_steps, config.optimizer.peak_lr, config.optimizer.schedule)
             finite = math.isfinite(loss) and math.isfinite(clip.norm)
@@ -134,8 +139,9 @@ class Trainer:
                     gradient_norm=clip.norm,
                     lr=lr,
                     num_targets=num_targets,
-                    micro_losses=losses,
+                    micro_losses=[each[0] for each in sums],
                     accepted=accepted,
+                    measures=dict(zip(self.objective.measures, measures, strict=True)),
                 )
             )
         if self.checkpoints.saved_step is None:
@@ -157,7 +163,7 @@ class Trainer:
             yield step_input
 
     def agree(self, batches: Sequence[Batch]) -> tuple[int, bool]:
-        """The targets of a step over all processes, and whether a signal came to any of them."""
+        """The targets (or pairs) of a step over all processes, and whether a signal came to any of them."""
         mine = sum(batch.num_targets for batch in batches)
         targets, stopping = self.world.sum(mine, self.world.stop.received)
         return round(targets) // self.world.layout.tensor, stopping > 0
@@ -165,13 +171,13 @@ class Trainer:
     def forward_backward(self, batch: Batch, dloss: float, last: bool) -> Tensor:
         """One micro-step.
 
-        Gradients are exchanged in the last one of a step. Returns its loss, summed over its targets.
+        Gradients are exchanged in the last one of a step. Returns the sums of the objective.
         """
         batch = batch.to(self.world.device)
         with gradient_sync(self.parallel_model, enabled=last):
-            loss = self.parallel_model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, dloss)
+            loss, sums = self.objective(self.parallel_model, batch, dloss)
             (loss * dloss).backward()
-        return loss.detach()
+        return sums
 
     def end_step(self, outcome: StepOutcome) -> None:
         """Take in and log a step; validate and save where that is due."""
@@ -193,11 +199,10 @@ class Trainer:
     def validate(self) -> None:
         """The held-out loss of now. A signal cuts it short: it is due again when the run goes on."""
         step, result = self.state.step, self.validation.measure(self.state.step)
-        self.state.end_validation(result)
+        self.state.end_validation(None if result is None else result.loss)
         if result is not None:
             self.log.write(step, "validation", **asdict(result))
-            loss, bits = f"{result.loss:.4f} nats/token", f"{result.bits_per_byte:.4f} bits/byte"
-            self.log.say(f"step {step}: validation loss {loss}, {bits}")
+            self.log.say(f"step {step}: validation loss {result.describe()}")
             self.log.draw()
         self.log.meter.read()  # validation takes no time of training's
 

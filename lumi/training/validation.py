@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from lumi.data.token_store import Split
-from lumi.evaluation import HeldOut, held_out_loss
+from lumi.evaluation import HeldOut
 from lumi.model.transformer import Transformer
 from lumi.parallel.sharding import reshard
 from lumi.parallel.watchdog import Watchdog
 from lumi.parallel.world import World
+from lumi.training.objective import HeldOutPairs, Objective
 from lumi.training.run_config import TrainConfig
 from lumi.training.run_data import RunData
 
@@ -16,11 +17,18 @@ class Validation:
     """Measures the validation splits of a run's data."""
 
     def __init__(
-        self, config: TrainConfig, data: RunData, model: Transformer, world: World, watchdog: Watchdog
+        self,
+        config: TrainConfig,
+        data: RunData,
+        model: Transformer,
+        objective: Objective,
+        world: World,
+        watchdog: Watchdog,
     ):
-        self.config, self.data, self.model, self.world, self.watchdog = config, data, model, world, watchdog
+        self.config, self.data, self.model, self.objective = config, data, model, objective
+        self.world, self.watchdog = world, watchdog
 
-    def measure(self, step: int) -> HeldOut | None:
+    def measure(self, step: int) -> HeldOut | HeldOutPairs | None:
         """The loss over `validation_tokens` of each split; None: a signal cut it short."""
 
         def stopping() -> bool:
@@ -37,8 +45,7 @@ class Validation:
 
     def _loss(
         self, splits: Sequence[Split], max_tokens: int | None, stopping: Callable[[], bool] | None = None
-    ) -> HeldOut | None:
-        token_bytes, batches = self.data.tokenizer.token_bytes, self.config.batches
-        result = held_out_loss(self.model, splits, token_bytes, batches, self.world, max_tokens, stopping)
+    ) -> HeldOut | HeldOutPairs | None:
+        result = self.objective.held_out(self.model, splits, max_tokens, stopping)
         reshard(self.model)
         return result

@@ -1,8 +1,14 @@
 import pytest
 
 from lumi.chat.messages import Message
+from lumi.chat.pairs import Pair
 from lumi.corpus import CleaningConfig, ConversationFilterConfig
-from lumi.corpus.conversation_filters import clean_conversation, find_conversation_fault
+from lumi.corpus.conversation_filters import (
+    clean_conversation,
+    clean_pair,
+    find_conversation_fault,
+    find_pair_fault,
+)
 
 
 def talk(*turns):
@@ -31,6 +37,20 @@ def test_reasoning_is_cleaned_and_searched_too():
     assert cleaned(messages)[1].reasoning == "As an AI language model\n"
     assert fault(cleaned(messages)) == "blocked_phrase"
     assert fault(messages) == ""
+
+
+def test_a_pair_is_cleaned_and_judged_with_its_reasoning():
+    (ask,), bad = talk(("u", "q")), Message("assistant", "b", "d\x00")
+    earlier = Message("assistant", "a", "c\r\n")
+    pair = Pair((ask, earlier, ask), (Message("assistant", "a\r\n"),), (bad,))
+    cleaned = clean_pair(pair, CleaningConfig())
+    assert [message.reasoning for message in cleaned.messages] == ["", "c\n", "", "", "d"]
+    config = ConversationFilterConfig()
+    assert find_pair_fault(cleaned, config) == ""
+    for content in ("b", "d\nb"):
+        assert find_pair_fault(cleaned._replace(chosen=(Message("assistant", content),)), config) == ""
+    same = cleaned._replace(chosen=(Message("assistant", " b", "d\n"),))
+    assert find_pair_fault(same, config) == "equal_answers"
 
 
 def test_what_the_user_said_last_is_cut_off():

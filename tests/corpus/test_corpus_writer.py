@@ -2,6 +2,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 
 from lumi.chat.messages import Message
+from lumi.chat.pairs import Pair
 from lumi.corpus import read_corpus
 from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.corpus.documents import text_of
@@ -22,7 +23,7 @@ CONVERSATIONS = [
 
 
 def test_the_hub_reads_the_shards_of_conversations(tmp_path):
-    write(tmp_path / "c", CONVERSATIONS, conversations=True)
+    write(tmp_path / "c", CONVERSATIONS, kind="conversations")
     (shard,) = (tmp_path / "c").glob("shard-*.parquet")
     rows = load_dataset("parquet", data_files=str(shard), split="train", streaming=True)
     assert [row["messages"] for row in rows] == [
@@ -34,7 +35,7 @@ def test_the_hub_reads_the_shards_of_conversations(tmp_path):
 def test_the_hub_reads_the_shards_of_a_corpus_in_which_reasoning_comes_late(tmp_path):
     thought = (Message("user", "q"), Message("assistant", "a", "thought 😀"))
     conversations = [*CONVERSATIONS, thought, *CONVERSATIONS]
-    manifest = write(tmp_path / "c", conversations, shard_bytes=200, conversations=True)
+    manifest = write(tmp_path / "c", conversations, shard_bytes=200, kind="conversations")
     reader = read_corpus(tmp_path / "c")
     reader.verify()
     assert [chat for batch in reader.iter_conversations() for chat in batch.conversations] == conversations
@@ -48,8 +49,24 @@ def test_the_hub_reads_the_shards_of_a_corpus_in_which_reasoning_comes_late(tmp_
     assert [rows[index]["messages"][0]["reasoning_content"] for index in (0, 25, 50)] == [None] * 3
 
 
+def test_pairs_in_which_reasoning_comes_late(tmp_path):
+    (ask, answer), other = CONVERSATIONS[0], Message("assistant", "b")
+    plain = Pair((ask,), (answer,), (other,))
+    thought = plain._replace(rejected=(other._replace(reasoning="thought 😀"),))
+    pairs = [*[plain] * 5, thought, *[plain] * 5]
+    manifest = write(tmp_path / "c", pairs, shard_bytes=100, kind="pairs")
+    reader = read_corpus(tmp_path / "c")
+    reader.verify()
+    assert [pair for documents, _ in reader.iter_documents() for pair in documents] == pairs
+    files = [str(tmp_path / "c" / shard["file"]) for shard in manifest["shards"]]
+    rows = list(load_dataset("parquet", data_files=files, split="train", streaming=True))
+    assert rows[5]["rejected"] == [{"role": "assistant", "content": "b", "reasoning_content": "thought 😀"}]
+    assert [rows[index]["prompt"][0]["reasoning_content"] for index in (0, 5, 10)] == [None] * 3
+    assert manifest["columns"] == ["prompt", "chosen", "rejected", "source"]
+
+
 def test_shards_without_reasoning_have_no_column_of_it(tmp_path):
-    (shard,) = write(tmp_path, CONVERSATIONS, conversations=True)["shards"]
+    (shard,) = write(tmp_path, CONVERSATIONS, kind="conversations")["shards"]
     schema = pq.read_schema(tmp_path / shard["file"])
     assert [field.name for field in schema.field("messages").type.value_type] == ["role", "content"]
 

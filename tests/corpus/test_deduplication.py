@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lumi.chat.messages import Message
+from lumi.chat.pairs import Pair
 from lumi.config import UserError, from_dict
 from lumi.corpus import DeduplicationConfig
 from lumi.corpus import deduplication as module
@@ -113,6 +114,23 @@ def test_reasoning_tells_conversations_apart():
     chats = [(Message("user", "q"), Message("assistant", "a", thought)) for thought in ("", "b", "c", "b")]
     found = Deduplicator(config, has_parts=True).decide(fingerprint(chats, config))
     assert list(found) == ["", "", "", "exact_duplicate"]
+
+
+def test_pairs_are_told_apart_by_both_answers_and_their_reasoning():
+    (ask,), good, bad = [[Message("user", "Why?")], Message("assistant", "A b."), Message("assistant", "c")]
+    first = Pair((ask,), (good,), (bad,))
+    pairs = [
+        first,
+        Pair((ask,), (bad,), (good,)),
+        first._replace(chosen=(good._replace(reasoning="d"),)),
+        first._replace(rejected=(bad._replace(reasoning="d"),)),
+        first._replace(chosen=(good._replace(content="a  B."),)),
+        first,
+    ]
+    for normalized, case in ((False, ""), (True, "normalized_duplicate")):
+        config = DeduplicationConfig(near=False, normalized=normalized)
+        found = Deduplicator(config, has_parts=True).decide(fingerprint(pairs, config))
+        assert list(found) == ["", "", "", "", case, "exact_duplicate"]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])

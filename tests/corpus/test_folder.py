@@ -54,9 +54,9 @@ CONVERSATIONS = [
 
 
 def test_conversations_come_back_in_order_with_their_sources(tmp_path):
-    write(tmp_path / "c", CONVERSATIONS, shard_bytes=200, conversations=True)
+    write(tmp_path / "c", CONVERSATIONS, shard_bytes=200, kind="conversations")
     reader = read_corpus(tmp_path / "c")
-    assert reader.holds_conversations
+    assert reader.holds == "conversations"
     assert reader.manifest["columns"] == ["messages", "source"]
     assert reader.num_shards > 2
     batches = list(reader.iter_conversations(batch_documents=4))
@@ -74,9 +74,9 @@ def test_conversations_come_back_in_order_with_their_sources(tmp_path):
 
 def test_texts_and_conversations_are_not_taken_for_each_other(tmp_path):
     write(tmp_path / "texts", TEXTS)
-    write(tmp_path / "chat", CONVERSATIONS, conversations=True)
+    write(tmp_path / "chat", CONVERSATIONS, kind="conversations")
     texts, chat = read_corpus(tmp_path / "texts"), read_corpus(tmp_path / "chat")
-    assert not texts.holds_conversations
+    assert texts.holds == "texts"
     assert list(texts.iter_texts()) == TEXTS
     with pytest.raises(
         UserError, match=r"texts must be a corpus of conversations here, got one of texts; .*chat.json"
@@ -146,7 +146,10 @@ def test_what_is_not_a_corpus_is_refused_with_the_command_that_makes_one(tmp_pat
     ("change", "message"),
     [
         ({"format": 99}, "format must be 1, got 99"),
-        ({"columns": ["prompt"]}, r"columns must be text, source or messages, source, got \['prompt'\]"),
+        (
+            {"columns": ["prompt"]},
+            r"columns must be text, source or .*, got \['prompt'\]",
+        ),
         ({"shards": None}, "must hold documents and shards"),
         ({"shards": [{"file": "x"}]}, "shards must hold bytes, documents, file, sha256"),
         ({"shards": [{"file": "../x", "bytes": 1, "sha256": "", "documents": 1}]}, "shards must hold"),

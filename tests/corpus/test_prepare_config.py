@@ -41,7 +41,7 @@ def test_the_filters_that_fit_the_sources_are_set():
         (
             {"sources": [{"kind": "python_docs", "name": "a"}, {"kind": "python_questions", "name": "b"}]},
             "sources must all give texts, or all conversations .* got texts from a and conversations from b;"
-            " prepare two corpora",
+            " prepare a corpus of each",
         ),
         (
             {"conversation_filters": {}},

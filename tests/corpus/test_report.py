@@ -23,6 +23,7 @@ def manifest(*sources, **values):
     return {
         "sources": [source.to_json(4.0) for source in sources],
         "config": {
+            "sources": [{"kind": "jsonl", "conversation": None}, {"kind": "text"}],
             "bytes_per_token": 4.0,
             "cleaning": {"repair_text": True},
             "filters": {"min_chars": 5},

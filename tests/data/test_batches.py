@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from splits import make_conversations, make_split
+from splits import make_conversations, make_pairs, make_split
 
 from lumi.config import UserError
 from lumi.data.batches import IGNORE, BatchConfig, Batches, collate, interleave, validation_batches
@@ -147,3 +147,47 @@ def test_micro_steps():
     assert CONFIG.micro_steps(2) == 1
     with pytest.raises(UserError):
         CONFIG.micro_steps(4)
+
+
+def test_pairs_are_found_in_their_batch():
+    """Each conversation's span holds its tokens, and its number is that among all stores."""
+    masks = [[".++", "..+", ".+", ".++++"], [".+++", ".+", "..+", ".+"] * 2]
+    splits = [make_pairs(each) for each in masks]
+    config = BatchConfig(sequence_length=11, batch_tokens=66, micro_batch_size=2)
+    batches = Batches(splits, None, config, 0)
+    for step in range(1, 4):
+        batch = batches[step]
+        assert batch.num_targets == len(batch.pairs.documents) // 2 > 3
+        named = [
+            document + (len(masks[0]) if store else 0)
+            for store, documents in batches.documents(step, 0, 6)
+            for document in documents
+        ]
+        assert batch.pairs.documents.tolist() == named
+        tokens, targets, spans = batch.tokens.flatten(), batch.targets.flatten(), batch.cu_seqlens.tolist()
+        seen = torch.zeros(len(tokens), dtype=torch.bool)
+        for document, segment in zip(named, batch.pairs.segments.tolist(), strict=True):
+            local = document - len(masks[0]) * (document >= len(masks[0]))
+            mask = masks[document >= len(masks[0])][local]
+            span = slice(spans[segment], spans[segment] + len(mask) - 1)
+            assert tokens[span].tolist() == [1000 * local + place for place in range(len(mask) - 1)]
+            trained = [
+                1000 * local + place if mask[place] == "+" else IGNORE for place in range(1, len(mask))
+            ]
+            assert targets[span].tolist() == trained
+            seen[span] = True
+        assert (targets[~seen] == IGNORE).all()
+    moved = batch.to(torch.device("meta"))
+    assert {moved.targets.device.type, moved.pairs.segments.device.type} == {"meta"}
+
+
+def test_every_process_gets_validation_batches_of_pairs():
+    split = make_pairs([".+++", "..++"] * 3)
+    config = BatchConfig(sequence_length=8, batch_tokens=16, micro_batch_size=1)
+    shares = [list(validation_batches(split, config, rank, 2, None)) for rank in range(2)]
+    assert [len(share) for share in shares] == [2, 2]
+    found = [sorted(d for batch in share for d in batch.pairs.documents.tolist()) for share in shares]
+    assert sorted(found[0] + found[1]) == list(range(6))
+    last = shares[1][1]
+    assert (last.num_targets, last.pairs.segments.tolist()) == (0, [])
+    assert (last.targets == IGNORE).all()

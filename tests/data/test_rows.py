@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from splits import make_conversations, make_split
+from splits import make_conversations, make_pairs, make_split
 
 from lumi.config import UserError
 from lumi.data.rows import ConversationRows, TextRows, cut_row, make_rows, pack, validation_rows
@@ -146,3 +146,31 @@ def test_a_validation_without_targets_is_refused(lengths, max_tokens, got):
 def test_refuses(split, message):
     with pytest.raises(ValueError, match=message):
         make_rows(split, 4 if split.mask is None else 3, 0)
+
+
+def test_a_pair_lies_side_by_side_or_is_left_out_whole():
+    masks = [".++", "..+", ".+++++++", "..++", ".+", ".++++", "..+", ".++++++++"]
+    rows = ConversationRows(make_pairs(masks), length=9, seed=1)
+    assert rows.lengths.tolist() == [3, 3, 0, 0, 2, 5, 0, 0]  # 8 + 4 and 3 + 9 are more than 10
+    assert (rows.num_cut, rows.num_dropped) == (0, 4)
+    assert (rows.num_tokens, rows.num_trained) == (13, 3 + 5)
+    assert sorted(rows.rows) == [[0, 1], [4, 5]]
+    row = rows.packed(rows.rows.index([4, 5]))
+    assert row.tokens.tolist() == [4000, 4001, 5000, 5001, 5002, 5003, 5004, 0, 0, 0]
+    assert np.flatnonzero(row.starts).tolist() == [0, 2, 7]
+    assert np.flatnonzero(row.trained).tolist() == [1, 3, 4, 5, 6]
+    assert row.documents == [4, 5]
+
+
+def test_pairs_share_rows():
+    masks = [".+", "..+"] * 20
+    rows = ConversationRows(make_pairs(masks), length=14, seed=0)
+    assert all(len(row) == 6 for row in rows.rows[:6])
+    places = [place for row in rows.rows for place in row]
+    assert sorted(places) == list(range(40))
+    assert all(rejected == chosen + 1 for chosen, rejected in zip(places[::2], places[1::2], strict=True))
+
+
+def test_no_pair_fits():
+    with pytest.raises(UserError, match="must hold a pair whose two conversations fit within"):
+        make_rows(make_pairs([".++", "..+"]), 4, 0)

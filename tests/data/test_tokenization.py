@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -8,11 +9,13 @@ import sys
 
 import numpy as np
 import pytest
-from corpora import CHATS, SOURCES, TEXTS, write_chats, write_corpus
+from corpora import CHATS, SOURCES, TEXTS, write_chats, write_corpus, write_pairs
 from hugging_face_tokenizers import make
+from synthetic import pair
 
 from lumi import cli
 from lumi.chat.messages import Message
+from lumi.chat.pairs import Pair, render_pair
 from lumi.chat.rendering import render
 from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError, read_json
@@ -345,14 +348,14 @@ def test_what_does_not_go_together(chat_corpus, corpus, tokenizer, tmp_path):
             [],
             tokenizer,
             {},
-            f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}",
+            f"must be all of texts, .*, got conversations in {chat_corpus} and texts in {corpus}",
         ),
         (
             [chat_corpus],
             [corpus],
             tokenizer,
             {},
-            f"must be all of texts or .*, got texts in {corpus} and conversations in {chat_corpus}",
+            f"must be all of texts, .*, got conversations in {chat_corpus} and texts in {corpus}",
         ),
         (
             [corpus],
@@ -410,3 +413,61 @@ def test_a_tokenizer_that_changes_texts_is_named(corpus, tmp_path, capsys):
     ids = store.tokens[: int(store.offsets[1])].tolist()
     assert ids[-1] == normalizing.eos_id
     assert not set(ids[:-1]) & set(normalizing.control_ids.values())  # nothing stands before a text
+
+
+def test_a_store_of_pairs(tokenizer, tmp_path):
+    """Two documents for each pair, whole, in order; pairs of one question are on one side."""
+    (tmp_path / "corpus").mkdir()
+    pairs = [pair(seed) for seed in range(40)]
+    pairs += [Pair(prompt, rejected, chosen) for prompt, chosen, rejected in pairs]
+    write_pairs(tmp_path / "corpus", pairs)
+    whole = [render_pair(tokenizer, TEMPLATES["chatml"], each) for each in pairs]
+    lengths = [max(len(side.ids) for side in sides) for sides in whole]
+    limit = sorted(lengths)[60]
+    manifest = tokenize(
+        [tmp_path / "corpus"],
+        tokenizer,
+        tmp_path / "s",
+        validation_fraction=0.25,
+        template=TEMPLATES["chatml"],
+        max_tokens=limit,
+    )
+    assert manifest.pairs
+    kept = [sides for sides, length in zip(whole, lengths, strict=True) if length <= limit]
+    assert 55 < len(kept) < 80
+    found = {}
+    for name, split in TokenStore.open(tmp_path / "s").splits.items():
+        assert split.pairs
+        bounds = split.offsets.astype(int).tolist()
+        found[name] = [
+            (split.tokens[begin:end].tolist(), split.loss_mask(begin, end).tolist())
+            for begin, end in itertools.pairwise(bounds)
+        ]
+        assert manifest.splits[name].describe(pairs=True).startswith(f"{split.num_documents // 2} pairs, ")
+        mine = [side[:2] for sides in kept for side in sides if side[:2] in found[name]]
+        assert found[name] == mine
+    assert not any(document in found["train"] for document in found["validation"])
+    assert len(found["train"]) + len(found["validation"]) == 2 * len(kept)
+    dropped = [split.dropped["pair_beyond_max_tokens"] for split in manifest.splits.values()]
+    assert sum(dropped) == 80 - len(kept)
+
+
+def test_pairs_whose_reasoning_has_no_place_are_dropped_whole_and_counted(tokenizer, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    plain = pair(0)
+    thoughts = [side._replace(reasoning="thought") for side in (plain.chosen[0], plain.rejected[0])]
+    pairs = [plain._replace(chosen=tuple(thoughts[:1])), plain._replace(rejected=tuple(thoughts[1:])), plain]
+    write_pairs(tmp_path / "corpus", pairs)
+    arguments = {"template": TEMPLATES["plain"], "validation_fraction": 0, "num_workers": 1}
+    train = tokenize([tmp_path / "corpus"], tokenizer, tmp_path / "s", **arguments).splits["train"]
+    assert (train.documents, train.dropped) == (
+        2,
+        {"refused_by_template: must have a place for reasoning_content": 2},
+    )
+
+
+def test_pairs_and_conversations_are_two_stores(chat_corpus, tokenizer, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    write_pairs(tmp_path / "corpus", [pair(0)])
+    with pytest.raises(UserError, match=r"all of pairs, got conversations in .* and pairs in .*two stores"):
+        tokenize([chat_corpus, tmp_path / "corpus"], tokenizer, tmp_path / "s")

@@ -152,6 +152,16 @@ def test_limits_and_overrides(place, monkeypatch, capsys):
     assert "| 1 example |" in report
 
 
+def test_pairs_are_refused(place, monkeypatch, capsys, pairs_dir):
+    """Half of their answers are bad ones: the perplexity of both together means nothing."""
+    arguments = ("--model-path", "model", "--output-dir", "pairs", "--data-dirs", pairs_dir)
+    assert call(place, monkeypatch, *arguments) == 2
+    assert (
+        f"--data-dirs must hold texts or conversations, got the pairs of {pairs_dir}"
+        in capsys.readouterr().err
+    )
+
+
 def test_data_dirs_alone(place, monkeypatch, capsys, store_dir):
     assert (
         call(

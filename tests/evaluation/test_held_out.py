@@ -33,6 +33,7 @@ def test_bits_per_byte_by_hand():
         tokens=np.concatenate(documents).astype(np.uint16),
         offsets=np.array([0, 6, 9], dtype=np.uint64),
         mask=None,
+        pairs=False,
     )
     config = BatchConfig(sequence_length=4, batch_tokens=8, micro_batch_size=1)
     got = held_out_loss(model.train(), [split], token_bytes, config, WORLD)

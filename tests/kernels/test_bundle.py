@@ -78,7 +78,10 @@ def test_bundles_are_frozen_and_differ_where_kernels_exist():
         if field.name == "name":
             assert (reference, kernel, native) == ("reference", "triton", "native")
         else:
-            names = {"linear_cross_entropy": "chunked_cross_entropy"}
+            names = {
+                "linear_cross_entropy": "chunked_cross_entropy",
+                "token_losses": "token_losses_chunked",
+            }
             assert reference.__name__ == names.get(field.name, f"{field.name}_reference")
             assert kernel.__name__ == ("linear_reference" if field.name == "linear" else field.name)
             shared = field.name in ("attention_plan", "lora_linear")

@@ -328,7 +328,8 @@ def test_allocates_what_workspace_bytes_says(needs, weight_dtype, device):
     with Allocations() as allocations:
         linear_cross_entropy_fwd(hidden, weight, targets, 0.0, 1.0, *needs)
     sizes = allocations.sizes(hidden, weight, targets)
-    assert sum(sizes) == workspace_bytes(N, D, V, torch.float32, weight_dtype, *needs)
+    the_sum = 4  # of the losses, which the operator adds
+    assert sum(sizes) + the_sum == workspace_bytes(N, D, V, torch.float32, weight_dtype, *needs)
     assert max(sizes) < N * V
 
 

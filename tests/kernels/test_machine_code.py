@@ -53,7 +53,7 @@ def test_every_dtype_and_architecture_is_there(reports, choice):
     kernels = {r["kernel"] for r in reports}
     expected = {"rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_wide", "rope", "swiglu_fwd", "swiglu_bwd"}
     expected |= {"add_rms_norm_fwd", "add_rms_norm_bwd", "add_rms_norm_bwd_wide"}
-    expected |= {"linear_cross_entropy", "linear_cross_entropy_rescale"}
+    expected |= {"linear_cross_entropy", "linear_cross_entropy_rescale", "token_losses"}
     expected |= {"decode_attention", "decode_attention_paged", "decode_attention_prompt"}
     expected |= {"decode_attention_combine", "decode_window", "decode_window_prompt"}
     expected |= {"attention_fwd", "attention_delta", "attention_dkdv", "attention_dq"}

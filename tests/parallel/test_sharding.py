@@ -36,7 +36,7 @@ MODEL = {  # 385 rows and 33 do not divide by 2
     "num_heads": 4,
     "num_kv_heads": 2,
     "mlp_dim": 66,
-    "max_positions": 64,
+    "max_positions": 256,
     "qk_norm": True,
 }
 CONFIG = {
@@ -58,6 +58,8 @@ CONFIG = {
 }
 MUON = {"optimizer": {"kind": "muon", "peak_lr": 0.01}, "num_steps": 6}
 LORA = {"model": None, "lora": {"rank": 4, "tokens": ["<s>"]}, "num_steps": 8}
+PAIRS = {"model": None, "dpo": {}, "num_steps": 6}
+PAIRS["batches"] = {"sequence_length": 256, "batch_tokens": 2048, "micro_batch_size": 2}
 NARROW = {"dtype": "bfloat16", "num_steps": 6}
 FSDP, TENSOR = {"parallel": {"shard": 2}}, {"parallel": {"tensor": 2}}
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -123,6 +125,11 @@ JOBS = {
     "biased alone": Job(1, (BIASED,)),
     "biased fsdp": Job(2, (BIASED, FSDP, CHECKPOINTING)),
     "biased fsdp and tensor": Job(4, (BIASED, {"parallel": {"shard": 2, "tensor": 2}})),
+    "pairs alone": Job(1, (PAIRS,)),
+    "pairs ddp": Job(2, (PAIRS,)),
+    "pairs fsdp": Job(2, (PAIRS, FSDP, LORA, {"num_steps": 6})),
+    "pairs tensor": Job(2, (PAIRS, TENSOR, CHECKPOINTING)),
+    "pairs lora alone": Job(1, (PAIRS, LORA, {"num_steps": 6})),
     "bfloat16 alone": Job(1, (NARROW,)),
     "bfloat16 ddp": Job(2, (NARROW,)),
     "bfloat16 fsdp": Job(2, (NARROW, FSDP)),
@@ -134,8 +141,9 @@ JOBS = {
 class Trainings:
     """Trains what is asked for, once: `runs / "ddp"` is the folder of the run "ddp"."""
 
-    def __init__(self, folder, store_dir, tokenizer_dir):
-        self.folder, self.data = folder, ["--data-dirs", store_dir, "--tokenizer-dir", tokenizer_dir]
+    def __init__(self, folder, store_dir, pairs_dir, tokenizer_dir):
+        self.folder, self.store_dir, self.pairs_dir = folder, store_dir, pairs_dir
+        self.tokenizer_dir = tokenizer_dir
         self.done = set()
 
     def __truediv__(self, name):
@@ -153,7 +161,9 @@ class Trainings:
         for change in job.changes:
             config = merged(change, config)
         file.write_text(json.dumps(config))
-        arguments = ["--config", file, *self.data, "--device", "cpu"]
+        data = self.pairs_dir if "dpo" in config else self.store_dir
+        arguments = ["--config", file, "--data-dirs", data, "--tokenizer-dir", self.tokenizer_dir]
+        arguments += ["--device", "cpu"]
         if config["model"] is None:
             arguments += ["--model-path", self.folder / "base"]
         if job.resume:
@@ -169,10 +179,10 @@ class Trainings:
 
 
 @pytest.fixture(scope="module")
-def runs(store_dir, tokenizer, tokenizer_dir, tmp_path_factory):
+def runs(store_dir, pairs_dir, tokenizer, tokenizer_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     save_model(folder / "base", Transformer(ModelConfig(**MODEL), REFERENCE).init_weights(0), tokenizer)
-    return Trainings(folder, store_dir, tokenizer_dir)
+    return Trainings(folder, store_dir, pairs_dir, tokenizer_dir)
 
 
 def records(folder, kind, *names):
@@ -211,6 +221,34 @@ def test_validation_figures_are_those_of_one_process(shape, runs):
     for figure in ("loss", "bits_per_byte"):
         expected = records(one, "validation", figure)
         assert records(other, "validation", figure) == pytest.approx(expected, rel=LOSS)
+
+
+@pytest.mark.parametrize(
+    ("alone", "shape"),
+    [("pairs alone", "pairs ddp"), ("pairs lora alone", "pairs fsdp"), ("pairs alone", "pairs tensor")],
+)
+def test_pairs_are_those_of_one_process(alone, shape, runs):
+    """The reference is the same, and so are losses, measures, gradients and validations."""
+    one, other = runs / alone, runs / shape
+    expected, got = (load_tensors(next(folder.glob("reference-*"))) for folder in (one, other))
+    for name, values in expected.items():
+        torch.testing.assert_close(got[name], values, rtol=1e-6, atol=0)
+    measures = "reward_margin", "chosen_reward", "divergence"
+    for kind in ("train", "validation"):
+        counts = "step", "pairs", "accuracy"
+        moved = [record for record in records(one, kind, "step", *counts) if record[0] > 1]
+        assert moved == [record for record in records(other, kind, "step", *counts) if record[0] > 1]
+        losses = records(one, kind, "loss")
+        assert records(other, kind, "loss") == pytest.approx(losses, rel=LOSS)
+        for name in measures:
+            values = records(one, kind, name)
+            largest = max(map(abs, values))
+            assert records(other, kind, name) == pytest.approx(values, abs=LOSS * largest), name
+    assert losses[-1] < losses[0] - 0.01
+    expected, got = (load_tensors(folder / "gradients.safetensors") for folder in (one, other))
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= GRADIENT * gradient.abs().max(), name
 
 
 def test_the_processes_shares_are_uneven(store_dir):

@@ -282,7 +282,7 @@ def serve():
 
     torch.set_num_threads(1)
     # Drawing takes longer than most of these runs.
-    lumi.training.run_log.draw_loss = lambda metrics, picture, title: Path(picture).touch()
+    lumi.training.run_log.draw_loss = lambda metrics, picture, title, unit: Path(picture).touch()
     for line in sys.stdin:
         question = json.loads(line)
         if "pid" in question:

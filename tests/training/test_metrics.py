@@ -68,7 +68,7 @@ def test_picture(tmp_path):
     records = [{"step": s, "kind": "train", "loss": None if s == 3 else 5 / s} for s in range(1, 9)]
     records.append({"step": 8, "kind": "validation", "loss": 0.7})
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    draw_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", "a run")
+    draw_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", "a run", "token")
     data = (tmp_path / "loss.png").read_bytes()
     width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     assert (width, height) == (960, 540)

@@ -3,7 +3,7 @@ import re
 import pytest
 from runs import final_weights, losses
 
-import lumi.training.validation
+import lumi.training.objective
 from lumi.config import UserError
 from lumi.training.preflight import Rehearsal
 
@@ -26,9 +26,9 @@ def test_it_rehearses_and_changes_nothing(start, capsys, monkeypatch):
     trace is left."""
     plain = start("plain")
     capsys.readouterr()
-    evaluated, real = [], lumi.training.validation.held_out_loss
+    evaluated, real = [], lumi.training.objective.held_out_loss
     monkeypatch.setattr(
-        lumi.training.validation,
+        lumi.training.objective,
         "held_out_loss",
         lambda *arguments: evaluated.append(arguments[5]) or real(*arguments),
     )

@@ -6,7 +6,7 @@ import pytest
 from runs import final_weights, losses
 
 import lumi.checkpoint.saver
-import lumi.training.validation
+import lumi.training.objective
 from lumi.checkpoint.checkpoint import list_checkpoints, open_checkpoint
 from lumi.config import UserError
 
@@ -40,12 +40,12 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
 
 def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
     results = iter([3.0, 1.0, 2.0, 2.5, 2.2])
-    real = lumi.training.validation.held_out_loss
+    real = lumi.training.objective.held_out_loss
 
     def scripted(*arguments):
         return type(real(*arguments))(loss=next(results), bits_per_byte=1.0, tokens=1, bytes=1)
 
-    monkeypatch.setattr(lumi.training.validation, "held_out_loss", scripted)
+    monkeypatch.setattr(lumi.training.objective, "held_out_loss", scripted)
     folder = start(num_steps=10, validate_every=2, save_every=2, keep_last=2)
     assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [
         "step-00000004",

@@ -15,8 +15,8 @@ from synthetic import sentence
 
 import lumi.data.rows
 import lumi.train
+import lumi.training.objective
 import lumi.training.trainer
-import lumi.training.validation
 from lumi.chat.messages import Message
 from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.chat.templates import TEMPLATES
@@ -275,9 +275,9 @@ def validations(monkeypatch):
     """Make the validation losses of a run what a test says."""
 
     def validations(losses):
-        values, real = iter(losses), lumi.training.validation.held_out_loss
+        values, real = iter(losses), lumi.training.objective.held_out_loss
         monkeypatch.setattr(
-            lumi.training.validation,
+            lumi.training.objective,
             "held_out_loss",
             lambda *rest: dataclasses.replace(real(*rest), loss=float(next(values))),
         )

@@ -7,7 +7,6 @@ from runs import final_weights
 
 import lumi.training.trainer
 from lumi.checkpoint.checkpoint import open_checkpoint
-from lumi.evaluation import HeldOut
 from lumi.training.loss_scale import LossScale
 from lumi.training.loss_spikes import LossSpikes
 from lumi.training.train_state import SavedLoss, StepOutcome, TrainState
@@ -36,7 +35,7 @@ def test_it_survives_json():
     state = TrainState(loss_scale=LossScale("float16", patience=2), spikes=LossSpikes(3.0, window=2))
     for step, accepted in enumerate([True, False, True, False, False], start=1):
         state.end_step(outcome(step, loss=4.0 - step / 4, accepted=accepted))
-    state.end_validation(HeldOut(loss=1.5, bits_per_byte=0.5, tokens=10, bytes=30))
+    state.end_validation(1.5)
     state.note_best(saved_step=5)
     state.validation_due = True
     again = TrainState(loss_scale=LossScale("float16", patience=2), spikes=LossSpikes(3.0, window=2))
@@ -51,14 +50,14 @@ def test_best_is_a_saved_step():
     state = TrainState(loss_scale=LossScale("float32"), spikes=LossSpikes(None))
     for step, loss, saved in ((1, 3.0, 1), (2, 1.0, 1), (3, 2.0, 3), (4, 2.5, 4)):
         state.end_step(outcome(step))
-        state.end_validation(HeldOut(loss=loss, bits_per_byte=1.0, tokens=1, bytes=1))
+        state.end_validation(loss)
         state.note_best(saved)
     assert state.best == SavedLoss(3, 2.0)  # step 2 was lower, but nobody saved it
 
 
 def test_a_validation_that_is_not_finite_or_was_cut_short_is_none():
     state = TrainState(loss_scale=LossScale("float32"), spikes=LossSpikes(None), validation_due=True)
-    state.end_validation(HeldOut(loss=math.nan, bits_per_byte=1.0, tokens=1, bytes=1))
+    state.end_validation(math.nan)
     assert (state.validation, state.validation_due) == (None, False)
     state.end_validation(None)
     assert state.validation_due

@@ -6,7 +6,7 @@ import signal
 
 from runs import final_weights
 
-import lumi.training.validation
+import lumi.training.objective
 from lumi.checkpoint.checkpoint import open_checkpoint
 from lumi.training.metrics import read_metrics
 
@@ -14,7 +14,7 @@ from lumi.training.metrics import read_metrics
 def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch):
     """The validation of step 4, at which a checkpoint is saved, is done over when the run goes on; it is the
     lowest."""
-    real, signals = lumi.training.validation.held_out_loss, iter([False] * 3 + [True])
+    real, signals = lumi.training.objective.held_out_loss, iter([False] * 3 + [True])
     scripted = iter([1.0, 2.0, 3.0] * 2)
 
     def held_out_loss(*arguments):
@@ -23,7 +23,7 @@ def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch
         result = real(*arguments)
         return result and dataclasses.replace(result, loss=next(scripted))
 
-    monkeypatch.setattr(lumi.training.validation, "held_out_loss", held_out_loss)
+    monkeypatch.setattr(lumi.training.objective, "held_out_loss", held_out_loss)
     whole = start("whole", final="best")
     start("cut", final="best", expect=128 + signal.SIGTERM)
     cut = start("cut", final="best", resume="auto")
@@ -35,9 +35,9 @@ def test_the_best_is_known_though_a_signal_cut_its_validation(start, monkeypatch
 
 
 def test_a_validation_loss_that_is_not_finite_ends_nothing(start, monkeypatch):
-    real = lumi.training.validation.held_out_loss
+    real = lumi.training.objective.held_out_loss
     monkeypatch.setattr(
-        lumi.training.validation,
+        lumi.training.objective,
         "held_out_loss",
         lambda *arguments: dataclasses.replace(real(*arguments), loss=math.nan),
     )
