@@ -18,6 +18,7 @@ from lumi.command_line import (
     parse,
     parser,
     run,
+    split_overrides,
 )
 from lumi.config import UserError, load_config
 
@@ -357,22 +358,23 @@ def finetune(argv: list[str]) -> int:
     texts = {
         "model": "a model folder, or a finished run",
         "data": ".jsonl, .json or .parquet files of conversations or of pairs, or one dataset on the hub",
-        "split": "of a dataset on the hub; default: train",
+        "split": "of a dataset on the hub",
         "epochs": "passes over the data; default: 3 for few conversations down to 1 for many",
         "merge": "also write OUTPUT_DIR/model, with the adapter merged",
         "chatml": "add the tokens of ChatML to a copy of a model that has no chat template",
     }
-    arguments = parser("lumi finetune", _summary(finetune))
+    changes = "Settings are changed by key.subkey=value, such as optimizer.peak_lr=3e-4."
+    arguments = parser("lumi finetune", f"{_summary(finetune)}. {changes}")
     arguments.add_argument("model", type=Path, metavar="MODEL", help=texts["model"])
     arguments.add_argument("data", nargs="+", metavar="DATA", help=texts["data"])
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument("--split", help=texts["split"])
+    arguments.add_argument("--split", default="train", help=texts["split"])
     arguments.add_argument("--epochs", type=float, help=texts["epochs"])
     arguments.add_argument("--merge", action="store_true", help=texts["merge"])
     arguments.add_argument("--add-chatml", action="store_true", help=texts["chatml"])
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    arguments.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=texts["set"])
-    options = arguments.parse_args(argv)
+    overrides, others = split_overrides(argv)
+    options = arguments.parse_args(others)
     return lumi.finetune.finetune(
         options.model,
         options.data,
@@ -382,7 +384,7 @@ def finetune(argv: list[str]) -> int:
         merge=options.merge,
         add_chatml=options.add_chatml,
         device=options.device,
-        overrides=options.overrides,
+        overrides=overrides,
     )
 
 

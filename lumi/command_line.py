@@ -47,9 +47,14 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.N
     Overrides may stand anywhere, also behind an option that takes several values. An argument that names an
     existing path is not an override.
     """
-    overrides = [argument for argument in argv if _OVERRIDE.match(argument) and not Path(argument).exists()]
-    others = [argument for argument in argv if argument not in (*overrides, "--")]
+    overrides, others = split_overrides(argv)
     return arguments.parse_args([*overrides, *others])
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides among arguments, and the others."""
+    overrides = [argument for argument in argv if _OVERRIDE.match(argument) and not Path(argument).exists()]
+    return overrides, [argument for argument in argv if argument not in (*overrides, "--")]
 
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")

@@ -47,9 +47,8 @@ def test_an_answer_of_several_messages():
     letters = SimpleNamespace(
         bos_id=0,
         eos_id=1,
-        im_start_id=None,
-        im_end_id=None,
-        encode=lambda text, *, continues=False: [ord(letter) for letter in text],
+        control_ids={},
+        encode=lambda text, follows="nothing": [ord(letter) for letter in text],
     )
     side = render_pair(letters, TEMPLATES["plain"], pair)[0]
     trained = "".join(chr(token) for token, flag in zip(side.ids, side.mask, strict=True) if flag)
