@@ -160,13 +160,11 @@ def _derived(
         rest = range(content, len(answered))
         ends = (place for place in rest if isinstance(answered[place].part, ControlPiece))
         end = next(ends, len(answered) - 1) + 1
-        answer = [_Unit(unit.part, True) for unit in answered[len(asked) : end]]
-        untrained = [*asked, *answer, *answered[end:]]
-        if documents and _same_parts(documents[-1], untrained[: len(documents[-1])]):
-            start = len(documents[-1])
-            documents[-1] += untrained[start:]
+        document = [*asked, *(_Unit(unit.part, True) for unit in answered[len(asked) : end])]
+        if documents and _same_parts(documents[-1], document[: len(documents[-1])]):
+            documents[-1] += document[len(documents[-1]) :]
         else:
-            documents.append(untrained)
+            documents.append(document)
     return documents
 
 
