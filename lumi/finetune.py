@@ -144,8 +144,14 @@ class FineTuning:
         room = model.config.max_positions - ANSWER_TOKENS
         prompts = [prompt_ids(tokenizer, messages[:-1])[-room:] for messages in asked]
         greedy = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0.0)
-        ends = stop_ids(tokenizer)
-        answers = generate_ids(model, prompts, greedy, stop_ids=ends, pad_id=filler_id(tokenizer))
+        answers = generate_ids(
+            model,
+            prompts,
+            greedy,
+            stop_ids=stop_ids(tokenizer),
+            pad_id=filler_id(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+        )
         return [_cut(tokenizer.decode(answer.ids, continues=True)) for answer in answers]
 
 

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from lumi.chat.messages import Message
+from lumi.chat.messages import Conversation, Message
 from lumi.chat.pairs import Pair
 
 _NOUNS = "river stone garden letter engine window teacher forest bridge market winter signal".split()
@@ -30,6 +30,12 @@ def document(seed: int) -> str:
     text = " ".join(sentence(rng) for _ in range(rng.randint(3, 12)))
     items = "\n".join(f"  - {rng.choice(_NOUNS)}: {rng.randint(0, 999)}" for _ in range(rng.randint(1, 4)))
     return f"{text}\n\n{items}\n\nif {rng.choice(_NOUNS)}:\n    return {rng.randint(0, 99)}\n"
+
+
+def conversation(seed: int) -> Conversation:
+    """Question and answer, twice."""
+    rng = random.Random(seed)
+    return tuple(Message(role, sentence(rng)) for role in ("user", "assistant", "user", "assistant"))
 
 
 def pair(seed: int) -> Pair:
