@@ -9,6 +9,7 @@ decoding can take it off again (transformers adds none where the text begins wit
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,10 @@ _MODEL_SETTINGS = (
     "byte_fallback",
     "continuing_subword_prefix",
     "end_of_word_suffix",
-    "dropout",
 )
 _REFUSED = "this tokenizer cannot be imported"
-_PREFIXED: Mapping[
-    str, frozenset[Follows]
-] = {  # Metaspace's schemes -> what a text with a space before it follows
+# By Metaspace's scheme: what stands before a text that gets a space.
+_PREFIXED: Mapping[str, frozenset[Follows]] = {
     "always": frozenset(("nothing", "control")),
     "first": frozenset(("nothing",)),
     "never": frozenset(),
@@ -65,7 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._spells_spaces = _spells_spaces(data, where)
         steps, scheme = _without_prefix_space(data, surroundings, self._spells_spaces)
         self._prefixed = _PREFIXED[scheme]
-        self._library = _library(files[JSON_FILE], steps)
+        self._library = _library(files[JSON_FILE], steps, where)
         _add_tokens(self._library, surroundings, where)
         self._library.encode_special_tokens = True  # control tokens in a text are spelt out
         super().__init__(self._bytes_of_tokens())
@@ -154,8 +153,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """What the file puts before a text. transformers does not look at `add_bos_token` beside it."""
         bare = self._library.encode("a", add_special_tokens=False).ids
         ids = self._library.encode("a").ids
-        start = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
-        return tuple(ids[:start])
+        starts = (i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+        return tuple(ids[: next(starts, 0)])
 
     def _fingerprint(self, model: dict[str, Any], steps: dict[str, Any], scheme: str) -> str:
         """Lumi's own for a file that Lumi wrote, else the SHA-256 of what decides the ids.
@@ -195,11 +194,16 @@ class HuggingFaceTokenizer(Tokenizer):
             self.loss = f"it has no token for the bytes {listed}, so characters with these vanish"
 
 
-def _library(file: bytes, steps: dict[str, Any]) -> Library:
+def _library(file: bytes, steps: dict[str, Any], where: str) -> Library:
     """The library's tokenizer of a `tokenizer.json` with other `steps` before its model."""
-    whole = Library.from_buffer(file)
     bare = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "version": "1.0", "added_tokens": []}
-    parsed = Library.from_str(json.dumps(bare | steps))
+    try:
+        whole, parsed = Library.from_buffer(file), Library.from_str(json.dumps(bare | steps))
+    except Exception as error:  # the library raises nothing more special
+        got = str(error).splitlines()[0][:200]
+        expectation = "must be a file that the `tokenizers` library reads"
+        raise UserError(f"{where}:", expectation, got=got, remedy="copy it again") from error
+    whole.model.dropout = None  # of training; it would draw
     whole.normalizer, whole.pre_tokenizer = parsed.normalizer, parsed.pre_tokenizer
     whole.no_truncation()
     whole.no_padding()
@@ -218,7 +222,7 @@ def _spells_spaces(data: dict[str, Any], where: str) -> bool:
     """Whether the vocabulary writes ▁ for a space and bytes as <0x0A>. If not, it is of bytes in GPT-2's
     alphabet."""
     model = data.get("model", {})
-    kinds = {step["type"] for key in ("pre_tokenizer", "decoder") for step in _steps(data.get(key))}
+    kinds = {step.get("type") for key in ("pre_tokenizer", "decoder") for step in _steps(data.get(key))}
     if model.get("type") != "BPE" or not (model.get("byte_fallback") or "ByteLevel" in kinds):
         got = f"{model.get('type')} without either"
         expectation = "must be BPE, of bytes (ByteLevel) or with byte_fallback"
@@ -247,10 +251,10 @@ def _without_prefix_space(
         scheme = "always"
         steps["normalizer"] = {"type": "Sequence", "normalizers": kept}
     for step in _steps(steps["pre_tokenizer"]):
-        if step["type"] == "Metaspace":
+        if step.get("type") == "Metaspace":
             scheme = step.get("prepend_scheme", "always" if step.pop("add_prefix_space", True) else "never")
             step["prepend_scheme"] = "never"
-        elif step["type"] == "ByteLevel" and step.get("add_prefix_space"):
+        elif step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
             scheme, step["add_prefix_space"] = "always", False
     return steps, scheme
 
@@ -277,7 +281,7 @@ def _add_tokens(library: Library, surroundings: Surroundings, where: str) -> Non
 
 
 def _fallback_bytes(name: str) -> bytes:
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", name):
         return bytes((int(name[3:5], 16),))
     return name.replace(_SPACE, " ").encode()
 

@@ -2,11 +2,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from hugging_face_tokenizers import CHATML, make
 
+from lumi.chat.foreign_rendering import ForeignTemplate
 from lumi.chat.messages import Message
 from lumi.chat.pairs import Pair, pair_from_json, pair_to_json, render_pair, split_pair
 from lumi.chat.rendering import prompt_ids, render
 from lumi.chat.templates import TEMPLATES
+from lumi.tokenizer.loading import load_tokenizer
 
 ASK, ANSWER = Message("user", "What is it?"), Message("assistant", "A river.")
 AGAIN, GOOD, BAD = Message("user", "Sure?"), Message("assistant", "Yes."), Message("assistant", "No, no, no.")
@@ -64,3 +67,25 @@ def test_a_pair_stays_whole_or_goes_whole(tokenizer):
     assert render_pair(tokenizer, TEMPLATES["chatml"], PAIR, longest - 1) is None
     swapped = Pair(PAIR.prompt, PAIR.rejected, PAIR.chosen)
     assert render_pair(tokenizer, TEMPLATES["chatml"], swapped, longest - 1) is None
+
+
+def test_pairs_in_a_template_of_others(tmp_path):
+    """Marked or derived: the answers within the prompt are not trained."""
+    marks = (
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
+    )
+    marked = CHATML.replace(
+        "{{ m.content }}<|im_end|>", marks + "{{ m.content }}<|im_end|>{% endif %}{{ '' }}"
+    )
+    folder = make(tmp_path, "qwen")
+    sides = {}
+    for template in (CHATML, marked):
+        tokenizer = load_tokenizer(folder).with_chat_template(template)
+        sides[template] = render_pair(tokenizer, ForeignTemplate(template), PAIR)
+        for side, answer in zip(sides[template], (GOOD, BAD), strict=True):
+            trained = [token for token, flag in zip(side.ids, side.mask, strict=True) if flag]
+            assert trained == [*tokenizer.encode(answer.content), tokenizer.control_ids["<|im_end|>"]]
+            assert side.ids[: side.mask.index(True)] == prompt_ids(tokenizer, PAIR.prompt)
+    assert sides[CHATML] == sides[marked]
+    longest = max(len(side.ids) for side in sides[CHATML])
+    assert render_pair(tokenizer, ForeignTemplate(CHATML), PAIR, longest - 1) is None

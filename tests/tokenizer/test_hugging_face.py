@@ -236,6 +236,10 @@ def test_other_kinds_of_models_are_refused(folders, tmp_path):
     assert "must have a token for each byte, to spell every text, got 1 of 243" in refused(
         model=few, added_tokens=[]
     )
+    assert "must be a file that the `tokenizers` library reads, got " in refused(
+        normalizer={"type": "Strange"}
+    )
+    assert "must be a file that the `tokenizers` library reads, got " in refused(added_tokens=[1])
     (tmp_path / "tokenizer.json").write_text("[1]")
     with pytest.raises(UserError, match=r"an object with a model, got \[1\]; copy the file again"):
         load_tokenizer(tmp_path)

@@ -18,7 +18,7 @@ LORA = {"rank": 8, "alpha": 16, "dropout": 0.1, "tokens": ["<|im_end|>"]}
 def test_the_reference_is_the_model_that_the_run_begins_with(start_dpo, pairs_dir, dpo_models, tokenizer):
     from transformers import AutoModelForCausalLM
 
-    folder = start_dpo(num_steps=1)
+    folder = start_dpo(num_steps=3)
     (path,) = folder.glob("reference-*.safetensors")
     found = load_tensors(path)
     judge = AutoModelForCausalLM.from_pretrained(dpo_models / "reference", dtype=torch.float64)
