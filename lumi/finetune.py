@@ -145,7 +145,14 @@ class FineTuning:
         prompts = [prompt_ids(tokenizer, messages[:-1])[-room:] for messages in asked]
         greedy = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0.0)
         ends = stop_ids(tokenizer)
-        answers = generate_ids(model, prompts, greedy, stop_ids=ends, pad_id=filler_id(tokenizer))
+        answers = generate_ids(
+            model,
+            prompts,
+            greedy,
+            stop_ids=ends,
+            pad_id=filler_id(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+        )
         return [_cut(tokenizer.decode(answer.ids, continues=True)) for answer in answers]
 
 

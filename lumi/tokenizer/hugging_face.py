@@ -23,6 +23,7 @@ from lumi.tokenizer.files import (
     JSON_FILE,
     TWIN_FINGERPRINT_KEY,
     Surroundings,
+    spaces,
     write_tokenizer,
 )
 from lumi.tokenizer.tokenizer import PROBE, Follows, Tokenizer
@@ -70,7 +71,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._library.encode_special_tokens = True  # control tokens in a text are spelt out
         super().__init__(self._bytes_of_tokens())
         added = self._library.get_added_tokens_decoder()
-        unknown = {surroundings.names.get("unk")} - {surroundings.names.get(role) for role in ("bos", "eos")}
+        # transformers 5 names an unknown token where a tokenizer has none: one that has a role already.
+        names = surroundings.names
+        unknown = {names.get("unk")} - {names.get(role) for role in ("bos", "eos", "pad")}
         special = ((i, token.content) for i, token in sorted(added.items()) if token.special)
         self.control_ids = {name: i for i, name in special if name not in unknown}
         self._byte_ids = {data: i for i, data in reversed(list(enumerate(self._bytes))) if len(data) == 1}
@@ -235,13 +238,13 @@ def _without_prefix_space(
     Of a LlamaTokenizer, transformers takes vocabulary and merges alone; flags beside it say the rest.
     """
     steps = {key: copy.deepcopy(data.get(key)) for key in ("normalizer", "pre_tokenizer")}
-    config, scheme = surroundings.config, "never"
-    is_llama = str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
-    if is_llama and spells_spaces:
-        if config.get("add_prefix_space") in (None, True):
-            scheme = "always" if config.get("legacy", False) else "first"
-        metaspace = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "never", "split": False}
-        return {"normalizer": None, "pre_tokenizer": metaspace}, scheme
+    scheme = surroundings.llama_scheme()
+    if scheme is not None and spells_spaces:
+        return {"normalizer": None, "pre_tokenizer": spaces("never")}, scheme
+    for scheme in ("first", "always"):
+        if steps["pre_tokenizer"] == spaces(scheme):
+            return steps | {"pre_tokenizer": spaces("never")}, scheme
+    scheme = "never"
     kept = [step for step in _steps(steps["normalizer"]) if step != {"type": "Prepend", "prepend": _SPACE}]
     if len(kept) < len(_steps(steps["normalizer"])):
         scheme = "always"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,8 @@ def _from_json(file: Path, surroundings: Surroundings) -> HuggingFaceTokenizer:
 
 
 def _converted(model: bytes, surroundings: Surroundings, where: str) -> HuggingFaceTokenizer:
-    data, names = convert(model, where, surroundings.config.get("add_bos_token") is not False)
+    data, surroundings = convert(model, where, surroundings)
     files = {MODEL_FILE: model, JSON_FILE: json.dumps(data, ensure_ascii=False).encode()}
-    surroundings = replace(surroundings, names=names | surroundings.names)
     return HuggingFaceTokenizer(data, surroundings, files, where)
 
 
