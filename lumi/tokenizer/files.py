@@ -231,8 +231,8 @@ def transformers_tokenizer(
 def spaces(prepend_scheme: str) -> dict[str, Any]:
     """A pre-tokenizer that writes ▁ for a space and puts one before a text, as SentencePiece does.
 
-    `Metaspace` alone puts none before a text that begins with a space. The one in the middle looks for another
-    character there, and its space becomes ▁ in the last one.
+    `Metaspace` alone puts none before a text that begins with a space. The one in the middle looks for
+    another character there, and its space becomes ▁ in the last one.
     """
     plain = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
     if prepend_scheme == "never":

@@ -92,7 +92,8 @@ class Tokenizer(ABC):
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer, and what transformers needs beside it, into `folder`. It may hold other files.
 
-        Imported files are copied unchanged. A different chat template replaces only the template.
+        Imported files are copied unchanged. A different chat template replaces only the template. Where only
+        `tokenizer.model` came, the others are made of it.
 
         Raises:
             UserError: `folder` holds another tokenizer.
