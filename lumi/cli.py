@@ -358,7 +358,7 @@ def finetune(argv: list[str]) -> int:
     texts = {
         "model": "a model folder, or a finished run",
         "data": ".jsonl, .json or .parquet files of conversations or of pairs, or one dataset on the hub",
-        "split": "of a dataset on the hub",
+        "split": "of a dataset on the hub; default: train",
         "epochs": "passes over the data; default: 3 for few conversations down to 1 for many",
         "merge": "also write OUTPUT_DIR/model, with the adapter merged",
         "chatml": "add the tokens of ChatML to a copy of a model that has no chat template",
@@ -368,7 +368,7 @@ def finetune(argv: list[str]) -> int:
     arguments.add_argument("model", type=Path, metavar="MODEL", help=texts["model"])
     arguments.add_argument("data", nargs="+", metavar="DATA", help=texts["data"])
     arguments.add_argument("--output-dir", required=True, type=Path)
-    arguments.add_argument("--split", default="train", help=texts["split"])
+    arguments.add_argument("--split", help=texts["split"])
     arguments.add_argument("--epochs", type=float, help=texts["epochs"])
     arguments.add_argument("--merge", action="store_true", help=texts["merge"])
     arguments.add_argument("--add-chatml", action="store_true", help=texts["chatml"])

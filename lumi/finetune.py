@@ -4,27 +4,33 @@ It calls the stages one after the other and leaves their folders and configs, fr
 again by hand. Each stage reuses what it finds finished, so an interrupted call goes on.
 """
 
+import contextlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lumi.chat.foreign_template import TemplateRefusal
 from lumi.chat.messages import Conversation, canonical
 from lumi.chat.pairs import Pair
 from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.chat.templates import CHATML
-from lumi.config import UserError, load_config, to_dict, write_json
+from lumi.config import UserError, differences, load_config, read_json, to_dict, write_json
 from lumi.corpus import PrepareConfig, prepare, read_corpus
-from lumi.corpus.recognition import find_source, recognise
+from lumi.corpus.recognition import FoundSource, find_source, recognise
 from lumi.data.encoding import key_of, split_of
 from lumi.data.token_store import TokenStore
 from lumi.data.tokenization import tokenize
+from lumi.formats.adapter_format import is_adapter
 from lumi.formats.added_tokens import add_tokens
 from lumi.formats.export import merge_adapter
-from lumi.formats.hf_format import model_folder, read_shape
-from lumi.formats.pretrained import load_pretrained
+from lumi.formats.hf_format import read_shape
+from lumi.formats.pretrained import load_pretrained, locate
 from lumi.host.devices import choose_device, fast_bfloat16
+from lumi.host.storage import remove_folder
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
 from lumi.planning.finetuning import choose, estimated_seconds
 from lumi.tokenizer.loading import load_tokenizer
@@ -41,21 +47,32 @@ class FineTuning:
     """The stages and their folders below `output_dir`."""
 
     def __init__(self, model: Path, output_dir: Path, device: str):
-        self.model, self.output_dir, self.device = model_folder(model), output_dir, device
+        self.model, self.output_dir, self.device = locate(model), output_dir, device
+        if is_adapter(self.model):
+            remedy = "`lumi merge` makes one of it and its base"
+            raise UserError("MODEL", "must be a whole model", got=f"the adapter {self.model}", remedy=remedy)
         self.base = self.model  # with --add-chatml a copy that has more tokens
         self.corpus, self.tokens = output_dir / "corpus", output_dir / "tokens"
         self.run, self.merged = output_dir / "run", output_dir / "model"
 
-    def prepare(self, data: Sequence[str], split: str) -> None:
+    def claim(self, call: dict[str, Any]) -> None:
+        """Record what the folder is the fine-tuning of. Raises UserError if it is one of something else."""
+        path, call = self.output_dir / "finetune.json", {"model": str(self.model.resolve())} | call
+        if path.is_file() and (changed := differences(read_json(path), call)):
+            remedy = "choose another --output-dir, or remove that one"
+            got = f"other arguments ({'; '.join(changed)})"
+            raise UserError(f"{self.output_dir}:", "must be of the same fine-tuning", got=got, remedy=remedy)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(path, call)
+
+    def prepare(self, source: FoundSource) -> None:
         """The data -> a corpus of conversations or pairs."""
-        source = find_source(data, split)
         found = recognise(source)
         kind = "pairs of answers" if isinstance(found.example, Pair) else "conversations"
         settings = {key: value for key, value in to_dict(found.format).items() if value is not None}
         print(f"format: {settings}, which reads {found.num_read} of the first {found.num_records} records")
         print(f"{kind}; the first is:\n{_show(found.example)}\n", flush=True)
         config = {"sources": [to_dict(source) | {"conversation": to_dict(found.format)}]}
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(self.output_dir / "prepare.json", config)
         prepare(load_config(PrepareConfig, self.output_dir / "prepare.json"), self.corpus, use_cache=True)
 
@@ -104,7 +121,9 @@ class FineTuning:
         """The settings of the training, printed and written to `train.json`."""
         shape, device = read_shape(self.base), torch.device(choose_device(self.device))
         bfloat16 = fast_bfloat16(device)
-        choice = choose(shape, store, tokens=tokens, bfloat16=bfloat16, epochs=epochs)
+        given = [value for key, _, value in (each.partition("=") for each in overrides) if key == "num_steps"]
+        num_steps = int(given[-1]) if given and given[-1].isdecimal() else None
+        choice = choose(shape, store, tokens=tokens, bfloat16=bfloat16, epochs=epochs, num_steps=num_steps)
         write_json(self.output_dir / "train.json", choice.config)
         config = load_config(TrainConfig, self.output_dir / "train.json", overrides)
         write_json(self.output_dir / "train.json", to_dict(config))
@@ -122,8 +141,10 @@ class FineTuning:
     def train(self, config: TrainConfig) -> int:
         """Train, or go on. Returns the exit code."""
         if (self.run / "final").is_dir():
-            print(f"{self.run / 'final'} is there already; remove {self.run} to train anew")
+            print(f"{self.run / 'final'} is there already; remove {self.output_dir} to begin anew")
             return 0
+        if self.merged.exists():  # of a run that was removed
+            remove_folder(self.merged)
         resume = "auto" if self.run.exists() else None
         stores, tokenizer = [str(self.tokens)], str(self.base)
         paths = Paths(stores, tokenizer, self.run, resume=resume, model_path=self.base)
@@ -131,7 +152,9 @@ class FineTuning:
 
     def compare(self, tokenizer: Tokenizer) -> None:
         """Ask held-out questions before and after."""
-        asked = _held_out(self.corpus, TokenStore.open(self.tokens))[:NUM_ANSWERS]
+        asked = list(
+            itertools.islice(_questions(self.corpus, TokenStore.open(self.tokens), tokenizer), NUM_ANSWERS)
+        )
         result = self.merged if self.merged.is_dir() else self.run
         before, after = (self._answers(path, tokenizer, asked) for path in (self.base, result))
         for messages, old, new in zip(asked, before, after, strict=True):
@@ -160,7 +183,7 @@ def finetune(
     data: Sequence[str],
     output_dir: Path,
     *,
-    split: str = "train",
+    split: str | None = None,
     epochs: float | None = None,
     merge: bool = False,
     add_chatml: bool = False,
@@ -173,7 +196,7 @@ def finetune(
         model: a model folder or a finished run, of a whole model.
         data: files, patterns, or one dataset on the hub.
         output_dir: of all stages.
-        split: of a dataset on the hub.
+        split: of a dataset on the hub; None: "train".
         epochs: passes over the data; None: chosen by its size.
         merge: also write the model with the adapter merged into it.
         add_chatml: give the tokenizer ChatML's tokens, where the model has no chat template.
@@ -186,9 +209,14 @@ def finetune(
     Raises:
         UserError: as the stages.
     """
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise UserError("--epochs", "must be above 0", got=epochs)
+    source = find_source(data, split)
     stages = FineTuning(model, output_dir, device)
     tokenizer, tokens = stages.tokenizer(add_chatml)
-    stages.prepare(data, split)
+    call = {"split": split, "epochs": epochs, "add_chatml": add_chatml, "overrides": list(overrides)}
+    stages.claim({"data": [str(Path(path).resolve()) for path in data]} | call)
+    stages.prepare(source)
     config = stages.choose(stages.tokenize(tokenizer), tokens, epochs, overrides)
     if code := stages.train(config):
         return code
@@ -198,16 +226,21 @@ def finetune(
     return 0
 
 
-def _held_out(corpus: Path, store: TokenStore) -> list[Conversation]:
-    """The conversations of the validation split that are a question and its answer, at the end."""
+def _questions(corpus: Path, store: TokenStore, tokenizer: Tokenizer) -> Iterator[Conversation]:
+    """The conversations of the validation split, each up to its first answer that is trained."""
     fraction = float(store.manifest.inputs["validation_fraction"])
-    held_out = []
     for documents, _ in read_corpus(corpus).iter_documents():
         for document in documents:
-            if split_of(canonical(key_of(document)), fraction)[0] == "validation":
-                pair = isinstance(document, Pair)
-                held_out.append(document.prompt + document.chosen if pair else document)
-    return held_out
+            if split_of(canonical(key_of(document)), fraction)[0] != "validation":
+                continue
+            if isinstance(document, Pair):
+                messages = (*document.prompt, document.chosen[0])
+            else:
+                roles = [message.role for message in document]
+                messages = document[: roles.index("assistant") + 1] if "assistant" in roles else ()
+            with contextlib.suppress(TemplateRefusal):  # `tokenize` has counted it
+                if messages and prompt_ids(tokenizer, messages[:-1]):
+                    yield messages
 
 
 def _show(example: Conversation | Pair) -> str:

@@ -1,13 +1,14 @@
 """`lumi finetune` on models of a few thousand parameters; PEFT judges what it leaves."""
 
 import json
+import shutil
 
 import peft
 import pytest
 import torch
 import transformers
 from crafted_models import SHAPE, add_noise
-from hugging_face_tokenizers import make
+from hugging_face_tokenizers import CHATML, make
 from synthetic import conversation
 
 from lumi import cli
@@ -65,7 +66,7 @@ def test_one_command_and_a_second_call(model, chats, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "format: {'kind': 'messages', 'field': 'messages'}, which reads 57 of the first 60 records" in said
     assert sorted(path.name for path in out.iterdir()) == [
-        "corpus", "model", "prepare.json", "run", "tokens", "train.json",
+        "corpus", "finetune.json", "model", "prepare.json", "run", "tokens", "train.json",
     ]  # fmt: skip
     losses = validations(out / "run")
     assert losses[-1] < losses[0] - 0.2
@@ -103,6 +104,43 @@ def test_an_interrupted_call_goes_on(model, chats, tmp_path, monkeypatch):
         (folder / "run" / "final" / "adapter_model.safetensors").read_bytes() for folder in (whole, cut)
     )
     assert first == second
+
+
+def test_a_folder_is_of_one_fine_tuning(model, chats, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    finetune(model, chats, "--output-dir", out, "--merge", *STEPS)
+    shutil.copytree(model, other)
+    settings = read_json(out / "train.json")
+    for arguments, changed in (
+        ((other, chats, *STEPS), "model was"),
+        ((model, chats, "--epochs", 2, *STEPS), "epochs was null, is 2.0 now"),
+        ((model, chats, *STEPS[:-1]), "overrides.4 was"),
+        ((model, chats, chats, *STEPS), "data was"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"must be of the same fine-tuning, got .*{changed}.*; choose another"
+        ):
+            finetune(*arguments, "--output-dir", out)
+    assert read_json(out / "train.json") == settings
+    # A run that was removed is trained anew, and merged anew.
+    (out / "model" / "stale").touch()
+    shutil.rmtree(out / "run")
+    finetune(model, chats, "--output-dir", out, *STEPS)
+    assert not (out / "model").exists()
+
+
+def test_what_the_template_refuses_is_not_asked(tmp_path, capsys):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    tokenizer = load_tokenizer(make(tmp_path / "tokenizer", "qwen", chat_template=refusing))
+    chats = [to_json(conversation(seed)) for seed in range(60)]
+    for chat in chats[::2]:
+        chat.insert(0, {"role": "system", "content": "Be brief."})
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    model = write_model(tmp_path / "model", tokenizer)
+    assert finetune(model, tmp_path / "chats.jsonl", "--output-dir", tmp_path / "out", *STEPS) == 0
+    said = capsys.readouterr().out
+    assert "refused_by_template: must accept the conversation, but says: no system left out" in said
+    assert said.count("before: ") == 3
 
 
 def test_pairs_are_recognised(model, tmp_path, capsys):
@@ -148,7 +186,9 @@ def test_chatml_for_a_model_without_a_template(tmp_path, chats, capsys):
     theirs = transformers.AutoTokenizer.from_pretrained(out / "model")
     asked = [{"role": "user", "content": "hi"}]
     assert theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"][0] == size
-    with pytest.raises(UserError, match="must lack ChatML, got a chat template; leave --add-chatml out"):
+    with pytest.raises(UserError, match=r"must be a whole model, got the adapter .*; `lumi merge` makes one"):
+        finetune(out / "run", chats, "--output-dir", tmp_path / "again")
+    with pytest.raises(UserError, match=r"must lack ChatML, got a chat template; leave --add-chatml out"):
         finetune(out / "model", chats, "--output-dir", tmp_path / "again", "--add-chatml")
 
 
@@ -197,6 +237,9 @@ def test_what_is_no_model_or_no_data(model, chats, tmp_path):
         ((model, tmp_path / "nowhere.jsonl"), "nowhere.jsonl"),
         ((model, chats, chats.with_suffix(".parquet")), "all of one kind"),
         ((model, tmp_path / "a.csv"), "must be .jsonl, .json or .parquet files"),
+        ((model, chats, "--split", "sft"), "--split must come with a dataset on the hub"),
+        ((model, chats, "--epochs", "0"), "--epochs must be above 0, got 0.0"),
+        ((model, chats, "--epochs", "nan"), "--epochs must be above 0, got nan"),
     ):
         with pytest.raises(UserError, match=message):
             finetune(*arguments, "--output-dir", tmp_path / "out")

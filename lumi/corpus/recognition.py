@@ -64,19 +64,21 @@ class Recognised(NamedTuple):
     example: Conversation | Pair
 
 
-def find_source(data: Sequence[str], split: str) -> FoundSource:
+def find_source(data: Sequence[str], split: str | None = None) -> FoundSource:
     """The source that paths, patterns or the name of a dataset on the hub mean, not yet with a format.
 
     Args:
         data: files of one kind (`.jsonl`, `.json`, `.parquet`, perhaps compressed), or one name such as
             "HuggingFaceH4/ultrachat_200k".
-        split: of a dataset on the hub.
+        split: of a dataset on the hub; None: "train".
 
     Raises:
-        UserError: the files are of different kinds, or of another kind.
+        UserError: the files are of different kinds, or of another kind; a split of files.
     """
     if len(data) == 1 and not Path(data[0]).exists() and data[0].count("/") == 1 and "." not in data[0][-8:]:
-        return HubSource(name="data", dataset=data[0], split=split)
+        return HubSource(name="data", dataset=data[0], split=split or "train")
+    if split is not None:
+        raise UserError("--split", "must come with a dataset on the hub", got=f"{data[0]}, which is none")
     kinds = sorted({_kind(path) for path in data})
     if kinds == ["parquet"]:
         return ParquetSource(name="data", paths=tuple(data))

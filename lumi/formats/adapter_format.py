@@ -13,6 +13,7 @@ from torch import Tensor
 from lumi.config import UserError, write_json
 from lumi.formats.checkpoint_folder import CheckpointFolder, is_checkpoint, open_folder
 from lumi.formats.fingerprint import is_fingerprint_of
+from lumi.formats.hf_config import save_tokenizer
 from lumi.formats.hf_format import DTYPES, hf_name, open_tensors, tokenizer_remedy
 from lumi.formats.peft_config import BASE, CONFIG, PeftConfig, from_peft_config, read_config, to_peft_config
 from lumi.host.storage import atomic_folder
@@ -70,7 +71,7 @@ def save_adapter(
             row_ids[hf_name(f"{name}.").split(".")[-2]] = rows.ids.tolist()
     metadata = {"base_fingerprint": base_fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     with atomic_folder(folder, replace=True) as temporary:
-        tokenizer.save(temporary)
+        save_tokenizer(temporary, tokenizer)
         write_json(temporary / CONFIG, to_peft_config(config, _targets(model), base, row_ids))
         save_tensors(temporary / WEIGHTS, tensors, metadata)
 

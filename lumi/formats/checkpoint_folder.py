@@ -63,12 +63,19 @@ def open_folder(folder: str | Path) -> CheckpointFolder:
 
 def tokenizer_folder(folder: str | Path) -> Path:
     """Where a checkpoint's tokenizer lies. Raises UserError if the checkpoint is not in its run's folder."""
+    if (found := find_tokenizer(folder)) is not None:
+        return found
+    got, remedy = "a checkpoint without a run", "pass one by --tokenizer-path, or leave the checkpoint there"
+    raise UserError(f"{folder}: the tokenizer", "must be in the run's folder", got=got, remedy=remedy)
+
+
+def find_tokenizer(folder: str | Path) -> Path | None:
+    """Where a checkpoint's tokenizer lies; None: the checkpoint is not in its run's folder."""
     checkpoints = Path(folder).resolve().parent
     for name in (_TOKENIZER, _FINAL):  # older runs have none of their own
         if checkpoints.name == "checkpoints" and (checkpoints.parent / name).is_dir():
             return checkpoints.parent / name
-    got, remedy = "a checkpoint without a run", "pass one by --tokenizer-path, or leave the checkpoint there"
-    raise UserError(f"{folder}: the tokenizer", "must be in the run's folder", got=got, remedy=remedy)
+    return None
 
 
 def state_of_start(start: Path | None) -> dict[str, Any]:

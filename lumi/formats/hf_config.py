@@ -1,11 +1,15 @@
 """transformers' `config.json` and `generation_config.json`, written from our config and read into it."""
 
+import contextlib
+from pathlib import Path
 from typing import Any, NoReturn
 
-from lumi.config import UserError, from_dict
+from lumi.chat.rendering import stop_ids
+from lumi.config import UserError, from_dict, write_json
 from lumi.formats.hf_family import ARCHITECTURES, DEFAULTS, family_keys, family_of, read_family
 from lumi.formats.hf_rope import ROPE_TYPES, from_hf_scaling, read_rope, rope_type, to_hf_scaling
 from lumi.model.model_config import ModelConfig
+from lumi.tokenizer.files import GENERATION_FILE
 from lumi.tokenizer.tokenizer import Tokenizer
 
 _REQUIRED = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -44,12 +48,17 @@ def to_hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[
     }
 
 
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer's files, and the `generation_config.json` that names all ids that end a text."""
+    tokenizer.save(folder)
+    write_json(folder / GENERATION_FILE, generation_config(tokenizer))
+
+
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """`generation_config.json`. With it, transformers stops where `lumi generate` and `lumi chat` stop."""
     ends = list(tokenizer.eos_ids)
-    im_end_id = tokenizer.control_id("<|im_end|>")
-    if im_end_id is not None and im_end_id not in ends and "<|im_end|>" in (tokenizer.chat_template or ""):
-        ends.append(im_end_id)
+    with contextlib.suppress(UserError):  # a chat template that fails ends no answer
+        ends += sorted(stop_ids(tokenizer) - set(ends))
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],

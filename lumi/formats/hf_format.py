@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
-from lumi.formats.checkpoint_folder import is_checkpoint, open_folder, tokenizer_folder
-from lumi.formats.hf_config import from_hf_config, generation_config, to_hf_config
-from lumi.host.storage import atomic_folder
+from lumi.formats.checkpoint_folder import find_tokenizer, is_checkpoint, open_folder, tokenizer_folder
+from lumi.formats.hf_config import from_hf_config, save_tokenizer, to_hf_config
+from lumi.host.storage import atomic_folder, sha256_file
 from lumi.host.tensor_files import save_tensors
 from lumi.kernels.bundle import Ops
 from lumi.kernels.rope import rope_table
 from lumi.model.transformer import ModelConfig, Transformer
+from lumi.tokenizer.files import MODEL_FILE, read_ends
 from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -69,9 +70,8 @@ def save_model_tensors(
             own. None: one file.
     """
     with atomic_folder(folder, replace=True) as temporary:
-        tokenizer.save(temporary)
+        save_tokenizer(temporary, tokenizer)
         write_json(temporary / "config.json", to_hf_config(config, tokenizer, dtype))
-        write_json(temporary / "generation_config.json", generation_config(tokenizer))
         _save_weights(temporary, tensors, DTYPES[dtype], max_shard_bytes)
 
 
@@ -159,7 +159,7 @@ def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer, *, may_
         expected = read_json(folder / "config.json").get("tokenizer_fingerprint")
         if expected is None and has_tokenizer(folder):
             expected = load_tokenizer(folder).fingerprint
-    fits = expected in (None, tokenizer.fingerprint)
+    fits = expected in (None, tokenizer.fingerprint) or _is_file_of(expected, folder, tokenizer)
     if not fits and may_extend:
         fits = tokenizer.extends(
             load_tokenizer(tokenizer_folder(folder) if is_checkpoint(folder) else folder)
@@ -180,6 +180,13 @@ def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer, *, may_
             got=tokenizer.vocab_size,
             remedy=f"{remedy}, or pass another --tokenizer-path",
         )
+
+
+def _is_file_of(expected: str, folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the fingerprint is the hash of the folder's `tokenizer.model`, as it was before for imports."""
+    file = folder / MODEL_FILE
+    is_hash = file.is_file() and sha256_file(file) == expected
+    return is_hash and load_tokenizer(folder).fingerprint == tokenizer.fingerprint
 
 
 def tokenizer_remedy(folder: Path) -> str:
@@ -313,6 +320,12 @@ def hf_name(name: str) -> str:
     for ours, theirs in _NAMES.items():
         name = name.replace(ours, theirs)
     return name
+
+
+def ends_of(folder: Path) -> tuple[int, ...]:
+    """The ids that end a text by a model's `generation_config.json`; that of a checkpoint is in its run."""
+    place = find_tokenizer(folder) if is_checkpoint(folder) else folder
+    return () if place is None else read_ends(place)
 
 
 def read_shape(folder: str | Path) -> ModelConfig:

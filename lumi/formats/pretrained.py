@@ -13,7 +13,7 @@ from torch import nn
 from lumi.config import UserError
 from lumi.formats.adapter_format import adapted_vocab_size, base_of, is_adapter, load_adapter
 from lumi.formats.checkpoint_folder import is_checkpoint, tokenizer_folder
-from lumi.formats.hf_format import check_tokenizer, load_model, model_folder, read_shape
+from lumi.formats.hf_format import check_tokenizer, ends_of, load_model, model_folder, read_shape
 from lumi.host.devices import choose_device
 from lumi.kernels.bundle import select
 from lumi.model.lora import settle_rows
@@ -59,6 +59,7 @@ def load_pretrained(
     chosen = choose_device(device)
     folder, adapter = _locate_both(path, adapter_path)
     tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    tokenizer = tokenizer.with_ends(ends_of(folder))
     shape = read_shape(folder)
     vocab_size = adapted_vocab_size(adapter) if adapter is not None else None
     may_extend = adapter is not None and has_tokenizer(adapter)

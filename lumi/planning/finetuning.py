@@ -34,7 +34,13 @@ class Choice(NamedTuple):
 
 
 def choose(
-    shape: ModelConfig, store: TokenStore, *, tokens: Sequence[str], bfloat16: bool, epochs: float | None
+    shape: ModelConfig,
+    store: TokenStore,
+    *,
+    tokens: Sequence[str],
+    bfloat16: bool,
+    epochs: float | None,
+    num_steps: int | None = None,
 ) -> Choice:
     """Choose the settings.
 
@@ -44,6 +50,7 @@ def choose(
         tokens: control tokens whose rows are trained too.
         bfloat16: whether the machine multiplies it in hardware.
         epochs: passes over the data; None: 3 for a few conversations down to 1 for many.
+        num_steps: None: what the epochs take.
     """
     split = store.split("train")
     lengths = np.diff(split.offsets)
@@ -55,7 +62,9 @@ def choose(
         epochs = 1 if is_pairs else 3 if documents < 2_000 else 2 if documents < 20_000 else 1
     rows = max(1, round(int(np.minimum(units, length).sum()) / length))  # packed
     rows_per_step = _rows_per_step(rows, epochs)
-    num_steps = max(1, round(rows * epochs / rows_per_step))
+    if num_steps is None:
+        num_steps = max(1, round(rows * epochs / rows_per_step))
+    epochs = num_steps * rows_per_step / rows
     supervised = int(split.loss_mask(0, len(split.tokens)).sum())
     rank = 16 if supervised < 1_000_000 else 32
     rate = ANCHOR_LR * (ANCHOR_PARAMETERS / shape.num_parameters) ** LR_EXPONENT
@@ -80,12 +89,13 @@ def choose(
     }  # fmt: skip
     if is_pairs:
         config["dpo"] = {"beta": 0.1}
-    kind = "pairs" if is_pairs else "conversations"
+    kind = "pairs" if is_pairs else "documents"
+    packed = "1 packed row" if rows_per_step == 1 else f"{rows_per_step} packed rows"
     reasons = {
         "sequence_length": f"{length:,}: the longest of {documents:,} {kind} has {int(units.max()):,} tokens",
-        "epochs": f"{epochs:g}, in {num_steps:,} steps of {rows_per_step} packed rows",
+        "epochs": f"{epochs:.3g}, in {num_steps:,} steps of {packed}",
         "rank": f"{rank} on all linears, for {supervised:,} supervised tokens",
-        "peak_lr": f"{rate:g}, for {shape.num_parameters / 1e6:,.0f}M parameters",
+        "peak_lr": f"{rate:g}, for {shape.num_parameters / 1e6:,.3g}M parameters",
         "dtype": f"{config['dtype']}{'' if bfloat16 else ': this machine has no bfloat16 products'}",
     }
     return Choice(config, reasons)

@@ -1,9 +1,10 @@
-"""The files beside `tokenizer.model`, so that others read it as Lumi does: transformers' JSON, the card.
+"""The files of a tokenizer, so that others read it as Lumi does: transformers' JSON, the card.
 
 transformers reads SentencePiece models only where `protobuf` is installed. `tokenizer.json` holds the same
 merges for everyone else.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +28,14 @@ MAKE_ONE = (
     "--output-dir TOKENIZER`"
 )
 
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
 CHAT_TEMPLATE = TEMPLATES["chatml"].jinja
+
+READS_JSON = "PreTrainedTokenizerFast"  # transformers' class that takes `tokenizer.json` as it is
 
 _KEPT_FILES = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
 _ROLES = ("bos", "eos", "pad", "unk")
+_MODEL_SETTINGS = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,15 @@ class Surroundings:
     def eos_ids(self, eos_id: int) -> tuple[int, ...]:
         """All ids that end a text, the tokenizer's own first."""
         return tuple(dict.fromkeys((eos_id, *self.ends)))
+
+    def llama_scheme(self) -> str | None:
+        """How transformers' LlamaTokenizer puts a space before a text, in the words of `Metaspace`. None: the
+        tokenizer is of another class."""
+        if str(self.config.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer":
+            return None
+        if self.config.get("add_prefix_space") not in (None, True):
+            return "never"
+        return "always" if self.config.get("legacy", False) else "first"
 
     def files_with(self, chat_template: str | None) -> dict[str, bytes]:
         """The files unchanged, except that a different template in `tokenizer_config.json` is removed."""
@@ -149,9 +163,14 @@ def _template_in(config: dict[str, Any]) -> str | None:
 
 
 def transformers_config(fingerprint: str) -> dict[str, Any]:
-    """`tokenizer_config.json`: transformers' LlamaTokenizer then adds no space and cleans nothing up."""
+    """`tokenizer_config.json`: transformers then takes `tokenizer.json` as it is.
+
+    With the class LlamaTokenizer, transformers 4 would make it from `tokenizer.model` again, where `protobuf`
+    and `sentencepiece` are installed, and fail elsewhere. The flags are for who asks for that class by name:
+    it then adds no space and cleans nothing up.
+    """
     return {
-        "tokenizer_class": "LlamaTokenizer",
+        "tokenizer_class": READS_JSON,
         "unk_token": "<unk>",
         "bos_token": "<s>",
         "eos_token": "</s>",
@@ -194,12 +213,7 @@ def transformers_tokenizer(
         "padding": None,
         "added_tokens": [_special_token(i, pieces[i]) for i in special],
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": "▁",
-            "prepend_scheme": prepend_scheme,
-            "split": False,
-        },
+        "pre_tokenizer": spaces(prepend_scheme),
         "post_processor": None if bos_id is None else _bos_before_each_text(bos_id, pieces[bos_id]),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
@@ -215,6 +229,44 @@ def transformers_tokenizer(
             "merges": _merges(pieces, learned),
         },
     }
+
+
+def spaces(prepend_scheme: str) -> dict[str, Any]:
+    """A pre-tokenizer that writes ▁ for a space and puts one before a text, as SentencePiece does.
+
+    `Metaspace` alone puts none before a text that begins with a space. The one in the middle looks for
+    another character there, and its space becomes ▁ in the last one.
+    """
+    plain = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+    if prepend_scheme == "never":
+        return plain
+    prepending = plain | {"replacement": " ", "prepend_scheme": prepend_scheme}
+    return {"type": "Sequence", "pretokenizers": [plain, prepending, plain]}
+
+
+def json_fingerprint(
+    model: dict[str, Any],
+    steps: dict[str, Any],
+    added: Sequence[tuple[int, str]],
+    scheme: str,
+    begin_ids: Sequence[int],
+) -> str:
+    """SHA-256 of all in a `tokenizer.json` that decides the ids.
+
+    It leaves out how others write the same: the settings of a control token, which matter only where one is
+    read out of a text, and those that do not concern a model that spells every text.
+
+    Args:
+        model: what the file says of its BPE.
+        steps: its `normalizer` and `pre_tokenizer`, but for what puts a space before a text.
+        added: ids and names of the added tokens.
+        scheme: when a space is put before a text, in the words of `Metaspace`.
+        begin_ids: what stands before every text.
+    """
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    settings = {key: model.get(key) or None for key in _MODEL_SETTINGS}
+    decisive = [steps, settings, model["vocab"], merges, added, scheme, begin_ids]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _special_token(token_id: int, piece: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ decoding can take it off again (transformers adds none where the text begins wit
 """
 
 import copy
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,18 +23,14 @@ from lumi.tokenizer.files import (
     JSON_FILE,
     TWIN_FINGERPRINT_KEY,
     Surroundings,
+    json_fingerprint,
+    spaces,
     write_tokenizer,
 )
 from lumi.tokenizer.tokenizer import PROBE, Follows, Tokenizer
 
 _SPACE = "▁"  # U+2581, which byte-fallback vocabularies write for a space
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # the others are in no text
-_MODEL_SETTINGS = (
-    "ignore_merges",
-    "byte_fallback",
-    "continuing_subword_prefix",
-    "end_of_word_suffix",
-)
 _REFUSED = "this tokenizer cannot be imported"
 # By Metaspace's scheme: what stands before a text that gets a space.
 _PREFIXED: Mapping[str, frozenset[Follows]] = {
@@ -69,7 +64,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._library.encode_special_tokens = True  # control tokens in a text are spelt out
         super().__init__(self._bytes_of_tokens())
         added = self._library.get_added_tokens_decoder()
-        unknown = {surroundings.names.get("unk")} - {surroundings.names.get(role) for role in ("bos", "eos")}
+        # transformers 5 names an unknown token where a tokenizer has none: one that has a role already.
+        names = surroundings.names
+        unknown = {names.get("unk")} - {names.get(role) for role in ("bos", "eos", "pad")}
         special = ((i, token.content) for i, token in sorted(added.items()) if token.special)
         self.control_ids = {name: i for i, name in special if name not in unknown}
         self._byte_ids = {data: i for i, data in reversed(list(enumerate(self._bytes))) if len(data) == 1}
@@ -157,18 +154,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return tuple(ids[: next(starts, 0)])
 
     def _fingerprint(self, model: dict[str, Any], steps: dict[str, Any], scheme: str) -> str:
-        """Lumi's own for a file that Lumi wrote, else the SHA-256 of what decides the ids.
-
-        It leaves out how others write the same: the other settings of a control token, which matter only
-        where one is read out of a text, and what does not concern a model that spells every text.
-        """
+        """Lumi's own for a file that Lumi wrote, else the SHA-256 of what decides the ids."""
         added = self._library.get_added_tokens_decoder()
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        settings = {key: model.get(key) or None for key in _MODEL_SETTINGS}
-        tokens = [[i, token.content if token.special else repr(token)] for i, token in sorted(added.items())]
-        decisive = [steps, settings, model["vocab"], merges, tokens, scheme, self.begin_ids]
-        text = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
-        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        tokens = [(i, token.content if token.special else repr(token)) for i, token in sorted(added.items())]
+        fingerprint = json_fingerprint(model, steps, tokens, scheme, self.begin_ids)
         config = self._surroundings.config
         is_own = config.get(TWIN_FINGERPRINT_KEY) == fingerprint and isinstance(
             config.get(FINGERPRINT_KEY), str
@@ -239,13 +228,13 @@ def _without_prefix_space(
     Of a LlamaTokenizer, transformers takes vocabulary and merges alone; flags beside it say the rest.
     """
     steps = {key: copy.deepcopy(data.get(key)) for key in ("normalizer", "pre_tokenizer")}
-    config, scheme = surroundings.config, "never"
-    is_llama = str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
-    if is_llama and spells_spaces:
-        if config.get("add_prefix_space") in (None, True):
-            scheme = "always" if config.get("legacy", False) else "first"
-        metaspace = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "never", "split": False}
-        return {"normalizer": None, "pre_tokenizer": metaspace}, scheme
+    scheme = surroundings.llama_scheme()
+    if scheme is not None and spells_spaces:
+        return {"normalizer": None, "pre_tokenizer": spaces("never")}, scheme
+    for scheme in ("first", "always"):
+        if steps["pre_tokenizer"] == spaces(scheme):
+            return steps | {"pre_tokenizer": spaces("never")}, scheme
+    scheme = "never"
     kept = [step for step in _steps(steps["normalizer"]) if step != {"type": "Prepend", "prepend": _SPACE}]
     if len(kept) < len(_steps(steps["normalizer"])):
         scheme = "always"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from lumi.tokenizer.files import (
     Surroundings,
     read_surroundings,
 )
-from lumi.tokenizer.hugging_face import HuggingFaceTokenizer
 from lumi.tokenizer.sentencepiece_bpe import SentencePieceTokenizer, is_of_the_recipe
 from lumi.tokenizer.sentencepiece_import import convert
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -56,7 +54,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _from_json(json_file, surroundings)
 
 
-def _from_json(file: Path, surroundings: Surroundings) -> HuggingFaceTokenizer:
+def _from_json(file: Path, surroundings: Surroundings) -> Tokenizer:
+    from lumi.tokenizer.hugging_face import HuggingFaceTokenizer  # Lumi's own need no further library
+
     data: Any = read_json(file)
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         expectation = "must be a tokenizer of the `tokenizers` library, an object with a model"
@@ -67,10 +67,11 @@ def _from_json(file: Path, surroundings: Surroundings) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(data, surroundings, files, str(file))
 
 
-def _converted(model: bytes, surroundings: Surroundings, where: str) -> HuggingFaceTokenizer:
-    data, names = convert(model, where, surroundings.config.get("add_bos_token") is not False)
+def _converted(model: bytes, surroundings: Surroundings, where: str) -> Tokenizer:
+    from lumi.tokenizer.hugging_face import HuggingFaceTokenizer
+
+    data, surroundings = convert(model, where, surroundings)
     files = {MODEL_FILE: model, JSON_FILE: json.dumps(data, ensure_ascii=False).encode()}
-    surroundings = replace(surroundings, names=names | surroundings.names)
     return HuggingFaceTokenizer(data, surroundings, files, where)
 
 

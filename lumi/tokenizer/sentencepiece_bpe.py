@@ -13,8 +13,14 @@ import sentencepiece
 
 from lumi.config import UserError, write_json
 from lumi.tokenizer import files as tokenizer_files
-from lumi.tokenizer.files import JSON_FILE, MODEL_FILE, Surroundings, write_tokenizer
-from lumi.tokenizer.hugging_face import HuggingFaceTokenizer
+from lumi.tokenizer.files import (
+    JSON_FILE,
+    METASPACE,
+    MODEL_FILE,
+    Surroundings,
+    json_fingerprint,
+    write_tokenizer,
+)
 from lumi.tokenizer.tokenizer import PROBE, Follows, Tokenizer
 
 # The recipe: ids 0 to 5, then the 256 bytes, then what was learned.
@@ -74,8 +80,9 @@ class SentencePieceTokenizer(Tokenizer):
         files = {MODEL_FILE: self._model, JSON_FILE: json.dumps(twin, ensure_ascii=False).encode()}
         write_tokenizer(Path(folder), files, self.chat_template)
         config = tokenizer_files.transformers_config(self.fingerprint)
-        as_read = HuggingFaceTokenizer(twin, Surroundings(config=config, names=_NAMES), files, JSON_FILE)
-        config[tokenizer_files.TWIN_FINGERPRINT_KEY] = as_read.fingerprint
+        steps, special = {"normalizer": None, "pre_tokenizer": METASPACE}, tuple(enumerate(SPECIAL_PIECES))
+        as_read = json_fingerprint(twin["model"], steps, special, "never", self.begin_ids)
+        config[tokenizer_files.TWIN_FINGERPRINT_KEY] = as_read
         write_json(Path(folder) / tokenizer_files.CONFIG_FILE, config)
 
 

@@ -64,6 +64,12 @@ class Tokenizer(ABC):
         other.chat_template = template
         return other
 
+    def with_ends(self, ends: Iterable[int]) -> Self:
+        """A copy for which further ids end a text, as a model's `generation_config.json` names them."""
+        other = copy.copy(self)
+        other.eos_ids = tuple(dict.fromkeys((*self.eos_ids, *ends)))
+        return other
+
     @property
     def prefix_id(self) -> int:
         """What a text is scored after that has nothing before it: BOS, or EOS where there is no BOS."""
@@ -86,7 +92,8 @@ class Tokenizer(ABC):
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer, and what transformers needs beside it, into `folder`. It may hold other files.
 
-        Imported files are copied unchanged. A different chat template replaces only the template.
+        Imported files are copied unchanged. A different chat template replaces only the template. Where only
+        `tokenizer.model` came, the others are made of it.
 
         Raises:
             UserError: `folder` holds another tokenizer.

@@ -11,6 +11,8 @@ from lumi.data.batches import Batch, Batches, prefetch
 from lumi.data.rows import ConversationRows, make_rows, validation_rows
 from lumi.data.token_cache import check_cache_dir, open_or_tokenize
 from lumi.data.token_store import TokenStore
+from lumi.formats.hf_format import ends_of
+from lumi.formats.pretrained import locate
 from lumi.parallel.world import World
 from lumi.tokenizer.loading import load_tokenizer
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -44,6 +46,8 @@ class RunData:
         with world.fail_together():
             check_cache_dir(paths.cache_dir, self.folders)
             tokenizer = load_tokenizer(paths.tokenizer_dir)
+            if paths.model_path is not None:
+                tokenizer = tokenizer.with_ends(ends_of(locate(paths.model_path)))
         stores: list[TokenStore] = []
         with world.fail_together(interruptible=True):
             if world.is_main:

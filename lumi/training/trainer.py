@@ -12,6 +12,7 @@ from torch import Tensor
 from lumi.checkpoint.saver import Saver
 from lumi.config import to_dict, write_json
 from lumi.data.batches import Batch
+from lumi.formats.hf_config import save_tokenizer
 from lumi.host.devices import peak_flops
 from lumi.host.storage import atomic_folder
 from lumi.parallel.sharding import gradient_sync, parallelize
@@ -232,7 +233,7 @@ class Trainer:
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.folder.config, to_dict(run.config))
             with atomic_folder(self.folder.tokenizer, replace=True) as temporary:
-                data.tokenizer.save(temporary)
+                save_tokenizer(temporary, data.tokenizer)
             plan = describe_plan(
                 run.config,
                 data.shares(),

@@ -38,20 +38,20 @@ def write(path, records):
 
 @pytest.mark.parametrize(("record", "expected"), FORMATS, ids=lambda value: str(value)[:40])
 def test_formats(tmp_path, record, expected):
-    found = recognise(find_source([write(tmp_path / "data.jsonl", [record] * 3)], "train"))
+    found = recognise(find_source([write(tmp_path / "data.jsonl", [record] * 3)]))
     assert {key: getattr(found.format, key) for key in expected} == expected
     assert (found.num_read, found.num_records) == (3, 3)
 
 
 def test_broken_records_are_counted_and_too_many_are_refused(tmp_path):
     good, bad = {"messages": TURNS}, {"messages": "x"}
-    found = recognise(find_source([write(tmp_path / "some.jsonl", [bad, good, good])], "train"))
+    found = recognise(find_source([write(tmp_path / "some.jsonl", [bad, good, good])]))
     assert (found.num_read, found.num_records) == (2, 3)
     assert found.example[0].content == "q"
     with pytest.raises(
         UserError, match=r"must hold conversations or pairs .*, got the fields messages; rename"
     ):
-        recognise(find_source([write(tmp_path / "most.jsonl", [bad, bad, bad, good])], "train"))
+        recognise(find_source([write(tmp_path / "most.jsonl", [bad, bad, bad, good])]))
 
 
 def test_where_data_lies(tmp_path):
@@ -64,10 +64,10 @@ def test_where_data_lies(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"messages": TURNS}]), table)
     kinds = {lines: JsonlSource, array: JsonSource, packed: JsonlSource, table: ParquetSource}
     for path, kind in kinds.items():
-        source = find_source([str(path)], "train")
+        source = find_source([str(path)])
         assert type(source) is kind
         assert recognise(source).num_read == 1
     assert find_source(["org/name"], "sft") == HubSource(name="data", dataset="org/name", split="sft")
     table.write_bytes(b"no")
     with pytest.raises(UserError, match=r"d\.parquet: must be a Parquet file"):
-        recognise(find_source([str(table)], "train"))
+        recognise(find_source([str(table)]))

@@ -2,11 +2,13 @@
 
 import pytest
 import transformers
+from hugging_face_tokenizers import make
 
 from lumi.config import UserError
 from lumi.formats.hf_config import from_hf_config, generation_config, to_hf_config
 from lumi.kernels.rope_scaling import Llama3Scaling
 from lumi.model.model_config import ModelConfig
+from lumi.tokenizer.loading import load_tokenizer
 
 SHAPE = {"num_layers": 3, "model_dim": 64, "num_heads": 4, "mlp_dim": 96, "max_positions": 128}
 SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=30)
@@ -51,6 +53,19 @@ def test_what_ends_an_answer(tokenizer):
     ):
         config = transformers.GenerationConfig.from_dict(generation_config(made))
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, ends, 3)
+
+
+ANSWER = "{% for m in messages %}<|im_start|>{{ m.content }}<|endoftext|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"), [(ANSWER, [3, 1]), ("{{ no end", 3), ("{{ messages[0].content }}", 3)]
+)
+def test_what_ends_an_answer_by_the_template_of_others(template, ends, tmp_path):
+    """Whatever the token is called; a template that fails ends none."""
+    tokenizer = load_tokenizer(make(tmp_path, "llama-3", chat_template=template))
+    assert (tokenizer.eos_id, tokenizer.control_id("<|endoftext|>")) == (3, 1)
+    assert generation_config(tokenizer)["eos_token_id"] == ends
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 from crafted_models import save_adapted, save_base
+from llama_2_tokenizers import train_model
 
 from lumi.config import UserError
 from lumi.formats.export import export_model, merge_adapter
 from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.pretrained import load_pretrained
 from lumi.model.lora import LoraConfig
+from lumi.tokenizer.loading import load_tokenizer
 
 TEMPLATE = "own {{ messages[0]['content'] }}"
 
@@ -121,6 +123,51 @@ def test_a_checkpoint_of_adapters_is_an_adapter(start, tokenizer, tmp_path):
     assert both.adapter == middle
     with pytest.raises(UserError, match="the base must be the one that the adapter was trained with"):
         load_pretrained(save_base(tokenizer, tmp_path / "other"), adapter_path=middle, device="cpu")
+
+
+def test_the_ids_that_end_a_text_are_those_of_the_model(base_dir, start, tokenizer, tmp_path):
+    """By its generation_config.json, whichever tokenizer comes with it; nothing that is made of it loses
+    them."""
+    edit(base_dir / "generation_config.json", lambda data: data.update(eos_token_id=[5, 77]))
+    tokenizer.save(tmp_path / "elsewhere")
+    ends_of = lambda path, **options: load_pretrained(path, device="cpu", **options).tokenizer.eos_ids
+    assert ends_of(base_dir) == ends_of(base_dir, tokenizer_path=tmp_path / "elsewhere") == (2, 5, 77)
+    for name, options in (("same", {}), ("another", {"tokenizer_path": tmp_path / "elsewhere"})):
+        export_model(base_dir, tmp_path / name, **options)
+        written = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert written["eos_token_id"] == [2, 5, 77]
+    save_adapted(base_dir, LoraConfig(rank=4), tokenizer, tmp_path / "adapter")
+    beside = tmp_path / "adapter" / "generation_config.json"
+    assert json.loads(beside.read_text())["eos_token_id"] == [2, 5]
+    beside.unlink()  # as older ones are, and PEFT's
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert ends_of(tmp_path / "adapter") == ends_of(tmp_path / "merged") == (2, 5, 77)
+    whole = start("whole", model=None, model_path=base_dir, num_steps=4)  # with a tokenizer folder of its own
+    checkpoint = whole / "checkpoints" / "step-00000004"
+    assert ends_of(whole) == ends_of(checkpoint) == (2, 5, 77)
+    assert ends_of(checkpoint, tokenizer_path=tmp_path / "elsewhere") == (2, 5, 77)
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["a tokenizer of Lumi's", "only tokenizer.model"])
+def test_every_folder_with_a_tokenizer_holds_its_json(others, base_dir, tokenizer, start, tmp_path):
+    if others:
+        train_model(base_dir, vocab_size=384)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (base_dir / name).unlink()
+        edit(base_dir / "config.json", lambda data: data.pop("tokenizer_fingerprint"))
+        tokenizer = load_tokenizer(base_dir)
+    tokenizer.save(tmp_path / "tokenizer")
+    export_model(base_dir, tmp_path / "exported")
+    save_adapted(base_dir, LoraConfig(rank=4), tokenizer, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    folders = [tmp_path / name for name in ("tokenizer", "exported", "adapter", "merged")]
+    if not others:
+        run = start(model=None, model_path=base_dir, num_steps=2)
+        folders += [run / "tokenizer", run / "final"]
+    for folder in folders:
+        assert (folder / "tokenizer.json").is_file()
+        assert transformers.AutoTokenizer.from_pretrained(folder).eos_token_id == tokenizer.eos_id
+        assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
 
 
 def our_logits(path):

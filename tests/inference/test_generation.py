@@ -1,14 +1,17 @@
 import io
+import json
 import sys
 
 import pytest
 import torch
+import transformers
+from crafted_models import speller
 
 from lumi.cli import dispatch
 from lumi.command_line import run
 from lumi.config import UserError
 from lumi.formats.hf_format import save_model
-from lumi.inference.generation import SamplingConfig, generate, generate_ids, sample
+from lumi.inference.generation import SamplingConfig, generate, generate_ids, sample, text_ids
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
 
@@ -292,6 +295,29 @@ def test_an_error_begins_on_a_line_of_its_own(tokenizer, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == "The river\n"
     assert captured.err.startswith("error: the model's output must be finite")
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "listed", "not listed"])
+def test_a_chat_model_continues_a_text_as_far_as_transformers_does(end, tokenizer, tmp_path, capsys):
+    """A model that says one word and then a token; which ones end a text stands in generation_config.json."""
+    (river,) = tokenizer.encode(" river")
+    (last,) = [tokenizer.control_id(end)] if end[0] == "<" else tokenizer.encode("\n")
+    save_model(tmp_path / "final", speller(tokenizer, {river: last, None: river}), tokenizer)
+    file = tmp_path / "final" / "generation_config.json"
+    config = json.loads(file.read_text())
+    assert config["eos_token_id"] == [tokenizer.eos_id, tokenizer.control_id("<|im_end|>")]
+    if end == "listed":
+        config["eos_token_id"].append(last)
+        file.write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    prompt = torch.tensor([text_ids(tokenizer, "The")])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False}
+    theirs = model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
+    assert theirs == ([river, last] * 3 if end == "not listed" else [river, last])
+    text = tokenizer.decode(theirs if end == "not listed" else theirs[:-1])
+    greedy = "--temperature 0 --max-new-tokens 6 --device cpu".split()
+    assert dispatch(["generate", "--model-path", str(tmp_path), "--prompt", "The", *greedy]) == 0
+    assert capsys.readouterr().out == f"The{text}\n"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,42 @@ def test_ids_are_those_of_sentencepiece_and_of_the_published_json(tokenizer, fol
         assert not set(ids) & set(tokenizer.control_ids.values())
 
 
+@pytest.mark.parametrize("config", [None, {}, {"legacy": True}, {"add_prefix_space": False}], ids=str)
+def test_the_json_that_is_written_for_a_model_alone_reads_as_the_model(config, tmp_path):
+    """Runs of spaces at the beginning of a text too; and a text behind a control token as Lumi reads it."""
+    train_model(tmp_path / "given")
+    if config is not None:
+        write_config(tmp_path / "given", **config)
+    tokenizer = load_tokenizer(tmp_path / "given")
+    tokenizer.save(tmp_path / "saved")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "given" / "tokenizer.model"))
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    runs = [" " * n + "a" + " " * (20 - n) + "b" for n in range(20)] + [" " * n for n in range(1, 20)]
+    prefixed = config != {"add_prefix_space": False}
+    for text in [*texts(), *runs]:
+        if text and "</s>" not in text:
+            ids = written.encode(text, add_special_tokens=False).ids
+            assert ids == tokenizer.encode(text)
+            assert written.decode(ids) == text
+            assert (ids == model.encode(text)) == prefixed
+            after = written.encode("</s>" + text, add_special_tokens=False).ids
+            assert after == [2, *tokenizer.encode(text, "control")]
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.fingerprint, again.control_ids) == (tokenizer.fingerprint, tokenizer.control_ids)
+    assert (again.bos_id, again.eos_id, again.unk_id) == (1, 2, 0)
+
+
+def test_a_json_that_lumi_wrote_before_is_the_same_tokenizer(tmp_path):
+    """One Metaspace, which puts no space before a text that begins with one."""
+    fingerprint = load_tokenizer(train_model(tmp_path)).fingerprint
+    load_tokenizer(tmp_path).save(tmp_path / "saved")
+    file = tmp_path / "saved" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["pre_tokenizer"] = data["pre_tokenizer"]["pretokenizers"][0] | {"prepend_scheme": "first"}
+    file.write_text(json.dumps(data))
+    assert load_tokenizer(tmp_path / "saved").fingerprint == fingerprint
+
+
 @pytest.mark.parametrize("reader", [LlamaTokenizer, AutoTokenizer])
 @pytest.mark.parametrize("source", ["tokenizer.json", "tokenizer.model"])
 def test_transformers_reads_the_same_ids(tokenizer, copied, reader, source):
