@@ -28,7 +28,6 @@ MAKE_ONE = (
     "--output-dir TOKENIZER`"
 )
 
-METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
 CHAT_TEMPLATE = TEMPLATES["chatml"].jinja
 
 READS_JSON = "PreTrainedTokenizerFast"  # transformers' class that takes `tokenizer.json` as it is

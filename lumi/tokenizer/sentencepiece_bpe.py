@@ -15,10 +15,10 @@ from lumi.config import UserError, write_json
 from lumi.tokenizer import files as tokenizer_files
 from lumi.tokenizer.files import (
     JSON_FILE,
-    METASPACE,
     MODEL_FILE,
     Surroundings,
     json_fingerprint,
+    spaces,
     write_tokenizer,
 )
 from lumi.tokenizer.tokenizer import PROBE, Follows, Tokenizer
@@ -80,7 +80,10 @@ class SentencePieceTokenizer(Tokenizer):
         files = {MODEL_FILE: self._model, JSON_FILE: json.dumps(twin, ensure_ascii=False).encode()}
         write_tokenizer(Path(folder), files, self.chat_template)
         config = tokenizer_files.transformers_config(self.fingerprint)
-        steps, special = {"normalizer": None, "pre_tokenizer": METASPACE}, tuple(enumerate(SPECIAL_PIECES))
+        steps, special = (
+            {"normalizer": None, "pre_tokenizer": spaces("never")},
+            tuple(enumerate(SPECIAL_PIECES)),
+        )
         as_read = json_fingerprint(twin["model"], steps, special, "never", self.begin_ids)
         config[tokenizer_files.TWIN_FINGERPRINT_KEY] = as_read
         write_json(Path(folder) / tokenizer_files.CONFIG_FILE, config)
