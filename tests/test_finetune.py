@@ -115,7 +115,7 @@ def test_a_folder_is_of_one_fine_tuning(model, chats, tmp_path):
         ((other, chats, *STEPS), "model was"),
         ((model, chats, "--epochs", 2, *STEPS), "epochs was null, is 2.0 now"),
         ((model, chats, *STEPS[:-1]), "overrides.4 was"),
-        ((model, chats, chats, *STEPS), "data was"),
+        ((model, chats, chats, *STEPS), "data.1 was"),
     ):
         with pytest.raises(
             UserError, match=rf"must be of the same fine-tuning, got .*{changed}.*; choose another"
