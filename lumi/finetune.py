@@ -156,7 +156,9 @@ class FineTuning:
             itertools.islice(_questions(self.corpus, TokenStore.open(self.tokens), tokenizer), NUM_ANSWERS)
         )
         result = self.merged if self.merged.is_dir() else self.run
-        before, after = (self._answers(path, tokenizer, asked) for path in (self.base, result))
+        before, after = (
+            self._answers(path, tokenizer, asked) if asked else [] for path in (self.base, result)
+        )
         for messages, old, new in zip(asked, before, after, strict=True):
             print(f"\n  question: {_cut(messages[-2].content)}")
             print(f"    before: {old}\n    after:  {new}\n    data:   {_cut(messages[-1].content)}")
@@ -164,7 +166,7 @@ class FineTuning:
 
     def _answers(self, path: Path, tokenizer: Tokenizer, asked: Sequence[Conversation]) -> list[str]:
         model = load_pretrained(path, device=self.device).model
-        room = model.config.max_positions - ANSWER_TOKENS
+        room = max(1, model.config.max_positions - ANSWER_TOKENS)
         prompts = [prompt_ids(tokenizer, messages[:-1])[-room:] for messages in asked]
         greedy = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0.0)
         answers = generate_ids(
@@ -218,6 +220,9 @@ def finetune(
     stages.claim({"data": [str(Path(path).resolve()) for path in data]} | call)
     stages.prepare(source)
     config = stages.choose(stages.tokenize(tokenizer), tokens, epochs, overrides)
+    if merge and config.lora is None:
+        remedy = "leave it out: run/final is a whole model then"
+        raise UserError("--merge", "must be left out where lora is null", got="both", remedy=remedy)
     if code := stages.train(config):
         return code
     if merge and not stages.merged.is_dir():

@@ -129,6 +129,17 @@ def test_a_folder_is_of_one_fine_tuning(model, chats, tmp_path):
     assert not (out / "model").exists()
 
 
+def test_all_parameters_instead_of_adapters(model, chats, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(
+        UserError, match="--merge must be left out where lora is null, got both; leave it out"
+    ):
+        finetune(model, chats, "--output-dir", out, "--merge", "lora=null", *STEPS)
+    assert not (out / "run").exists()
+    assert finetune(model, chats, "--output-dir", out, "lora=null", *STEPS) == 0
+    assert not (out / "run" / "final" / "adapter_config.json").exists()
+
+
 def test_what_the_template_refuses_is_not_asked(tmp_path, capsys):
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     tokenizer = load_tokenizer(make(tmp_path / "tokenizer", "qwen", chat_template=refusing))
