@@ -57,6 +57,8 @@ class FineTuning:
 
     def claim(self, call: dict[str, Any]) -> None:
         """Record what the folder is the fine-tuning of. Raises UserError if it is one of something else."""
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise UserError("--output-dir", "must be a folder", got=f"the file {self.output_dir}")
         path, call = self.output_dir / "finetune.json", {"model": str(self.model.resolve())} | call
         if path.is_file() and (changed := differences(read_json(path), call)):
             remedy = "choose another --output-dir, or remove that one"

@@ -155,7 +155,7 @@ def _derived(
                 "must render a conversation up to an answer as the beginning of the conversation with it, "
                 "or mark answers by {% generation %}",
                 got=f"another beginning for the answer of message {number}",
-                remedy="choose another --template",
+                remedy="choose another --template of `lumi tokenize`, or replace chat_template.jinja",
             )
         rest = range(content, len(answered))
         ends = (place for place in rest if isinstance(answered[place].part, ControlPiece))

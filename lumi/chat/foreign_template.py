@@ -91,6 +91,11 @@ def parts(
     return _parts(template, turns, tuple(pieces), tuple(variables), add_generation_prompt)
 
 
+def _word() -> str:
+    """A random word that no template changes unseen: long, in both cases, with what HTML and JSON escape."""
+    return f"{secrets.token_hex(16)}Aa<&\"'>{'.' * 500}{secrets.token_hex(16)}"
+
+
 def _white_space(content: str) -> tuple[str, str]:
     """The white space at both ends of a content."""
     start = len(content) - len(content.lstrip())
@@ -105,7 +110,7 @@ def _parts(
     variables: tuple[tuple[str, str], ...],
     add_generation_prompt: bool,
 ) -> tuple[Part, ...]:
-    words, thoughts = ([secrets.token_hex(16) for _ in turns] for _ in range(2))
+    words, thoughts = ([_word() for _ in turns] for _ in range(2))
     messages = [
         {"role": role, "content": before + word + after} | ({"reasoning_content": thought} if thinks else {})
         for word, thought, (role, thinks, before, after) in zip(words, thoughts, turns, strict=True)

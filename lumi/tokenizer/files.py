@@ -85,15 +85,19 @@ def read_surroundings(folder: Path) -> Surroundings:
     files = {name: (folder / name).read_bytes() for name in _KEPT_FILES if (folder / name).is_file()}
     config, special, added = (_read_object(folder / name) for name in _KEPT_FILES)
     for key, token in _object(config.get("added_tokens_decoder", {}), folder / CONFIG_FILE).items():
-        added[_content(token)] = int(key) if key.isdecimal() else key
+        name = _content(token)
+        added[name if _is_name(name) else ""] = int(key) if key.isdecimal() else key
     for name, number in added.items():
-        if not isinstance(name, str) or type(number) is not int:
+        if not _is_name(name) or type(number) is not int:
             got, remedy = f"{name!r}: {number!r}", "correct its JSON files"
             raise UserError(f"{folder}: an added token", "must be a name and an id", got=got, remedy=remedy)
     names = {}
     for role in _ROLES:
         token = _content(config.get(f"{role}_token", special.get(f"{role}_token")))
-        if isinstance(token, str):
+        if token is not None and not _is_name(token):
+            expectation, remedy = "must be the name of a token", "correct its JSON files"
+            raise UserError(f"{folder}: {role}_token", expectation, got=repr(token)[:60], remedy=remedy)
+        if token is not None:
             names[role] = token
     file = folder / TEMPLATE_FILE
     template = file.read_text(encoding="utf-8") if file.is_file() else _template_in(config)
@@ -101,15 +105,23 @@ def read_surroundings(folder: Path) -> Surroundings:
     return Surroundings(files, config, names, added, tuple(extra), read_ends(folder), template)
 
 
+def _is_name(token: Any) -> bool:
+    return isinstance(token, str) and token != "" and token.isprintable() | token.isascii()
+
+
 def _extra_tokens(config: dict[str, Any]) -> list[str]:
-    """Special tokens without a role, as transformers 4 and 5 write them."""
-    lists = (config.get("extra_special_tokens"), config.get("additional_special_tokens"))
-    tokens = [
-        _content(token)
-        for listed in lists
-        for token in (listed.values() if isinstance(listed, dict) else listed or ())
-    ]
-    return [token for token in tokens if isinstance(token, str)]
+    """Special tokens without a role, as transformers 4 and 5 write them: a list, or an object by role."""
+    names: list[str] = []
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        listed = config.get(key) or []
+        tokens = list(listed.values()) if isinstance(listed, dict) else listed
+        if not isinstance(tokens, list) or not all(_is_name(_content(token)) for token in tokens):
+            remedy = "correct its JSON files"
+            raise UserError(
+                f"{key}", "must be a list of names of tokens", got=repr(listed)[:60], remedy=remedy
+            )
+        names += map(_content, tokens)
+    return names
 
 
 def read_ends(folder: Path) -> tuple[int, ...]:

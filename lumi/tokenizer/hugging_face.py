@@ -60,6 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
         steps, scheme = _without_prefix_space(data, surroundings, self._spells_spaces)
         self._prefixed = _PREFIXED[scheme]
         self._library = _library(files[JSON_FILE], steps, where)
+        _refuse_strips(data, where)
         _add_tokens(self._library, surroundings, where)
         self._library.encode_special_tokens = True  # control tokens in a text are spelt out
         super().__init__(self._bytes_of_tokens())
@@ -197,6 +198,15 @@ def _library(file: bytes, steps: dict[str, Any], where: str) -> Library:
     whole.no_truncation()
     whole.no_padding()
     return whole
+
+
+def _refuse_strips(data: dict[str, Any], where: str) -> None:
+    """Raises UserError for control tokens that change the text around them, which Lumi encodes by itself."""
+    for token in data.get("added_tokens", []):
+        if token["special"] and any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
+            subject = f"{where}: {token['content']!r}"
+            expectation = "must stand for itself alone, without lstrip, rstrip and single_word"
+            raise UserError(subject, expectation, got="one of them", remedy=_REFUSED)
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -177,6 +177,10 @@ def test_what_ends_an_answer_is_what_stands_behind_it(tokenizer):
         ("{{ messages[0].content }}{{ messages[0].content }}", "message 1 (user) 2 times"),
         ("{{ messages[0].content }}{{ messages[1].content | upper }}", "message 2 (assistant) 0 times"),
         ("{{ messages[0].content }}{{ messages[1].content[:5] }}", "message 2 (assistant) 0 times"),
+        ("{{ messages[0].content }}{{ messages[1].content[:400] }}", "message 2 (assistant) 0 times"),
+        ("{{ messages[0].content | lower }}{{ messages[1].content }}", "message 1 (user) 0 times"),
+        ("{{ messages[0].content | e }}{{ messages[1].content }}", "message 1 (user) 0 times"),
+        ("{{ messages[0].content | tojson }}{{ messages[1].content }}", "message 1 (user) 0 times"),
     ],
 )
 def test_templates_that_drop_repeat_or_change_a_message(template, count):

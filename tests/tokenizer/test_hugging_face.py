@@ -251,3 +251,35 @@ def test_an_eos_token_is_needed(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     assert load_tokenizer(tmp_path).eos_ids == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"extra_special_tokens": 5}, "extra_special_tokens must be a list of names of tokens, got 5"),
+        (
+            {"additional_special_tokens": "<x>"},
+            "additional_special_tokens must be a list .* got '<x>'",
+        ),
+        ({"additional_special_tokens": ["\ud800"]}, "must be a list of names of tokens"),
+        ({"added_tokens_decoder": {"2": [1]}}, "an added token must be a name and an id, got '': 2"),
+        ({"eos_token": "\ud800"}, "eos_token must be the name of a token"),
+        ({"eos_token": 3}, "eos_token must be the name of a token, got 3"),
+    ],
+    ids=str,
+)
+def test_names_that_are_none(tmp_path, config, message):
+    make(tmp_path, "qwen", **config)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_control_tokens_that_eat_white_space_are_refused(folders, tmp_path):
+    make(tmp_path, "qwen")
+    data = json.loads((folders["qwen"] / "tokenizer.json").read_text())
+    data["added_tokens"][2]["rstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(
+        UserError, match="must stand for itself alone, without lstrip, rstrip and single_word"
+    ):
+        load_tokenizer(tmp_path)
