@@ -30,7 +30,7 @@ from lumi.formats.export import merge_adapter
 from lumi.formats.hf_format import read_shape
 from lumi.formats.pretrained import load_pretrained, locate
 from lumi.host.devices import choose_device, fast_bfloat16
-from lumi.host.storage import remove_folder
+from lumi.host.storage import check_output, remove_folder
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
 from lumi.planning.finetuning import choose, estimated_seconds
 from lumi.tokenizer.loading import load_tokenizer
@@ -56,9 +56,12 @@ class FineTuning:
         self.run, self.merged = output_dir / "run", output_dir / "model"
 
     def claim(self, call: dict[str, Any]) -> None:
-        """Record what the folder is the fine-tuning of. Raises UserError if it is one of something else."""
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise UserError("--output-dir", "must be a folder", got=f"the file {self.output_dir}")
+        """Record what the folder is the fine-tuning of.
+
+        Raises:
+            UserError: it is one of something else, or cannot be written to.
+        """
+        check_output(self.output_dir, renamed=False)
         path, call = self.output_dir / "finetune.json", {"model": str(self.model.resolve())} | call
         if path.is_file() and (changed := differences(read_json(path), call)):
             remedy = "choose another --output-dir, or remove that one"

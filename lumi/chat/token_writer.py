@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+Follows = Literal["nothing", "control", "text"]  # what stands before a text that is encoded
+
 
 class ChatTokenizer(Protocol):
     """What rendering needs of a tokenizer, such as `lumi.tokenizer.tokenizer.Tokenizer`."""
@@ -17,7 +19,7 @@ class ChatTokenizer(Protocol):
     token_bytes: np.ndarray
     chat_template: str | None
 
-    def encode(self, text: str, follows: Literal["nothing", "control", "text"] = "nothing") -> list[int]:
+    def encode(self, text: str, follows: Follows = "nothing") -> list[int]:
         """Ids of plain text, never a control id. `follows`: what stands before the text."""
         ...
 
@@ -74,7 +76,7 @@ class TokenWriter:
         pieces, self._waiting = self._waiting, []
         if not pieces:
             return
-        follows: Literal["nothing", "control", "text"] = "control" if self._ends_in_control else "text"
+        follows: Follows = "control" if self._ends_in_control else "text"
         ids = self.tokenizer.encode("".join(text for text, _ in pieces), follows if self.ids else "nothing")
         self._add(ids, self._mask_of(ids, pieces))
 

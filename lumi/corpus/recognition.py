@@ -82,12 +82,12 @@ def find_source(data: Sequence[str], split: str | None = None) -> FoundSource:
     kinds = sorted({_kind(path) for path in data})
     if kinds == ["parquet"]:
         return ParquetSource(name="data", paths=tuple(data))
-    if len(kinds) > 1 or kinds[0] not in ("jsonl", "json"):
+    if kinds != ["jsonl"]:
         expectation = "must be .jsonl, .json or .parquet files, all of one kind, or a dataset on the hub"
         remedy = "convert them, or use `lumi prepare`"
         raise UserError("the data", expectation, got=", ".join(data), remedy=remedy)
-    source = JsonlSource(name="data", paths=tuple(data))
-    return JsonSource(name="data", paths=tuple(data)) if _is_array(data[0]) else source
+    kind = JsonSource if _is_array(data[0]) else JsonlSource
+    return kind(name="data", paths=tuple(data))
 
 
 def recognise(source: FoundSource) -> Recognised:

@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
+from lumi.chat.token_writer import Follows
 from lumi.config import UserError
 from lumi.host.text import utf8
 from lumi.tokenizer.files import (
@@ -27,7 +28,7 @@ from lumi.tokenizer.files import (
     spaces,
     write_tokenizer,
 )
-from lumi.tokenizer.tokenizer import PROBE, Follows, Tokenizer
+from lumi.tokenizer.tokenizer import PROBE, Tokenizer
 
 _SPACE = "▁"  # U+2581, which byte-fallback vocabularies write for a space
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # the others are in no text

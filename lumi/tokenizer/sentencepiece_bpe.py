@@ -11,6 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from lumi.chat.token_writer import Follows
 from lumi.config import UserError, write_json
 from lumi.tokenizer import files as tokenizer_files
 from lumi.tokenizer.files import (
@@ -21,7 +22,7 @@ from lumi.tokenizer.files import (
     spaces,
     write_tokenizer,
 )
-from lumi.tokenizer.tokenizer import PROBE, Follows, Tokenizer
+from lumi.tokenizer.tokenizer import PROBE, Tokenizer
 
 # The recipe: ids 0 to 5, then the 256 bytes, then what was learned.
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")

@@ -8,14 +8,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 
+from lumi.chat.token_writer import Follows
 from lumi.config import UserError
 from lumi.host.text import utf8
-
-Follows = Literal["nothing", "control", "text"]
 
 PROBE = "  a\tb \r\n\n é e\u0301 ﬁ ½ ① ｶﾞ \u00a0\u3000\ufeff 12 "  # what the usual normalizers change
 
