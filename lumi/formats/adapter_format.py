@@ -53,7 +53,7 @@ def save_adapter(
     base: str | Path,
     base_fingerprint: str,
     values: Mapping[str, Tensor] | None = None,
-    parents: Sequence[Parent] = (),
+    parents: Sequence[Parent] | None = None,
 ) -> None:
     """Write the adapters of a model, and its tokenizer. Replaces an older folder atomically.
 
@@ -61,7 +61,7 @@ def save_adapter(
         base: the folder of the model under the adapters.
         base_fingerprint: `weights_fingerprint` of that folder when the model was loaded.
         values: the values of the adapters' parameters, by the model's names; None: those in the model.
-        parents: what the adapter was made from.
+        parents: what the adapter was made from; None: that is not recorded.
     """
     tensors = _parameters(model)
     if values is not None:

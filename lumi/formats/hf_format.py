@@ -44,7 +44,7 @@ def save_model(
     tokenizer: Tokenizer,
     dtype: str = "float32",
     max_shard_bytes: int | None = None,
-    parents: Sequence[Parent] = (),
+    parents: Sequence[Parent] | None = None,
 ) -> None:
     """Write a model that is in memory; otherwise as `save_model_tensors`."""
     save_model_tensors(folder, model.config, model.state_dict(), tokenizer, dtype, max_shard_bytes, parents)
@@ -57,7 +57,7 @@ def save_model_tensors(
     tokenizer: Tokenizer,
     dtype: str = "float32",
     max_shard_bytes: int | None = None,
-    parents: Sequence[Parent] = (),
+    parents: Sequence[Parent] | None = None,
 ) -> None:
     """Write a folder that transformers and other readers of its format can load.
 
@@ -71,7 +71,7 @@ def save_model_tensors(
         max_shard_bytes: the most bytes of tensors in one file. Larger weights are cut into files named
             `model-00001-of-00003.safetensors` and so on, with an index; a larger tensor gets a file of its
             own. None: one file.
-        parents: what the model was made from.
+        parents: what the model was made from; None: that is not recorded.
     """
     with atomic_folder(folder, replace=True) as temporary:
         save_tokenizer(temporary, tokenizer)

@@ -33,14 +33,14 @@ class Parent(NamedTuple):
 
 
 class Provenance(NamedTuple):
-    """What a `provenance.json` says; the paths of the parents are those where they were."""
+    """What a `provenance.json` says. Parents have the paths where they were; None: they are not recorded."""
 
     kind: str
-    parents: tuple[Parent, ...]
+    parents: tuple[Parent, ...] | None
     files: Files
 
 
-def write_provenance(folder: Path, kind: str, parents: Sequence[Parent], files: Files) -> None:
+def write_provenance(folder: Path, kind: str, parents: Sequence[Parent] | None, files: Files) -> None:
     """Write `provenance.json` into a folder, or into the `atomic_folder` that becomes it."""
     parts = {"parents": to_plain(parents, folder), "files": dict(sorted(files.items()))}
     write_json(folder / PROVENANCE_FILE, {"format": FORMAT, "kind": kind, **parts})
@@ -63,31 +63,39 @@ def read_provenance(folder: Path) -> Provenance | None:
         remedy = "verify with the version of Lumi that wrote it"
         raise UserError(f"{path}: format", f"must be {FORMAT}", got=data["format"], remedy=remedy)
     try:
-        files = data["files"]
-        if not all(Path(name).name == name and _is_record(files[name]) for name in files):
-            raise TypeError  # a name with a folder in it could point anywhere
-        return Provenance(str(data["kind"]), from_plain(data["parents"], folder), files)
-    except (KeyError, TypeError) as error:
-        expectation = "must give kind, parents and files, and does not: it is damaged"
-        raise UserError(f"{path}:", expectation, remedy="copy it again") from error
+        kind, parents, files = (data[key] for key in ("kind", "parents", "files"))
+        whole = all(Path(name).name == name and isinstance(files[name]["sha256"], str) for name in files)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:  # a name with a folder in it could point anywhere
+        expectation = "must give a kind, parents and the SHA-256 of files, and does not: it is damaged"
+        raise UserError(f"{path}:", expectation, remedy="copy it again")
+    return Provenance(str(kind), from_plain(parents, folder), files)
 
 
-def _is_record(record: Any) -> bool:
-    return isinstance(record, dict) and isinstance(record.get("sha256"), str)
-
-
-def to_plain(parents: Sequence[Parent], folder: Path) -> list[dict[str, str]]:
+def to_plain(parents: Sequence[Parent] | None, folder: Path) -> list[dict[str, str]] | None:
     """Parents as JSON values, their paths relative to a folder, which need not exist yet."""
+    if parents is None:
+        return None
     return [
         {"kind": parent.kind, "path": _relative(parent.path, folder), "identity": parent.identity}
         for parent in parents
     ]
 
 
-def from_plain(values: Any, folder: Path) -> tuple[Parent, ...]:
-    """What `to_plain` was given. Raises KeyError or TypeError for other values."""
+def from_plain(values: Any, folder: Path) -> tuple[Parent, ...] | None:
+    """What `to_plain` was given. Raises UserError for other values."""
+    if values is None:
+        return None
+    try:
+        fields = [tuple(str(each[field]) for field in Parent._fields) for each in values]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: parents", "must each have kind, path and identity", got=repr(values)[:60]
+        ) from error
     return tuple(
-        Parent(str(each["kind"]), folder.resolve() / each["path"], str(each["identity"])) for each in values
+        Parent(kind, Path(os.path.normpath(folder.resolve() / path)), identity)
+        for kind, path, identity in fields
     )
 
 

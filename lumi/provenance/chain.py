@@ -74,7 +74,8 @@ def verify(path: str | Path, search: Sequence[str | Path] = ()) -> Link:
     for folder in search:
         if not Path(folder).is_dir():
             raise UserError("--search", "must be a folder", got=folder)
-    found = _of_run(Path(path))
+    found = Path(path)
+    found = _of_run(found) if found.is_dir() else found
     kind = kind_of(found) if found.is_dir() else None
     if kind is None:
         expectation = f"must be the folder of one of {', '.join(sorted(KINDS))}, or a run"
@@ -94,7 +95,7 @@ def _of_run(path: Path) -> Path:
 class _Walk:
     def __init__(self, search: Sequence[str | Path]) -> None:
         self._search = search
-        self._shown: set[tuple[str, Path]] = set()
+        self._shown: set[tuple[str, Path, Verdict]] = set()
         self._examine = functools.cache(_examine)  # a base is under several adapters
 
     def follow(self, kind: str, path: Path, wanted: str | None) -> Link:
@@ -103,15 +104,14 @@ class _Walk:
         lost = finding.verdict == "missing" or _is_another(finding, wanted)
         if lost and (elsewhere := self._find(kind, wanted)) is not None:
             path, finding, moved = elsewhere, self._examine(kind, elsewhere), "it has moved"
-        identity = finding.identity or wanted or ""
+        link = Link(kind, path, finding.identity or wanted or "", finding.verdict, finding.detail or moved)
         if wanted and _is_another(finding, wanted):
-            detail = f"recorded {wanted[:SHORT]}, found {identity[:SHORT]}"
-            return Link(kind, path, identity, "from another chain", detail)
-        link = Link(kind, path, identity, finding.verdict, finding.detail or moved)
-        if (key := (kind, path.resolve())) in self._shown:
-            link.repeated = True
-        else:
-            self._shown.add(key)
+            link.verdict = "from another chain"
+            link.detail = f"recorded {wanted[:SHORT]}, found {link.identity[:SHORT]}"
+        key = (kind, path.resolve(), link.verdict)
+        link.repeated = key in self._shown
+        self._shown.add(key)
+        if not link.repeated and link.verdict != "from another chain":
             link.parents = [self.follow(*parent) for parent in finding.parents]
         return link
 
@@ -142,6 +142,8 @@ def _is_another(finding: _Finding, wanted: str | None) -> bool:
 
 def _examine(kind: str, path: Path) -> _Finding:
     """Compare an artefact with its own record."""
+    if kind not in KINDS:
+        return _Finding("not recorded", "this version of lumi does not know the kind")
     try:
         if not is_artifact(path, kind):
             return _Finding("missing", "another folder is there" if path.exists() else "")
@@ -150,6 +152,8 @@ def _examine(kind: str, path: Path) -> _Finding:
         if (fault := _fault(record.files)) is not None:
             return _Finding(*fault, parents=parents)
         identity = KINDS[kind].identity(path)
+    except FileNotFoundError as error:
+        return _Finding("missing", Path(error.filename).name)
     except UserError as error:
         return _Finding("changed", str(error.replace(remedy="")))
     return _Finding("not recorded" if record.parents is None else "ok", "", identity, parents)

@@ -113,6 +113,7 @@ def train_tokenizer(
             f"{output_dir}: holds another tokenizer ({fingerprints})",
             remedy="choose another --output-dir or remove that folder",
         )
+    tokenizer.folder = output_dir
     return tokenizer
 
 
