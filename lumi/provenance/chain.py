@@ -74,9 +74,8 @@ def verify(path: str | Path, search: Sequence[str | Path] = ()) -> Link:
     for folder in search:
         if not Path(folder).is_dir():
             raise UserError("--search", "must be a folder", got=folder)
-    found = Path(path)
-    found = _of_run(found) if found.is_dir() else found
-    kind = kind_of(found) if found.is_dir() else None
+    found = _of_run(Path(path)) if Path(path).is_dir() else Path(path)
+    kind = kind_of(found)
     if kind is None:
         expectation = f"must be the folder of one of {', '.join(sorted(KINDS))}, or a run"
         got = "another folder" if found.is_dir() else "a file" if found.exists() else "nothing"
@@ -118,7 +117,7 @@ class _Walk:
     def _find(self, kind: str, identity: str | None) -> Path | None:
         """Where something that has moved is now."""
         for found, path in self._elsewhere:
-            with contextlib.suppress(UserError):  # damaged
+            with contextlib.suppress(UserError, FileNotFoundError):  # damaged
                 if found == kind and KINDS[kind].identity(path) == identity:
                     return path
         return None
@@ -146,7 +145,7 @@ def _examine(kind: str, path: Path) -> _Finding:
         return _Finding("not recorded", "this version of lumi does not know the kind")
     try:
         if not is_artifact(path, kind):
-            return _Finding("missing", "another folder is there" if path.exists() else "")
+            return _Finding("missing", "something else is there" if path.exists() else "")
         record = KINDS[kind].record(path)
         parents = record.parents or ()
         if (fault := _fault(record.files)) is not None:
