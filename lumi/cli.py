@@ -310,6 +310,27 @@ def _add_export(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--max-shard-size", metavar="SIZE", help=size)
 
 
+def verify(argv: list[str]) -> int:
+    """what a folder was made from, back to the texts, by the recorded hashes"""
+    from lumi.provenance import chain
+    from lumi.provenance.tree import to_json, tree
+
+    texts = {
+        "path": "a corpus, tokenizer, token store, checkpoint, model, adapter or evaluation, or a run",
+        "search": "where to look for what has moved",
+        "json": "print the tree as JSON",
+    }
+    more = "Exit code 1: something is missing, changed or from another chain. Nothing is modified."
+    arguments = parser("lumi verify", f"{_summary(verify)}. {more}")
+    arguments.add_argument("path", type=Path, metavar="PATH", help=texts["path"])
+    arguments.add_argument("--search", nargs="+", default=[], type=Path, metavar="DIR", help=texts["search"])
+    arguments.add_argument("--json", action="store_true", help=texts["json"])
+    options = arguments.parse_args(argv)
+    link = chain.verify(options.path, options.search)
+    print(to_json(link) if options.json else tree(link))
+    return 1 if link.is_broken else 0
+
+
 def plan(argv: list[str]) -> int:
     """memory, communication, time and checkpoints of a config on many GPUs, on paper"""
     from lumi.host.devices import GPUS
@@ -400,6 +421,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         evaluate,
         export,
         merge,
+        verify,
         finetune,
         demo,
     )

@@ -12,6 +12,7 @@ from lumi.corpus import read_corpus
 from lumi.data.token_store import TokenStore
 from lumi.planning import pace
 from lumi.planning.pace import Pace
+from lumi.provenance.chain import verify
 from lumi.tokenizer.loading import load_tokenizer
 
 TRAIN = {
@@ -90,6 +91,9 @@ def test_all_stages_and_a_second_call(small_configs, tmp_path, capsys):
     assert (output / "finetune" / "final" / "adapter_model.safetensors").exists()
     results = read_json(output / "evaluation" / "evaluation_results.json")
     assert set(results["perplexity"]) == {str(output / "tokens"), str(output / "questions")}
+    chain = list(verify(output / "evaluation").all())
+    assert {link.verdict for link in chain} == {"ok"}
+    assert len(chain) == 12
 
     seen, held_out = questions(output / "questions_train"), questions(output / "questions_held_out")
     assert not seen & held_out

@@ -21,6 +21,7 @@ from lumi.formats.hf_format import load_model, read_shape, save_model
 from lumi.formats.pretrained import load_pretrained
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
+from lumi.provenance.chain import verify
 from lumi.tokenizer.loading import load_tokenizer
 from lumi.training.metrics import read_metrics
 
@@ -194,6 +195,9 @@ def test_chatml_for_a_model_without_a_template(tmp_path, chats, capsys):
     assert not torch.equal(merged.model.output_weight[size + 1], rows[size + 1])
     assert torch.equal(merged.model.output_weight[:size], rows[:size])
     assert json.loads((out / "model" / "generation_config.json").read_text())["eos_token_id"] == [0, size + 1]
+    models = {each.path: each.verdict for each in verify(out / "model").all() if each.kind == "model"}
+    # What `save_model` wrote for this test stands for a model of others.
+    assert models == {out / "model": "ok", out / "base": "ok", model: "not recorded"}
     theirs = transformers.AutoTokenizer.from_pretrained(out / "model")
     asked = [{"role": "user", "content": "hi"}]
     assert theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"][0] == size

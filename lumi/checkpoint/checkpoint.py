@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lumi.checkpoint.manifest import MANIFEST, REMEDY, Groups, SavedTensor, dtype_name, read_contents
 from lumi.config import UserError
-from lumi.host.storage import check_file, discard_folders
+from lumi.host.provenance import Parent
+from lumi.host.storage import check_file, discard_folders, sha256_file
 from lumi.parallel.tensor_pieces import fill
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -39,6 +40,11 @@ class Checkpoint:
     groups: Groups
     records: dict[str, dict[str, Any]]
     _opened: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # mapped into memory
+
+    @property
+    def as_parent(self) -> Parent:
+        """The checkpoint as what something is made from. Its manifest holds the hashes of all it has."""
+        return Parent("checkpoint", self.path, sha256_file(self.path / MANIFEST))
 
     def verify(self, part: int = 0, parts: int = 1, group: str = "") -> None:
         """Compare the bytes of the tensor files with the manifest: of all, of one share, of one group.

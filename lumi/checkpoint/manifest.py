@@ -53,7 +53,7 @@ def read_contents(folder: Path) -> Contents:
         UserError: the manifest is of another format, or cannot be read now.
         OSError: another file cannot be read now.
     """
-    records = _read_manifest(folder / MANIFEST)
+    records = read_manifest(folder / MANIFEST)
     for name in (STATE, TENSORS):
         if name not in records:
             expectation = f"must give the size and SHA-256 of {name}, and does not: it is corrupt"
@@ -92,7 +92,7 @@ def _read_json(path: Path) -> Any:
         raise DamagedError(error.subject, error.expectation, got=error.got, remedy=REMEDY) from error
 
 
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 by file name.
 
     Raises:

@@ -4,6 +4,7 @@ A corpus holds texts, conversations or pairs. Its columns are `text`, or `messag
 `rejected`; and `source`.
 """
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from lumi.chat.messages import Conversation
 from lumi.chat.pairs import Pair
 from lumi.config import UserError, read_json
 from lumi.corpus.documents import Document, Kind, from_plain, text_of
+from lumi.host.provenance import Parent
 from lumi.host.storage import sha256_file
 
 KIND = "lumi-corpus"
@@ -75,6 +77,17 @@ class CorpusReader:
     def num_shards(self) -> int:
         """How many shards there are. They can be read independently, in one process each."""
         return len(self.manifest["shards"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the hashes of the shards. It identifies the documents, however they were made."""
+        hashes = "".join(shard["sha256"] for shard in self.manifest["shards"])
+        return hashlib.sha256(hashes.encode()).hexdigest()
+
+    @property
+    def as_parent(self) -> Parent:
+        """The corpus as what something is made from."""
+        return Parent("corpus", self.folder, self.fingerprint)
 
     @property
     def holds(self) -> Kind:

@@ -1,8 +1,10 @@
 """`manifest.json` of a token store: what it holds, where its documents come from, the hashes of its files."""
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from lumi.config import UserError, from_dict, read_json
 MANIFEST_FILE = "manifest.json"
 KIND: Literal["lumi-token-store"] = "lumi-token-store"
 FORMAT = 1
+STORE = "token store"  # as the kind of a parent
 SPLITS = ("train", "validation")
 TOKENIZE_COMMAND = "lumi tokenize --corpus-dirs CORPUS --tokenizer-dir TOKENIZER --output-dir"
 
@@ -91,6 +94,18 @@ class StoreManifest:
     template: str | None = None
     pairs: bool = False
     splits: dict[str, SplitManifest]
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of the files of all splits, by name."""
+        return {name: asdict(file) for split in self.splits.values() for name, file in split.files.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's fingerprint and the hashes of all files. It identifies the tokens."""
+        hashes = {name: file["sha256"] for name, file in self.files.items()}
+        decisive = json.dumps([self.tokenizer_fingerprint, hashes], sort_keys=True)
+        return hashlib.sha256(decisive.encode()).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

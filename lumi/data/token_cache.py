@@ -16,7 +16,7 @@ from lumi.corpus import is_corpus, read_corpus
 from lumi.corpus.folder import CorpusReader
 from lumi.data.store_manifest import is_token_store, read_store_manifest
 from lumi.data.token_store import TokenStore
-from lumi.data.tokenization import DEFAULT_VALIDATION_FRACTION, corpus_fingerprint, tokenize
+from lumi.data.tokenization import DEFAULT_VALIDATION_FRACTION, tokenize
 from lumi.host.storage import check_output, is_writable, remove_folder
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ def token_cache(corpus: CorpusReader, tokenizer: Tokenizer, cache_dir: str | Pat
         if is_writable(parent) or (is_token_store(inside) and _is_current(inside, corpus)):
             return inside
         cache_dir = _user_cache() / "tokens"
-    return Path(cache_dir) / f"{corpus_fingerprint(corpus)[:16]}-{name}"
+    return Path(cache_dir) / f"{corpus.fingerprint[:16]}-{name}"
 
 
 def check_cache_dir(cache_dir: str | Path | None, data_dirs: Sequence[str | Path]) -> None:
@@ -109,7 +109,7 @@ def _tokenized(
 
 
 def _is_current(cache: Path, corpus: CorpusReader) -> bool:
-    return read_store_manifest(cache).inputs["corpus 0"] == corpus_fingerprint(corpus)
+    return read_store_manifest(cache).inputs["corpus 0"] == corpus.fingerprint
 
 
 def _user_cache() -> Path:

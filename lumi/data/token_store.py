@@ -20,6 +20,7 @@ import numpy as np
 from lumi.config import UserError
 from lumi.data.store_manifest import (
     MANIFEST_FILE,
+    STORE,
     TOKENIZE_COMMAND,
     SplitManifest,
     StoreManifest,
@@ -27,6 +28,7 @@ from lumi.data.store_manifest import (
     token_dtype,
 )
 from lumi.data.stored_array import StoredArray
+from lumi.host.provenance import Parent
 from lumi.host.storage import check_file
 
 _CHECK_TOKENS = 1 << 24  # read at a time for the largest id
@@ -118,6 +120,11 @@ class TokenStore:
             for name in manifest.splits
         }
         return cls(folder, manifest, splits)
+
+    @property
+    def as_parent(self) -> Parent:
+        """The store as what something is made from."""
+        return Parent(STORE, self.folder, self.manifest.fingerprint)
 
     def has_split(self, name: str) -> bool:
         """Whether the store has the split "train" or "validation"."""

@@ -1,7 +1,6 @@
 """Stage `tokenize`: corpus folders -> a token store."""
 
 import errno
-import hashlib
 import math
 import sys
 from collections import Counter
@@ -16,10 +15,17 @@ from lumi.chat.templates import TEMPLATES, Template
 from lumi.config import UserError
 from lumi.corpus import CorpusReader, read_corpus
 from lumi.data.encoding import Documents, Encoded, EncodingSettings, encode_all
-from lumi.data.store_manifest import TOKENIZE_COMMAND, StoreManifest, is_token_store, read_store_manifest
+from lumi.data.store_manifest import (
+    STORE,
+    TOKENIZE_COMMAND,
+    StoreManifest,
+    is_token_store,
+    read_store_manifest,
+)
 from lumi.data.store_writer import StoreWriter
 from lumi.data.token_store import TokenStore
 from lumi.host.progress import progress_bar
+from lumi.host.provenance import record_files, write_provenance
 from lumi.host.storage import atomic_folder, check_output, sweep_dead
 from lumi.host.workers import num_cores
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -88,9 +94,7 @@ def tokenize(
     )
     try:
         with closing(encoded):  # an exception ends the threads too
-            return _write_store(
-                output_dir, encoded, settings, inputs, readers[0].holds == "pairs", bool(validation_readers)
-            )
+            return _write_store(output_dir, encoded, settings, inputs, readers, validation_readers)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -98,12 +102,6 @@ def tokenize(
         if (existing := _existing_store(output_dir, tokenizer, inputs)) is None:
             raise
         return existing
-
-
-def corpus_fingerprint(reader: CorpusReader) -> str:
-    """SHA-256 of the hashes of a corpus' shards: what the manifest of a token store calls the corpus."""
-    hashes = "".join(shard["sha256"] for shard in reader.manifest["shards"])
-    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def _check_fraction(validation_fraction: float, has_validation_corpora: bool) -> None:
@@ -160,9 +158,9 @@ def _inputs(
     settings: EncodingSettings, readers: Sequence[CorpusReader], validation_readers: Sequence[CorpusReader]
 ) -> dict[str, str]:
     """What decides the content of the store, besides the tokenizer."""
-    inputs = {f"corpus {index}": corpus_fingerprint(reader) for index, reader in enumerate(readers)}
+    inputs = {f"corpus {index}": reader.fingerprint for index, reader in enumerate(readers)}
     for index, reader in enumerate(validation_readers):
-        inputs[f"validation corpus {index}"] = corpus_fingerprint(reader)
+        inputs[f"validation corpus {index}"] = reader.fingerprint
     inputs["validation_fraction"] = str(float(settings.validation_fraction))
     if settings.template is not None:
         inputs |= {"template": settings.template.name, "max_tokens": str(settings.max_tokens)}
@@ -219,8 +217,8 @@ def _write_store(
     encoded: Iterable[dict[str, Encoded]],
     settings: EncodingSettings,
     inputs: dict[str, str],
-    pairs: bool,
-    has_validation_corpora: bool,
+    readers: Sequence[CorpusReader],
+    validation_readers: Sequence[CorpusReader],
 ) -> StoreManifest:
     fingerprint, vocab_size = settings.tokenizer.fingerprint, settings.tokenizer.vocab_size
     with atomic_folder(output_dir) as folder:
@@ -228,11 +226,15 @@ def _write_store(
         try:
             lowest_rank = _append_all(writer, encoded)
             template = settings.template.name if settings.template is not None else None
-            manifest = writer.finish(inputs, template, pairs)
+            manifest = writer.finish(inputs, template, readers[0].holds == "pairs")
         finally:
             writer.close()
         dropped = writer.dropped["train"] + writer.dropped["validation"]
-        _check_splits(manifest, dropped, settings.validation_fraction, has_validation_corpora, lowest_rank)
+        _check_splits(manifest, dropped, settings.validation_fraction, bool(validation_readers), lowest_rank)
+        parents = [reader.as_parent for reader in (*readers, *validation_readers)]
+        write_provenance(
+            folder, STORE, [*settings.tokenizer.as_parents, *parents], record_files(folder, manifest.files)
+        )
     return manifest
 
 

@@ -32,8 +32,10 @@ from lumi.evaluation.records import tightest
 from lumi.evaluation.report import format_table, report
 from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
+from lumi.formats.model_parent import model_parents
 from lumi.formats.pretrained import Pretrained
-from lumi.host.storage import check_output
+from lumi.host.provenance import Parent, write_provenance
+from lumi.host.storage import check_output, file_record
 from lumi.tokenizer.tokenizer import Tokenizer
 
 CONFIGS = Path(lumi.configs.__file__).parent / "evaluation"
@@ -67,7 +69,8 @@ class EvaluationConfig:
 class _Text(NamedTuple):
     """Documents to measure under a name: those of a text, or the first `limit` of a split of a token store.
 
-    `format`: of the text, or "store". `source`: where the documents come from, for the report.
+    `format`: of the text, or "store". `source`: where the documents come from, for the report. `store`: that
+    they come from, if they do.
     """
 
     name: str
@@ -75,6 +78,7 @@ class _Text(NamedTuple):
     source: str
     limit: int | None
     documents: list[ScoredDocument] | Split
+    store: Parent | None = None
 
 
 def evaluate(
@@ -120,6 +124,7 @@ def evaluate(
     smoke, tests = config.smoke_tests, None
     if smoke is not None:
         tests = encode_smoke_tests(smoke, read_smoke_tests(smoke), tokenizer, model.config.max_positions)
+    parents = [*model_parents(pretrained), *(text.store for text in texts if text.store is not None)]
     output_dir.mkdir(parents=True, exist_ok=True)
 
     results = _facts(pretrained) | {"limit": limit, "config": to_dict(config)}
@@ -127,10 +132,10 @@ def evaluate(
     try:
         for task, asked in zip(config.tasks, questions, strict=True):
             results["tasks"][task.name] = _run_task(task, asked, pretrained, batch_tokens, limit)
-            _save(results, output_dir, started)
+            _save(results, parents, output_dir, started)
         for text in texts:
             results["perplexity"][text.name] = _run_text(text, config.windows, pretrained, batch_tokens)
-            _save(results, output_dir, started)
+            _save(results, parents, output_dir, started)
         if smoke is not None and tests is not None:
             source = f"prompts of {smoke.path or 'the shipped ' + SHIPPED.name}"
             measured = dataclasses.asdict(run_smoke_tests(smoke, tests, model, tokenizer))
@@ -139,7 +144,7 @@ def evaluate(
         print(_kept(results, output_dir), file=sys.stderr)
         raise
     results["finished"] = True
-    _save(results, output_dir, started)
+    _save(results, parents, output_dir, started)
     print(format_table(results))
     print(f"{output_dir / REPORT_FILE} has the protocol of each figure, {RESULTS_FILE} everything")
     return results
@@ -164,7 +169,7 @@ def _open_stores(
                 remedy="a run with dpo measures them at each validation",
             )
         split = store.split("validation")
-        yield _Text(str(folder), "store", f"store: {folder} / validation", limit, split)
+        yield _Text(str(folder), "store", f"store: {folder} / validation", limit, split, store.as_parent)
 
 
 def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path], limit: int | None) -> None:
@@ -188,10 +193,12 @@ def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path]
     check_output(output_dir, renamed=False)
 
 
-def _save(results: dict[str, Any], output_dir: Path, started: float) -> None:
+def _save(results: dict[str, Any], parents: Sequence[Parent], output_dir: Path, started: float) -> None:
     results["seconds"] = _seconds(started)
     write_json(output_dir / RESULTS_FILE, results)
     (output_dir / REPORT_FILE).write_text(report(results), encoding="utf-8")
+    files = {name: file_record(output_dir / name) for name in (RESULTS_FILE, REPORT_FILE)}
+    write_provenance(output_dir, "evaluation", parents, files)
 
 
 def _kept(results: dict[str, Any], output_dir: Path) -> str:

@@ -4,7 +4,7 @@ The metadata of the safetensors file name the adapter's base and tokenizer. PEFT
 folder also takes a checkpoint of a run that trains adapters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from lumi.formats.fingerprint import is_fingerprint_of
 from lumi.formats.hf_config import save_tokenizer
 from lumi.formats.hf_format import DTYPES, hf_name, open_tensors, tokenizer_remedy
 from lumi.formats.peft_config import BASE, CONFIG, PeftConfig, from_peft_config, read_config, to_peft_config
+from lumi.host.provenance import Parent, record_files, write_provenance
 from lumi.host.storage import atomic_folder
 from lumi.host.tensor_files import load_tensors, save_tensors
 from lumi.model.lora import (
@@ -52,6 +53,7 @@ def save_adapter(
     base: str | Path,
     base_fingerprint: str,
     values: Mapping[str, Tensor] | None = None,
+    parents: Sequence[Parent] | None = None,
 ) -> None:
     """Write the adapters of a model, and its tokenizer. Replaces an older folder atomically.
 
@@ -59,6 +61,7 @@ def save_adapter(
         base: the folder of the model under the adapters.
         base_fingerprint: `weights_fingerprint` of that folder when the model was loaded.
         values: the values of the adapters' parameters, by the model's names; None: those in the model.
+        parents: what the adapter was made from; None: that is not recorded.
     """
     tensors = _parameters(model)
     if values is not None:
@@ -73,7 +76,8 @@ def save_adapter(
     with atomic_folder(folder, replace=True) as temporary:
         save_tokenizer(temporary, tokenizer)
         write_json(temporary / CONFIG, to_peft_config(config, _targets(model), base, row_ids))
-        save_tensors(temporary / WEIGHTS, tensors, metadata)
+        records = {WEIGHTS: save_tensors(temporary / WEIGHTS, tensors, metadata)}
+        write_provenance(temporary, "adapter", parents, record_files(temporary, records))
 
 
 def _targets(model: Transformer) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lumi.config import UserError
 from lumi.formats.hf_format import save_model_tensors
+from lumi.formats.model_parent import model_parent
 from lumi.formats.pretrained import load_pretrained
 from lumi.model.lora import token_matrices
 from lumi.tokenizer.hugging_face import HuggingFaceTokenizer
@@ -41,5 +42,6 @@ def add_tokens(
         wider = torch.cat((rows, mean.expand(size - len(rows), -1)))
         wider[[token_id for token_id in ids if token_id >= before]] = mean
         tensors[f"{name}.weight"] = wider
-    save_model_tensors(output_dir, replace(model.config, vocab_size=size), tensors, extended)
+    config, parents = replace(model.config, vocab_size=size), [model_parent(folder)]
+    save_model_tensors(output_dir, config, tensors, extended, parents=parents)
     return ids

@@ -16,11 +16,11 @@ from torch import Tensor
 from lumi.config import UserError
 from lumi.formats.adapter_format import is_adapter
 from lumi.formats.hf_format import DTYPES, load_model, save_model
-from lumi.formats.pretrained import load_pretrained, locate
+from lumi.formats.model_parent import model_parents
+from lumi.formats.pretrained import Pretrained, load_pretrained, locate
 from lumi.host.storage import atomic_folder, check_output
 from lumi.model.lora import merge_lora
 from lumi.model.transformer import Transformer
-from lumi.tokenizer.tokenizer import Tokenizer
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -82,10 +82,8 @@ def export_model(
             got=f"the adapter {folder}",
             remedy="`lumi merge` makes one of it and its base",
         )
-    model, tokenizer, *_ = load_pretrained(
-        folder, tokenizer_path=tokenizer_path, device="cpu", kernels="reference"
-    )
-    return _write(Path(output_dir), model, tokenizer, dtype, max_shard_bytes)
+    loaded = load_pretrained(folder, tokenizer_path=tokenizer_path, device="cpu", kernels="reference")
+    return _write(Path(output_dir), loaded, dtype, max_shard_bytes)
 
 
 def merge_adapter(
@@ -111,13 +109,11 @@ def merge_adapter(
         got = f"the whole model {adapter}"
         raise UserError("--model-path", "must hold an adapter", got=got, remedy="there is nothing to merge")
     if base_path is None:
-        model, tokenizer, *_ = load_pretrained(adapter, device="cpu", kernels="reference")
+        loaded = load_pretrained(adapter, device="cpu", kernels="reference")
     else:
-        model, tokenizer, *_ = load_pretrained(
-            base_path, adapter_path=adapter, device="cpu", kernels="reference"
-        )
-    merging = _merge_and_compare(model)
-    return _write(Path(output_dir), model, tokenizer, dtype, max_shard_bytes)._replace(merging=merging)
+        loaded = load_pretrained(base_path, adapter_path=adapter, device="cpu", kernels="reference")
+    merging = _merge_and_compare(loaded.model)
+    return _write(Path(output_dir), loaded, dtype, max_shard_bytes)._replace(merging=merging)
 
 
 def parse_size(text: str) -> int:
@@ -136,11 +132,10 @@ def _check_output(output_dir: str | Path) -> None:
     check_output(path, renamed=True)
 
 
-def _write(
-    output_dir: Path, model: Transformer, tokenizer: Tokenizer, dtype: str, max_shard_bytes: int | None
-) -> Exported:
+def _write(output_dir: Path, loaded: Pretrained, dtype: str, max_shard_bytes: int | None) -> Exported:
     """Write, read back and compare. `output_dir` appears only when all is well."""
-    exact = _logits(model)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    exact, parents = _logits(model), model_parents(loaded)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(DTYPES[dtype]).float()
         if not parameter.isfinite().all():
@@ -154,7 +149,7 @@ def _write(
     with atomic_folder(output_dir) as temporary:
         _check_space(temporary, model.config.num_parameters * DTYPES[dtype].itemsize)
         try:
-            save_model(temporary, model, tokenizer, dtype, max_shard_bytes)
+            save_model(temporary, model, tokenizer, dtype, max_shard_bytes, parents)
         except OSError as error:
             raise UserError(
                 f"{output_dir}: cannot be written: {error.strerror}; nothing was left there"

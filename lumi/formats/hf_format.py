@@ -15,6 +15,7 @@ from torch import Tensor
 from lumi.config import UserError, read_json, write_json
 from lumi.formats.checkpoint_folder import find_tokenizer, is_checkpoint, open_folder, tokenizer_folder
 from lumi.formats.hf_config import from_hf_config, save_tokenizer, to_hf_config
+from lumi.host.provenance import Parent, record_files, write_provenance
 from lumi.host.storage import atomic_folder, sha256_file
 from lumi.host.tensor_files import save_tensors
 from lumi.kernels.bundle import Ops
@@ -43,9 +44,10 @@ def save_model(
     tokenizer: Tokenizer,
     dtype: str = "float32",
     max_shard_bytes: int | None = None,
+    parents: Sequence[Parent] | None = None,
 ) -> None:
     """Write a model that is in memory; otherwise as `save_model_tensors`."""
-    save_model_tensors(folder, model.config, model.state_dict(), tokenizer, dtype, max_shard_bytes)
+    save_model_tensors(folder, model.config, model.state_dict(), tokenizer, dtype, max_shard_bytes, parents)
 
 
 def save_model_tensors(
@@ -55,11 +57,12 @@ def save_model_tensors(
     tokenizer: Tokenizer,
     dtype: str = "float32",
     max_shard_bytes: int | None = None,
+    parents: Sequence[Parent] | None = None,
 ) -> None:
     """Write a folder that transformers and other readers of its format can load.
 
-    Leaves `config.json`, `generation_config.json`, `model.safetensors` and the tokenizer's files. Replaces an
-    older folder atomically.
+    Leaves `config.json`, `generation_config.json`, `model.safetensors`, the tokenizer's files and
+    `provenance.json`. Replaces an older folder atomically.
 
     Args:
         tensors: by our names. Each is read once, so a mapping may produce them one at a time. Only the
@@ -68,29 +71,35 @@ def save_model_tensors(
         max_shard_bytes: the most bytes of tensors in one file. Larger weights are cut into files named
             `model-00001-of-00003.safetensors` and so on, with an index; a larger tensor gets a file of its
             own. None: one file.
+        parents: what the model was made from; None: that is not recorded.
     """
     with atomic_folder(folder, replace=True) as temporary:
         save_tokenizer(temporary, tokenizer)
         write_json(temporary / "config.json", to_hf_config(config, tokenizer, dtype))
-        _save_weights(temporary, tensors, DTYPES[dtype], max_shard_bytes)
+        records = _save_weights(temporary, tensors, DTYPES[dtype], max_shard_bytes)
+        write_provenance(temporary, "model", parents, record_files(temporary, records))
 
 
 def _save_weights(
     folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int | None
-) -> None:
-    """Write the weights file by file. The names hold the number of files, so they are given at the end."""
+) -> dict[str, dict[str, Any]]:
+    """Write the weights file by file. The names hold the number of files, so they are given at the end.
+
+    Returns the files' records by name.
+    """
     parts: list[list[str]] = []
+    records: list[dict[str, Any]] = []
     total = size = 0
     shard: dict[str, Tensor] = {}
     for name in tensors:
         tensor = tensors[name].to(dtype)
         if shard and max_shard_bytes is not None and size + tensor.nbytes > max_shard_bytes:
-            save_tensors(folder / f"part-{len(parts)}", shard)
+            records.append(save_tensors(folder / f"part-{len(parts)}", shard))
             parts.append(list(shard))
             shard, size = {}, 0
         shard[hf_name(name)] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    save_tensors(folder / f"part-{len(parts)}", shard)
+    records.append(save_tensors(folder / f"part-{len(parts)}", shard))
     parts.append(list(shard))
     files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     if len(parts) == 1:
@@ -100,6 +109,7 @@ def _save_weights(
     if len(parts) > 1:
         weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
         write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return dict(zip(files, records, strict=True))
 
 
 def model_folder(path: str | Path) -> Path:

@@ -41,6 +41,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         what = what if path.is_dir() else "there is no such file or folder"
         expectation = f"must be a tokenizer folder or its {MODEL_FILE} or {JSON_FILE}, but {what}"
         raise UserError(f"{path}:", expectation, remedy=MAKE_ONE)
+    tokenizer = _load(path, folder)
+    tokenizer.folder = folder
+    return tokenizer
+
+
+def _load(path: Path, folder: Path) -> Tokenizer:
     surroundings = read_surroundings(folder)
     model_file = folder / MODEL_FILE if path.is_dir() else path
     json_file = folder / JSON_FILE if path.is_dir() else path

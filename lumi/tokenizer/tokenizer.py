@@ -14,6 +14,7 @@ import numpy as np
 
 from lumi.chat.token_writer import Follows
 from lumi.config import UserError
+from lumi.host.provenance import Parent
 from lumi.host.text import utf8
 
 PROBE = "  a\tb \r\n\n é e\u0301 ﬁ ½ ① ｶﾞ \u00a0\u3000\ufeff 12 "  # what the usual normalizers change
@@ -37,6 +38,7 @@ class Tokenizer(ABC):
         chat_template: the Jinja template that is saved beside the model. A new tokenizer of Lumi's has
             ChatML's; None where there is none, as beside a base model of others.
         loss: what `normalize` changes in a text, in words; None where it changes nothing.
+        folder: where it was loaded from; None where it was made in memory.
     """
 
     vocab_size: int
@@ -51,6 +53,7 @@ class Tokenizer(ABC):
     token_bytes: np.ndarray
     chat_template: str | None
     loss: str | None = None
+    folder: Path | None = None
 
     def __init__(self, bytes_of_tokens: Sequence[bytes]) -> None:
         self._bytes = bytes_of_tokens
@@ -68,6 +71,11 @@ class Tokenizer(ABC):
         other = copy.copy(self)
         other.eos_ids = tuple(dict.fromkeys((*self.eos_ids, *ends)))
         return other
+
+    @property
+    def as_parents(self) -> list[Parent]:
+        """The tokenizer as what something is made from; empty where it has no folder."""
+        return [] if self.folder is None else [Parent("tokenizer", self.folder, self.fingerprint)]
 
     @property
     def prefix_id(self) -> int:

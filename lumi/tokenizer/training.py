@@ -15,6 +15,7 @@ import sentencepiece
 from lumi.config import UserError, to_dict
 from lumi.corpus import CorpusReader, read_corpus
 from lumi.host.progress import progress_bar
+from lumi.host.provenance import CARD, record_files, write_provenance
 from lumi.host.storage import atomic_folder, check_output
 from lumi.tokenizer import files as tokenizer_files
 from lumi.tokenizer.files import MODEL_FILE
@@ -101,7 +102,9 @@ def train_tokenizer(
         with atomic_folder(output_dir) as folder:
             tokenizer.save(folder)
             card = _card(tokenizer, config, trained_on, sample)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
+            parents = [reader.as_parent for reader in readers]
+            write_provenance(folder, "tokenizer", parents, record_files(folder))
     elif existing.fingerprint == fingerprint:
         print(f"{output_dir}: already holds this tokenizer (fingerprint {fingerprint})", file=sys.stderr)
     else:
@@ -110,6 +113,7 @@ def train_tokenizer(
             f"{output_dir}: holds another tokenizer ({fingerprints})",
             remedy="choose another --output-dir or remove that folder",
         )
+    tokenizer.folder = output_dir
     return tokenizer
 
 

@@ -1,5 +1,6 @@
 """The checkpoints of a run: saved behind the loop, gone on from, and made into `final/`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from lumi.checkpoint.checkpoint import Checkpoint
 from lumi.checkpoint.saver import Saver
 from lumi.config import to_dict
 from lumi.formats.checkpoint_folder import state_of_start
+from lumi.formats.model_parent import model_parent
+from lumi.host.provenance import Parent, to_plain
 from lumi.model.lora import trained_tensors
 from lumi.model.transformer import Transformer
 from lumi.parallel.world import World
@@ -39,11 +42,14 @@ class RunCheckpoints:
         model: Transformer,
         optimizer: Optimizer,
         identity: dict[str, Any],
+        data: Sequence[Parent],
     ):
         self.run, self.world, self.folder, self.log = run, world, folder, log
         self.model, self.optimizer, self.identity = model, optimizer, identity
         self.saver = Saver(folder.checkpoints, world.rank, world.size, world.saving)
         self.saved_step: int | None = None
+        start = [] if run.start is None else [model_parent(run.start, identity["start"])]
+        self.parents = [*data, *start]
 
     def __enter__(self) -> "RunCheckpoints":
         self.saver.__enter__()
@@ -90,6 +96,7 @@ class RunCheckpoints:
         state.note_best(step)
         values = state.to_json() | {"identity": self.identity, "config": to_dict(self.run.config)}
         values |= state_of_start(self.run.start)
+        values["parents"] = to_plain(self.parents, self.folder.checkpoint(step))
         best = state.best.step if state.best else None
 
         def finish(path: Path) -> None:

@@ -13,6 +13,7 @@ from lumi.data.token_cache import check_cache_dir, open_or_tokenize
 from lumi.data.token_store import TokenStore
 from lumi.formats.hf_format import ends_of
 from lumi.formats.pretrained import locate
+from lumi.host.provenance import Parent
 from lumi.parallel.world import World
 from lumi.tokenizer.loading import load_tokenizer
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -104,6 +105,10 @@ class RunData:
             ],
             "data_weights": self.batches.weights,
         }
+
+    def parents(self) -> list[Parent]:
+        """The tokenizer and the token stores, as what a checkpoint is made from."""
+        return [*self.tokenizer.as_parents, *(store.as_parent for store in self.stores)]
 
     def shares(self) -> list[tuple[str, float, int]]:
         """Per data folder its path, its share of the rows and its training tokens."""

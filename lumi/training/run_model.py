@@ -69,9 +69,15 @@ def save_final(
     """
     if config.lora is None:
         save_model_tensors(
-            folder, model.config, checkpoint.tensors("model"), tokenizer, max_shard_bytes=FINAL_SHARD_BYTES
+            folder,
+            model.config,
+            checkpoint.tensors("model"),
+            tokenizer,
+            max_shard_bytes=FINAL_SHARD_BYTES,
+            parents=[checkpoint.as_parent],
         )
     else:
         assert start is not None
         assert fingerprint is not None
-        save_adapter(folder, model, config.lora, tokenizer, start, fingerprint, checkpoint.tensors("model"))
+        values, parents = checkpoint.tensors("model"), [checkpoint.as_parent]
+        save_adapter(folder, model, config.lora, tokenizer, start, fingerprint, values, parents)

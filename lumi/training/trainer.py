@@ -64,7 +64,9 @@ class Trainer:
         self.objective = make_objective(
             run, identity["start"], self.data, self.model, world, folder, self.log
         )
-        self.checkpoints = RunCheckpoints(run, world, folder, self.log, self.model, self.optimizer, identity)
+        self.checkpoints = RunCheckpoints(
+            run, world, folder, self.log, self.model, self.optimizer, identity, self.data.parents()
+        )
         self.checkpoints.restore(found, self.state)
         saver = self.checkpoints.saver
         self.watchdog = Watchdog(

@@ -9,6 +9,7 @@ import lumi.checkpoint.saver
 import lumi.training.objective
 from lumi.checkpoint.checkpoint import list_checkpoints, open_checkpoint
 from lumi.config import UserError
+from lumi.host.provenance import from_plain, read_provenance
 
 
 def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
@@ -36,6 +37,30 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(start, tmp_path, capsys):
         r".*step-00000012/state\.json: must be \d+ bytes, got 2",
     ):
         start("damaged", resume="auto", num_steps=16)
+
+
+def test_equal_runs_leave_equal_bytes_and_name_what_they_were_made_from(
+    start, tmp_path, store_dir, tokenizer_dir
+):
+    for name in ("one", "two"):
+        start(name, num_steps=4)
+    final, checkpoint = "final", "checkpoints/step-00000004"
+    for folder in (final, checkpoint):
+        files = [
+            {path.name: path.read_bytes() for path in (tmp_path / name / folder).iterdir()}
+            for name in ("one", "two")
+        ]
+        assert files[0] == files[1]
+    made_from = from_plain(
+        open_checkpoint(tmp_path / "one" / checkpoint).state["parents"], tmp_path / "one" / checkpoint
+    )
+    assert [(parent.kind, parent.path) for parent in made_from] == [
+        ("tokenizer", tokenizer_dir),
+        ("token store", store_dir),
+    ]
+    assert [parent.path for parent in read_provenance(tmp_path / "one" / final).parents] == [
+        tmp_path / "one" / checkpoint
+    ]
 
 
 def test_best_and_last_checkpoints_are_kept(start, monkeypatch):

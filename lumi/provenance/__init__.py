@@ -1,0 +1,1 @@
+"""Where things come from: `lumi verify` follows the recorded hashes."""

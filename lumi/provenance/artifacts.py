@@ -1,0 +1,134 @@
+"""The kinds of artefact: how one is recognised and identified, and what it records of itself.
+
+A further kind is one more entry of `ARTIFACTS`.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lumi.checkpoint.manifest import MANIFEST, STATE, read_manifest
+from lumi.config import UserError, read_json
+from lumi.corpus.folder import CorpusReader, is_corpus
+from lumi.corpus.folder import read_manifest as read_corpus_manifest
+from lumi.data.store_manifest import STORE, is_token_store, read_store_manifest
+from lumi.evaluation.evaluate import RESULTS_FILE
+from lumi.formats.adapter_format import WEIGHTS
+from lumi.formats.checkpoint_folder import is_checkpoint
+from lumi.formats.fingerprint import weights_fingerprint
+from lumi.formats.peft_config import CONFIG
+from lumi.host.provenance import Files, Parent, from_plain, read_provenance
+from lumi.host.storage import sha256_file
+from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
+
+
+class Record(NamedTuple):
+    """What an artefact says of itself.
+
+    Attributes:
+        files: size and SHA-256 of its files, by their paths.
+        parents: what it was made from; None: that is not recorded.
+    """
+
+    files: Mapping[Path, Mapping[str, Any]]
+    parents: tuple[Parent, ...] | None
+
+
+class Artifact(NamedTuple):
+    """A kind of artefact. Each function takes its path and raises UserError where what it reads is damaged.
+
+    `is_one`: whether it has the file that makes it one of this kind. `identity`: a SHA-256 of its content, as
+    `Parent` has it; it may read every byte.
+    """
+
+    kind: str
+    is_one: Callable[[Path], bool]
+    identity: Callable[[Path], str]
+    record: Callable[[Path], Record]
+
+
+def _holds(name: str) -> Callable[[Path], bool]:
+    return lambda folder: (folder / name).is_file()
+
+
+def _hash_of(name: str) -> Callable[[Path], str]:
+    return lambda folder: sha256_file(folder / name)
+
+
+def _record(folder: Path, files: Files, parents: tuple[Parent, ...] | None) -> Record:
+    return Record({folder / name: record for name, record in files.items()}, parents)
+
+
+def _recorded(kind: str) -> Callable[[Path], Record]:
+    """What `provenance.json` says. Beside a model's, a tokenizer has nothing to add to its fingerprint."""
+
+    def read(folder: Path) -> Record:
+        found = read_provenance(folder)
+        if found is None:
+            return Record({}, None)
+        return _record(folder, found.files, found.parents) if found.kind == kind else Record({}, ())
+
+    return read
+
+
+def _read_corpus(folder: Path) -> CorpusReader:
+    manifest = read_corpus_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}:", "must be a corpus folder", got="another")
+    return CorpusReader(folder, manifest)
+
+
+def _corpus_record(folder: Path) -> Record:
+    shards = _read_corpus(folder).manifest["shards"]
+    files = {shard["file"]: {"size": shard["bytes"], "sha256": shard["sha256"]} for shard in shards}
+    return _record(folder, files, ())
+
+
+def _store_record(folder: Path) -> Record:
+    record = _recorded(STORE)(folder)
+    if record.parents is None:  # of an earlier version
+        return _record(folder, read_store_manifest(folder).files, None)
+    return record
+
+
+def _checkpoint_record(folder: Path) -> Record:
+    """What manifest and state say. The state counts for nothing where the manifest has another hash of it."""
+    files = read_manifest(folder / MANIFEST)
+    state = folder / STATE
+    parents = None
+    if state.is_file() and STATE in files and sha256_file(state) == files[STATE]["sha256"]:
+        parents = from_plain(read_json(state).get("parents"), folder)
+    return _record(folder, files, parents)
+
+
+ARTIFACTS = (
+    Artifact("evaluation", _holds(RESULTS_FILE), _hash_of(RESULTS_FILE), _recorded("evaluation")),
+    Artifact("checkpoint", is_checkpoint, _hash_of(MANIFEST), _checkpoint_record),
+    Artifact("corpus", is_corpus, lambda folder: _read_corpus(folder).fingerprint, _corpus_record),
+    Artifact(STORE, is_token_store, lambda folder: read_store_manifest(folder).fingerprint, _store_record),
+    Artifact("adapter", _holds(CONFIG), _hash_of(WEIGHTS), _recorded("adapter")),
+    Artifact("model", _holds("config.json"), weights_fingerprint, _recorded("model")),
+    # The last: models bring their tokenizers.
+    Artifact(
+        "tokenizer", has_tokenizer, lambda folder: load_tokenizer(folder).fingerprint, _recorded("tokenizer")
+    ),
+)
+KINDS = {artifact.kind: artifact for artifact in ARTIFACTS}
+
+
+def is_artifact(path: Path, kind: str) -> bool:
+    """Whether something of a kind is there, by the file that makes it one or by what its record says.
+
+    Raises:
+        UserError: one of the two is damaged.
+    """
+    found = read_provenance(path)
+    return (found is not None and found.kind == kind) or KINDS[kind].is_one(path)
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of artefact in a folder, None where there is none. Raises UserError as `is_artifact`."""
+    found = read_provenance(path)
+    if found is not None and found.kind in KINDS:
+        return found.kind
+    return next((artifact.kind for artifact in ARTIFACTS if artifact.is_one(path)), None)
