@@ -232,7 +232,9 @@ def _coerce(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
     if origin is Literal:
         if value in arguments and isinstance(value, type(arguments[arguments.index(value)])):
             return value
-        raise _error(where, path, f"must be one of {', '.join(map(json.dumps, arguments))}", value)
+        refused = _error(where, path, f"must be one of {', '.join(map(json.dumps, arguments))}", value)
+        near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
+        raise refused.replace(remedy=f"did you mean {near[0]!r}?") if near else refused
     if origin in (Union, types.UnionType):
         return _coerce_union(arguments, value, where, path)
     if origin is tuple:
