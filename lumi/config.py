@@ -94,16 +94,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two JSON objects, as "key.subkey was X, is Y now". Long values are cut."""
-    flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
+    flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
     pairs = {key: (flat_old.get(key), flat_new.get(key)) for key in flat_old | flat_new}
     return [f"{key} was {_describe(a)}, is {_describe(b)} now" for key, (a, b) in pairs.items() if a != b]
 
 
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a JSON object, each with its key: "key.subkey"."""
     if isinstance(value, dict | list | tuple) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, item in items:
-            yield from _flatten(item, f"{key}.{name}" if key else str(name))
+            yield from flatten(item, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
 

@@ -136,17 +136,19 @@ class Meter:
         return seconds, waited, rate
 
 
-def smoothed(values: Sequence[float]) -> np.ndarray:
+def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """A curve through the middle of noisy values, as long as they are: at each point the local straight line.
 
     The line is fitted to as many values before the point as after it, so the curve has no lag. At most 20 or
     2% of all values lie on a side, and never more than a quarter of those before the point: the start of a
-    run, where a loss falls fastest, is followed closely. At the end fewer come after than before.
+    run, where a loss falls fastest, is followed closely. Near the end fewer come after, and so fewer before:
+    but ten, else the curve would end in the noise of the last value.
     """
     y = np.asarray(values, dtype=np.float64)
     index = np.arange(len(y))
     half = np.minimum(index // 4, max(20, len(y) // 50))
-    first, stop = index - half, np.minimum(index + half + 1, len(y))
+    after = np.minimum(half, len(y) - 1 - index)
+    first, stop = index - np.minimum(half, np.maximum(after, 10)), index + after + 1
 
     def window_sums(terms: np.ndarray) -> np.ndarray:
         totals = np.concatenate([[0.0], np.cumsum(terms)])

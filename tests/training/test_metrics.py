@@ -134,6 +134,13 @@ def test_a_step_is_smoothed_from_both_sides():
     assert curve[520] == pytest.approx(0, abs=1e-9)
 
 
+def test_a_fall_near_the_end_is_not_carried_on():
+    """The level falls 15 values before the end and stays there: so does the curve."""
+    curve = smoothed([40.0] * 185 + [13.0] * 15)
+    assert curve[-5:] == pytest.approx([13.0] * 5)
+    assert curve.min() > 10
+
+
 def test_final_figures():
     records = [
         {"step": 1, "kind": "train", "loss": 5.0, "tokens": 8, "tokens_per_second": 1.0, "skipped": False},
