@@ -1,6 +1,7 @@
 """Curves as SVG geometry: which charts a page has, their lines, scales and ticks. The template draws them."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lumi.reporting.recorded_run import RecordedRun
-from lumi.training.metrics import smoothed
+from lumi.training.metrics import is_number, smoothed
 
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 472, 10, 234  # of the area that the lines are in
@@ -115,11 +116,12 @@ def _lines(run: RecordedRun, index: int, field: str, factor: float) -> list[Line
 
 def _skipped(run: RecordedRun, index: int) -> Line:
     """Records hold the number from the first skipped step on."""
-    steps = [(record["step"], record.get("skipped_steps", 0)) for record in run.records if "loss" in record]
-    numbers = [{"step": step, "kind": "train", "skipped": number} for step, number in steps] or [
-        {"step": 0, "kind": "train", "skipped": 0}
+    numbers = [
+        (record["step"], record.get("skipped_steps", 0))
+        for record in run.records
+        if record["kind"] == "train" and is_number(record.get("skipped_steps", 0))
     ]
-    return Line(index, f"{run.name}, skipped", "thick", _points(numbers, "train", "skipped"))
+    return Line(index, f"{run.name}, skipped", "thick", np.array(numbers or [(0, 0)], dtype=np.float64))
 
 
 def _points(records: Sequence[Mapping[str, Any]], kind: str, field: str) -> np.ndarray:
@@ -127,10 +129,7 @@ def _points(records: Sequence[Mapping[str, Any]], kind: str, field: str) -> np.n
     found = [
         (record["step"], float(value))
         for record in records
-        if record["kind"] == kind
-        and isinstance(value := record.get(field), int | float)
-        and not isinstance(value, bool)
-        and abs(value) < 1e300  # NaN is not
+        if record["kind"] == kind and is_number(value := record.get(field))
     ]
     return np.array(found, dtype=np.float64).reshape(-1, 2)
 
@@ -145,7 +144,7 @@ def _chart(title: str, unit: str, lines: Sequence[Line]) -> Chart:
     for line in lines:
         places = reduced(np.column_stack([x(line.points[:, 0]), y(line.points[:, 1])]))
         traces.append(" ".join(f"{a:.1f},{b:.1f}" for a, b in places))
-    whole = [tick for tick in x_ticks if float(tick.label.replace(",", "")).is_integer()]
+    whole = [tick for tick in x_ticks if float(tick.label.replace(",", "")).is_integer()]  # no half steps
     return Chart(
         title=title,
         unit=unit,
@@ -190,12 +189,15 @@ def _scale(
     values = [float(v) for v in locator.tick_values(low, high) if low <= v <= high]
     if len(values) < 2:
         values = [low, high]
+    labels = [f"{value:g}" for value in values] if is_log else _labels(values)
+    ticks = [Tick(float(place(np.array(v))), label) for v, label in zip(values, labels, strict=True)]
+    return place, ticks
+
+
+def _labels(values: Sequence[float]) -> list[str]:
+    """Ticks as text, all in one manner. `values` ascend."""
+    if not 0.01 <= max(abs(value) for value in values) < 1e7:
+        return ["0" if value == 0 else re.sub("e([+-])0", r"e\1", f"{value:.1e}") for value in values]
     decimals = max(0, 1 - math.floor(math.log10(min(np.diff(values)))))
-    return place, [Tick(float(place(np.array(value))), _label(value, decimals)) for value in values]
-
-
-def _label(value: float, decimals: int) -> str:
-    if value != 0 and not 1e-3 <= abs(value) < 1e7:
-        return f"{value:.2g}"
-    text = f"{value:,.{min(decimals, 6)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    texts = [f"{value:,.{min(decimals, 6)}f}" for value in values]
+    return [text.rstrip("0").rstrip(".") if "." in text else text for text in texts]

@@ -178,9 +178,9 @@ def final_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if values := _numbers(train, name):
             figures[name] = statistics.median(values)
     for name, value in validation[-1].items() if validation else ():
-        if name != "step" and _is_number(value):
+        if name != "step" and is_number(value):
             figures[f"validation_{name}"] = value
-    judged = [record for record in validation if _is_number(record.get("loss"))]
+    judged = [record for record in validation if is_number(record.get("loss"))]
     if judged:
         best = min(judged, key=lambda record: record["loss"])
         figures |= {"best_validation_loss": best["loss"], "best_validation_step": best["step"]}
@@ -188,11 +188,12 @@ def final_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _numbers(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [record[name] for record in records if _is_number(record.get(name))]
+    return [record[name] for record in records if is_number(record.get(name))]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that can be shown: not true or false, not NaN, and not huge."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def draw_loss(metrics: str | Path, picture: str | Path, title: str, unit: str) -> None:

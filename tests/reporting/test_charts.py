@@ -38,7 +38,13 @@ def test_a_wide_range_is_logarithmic():
     chart = chart["Gradient norm"]
     assert chart.is_log
     assert np.diff([y for _, y in places(chart, 0)]) == pytest.approx(-(BOTTOM - 4 - TOP) / 4, abs=0.11)
-    assert "100" in {tick.label for tick in chart.y_ticks}
+    assert {"1", "100", "10000"} <= {tick.label for tick in chart.y_ticks}
+
+
+def test_small_ticks_are_in_one_manner():
+    records = [train_record(step, 1.0, lr=step * 3e-5) for step in range(11)]
+    ticks = charts(run_of(records))["Learning rate"].y_ticks
+    assert [tick.label for tick in ticks] == ["0", "6.0e-5", "1.2e-4", "1.8e-4", "2.4e-4", "3.0e-4"]
 
 
 def test_each_kind_of_run_has_its_charts():
@@ -62,8 +68,10 @@ def test_skipped_steps_and_values_that_are_no_numbers():
     records = [train_record(step, loss) for step, loss in enumerate(losses)]
     for record in records[3:]:
         record["skipped_steps"] = 2
+    records.insert(4, {"step": 3, "kind": "validation", "loss": 4.0})
     made = charts(run_of(records))
     assert made["Loss"].lines[0].points.tolist() == [[0, 5], [5, 3]]
+    assert made["Loss"].lines[1].points.tolist() == [[3, 4]]
     assert made["Skipped steps"].lines[0].points.tolist() == [[0, 0], [1, 0], [2, 0], [3, 2], [4, 2], [5, 2]]
 
 

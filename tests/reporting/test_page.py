@@ -102,6 +102,9 @@ def test_odd_states_of_a_run_make_a_page(tmp_path):
     notes = write_report([damaged, empty], tmp_path / "r.html")
     assert [note.split(":")[0] for note in notes] == ["damaged", "damaged", "empty"]
     assert Page(tmp_path / "r.html").has("1 line of metrics.jsonl is no record")
+    huge = train_record(1, 10**400, tokens=10**400, skipped_steps=10**400, mfu=float("nan"), lr="fast")
+    write_report([write_run(tmp_path / "huge", [huge])], tmp_path / "r.html")
+    assert Page(tmp_path / "r.html").has("1 of 100")
     eight = [run(tmp_path / f"run{number}") for number in range(8)]
     write_report(eight, tmp_path / "r.html")
     assert 'run6"' not in Page(tmp_path / "r.html").source
