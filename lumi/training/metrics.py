@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -191,7 +191,7 @@ def _numbers(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [record[name] for record in records if is_number(record.get(name))]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a number that can be shown: not true or false, not NaN, and not huge."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 

@@ -44,7 +44,9 @@ class RunLog:
         """
         self.metrics = MetricsLog(self.folder.metrics, step)
         if trackers:
-            self.tracking = Tracking(trackers, tracked_run(self.folder.path, config or {}, step), self.say)
+            earlier, _ = whole_records(self.folder.metrics)
+            run = tracked_run(self.folder.path, config or {}, step)
+            self.tracking = Tracking(trackers, run, self.say, earlier)
 
     @contextmanager
     def progress(self, step: int, num_steps: int) -> Iterator[None]:

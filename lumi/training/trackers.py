@@ -44,7 +44,10 @@ class Tracker(Protocol):
     """The calls come from one thread, in this order."""
 
     def begin(self, run: TrackedRun) -> int:
-        """Open the run, or go on with it. Returns the last step whose records it has and keeps."""
+        """Open the run, or go on with it.
+
+        Returns the last step whose records it has and keeps. It gets earlier ones that it lacks.
+        """
         ...
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -62,18 +65,22 @@ class TensorBoard:
     def begin(self, run: TrackedRun) -> int:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder = run.folder / "tensorboard"
+        has_earlier = any(folder.glob("events.*"))
         # What earlier files hold of the steps that are done again is not shown.
-        purged = run.resume_step + 1 if run.resume_step else 0
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purged, flush_secs=10)
+        purged = run.resume_step + 1 if has_earlier and run.resume_step else 0
+        self.writer = SummaryWriter(str(folder), purge_step=purged, flush_secs=10)
         config = json.dumps(run.config, indent=2).replace("\n", "\n    ")
         self.writer.add_text(
             "config", f"    {config}", run.resume_step
         )  # indented: Markdown shows it as it is
-        return run.resume_step
+        return run.resume_step if has_earlier else 0
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
+        if any(name.startswith("checkpoint/") for name in scalars):
+            self.writer.flush()  # a run that goes on from there does not do these steps again
 
     def finish(self, step: int, figures: Mapping[str, float], picture: Path) -> None:
         self.record(step, {f"final/{name}": value for name, value in figures.items()})
@@ -112,7 +119,7 @@ class WeightsAndBiases:
         self.run.config.update(dict(run.config), allow_val_change=True)
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
-        return int(self.run.summary.get("step", 0))
+        return int(self.run.summary.get("step", 0)) if online else run.resume_step
 
     def record(self, step: int, scalars: Mapping[str, float]) -> None:
         self.run.log({"step": step, **scalars})

@@ -21,10 +21,17 @@ class Tracking:
     Args:
         names: of `lumi.training.trackers.TRACKERS`.
         say: is told once of a tracker that fails; called from other threads.
+        earlier: the records of the steps before those that the run does now.
     """
 
-    def __init__(self, names: Sequence[str], run: TrackedRun, say: Callable[[str], None]):
-        self._feeds = [_Feed(name, TRACKERS[name](), run, say) for name in names]
+    def __init__(
+        self,
+        names: Sequence[str],
+        run: TrackedRun,
+        say: Callable[[str], None],
+        earlier: Sequence[Mapping[str, Any]] = (),
+    ):
+        self._feeds = [_Feed(name, TRACKERS[name](), run, say, earlier) for name in names]
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Pass on a record of `metrics.jsonl`."""
@@ -43,8 +50,15 @@ class Tracking:
 class _Feed:
     """One tracker, its queue and its thread."""
 
-    def __init__(self, name: str, tracker: Tracker, run: TrackedRun, say: Callable[[str], None]):
-        self._name, self._tracker, self._run, self._say = name, tracker, run, say
+    def __init__(
+        self,
+        name: str,
+        tracker: Tracker,
+        run: TrackedRun,
+        say: Callable[[str], None],
+        earlier: Sequence[Mapping[str, Any]],
+    ):
+        self._name, self._tracker, self._run, self._say, self._earlier = name, tracker, run, say, earlier
         self._queue: queue.Queue[Callable[[], None]] = queue.Queue(QUEUE_RECORDS)
         self._failed = self._ended = False
         self._held = run.resume_step
@@ -81,6 +95,10 @@ class _Feed:
     def _work(self) -> None:
         try:
             self._held = self._tracker.begin(self._run)
+            # It may have been asked for only now, or have lost its last records in a kill.
+            for record in self._earlier:
+                if record["step"] > self._held:
+                    self._tracker.record(record["step"], scalars_of(record))
             while not (self._failed or self._ended):
                 self._queue.get()()
         except Exception as error:

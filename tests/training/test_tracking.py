@@ -55,11 +55,11 @@ def follow(tmp_path, monkeypatch):
     seen.clear()
     hanging.clear()
 
-    def follow(*classes, resume_step=0):
+    def follow(*classes, resume_step=0, earlier=()):
         names = [kind.__name__ for kind in classes]
         monkeypatch.setattr(tracking, "TRACKERS", dict(zip(names, classes, strict=True)))
         run, said = TrackedRun(folder=tmp_path, id="a", config={}, resume_step=resume_step), []
-        return Tracking(names, run, said.append), said
+        return Tracking(names, run, said.append, earlier), said
 
     yield follow
     hanging.set()
@@ -83,6 +83,16 @@ def test_steps_that_are_done_again_are_not_doubled(follow, tmp_path):
         tracked.record(RECORD | {"step": step})
     tracked.finish(7, {}, tmp_path)
     assert [step for step, _ in seen[0].heard] == [4, 7]
+
+
+def test_one_that_lacks_earlier_records_gets_them(follow, tmp_path):
+    """Both go on from step 8. One has the records to step 6, the other none."""
+    earlier = [RECORD | {"step": step} for step in range(1, 9)]
+    tracked, _ = follow(Holding, Listening, resume_step=8, earlier=earlier)
+    tracked.record(RECORD | {"step": 9})
+    tracked.finish(9, {}, tmp_path)
+    heard = {type(tracker): [step for step, _ in tracker.heard] for tracker in seen}
+    assert heard == {Holding: [7, 8, 9], Listening: list(range(1, 10))}
 
 
 def test_one_that_fails_is_named_once_and_left_out(follow, tmp_path, monkeypatch):
