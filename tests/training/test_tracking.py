@@ -1,10 +1,12 @@
 """The way to the trackers: in order, without delay, and what becomes of one that fails."""
 
+import importlib.util
 import threading
 import time
 
 import pytest
 
+from lumi.config import UserError
 from lumi.training import tracking
 from lumi.training.metrics import read_metrics
 from lumi.training.trackers import TrackedRun
@@ -147,3 +149,13 @@ def test_a_training_with_trackers(start, follow, monkeypatch, capsys):
     assert (step, picture) == (12, folder / "loss.png")
     assert figures["loss"] == next(r["loss"] for r in reversed(records) if r["kind"] == "train")
     assert capsys.readouterr().out.count("warning: tracker wandb: ConnectionError") == 1
+
+
+def test_a_missing_tracker_is_refused_before_the_work(start, tmp_path, monkeypatch):
+    def find_spec(name, find=importlib.util.find_spec):
+        return None if name == "trackio" else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    with pytest.raises(UserError, match=r'trackers must be installed, got "trackio"'):
+        start(trackers=["trackio"])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
