@@ -359,6 +359,29 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
+def report(argv: list[str]) -> int:
+    """curves, figures and evaluations of runs on one HTML page"""
+    from lumi.reporting.page import write_report
+
+    texts = {
+        "run": "a run folder; several are drawn over each other",
+        "output": "default: report.html in the first run's folder",
+        "evaluations": "folders of evaluations, beside those found in and next to the runs",
+    }
+    arguments = parser("lumi report", _summary(report))
+    arguments.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=texts["run"])
+    arguments.add_argument("--output", type=Path, metavar="FILE", help=texts["output"])
+    arguments.add_argument(
+        "--evaluations", nargs="+", type=Path, default=(), metavar="DIR", help=texts["evaluations"]
+    )
+    options = arguments.parse_args(argv)
+    output = options.output or options.runs[0] / "report.html"
+    for note in write_report(options.runs, output, options.evaluations):
+        print(note)
+    print(f"wrote {output}")
+    return 0
+
+
 def demo(argv: list[str]) -> int:
     """all stages on Python's own documentation, without a download, in a few minutes"""
     import lumi.demo
@@ -423,6 +446,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         merge,
         verify,
         finetune,
+        report,
         demo,
     )
 }

@@ -94,16 +94,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two JSON objects, as "key.subkey was X, is Y now". Long values are cut."""
-    flat_old, flat_new = dict(_flatten(old)), dict(_flatten(new))
+    flat_old, flat_new = dict(flatten(old)), dict(flatten(new))
     pairs = {key: (flat_old.get(key), flat_new.get(key)) for key in flat_old | flat_new}
     return [f"{key} was {_describe(a)}, is {_describe(b)} now" for key, (a, b) in pairs.items() if a != b]
 
 
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a JSON object, each with its key: "key.subkey"."""
     if isinstance(value, dict | list | tuple) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, item in items:
-            yield from _flatten(item, f"{key}.{name}" if key else str(name))
+            yield from flatten(item, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
 
@@ -232,7 +233,9 @@ def _coerce(hint: Any, value: Any, where: str, path: tuple[str, ...]) -> Any:
     if origin is Literal:
         if value in arguments and isinstance(value, type(arguments[arguments.index(value)])):
             return value
-        raise _error(where, path, f"must be one of {', '.join(map(json.dumps, arguments))}", value)
+        refused = _error(where, path, f"must be one of {', '.join(map(json.dumps, arguments))}", value)
+        near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
+        raise refused.replace(remedy=f"did you mean {near[0]!r}?") if near else refused
     if origin in (Union, types.UnionType):
         return _coerce_union(arguments, value, where, path)
     if origin is tuple:

@@ -1,6 +1,7 @@
 """The documentation says what is there: links, paths, commands, options, configs and figures."""
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -225,3 +226,25 @@ def test_numbers_of_parameters_are_those_of_the_configs():
             assert config.model.num_parameters == int(count.replace(",", "")), f"{page.name}: {name}"
             named.add(name)
     assert named == {path.stem for path in (ROOT / "configs" / "pretrain").glob("*.json")}
+
+
+def test_every_field_of_the_log_is_explained(tmp_path):
+    from lumi.evaluation import HeldOut
+    from lumi.training.metrics import read_metrics
+    from lumi.training.objective import HeldOutPairs
+    from lumi.training.run_folder import RunFolder
+    from lumi.training.run_log import RunLog
+    from lumi.training.train_state import StepOutcome
+
+    outcome = StepOutcome(
+        step=1, loss=2.0, gradient_norm=0.5, lr=0.1, num_targets=9, micro_losses=[], accepted=True
+    )
+    log = RunLog(RunFolder(tmp_path), is_main=True)
+    log.begin(0)
+    with log.progress(0, 1):
+        log.step(outcome, skipped_steps=1, mix=[0.5, 0.5], tokens=64, flops_share=1e-9)
+    written = set(read_metrics(tmp_path / "metrics.jsonl")[0])
+    written |= {field.name for cls in (HeldOut, HeldOutPairs) for field in dataclasses.fields(cls)}
+    page = (ROOT / "docs" / "watching.md").read_text()
+    explained = set(re.findall(r"^\| `(\w+)` \|", page.split("## Fields of")[1], re.MULTILINE))
+    assert explained == written | {"stall_seconds"}

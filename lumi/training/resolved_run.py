@@ -18,6 +18,7 @@ from lumi.parallel.tensor_parallel import check_tensor_parallel
 from lumi.parallel.world import World
 from lumi.training.micro_batch import choose_micro_batch, free_memory
 from lumi.training.run_config import Paths, TrainConfig
+from lumi.training.trackers import check_installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,11 @@ def resolve_run(config: TrainConfig, paths: Paths, world: World) -> ResolvedRun:
     """Make every choice. All processes call this together and get the same answer.
 
     Raises:
-        UserError: config, model, processes and device do not go together.
+        UserError: config, model, processes and device do not go together, or a tracker is not installed.
     """
     with world.fail_together():
+        if world.is_main:  # the others tell trackers nothing
+            check_installed(config.trackers)
         config, shape, start = resolve_model(config, paths.model_path)
         ops = _select_ops(config, world.device, shape.head_dim)
         dora = config.lora is not None and config.lora.dora

@@ -25,6 +25,7 @@ def train(config: TrainConfig, paths: Paths, device: str = "auto") -> int:
         UserError: on the main process; SystemExit with code 2 on the others.
     """
     with (
+        contextlib.ExitStack() as at_the_end,
         StopSignal() as stop,
         process_group(device, config.parallel, stop, config.step_timeout_seconds) as world,
         RunFolder(paths.output_dir) as folder,
@@ -43,6 +44,8 @@ def train(config: TrainConfig, paths: Paths, device: str = "auto") -> int:
             with world.fail_together():
                 report("running")
             trainer = Trainer(run, world, folder)
+            # When signals end the process again, and the status is written.
+            at_the_end.callback(trainer.log.finish_tracking)
             finished = trainer.run_to_the_end()
         except Interrupted:
             pass

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lumi.config import UserError
 from lumi.data.batches import BatchConfig
 from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig
@@ -61,6 +62,8 @@ class TrainConfig:
     step_timeout_seconds: float = 600.0
     # Before step 1, time a micro-step, and rehearse a validation and a save.
     preflight: bool = True
+    # Programs that also get every record of `metrics.jsonl` (needs the extra `trackers`).
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -78,6 +81,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise UserError("trackers", "must name each once", got=", ".join(self.trackers))
         check_fits(self.optimizer.schedule, self.num_steps)
         if self.model is not None and self.batches.sequence_length > self.model.max_positions:
             raise ValueError(

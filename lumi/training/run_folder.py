@@ -1,6 +1,7 @@
 """The folder of one run.
 
 config.json  status.json  metrics.jsonl  loss.png     what was asked, how it stands, what it measured
+tracking.json  tensorboard/  wandb/                   of trackers: the run's id, and their files
 tokenizer/                                            that of the data, with the template of its conversations
 reference-*.safetensors                               of pairs: the answers' log-probabilities at the start
 checkpoints/ final/                                   what it saved
@@ -35,7 +36,7 @@ from lumi.parallel.world import World
 
 LOCK_WAIT_SECONDS = 30  # the processes of a killed run may need a moment to end
 # What `write_json` and the log leave behind when they are killed.
-_OUR_TEMPORARY = re.compile(r"(config|status)\.json\.tmp-\d+|metrics\.jsonl\.tmp|reference\.tmp")
+_OUR_TEMPORARY = re.compile(r"(config|status|tracking)\.json\.tmp-\d+|metrics\.jsonl\.tmp|reference\.tmp")
 # A folder for checkpoints that are set aside. It gets the second name when all of them are inside.
 _ABANDONING, _ABANDONED = ".abandoning-after-step-", ".abandoned-after-step-"
 _STEP = "[0-9]" * 8  # a glob pattern

@@ -1,20 +1,21 @@
-"""What a run says while it works: `metrics.jsonl`, `loss.png`, the progress line, and lines for people.
+"""What a run says while it works: `metrics.jsonl`, `loss.png`, trackers, progress, and lines for people.
 
 Only the main process writes. A full disk ends no step half done: the log keeps the fault, and `check` raises
 it where all processes can end together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from lumi.config import UserError
 from lumi.host.progress import progress_bar
-from lumi.training.metrics import Meter, MetricsLog, draw_loss, human
+from lumi.training.metrics import Meter, MetricsLog, draw_loss, final_figures, human, whole_records
 from lumi.training.run_folder import RunFolder
+from lumi.training.trackers import tracked_run
+from lumi.training.tracking import Tracking
 from lumi.training.train_state import StepOutcome
 
 
@@ -28,14 +29,24 @@ class RunLog:
         self.folder, self.is_main, self.unit = folder, is_main, unit
         self._fault: UserError | OSError | None = None
         self.metrics: MetricsLog | None = None
+        self.tracking: Tracking | None = None
         self.meter = Meter()
 
-    def begin(self, step: int) -> None:
-        """Go on with `metrics.jsonl` after `step`, on the main process.
+    def begin(self, step: int, trackers: Sequence[str] = (), config: Mapping[str, Any] | None = None) -> None:
+        """Go on with `metrics.jsonl` and the trackers after `step`, on the main process.
 
-        Raises UserError or OSError if it cannot be written.
+        Args:
+            trackers: the names of those that get every record, too.
+            config: what they are told of the run.
+
+        Raises:
+            UserError or OSError: `metrics.jsonl` cannot be written.
         """
         self.metrics = MetricsLog(self.folder.metrics, step)
+        if trackers:
+            earlier, _ = whole_records(self.folder.metrics)
+            run = tracked_run(self.folder.path, config or {}, step)
+            self.tracking = Tracking(trackers, run, self.say, earlier)
 
     @contextmanager
     def progress(self, step: int, num_steps: int) -> Iterator[None]:
@@ -55,9 +66,17 @@ class RunLog:
             tqdm.write(line)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """A record of `metrics.jsonl`."""
-        if self.metrics is not None:
-            self._try(partial(self.metrics.write, step, kind, **values))
+        """A record of `metrics.jsonl`; trackers get it when it stands there."""
+        metrics, tracking = self.metrics, self.tracking
+        if metrics is None:
+            return
+
+        def write() -> None:
+            record = metrics.write(step, kind, **values)
+            if tracking is not None:
+                tracking.record(record)
+
+        self._try(write)
 
     def step(
         self,
@@ -104,6 +123,16 @@ class RunLog:
         if self.is_main:
             title = f"{self.folder.path.name}: loss"
             self._try(lambda: draw_loss(self.folder.metrics, self.folder.picture, title, self.unit))
+
+    def finish_tracking(self) -> None:
+        """Give the trackers the final figures and the picture.
+
+        They may need a network: call it when everything else is done.
+        """
+        if self.tracking is not None:
+            records, _ = whole_records(self.folder.metrics)
+            step = max((record["step"] for record in records), default=0)
+            self.tracking.finish(step, final_figures(records), self.folder.picture)
 
     def check(self) -> None:
         """Raise the first error of writing, if there was one."""

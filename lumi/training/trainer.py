@@ -86,7 +86,7 @@ class Trainer:
             self._prepare()
         with self.world.fail_together(interruptible=True):
             if self.world.is_main:
-                self.log.begin(step)
+                self.log.begin(step, self.run.config.trackers, to_dict(self.run.config))
         with self.log.progress(step, num_steps), self.checkpoints, self.watchdog:
             finished = self.train()
             with self.watchdog.patience("saving"):

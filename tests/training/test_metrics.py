@@ -1,10 +1,11 @@
 import json
 import resource
 
+import numpy as np
 import pytest
 
 from lumi.config import UserError
-from lumi.training.metrics import Meter, MetricsLog, draw_loss, human, read_metrics
+from lumi.training.metrics import Meter, MetricsLog, draw_loss, final_figures, human, read_metrics, smoothed
 
 
 def test_a_resumed_log_drops_what_will_be_done_again(tmp_path):
@@ -106,3 +107,59 @@ def test_meter(monkeypatch):
     assert meter.read() == (2.0, 0.75, 200.0)
     meter.add(50)
     assert meter.read() == (1.0, 0.0, 50.0)
+
+
+@pytest.mark.parametrize("decay_steps", [3, 10, 40, 150, 600])
+def test_the_smoothed_curve_lies_within_the_noise(decay_steps):
+    """The truth is 2 + 6 exp(-t / decay); the noise is 0.1 up and down in turn, so it cancels out."""
+    steps = np.arange(900)
+    truth = 2 + 6 * np.exp(-steps / decay_steps)
+    curve = smoothed(truth + 0.1 * (-1.0) ** steps)
+    assert np.abs(curve - truth).max() <= 0.1 + 1e-9
+    later = slice(200, None)
+    assert np.abs(curve - truth)[later].max() < 0.03  # and it takes most of the noise away
+
+
+def test_the_smoothed_curve_of_a_straight_line_is_the_line():
+    line = 7.5 - 0.01 * np.arange(500)
+    assert smoothed(line) == pytest.approx(line, abs=1e-9)
+    assert [smoothed(values).tolist() for values in ([], [3.0], [3.0, 1.0])] == [[], [3.0], [3.0, 1.0]]
+
+
+def test_a_step_is_smoothed_from_both_sides():
+    """10 until step 500, then 0. The middle of the curve is where the data falls, and not later."""
+    curve = smoothed([10.0] * 500 + [0.0] * 500)
+    assert 4 < (curve[499] + curve[500]) / 2 < 6
+    assert curve[479] == pytest.approx(10)
+    assert curve[520] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_fall_near_the_end_is_not_carried_on():
+    """The level falls 15 values before the end and stays there: so does the curve."""
+    curve = smoothed([40.0] * 185 + [13.0] * 15)
+    assert curve[-5:] == pytest.approx([13.0] * 5)
+    assert curve.min() > 10
+
+
+def test_final_figures():
+    records = [
+        {"step": 1, "kind": "train", "loss": 5.0, "tokens": 8, "tokens_per_second": 1.0, "skipped": False},
+        {"step": 2, "kind": "train", "loss": 4.0, "tokens": 16, "tokens_per_second": 9.0, "skipped": False},
+        {"step": 2, "kind": "validation", "loss": 4.5, "bits_per_byte": 2.0},
+        {
+            "step": 3,
+            "kind": "train",
+            "loss": None,
+            "tokens": 24,
+            "tokens_per_second": 8.0,
+            "skipped_steps": 1,
+        },
+        {"step": 3, "kind": "validation", "loss": 4.75, "bits_per_byte": 2.25},
+        {"step": 3, "kind": "checkpoint", "stall_seconds": 0.5},
+    ]
+    assert final_figures(records) == {
+        **{"loss": 4.0, "tokens": 24, "skipped_steps": 1, "tokens_per_second": 8.0},
+        **{"validation_loss": 4.75, "validation_bits_per_byte": 2.25},
+        **{"best_validation_loss": 4.5, "best_validation_step": 2},
+    }
+    assert final_figures([]) == {}

@@ -13,6 +13,8 @@ MODEL = CONFIG["model"]
     ("changes", "message"),
     [
         ({"kernels": "tritn"}, 'kernels must be one of "auto", "reference", "native", "triton", got "tritn"'),
+        ({"trackers": ["wanbd"]}, r"trackers\.0 must be one of .*, got \"wanbd\"; did you mean 'wandb'\?"),
+        ({"trackers": ["wandb", "wandb"]}, "trackers must name each once, got wandb, wandb"),
         ({"seed": -1}, "seed must be between 0"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         (

@@ -1,0 +1,1 @@
+"""What runs look like: their curves, figures and evaluations on one HTML page."""

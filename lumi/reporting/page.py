@@ -1,0 +1,108 @@
+"""`lumi report`: runs -> one HTML page that needs nothing else. The template escapes all text of runs."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jinja2
+
+from lumi import __version__
+from lumi.config import UserError, flatten
+from lumi.reporting import charts
+from lumi.reporting.evaluations import find_evaluations
+from lumi.reporting.recorded_run import RecordedRun, read_runs
+from lumi.training.metrics import human
+
+_UNKNOWN = "–"
+
+
+def write_report(runs: Sequence[Path], output: Path, evaluations: Sequence[Path] = ()) -> list[str]:
+    """Write the page of some runs.
+
+    Args:
+        evaluations: folders of evaluations that belong on it, beside those that are found.
+
+    Returns:
+        what a reader must know of the runs, a line for each.
+
+    Raises:
+        UserError: a path is no run or no evaluation, or `output` is a folder.
+        OSError: `output` cannot be written.
+    """
+    if output.is_dir():
+        raise UserError("--output", "must be a file", got=f"the folder {output}")
+    recorded = read_runs(runs)
+    found, faults = find_evaluations([run.path for run in recorded], evaluations)
+    template = _environment().get_template("report.html.jinja")
+    page = template.render(
+        title=f"Training report: {', '.join(run.name for run in recorded)}",
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, Lumi {__version__}",
+        runs=recorded,
+        summary=list(_summary(recorded)),
+        faults=faults,
+        charts=charts.charts_of(recorded),
+        area=charts,
+        differences=_differences(recorded),
+        configs=[json.dumps(run.config, indent=2, ensure_ascii=False) for run in recorded],
+        evaluations=found,
+    )
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    temporary.write_bytes(page.encode("utf-8", "replace"))
+    os.replace(temporary, output)
+    return [f"{run.name}: {note}" for run in recorded for note in run.notes] + faults
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _summary(runs: Sequence[RecordedRun]) -> Iterator[tuple[str, list[str]]]:
+    """The rows of the table of figures: a name, and a cell for each run."""
+    yield "status", [run.status for run in runs]
+    yield "learns", [run.kind for run in runs]
+    yield "steps", [_steps(run) for run in runs]
+    rows = (
+        ("tokens", "tokens", human),
+        ("last training loss", "loss", _four_digits),
+        ("last validation loss", "validation_loss", _four_digits),
+        ("lowest validation loss", "best_validation_loss", _four_digits),
+        ("at step", "best_validation_step", lambda step: f"{step:,.0f}"),
+        ("bits per byte", "validation_bits_per_byte", _four_digits),
+        ("accuracy", "validation_accuracy", lambda share: f"{share:.1%}"),
+        ("tokens per second, median", "tokens_per_second", human),
+        ("MFU, median", "mfu", lambda share: f"{share:.1%}"),
+        ("skipped steps", "skipped_steps", lambda number: f"{number:,.0f}"),
+    )
+    figures = [run.figures for run in runs]
+    for name, key, show in rows:
+        if any(key in each for each in figures):
+            yield name, [show(each[key]) if key in each else _UNKNOWN for each in figures]
+
+
+def _steps(run: RecordedRun) -> str:
+    return f"{run.steps:,}" + (f" of {run.planned_steps:,}" if run.planned_steps else "")
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
+    """The config keys in which runs differ, with the value of each run."""
+    if any(run.config is None for run in runs) or len(runs) < 2:
+        return []
+    flat = [dict(flatten(run.config)) for run in runs]
+    keys = dict.fromkeys(key for each in flat for key in each)
+    rows = {
+        key: [json.dumps(each[key], ensure_ascii=False) if key in each else _UNKNOWN for each in flat]
+        for key in keys
+    }
+    return [(key, cells) for key, cells in rows.items() if len(set(cells)) > 1]
