@@ -68,6 +68,7 @@ def tokenize(argv: list[str]) -> int:
     """corpus folders -> a token store, split into train and validation by document"""
     from lumi.chat.templates import TEMPLATES
     from lumi.data import tokenization
+    from lumi.formats.hub import local_folder
     from lumi.tokenizer.loading import load_tokenizer
 
     texts = {
@@ -90,7 +91,7 @@ def tokenize(argv: list[str]) -> int:
     options = arguments.parse_args(argv)
     manifest = tokenization.tokenize(
         options.corpus_dirs,
-        load_tokenizer(options.tokenizer_dir),
+        load_tokenizer(local_folder(options.tokenizer_dir, weights=False)),
         options.output_dir,
         validation_fraction=options.validation_fraction,
         validation_corpus_dirs=options.validation_corpus_dirs or (),
@@ -356,7 +357,7 @@ def finetune(argv: list[str]) -> int:
     import lumi.finetune
 
     texts = {
-        "model": "a model folder, or a finished run",
+        "model": "a model folder, a finished run, or org/name on the hub",
         "data": ".jsonl, .json or .parquet files of conversations or of pairs, or one dataset on the hub",
         "split": "of a dataset on the hub; default: train",
         "epochs": "passes over the data; default: 3 for few conversations down to 1 for many",

@@ -113,7 +113,7 @@ def model_folder(path: str | Path) -> Path:
         remedy = "finish it with --resume-from-checkpoint auto, or pass one of its checkpoints/step-..."
         raise UserError(f"{path}: must be a finished run, but has no final/ yet", remedy=remedy)
     if not (path / "config.json").is_file():
-        remedy = "pass a run folder, its final/ or one of its checkpoints/step-..."
+        remedy = "pass a run folder, its final/, one of its checkpoints/step-..., or org/name on the hub"
         raise UserError(f"{path}: must be a model folder with a config.json", remedy=remedy)
     return path
 
