@@ -389,6 +389,38 @@ def finetune(argv: list[str]) -> int:
     )
 
 
+def push(argv: list[str]) -> int:
+    """a model or an adapter -> the Hugging Face hub, with a model card"""
+    from lumi.provenance.push import PushOptions
+    from lumi.provenance.push import push as push_model
+
+    texts = {
+        "run": "a finished run, or the folder of a model or an adapter",
+        "dry_run": "show files and card; ask and send nothing",
+        "private": "make the new repository private",
+        "branch": "of the repository, made where it is missing; default: main",
+        "license": "of the model, as the hub spells it, such as apache-2.0",
+        "base_model": "what the base is called on the hub, where it came from a folder here",
+        "data_dirs": "token stores and corpora of the run that do not lie beside it",
+        "evaluations": "folders of `lumi evaluate` that do not lie beside the run",
+        "replace_card": "also replace a README.md that lumi push has not written",
+    }
+    arguments = parser("lumi push", _summary(push))
+    arguments.add_argument("run", type=Path, metavar="RUN", help=texts["run"])
+    arguments.add_argument("repo", metavar="OWNER/NAME")
+    for name in ("dry_run", "private", "replace_card"):
+        arguments.add_argument(option_name(name), action="store_true", help=texts[name])
+    arguments.add_argument("--branch", help=texts["branch"])
+    arguments.add_argument("--license", metavar="ID", help=texts["license"])
+    arguments.add_argument("--base-model", metavar="OWNER/NAME", help=texts["base_model"])
+    for name in ("data_dirs", "evaluations"):
+        folders = arguments.add_argument(option_name(name), nargs="+", type=Path, metavar="DIR", default=[])
+        folders.help = texts[name]
+    options = arguments.parse_args(argv)
+    push_model(options.run, options.repo, from_options(PushOptions, options))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
     for command in (
@@ -402,6 +434,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         export,
         merge,
         finetune,
+        push,
         demo,
     )
 }

@@ -59,6 +59,15 @@ def _git_hash(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def _mode(name, files):
+    """How a file is to be sent, and the hash of the one that is there."""
+    large = name.endswith((".safetensors", ".png"))
+    oid = None
+    if name in files:
+        oid = hashlib.sha256(files[name]).hexdigest() if large else _git_hash(files[name])
+    return {"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -111,12 +120,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests.append((self.command, self.path))
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         if parts[:2] == ["api", "models"]:
-            repo, what, revision = "/".join(parts[2:4]), [*parts[4:], ""][0], "/".join(parts[5:]) or "main"
+            repo, what = "/".join(parts[2:4]), parts[4] if len(parts) > 4 else ""
+            revision = parts[5] if len(parts) > 5 else "main"
             if (commit := self.find(repo, revision)) is None:
                 return
             files = self.server.commits[repo][commit]
+            if what == "tree" and len(parts) > 6:
+                return self.answer({"error": "no such folder"}, 404, "EntryNotFound")
             if what == "tree":
                 entries = [
                     {"type": "file", "path": name, "size": len(data), "oid": _git_hash(data)}
@@ -125,7 +137,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(entries)
             if what in ("", "revision"):
                 siblings = [{"rfilename": name} for name in files]
-                return self.answer({"id": repo, "sha": commit, "private": False, "siblings": siblings})
+                private = repo in self.server.hidden
+                return self.answer({"id": repo, "sha": commit, "private": private, "siblings": siblings})
         if len(parts) >= 5 and parts[2] == "resolve":
             repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
             if (commit := self.find(repo, revision)) is None:
@@ -155,8 +168,12 @@ class Handler(BaseHTTPRequestHandler):
             if not self.may_write(repo):
                 return None
             if repo in self.server.commits:
-                return self.answer({"error": "You already created this model repo"}, 409)
+                return self.answer(
+                    {"error": "You already created it", "url": f"{self.server.url}/{repo}"}, 409
+                )
             self.server.told.append(asked)
+            if asked.get("visibility") == "private":
+                self.server.hidden.add(repo)
             self.server.commit(repo, {".gitattributes": b""}, message="initial")
             return self.answer({"url": f"{self.server.url}/{repo}", "id": repo})
         if path.endswith(".git/info/lfs/objects/batch"):
@@ -178,15 +195,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         if what == "preupload":
             files = self.server.commits[repo][commit]
-            modes = [
-                {
-                    "path": each["path"],
-                    "uploadMode": "lfs" if each["path"].endswith((".safetensors", ".png")) else "regular",
-                    "shouldIgnore": False,
-                    "oid": _git_hash(files[each["path"]]) if each["path"] in files else None,
-                }
-                for each in json.loads(data)["files"]
-            ]
+            modes = [_mode(each["path"], files) for each in json.loads(data)["files"]]
             return self.answer({"files": modes})
         assert what == "commit"
         return self.take_commit(repo, revision, commit, [json.loads(line) for line in data.splitlines()])

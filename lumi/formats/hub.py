@@ -103,7 +103,7 @@ def _not_there(model: HubModel, fault: str, remedy: str) -> UserError:
     return UserError(f"{model}:", expectation, got=f"no such folder, and the hub {fault}", remedy=remedy)
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """What the hub said, in one line and without the token."""
     from huggingface_hub import get_token
 
