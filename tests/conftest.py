@@ -192,9 +192,11 @@ def hub(tmp_path, monkeypatch):
     """A hub of this machine that huggingface_hub's own client speaks to, logged in, with an empty cache."""
     import hub_server
     import huggingface_hub.constants as constants
+    import huggingface_hub.hf_api
 
     server = hub_server.Hub()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
     monkeypatch.setattr(
         constants,
         "HUGGINGFACE_CO_URL_TEMPLATE",

@@ -21,6 +21,7 @@ _TAGS: Mapping[str, Sequence[str]] = {
     "direct preference optimization": ["dpo"],
     "training": [],
 }
+_ABSOLUTE = re.compile(r"(?<![\w.:/])/([^\s,;:/]+/)+")  # folders of the machine concern nobody
 _SIGNED = re.compile(r"\n<!-- Written by `lumi push`: ([0-9a-f]{64}) -->\n$")
 
 
@@ -49,6 +50,7 @@ class CardFacts:
         base: None: training began with random weights, or nothing is known of it.
         run: None: the folder is no run's.
         picture: whether `loss.png` lies beside the card.
+        generation_config: whether `generation_config.json` does.
     """
 
     target: HubModel
@@ -59,6 +61,7 @@ class CardFacts:
     base: Base | None
     run: RunFacts | None
     picture: bool
+    generation_config: bool
     evaluations: Sequence[Mapping[str, Any]]
     license: str | None
 
@@ -68,7 +71,10 @@ def model_card(facts: CardFacts) -> str:
     sections = {
         "": [f"# {facts.target.repo.partition('/')[2]}", "", _opening(facts)],
         "## Use": usage(
-            facts.target, facts.tokenizer, facts.base.model if facts.base else None, facts.is_adapter
+            facts.target,
+            facts.tokenizer,
+            facts.base.model if facts.base and facts.is_adapter else None,
+            facts.generation_config,
         ),
         "## Training": list(_training(facts)),
         "## Data": list(data_section(facts.run)),
@@ -151,14 +157,15 @@ def _training(facts: CardFacts) -> Iterator[str]:
 def _evaluation(facts: CardFacts) -> Iterator[str]:
     if not facts.evaluations:
         yield "No evaluation of these weights was given."
-    for results in facts.evaluations:
+    for number, results in enumerate(facts.evaluations):
+        yield from [""] * (number > 0)
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         stopped = "" if results["finished"] else " **It was stopped before it had measured everything.**"
         limit = "" if results["limit"] is None else f" The first {results['limit']:,} of each at most."
         yield f"By `lumi evaluate` on {results['date'][:10]}, {results['dtype']}; {versions}.{limit}{stopped}"
         yield ""
-        yield from markdown_table(("", "metric", "value", "baseline", "of", "protocol"), figures(results))
-        yield ""
+        rows = [[_ABSOLUTE.sub("", text) for text in figure] for figure in figures(results)]
+        yield from markdown_table(("", "metric", "value", "baseline", "of", "protocol"), rows)
 
 
 def _tokenizer(tokenizer: Tokenizer | None) -> list[str]:

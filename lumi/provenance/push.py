@@ -19,6 +19,7 @@ from lumi.provenance.model_card import Base, CardFacts, model_card
 from lumi.provenance.pushed_files import CARD, PICTURE, Upload, choose_files
 from lumi.provenance.repository import Repository
 from lumi.provenance.run_facts import RunFacts, find_data, find_evaluations, read_run, run_of
+from lumi.tokenizer.files import GENERATION_FILE
 from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
 
 
@@ -83,6 +84,7 @@ def push(path: Path, repo: str, options: PushOptions) -> None:
         base=base,
         run=run,
         picture=bool(picture),
+        generation_config=(folder / GENERATION_FILE).is_file(),
         evaluations=[results for _, results in evaluations],
         license=options.license,
     )

@@ -1,5 +1,6 @@
 """Which files of a model folder go to the hub: those that a model or an adapter is made of."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -9,16 +10,16 @@ from lumi.formats.adapter_format import WEIGHTS, is_adapter
 from lumi.formats.checkpoint_folder import is_checkpoint
 from lumi.formats.hf_format import INDEX, weight_files
 from lumi.formats.peft_config import CONFIG
+from lumi.tokenizer.files import GENERATION_FILE
 
 CARD, PICTURE = "README.md", "loss.png"
 _TOKENIZER = """
     tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
     chat_template.jinja
 """.split()
-_MODEL = ["config.json", "generation_config.json"]
 _LEGAL = ["LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"]
 _OURS = re.compile(
-    "|".join(map(re.escape, [*_TOKENIZER, *_MODEL, CONFIG, WEIGHTS, INDEX]))
+    "|".join(map(re.escape, ["config.json", GENERATION_FILE, *_TOKENIZER, CONFIG, WEIGHTS, INDEX]))
     + r"|model(-\d{5}-of-\d{5})?\.safetensors"
 )
 
@@ -57,14 +58,12 @@ def choose_files(folder: Path) -> Files:
     else:
         weights = [path.name for path in weight_files(folder)]
         needed = ["config.json", *weights, *([INDEX] if "model.safetensors" not in weights else [])]
-    names = [*needed, *(name for name in (*_MODEL, *_TOKENIZER, *_LEGAL) if name not in needed)]
-    if is_adapter(folder):
-        names = [name for name in names if name not in _MODEL]
-    chosen = [name for name in names if name in needed or (folder / name).exists()]
+    optional = [GENERATION_FILE, *_TOKENIZER, *_LEGAL]
+    chosen = [*needed, *(name for name in optional if os.path.lexists(folder / name))]
     for name in chosen:
         _check_file(folder, name)
-    others = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    left_out = [name for name in others if name not in (*chosen, CARD)]
+    there = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    left_out = [name for name in there if name not in (*chosen, CARD)]
     return Files([Upload(name, folder / name) for name in chosen], left_out)
 
 

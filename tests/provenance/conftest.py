@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from corpora import write_pairs
 from crafted_models import save_base
-from synthetic import pair, write_jsonl
+from synthetic import write_jsonl
 
 from lumi.config import from_dict
 from lumi.corpus import PrepareConfig, prepare
@@ -36,29 +35,28 @@ def base_dir(tokenizer, tmp_path):
 
 @pytest.fixture
 def chats(tokenizer, tmp_path):
-    """Tokens of conversations, and their corpus."""
-    records = [
-        {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]}
-        for word in (f"word {number}" for number in range(60))
-    ]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (tmp_path / "chats.jsonl").write_text(lines)
-    source = {"kind": "jsonl", "name": "chats", "paths": [str(tmp_path / "chats.jsonl")]}
-    source["conversation"] = {"kind": "messages"}
-    prepare(from_dict(PrepareConfig, {"sources": [source]}), tmp_path / "chat-corpus", num_workers=1)
-    folder = tmp_path / "chat-tokens"
-    tokenize([tmp_path / "chat-corpus"], tokenizer, folder, validation_fraction=0.2, num_workers=1)
-    return folder
+    """Tokens of conversations, and their corpus beside them."""
+    questions = [{"role": "user", "content": f"say {number}"} for number in range(60)]
+    answers = [{"role": "assistant", "content": f"{number}"} for number in range(60)]
+    records = [{"messages": list(both)} for both in zip(questions, answers, strict=True)]
+    return _tokens(tmp_path / "chats", records, {"kind": "messages"}, tokenizer)
 
 
 @pytest.fixture
 def pairs(tokenizer, tmp_path):
-    """Tokens of pairs, and their corpus."""
-    (tmp_path / "pair-corpus").mkdir()
-    write_pairs(tmp_path / "pair-corpus", [pair(seed) for seed in range(60)])
-    folder = tmp_path / "pair-tokens"
-    tokenize([tmp_path / "pair-corpus"], tokenizer, folder, validation_fraction=0.2, num_workers=1)
-    return folder
+    """Tokens of pairs, and their corpus beside them."""
+    records = [{"prompt": f"say {n}", "chosen": f"{n}", "rejected": "no"} for n in range(60)]
+    return _tokens(tmp_path / "pairs", records, {"kind": "preference"}, tokenizer)
+
+
+def _tokens(folder, records, conversation, tokenizer):
+    folder.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = {"kind": "jsonl", "name": folder.name, "paths": [str(folder.with_suffix(".jsonl"))]}
+    config = from_dict(PrepareConfig, {"sources": [source | {"conversation": conversation}]})
+    prepare(config, folder, num_workers=1)
+    tokens = folder.with_name(f"{folder.name}-tokens")
+    tokenize([folder], tokenizer, tokens, validation_fraction=0.2, num_workers=1)
+    return tokens
 
 
 @pytest.fixture

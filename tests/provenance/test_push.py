@@ -56,7 +56,7 @@ class TestPretrained:
         losses = [record["loss"] for record in records if record["kind"] == "validation"]
         assert f"| last | 12 | {losses[-1]:.4f}" in text
         assert "smoke: facts" in text
-        assert "greedy, at most 2 tokens, continued as text" in text
+        assert "prompts of prompts.json; greedy, at most 2 tokens, continued as text" in text
         assert "![Loss of training and validation by step](loss.png)" in text
         assert json.dumps(json.loads((pretrained_run / "config.json").read_text()), indent=2) in text
 
@@ -128,6 +128,8 @@ class TestAdapters:
         names = {}
         exec(code, names)
         assert isinstance(names["model"], peft.PeftModel)
+        ends = json.loads((adapter_run / "final" / "generation_config.json").read_text())["eos_token_id"]
+        assert names["settings"].eos_token_id == ends
         ours = load_pretrained(adapter_run, device="cpu").model
         ids = names["inputs"]["input_ids"]
         logits = torch.nn.functional.linear(ours.hidden(ids), ours.output_weight)
@@ -141,6 +143,7 @@ class TestAdapters:
         assert "direct preference optimization of an adapter" in card.text
         assert "loss (nats per pair)" in card.text
         assert " pairs, " in card.text
+        assert "| pairs | jsonl: pairs.jsonl | 60 | 60 |" in card.text
 
     def test_a_base_that_is_not_on_the_hub(self, hub, base_dir, tokenizer, tmp_path, capsys):
         save_adapted(base_dir, LoraConfig(rank=2, alpha=4), tokenizer, tmp_path / "adapter")
