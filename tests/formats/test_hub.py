@@ -11,18 +11,21 @@ import torch
 import transformers
 from crafted_models import save_adapted, save_base
 from hub_server import TOKEN
-from runs import final_weights
+from runs import final_weights, merged
 
 from lumi.cli import dispatch
-from lumi.config import UserError, read_json
+from lumi.config import UserError, from_dict, read_json
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.evaluation.smoke import SmokeConfig
+from lumi.finetune import FineTuning
 from lumi.formats.adapter_format import base_of
 from lumi.formats.export import merge_adapter
 from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hub import HubModel, as_before, hub_model, local_folder, name_of, origin_of
 from lumi.formats.pretrained import load_pretrained
 from lumi.model.lora import LoraConfig
+from lumi.training.run import train
+from lumi.training.run_config import Paths, TrainConfig
 
 LORA = {"rank": 2, "alpha": 4}
 
@@ -209,6 +212,24 @@ class TestTraining:
         weights = final_weights(start(num_steps=4, **settings))
         offline(monkeypatch)
         assert final_weights(start("again", num_steps=4, **settings)) == weights
+
+    def test_the_tokenizer_may_come_from_there_too(self, on_hub, store_dir, tmp_path):
+        config = from_dict(TrainConfig, merged({"model": None, "num_steps": 1}))
+        paths = Paths([str(store_dir)], "me/base", tmp_path / "run", model_path=Path("me/base"))
+        assert train(config, paths, "cpu") == 0
+        state = read_json(tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json")
+        assert state["model_path"] == f"me/base@{on_hub}"
+
+    def test_fine_tuning_goes_on_from_its_commit(self, hub, on_hub, tokenizer, tmp_path):
+        tuning = FineTuning(Path("me/base"), tmp_path / "tuned", "cpu")
+        tuning.claim({"data": ["x"]})
+        assert read_json(tmp_path / "tuned" / "finetune.json")["model"] == f"me/base@{on_hub}"
+        hub.upload("me/base", save_base(tokenizer, tmp_path / "newer", qk_norm=True))
+        again = FineTuning(Path("me/base"), tmp_path / "tuned", "cpu")
+        again.claim({"data": ["x"]})
+        assert origin_of(again.model) == HubModel("me/base", on_hub)
+        with pytest.raises(UserError, match="must be of the same fine-tuning, got other arguments"):
+            FineTuning(Path("me/base@main"), tmp_path / "tuned", "cpu").claim({"data": ["x"]})
 
     def test_a_recorded_commit_holds_where_no_revision_is_given(self, on_hub):
         recorded = f"me/base@{on_hub}"
