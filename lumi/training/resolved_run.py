@@ -1,5 +1,6 @@
 """A config and its paths -> a `ResolvedRun`: every choice of a run, made once, before anything is built."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,13 +114,16 @@ def _pinned(path: Path, weights: bool = True) -> Path:
 
 def _start_before(paths: Paths) -> str | None:
     """The model that the run to go on with began with, as its newest checkpoint names it."""
-    folders = list_checkpoints(paths.output_dir / "checkpoints")[::-1]
-    for folder in folders if paths.resume == "auto" else [Path(paths.resume)] if paths.resume else []:
+    folders = [] if paths.resume is None else [Path(paths.resume)]
+    if paths.resume == "auto":
+        with contextlib.suppress(OSError):
+            folders = list_checkpoints(paths.output_dir / "checkpoints")[::-1]
+    for folder in folders:
         try:
             return read_json(folder / STATE).get(MODEL_PATH)
         except (UserError, OSError, AttributeError):
-            continue  # whether the run can go on from there is for its folder to say
-    return None
+            continue
+    return None  # whether the run can go on is for its folder to say
 
 
 def resolve_model(
