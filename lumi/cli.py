@@ -68,6 +68,7 @@ def tokenize(argv: list[str]) -> int:
     """corpus folders -> a token store, split into train and validation by document"""
     from lumi.chat.templates import TEMPLATES
     from lumi.data import tokenization
+    from lumi.formats.hub import local_folder
     from lumi.tokenizer.loading import load_tokenizer
 
     texts = {
@@ -90,7 +91,7 @@ def tokenize(argv: list[str]) -> int:
     options = arguments.parse_args(argv)
     manifest = tokenization.tokenize(
         options.corpus_dirs,
-        load_tokenizer(options.tokenizer_dir),
+        load_tokenizer(local_folder(options.tokenizer_dir, weights=False)),
         options.output_dir,
         validation_fraction=options.validation_fraction,
         validation_corpus_dirs=options.validation_corpus_dirs or (),
@@ -400,7 +401,7 @@ def finetune(argv: list[str]) -> int:
     import lumi.finetune
 
     texts = {
-        "model": "a model folder, or a finished run",
+        "model": "a model folder, a finished run, or org/name on the hub",
         "data": ".jsonl, .json or .parquet files of conversations or of pairs, or one dataset on the hub",
         "split": "of a dataset on the hub; default: train",
         "epochs": "passes over the data; default: 3 for few conversations down to 1 for many",
@@ -432,6 +433,38 @@ def finetune(argv: list[str]) -> int:
     )
 
 
+def push(argv: list[str]) -> int:
+    """a model or an adapter -> the Hugging Face hub, with a model card"""
+    from lumi.provenance.push import PushOptions
+    from lumi.provenance.push import push as push_model
+
+    texts = {
+        "run": "a finished run, or the folder of a model or an adapter",
+        "dry_run": "show files and card; ask and send nothing",
+        "private": "make the new repository private",
+        "branch": "of the repository, made where it is missing; default: main",
+        "license": "of the model, as the hub spells it, such as apache-2.0",
+        "base_model": "what the base is called on the hub, where it came from a folder here",
+        "data_dirs": "token stores and corpora of the run that do not lie beside it",
+        "evaluations": "folders of `lumi evaluate` that do not lie beside the run",
+        "replace_card": "also replace a README.md that lumi push has not written",
+    }
+    arguments = parser("lumi push", _summary(push))
+    arguments.add_argument("run", type=Path, metavar="RUN", help=texts["run"])
+    arguments.add_argument("repo", metavar="OWNER/NAME")
+    for name in ("dry_run", "private", "replace_card"):
+        arguments.add_argument(option_name(name), action="store_true", help=texts[name])
+    arguments.add_argument("--branch", help=texts["branch"])
+    arguments.add_argument("--license", metavar="ID", help=texts["license"])
+    arguments.add_argument("--base-model", metavar="OWNER/NAME", help=texts["base_model"])
+    for name in ("data_dirs", "evaluations"):
+        folders = arguments.add_argument(option_name(name), nargs="+", type=Path, metavar="DIR", default=[])
+        folders.help = texts[name]
+    options = arguments.parse_args(argv)
+    push_model(options.run, options.repo, from_options(PushOptions, options))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__: command
     for command in (
@@ -447,6 +480,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         verify,
         finetune,
         report,
+        push,
         demo,
     )
 }

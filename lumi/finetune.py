@@ -28,6 +28,7 @@ from lumi.formats.adapter_format import is_adapter
 from lumi.formats.added_tokens import add_tokens
 from lumi.formats.export import merge_adapter
 from lumi.formats.hf_format import read_shape
+from lumi.formats.hub import as_before, name_of
 from lumi.formats.pretrained import load_pretrained, locate
 from lumi.host.devices import choose_device, fast_bfloat16
 from lumi.host.storage import check_output, remove_folder
@@ -38,6 +39,7 @@ from lumi.tokenizer.tokenizer import Tokenizer
 from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
 
+CALL = "finetune.json"  # records what the folder is the fine-tuning of
 MARKERS = ("<|im_start|>", "<|im_end|>")
 VALIDATION_CONVERSATIONS = 32  # held out, if that is no more than a tenth and no less than 2%
 NUM_ANSWERS, ANSWER_TOKENS = 3, 96
@@ -47,7 +49,9 @@ class FineTuning:
     """The stages and their folders below `output_dir`."""
 
     def __init__(self, model: Path, output_dir: Path, device: str):
-        self.model, self.output_dir, self.device = locate(model), output_dir, device
+        record, self.output_dir, self.device = output_dir / CALL, output_dir, device
+        before = read_json(record).get("model") if record.is_file() else None
+        self.model = locate(as_before(model, before))
         if is_adapter(self.model):
             remedy = "`lumi merge` makes one of it and its base"
             raise UserError("MODEL", "must be a whole model", got=f"the adapter {self.model}", remedy=remedy)
@@ -62,7 +66,7 @@ class FineTuning:
             UserError: it is one of something else, or cannot be written to.
         """
         check_output(self.output_dir, renamed=False)
-        path, call = self.output_dir / "finetune.json", {"model": str(self.model.resolve())} | call
+        path, call = self.output_dir / CALL, {"model": name_of(self.model.resolve())} | call
         if path.is_file() and (changed := differences(read_json(path), call)):
             remedy = "choose another --output-dir, or remove that one"
             got = f"other arguments ({'; '.join(changed)})"
@@ -200,7 +204,7 @@ def finetune(
     """Fine-tune a model on chat data. A call that was interrupted goes on.
 
     Args:
-        model: a model folder or a finished run, of a whole model.
+        model: a model folder, a finished run or `org/name` on the hub, of a whole model.
         data: files, patterns, or one dataset on the hub.
         output_dir: of all stages.
         split: of a dataset on the hub; None: "train".

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         "--model-path",
         type=Path,
         metavar="M",
-        help="begin with this model: a run, a checkpoint or a Hugging Face folder",
+        help="begin with this model: a run, a checkpoint, a Hugging Face folder, or org/name on the hub",
     )
     arguments.add_argument("--output-dir", required=True, type=Path, help="the run folder")
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")

@@ -188,6 +188,31 @@ def command(store_dir, tokenizer_dir, tmp_path):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of this machine that huggingface_hub's own client speaks to, logged in, with an empty cache."""
+    import hub_server
+    import huggingface_hub.constants as constants
+    import huggingface_hub.hf_api
+
+    server = hub_server.Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    monkeypatch.chdir(tmp_path)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
 def disk_of(tmp_path):
     """Mount a disk of a size such as "1m"; returns its folder.
 

@@ -32,6 +32,7 @@ from lumi.evaluation.records import tightest
 from lumi.evaluation.report import format_table, report
 from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
+from lumi.formats.hub import name_of
 from lumi.formats.model_parent import model_parents
 from lumi.formats.pretrained import Pretrained
 from lumi.host.provenance import Parent, write_provenance
@@ -241,8 +242,8 @@ def _run_text(
 def _facts(pretrained: Pretrained) -> dict[str, Any]:
     model = pretrained.model
     return {
-        "model": str(pretrained.folder),
-        "adapter": None if pretrained.adapter is None else str(pretrained.adapter),
+        "model": name_of(pretrained.folder),
+        "adapter": None if pretrained.adapter is None else name_of(pretrained.adapter),
         "parameters": model.config.num_parameters,
         "tokenizer_fingerprint": pretrained.tokenizer.fingerprint,
         "dtype": str(model.compute_dtype).removeprefix("torch."),

@@ -52,7 +52,7 @@ def report(results: Mapping[str, Any]) -> str:
     ]
     if not results["finished"]:
         lines += ["**Not finished**: the evaluation was stopped before it had measured everything.", ""]
-    lines += _markdown(("", "metric", "value", "baseline", "of", "protocol"), figures(results))
+    lines += markdown_table(("", "metric", "value", "baseline", "of", "protocol"), figures(results))
     if results["smoke_tests"]:
         lines += ["", "## Smoke tests that failed", ""]
         rows = []
@@ -60,7 +60,7 @@ def report(results: Mapping[str, Any]) -> str:
             failed = ", ".join(name for name, met in answer["checks"].items() if not met)
             if failed:
                 rows.append((answer["category"], answer["prompt"], answer["answer"], failed))
-        lines += _markdown(("category", "prompt", "answer", "failed"), rows) if rows else ["None."]
+        lines += markdown_table(("category", "prompt", "answer", "failed"), rows) if rows else ["None."]
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +111,8 @@ def _smoke_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
         yield Figure(f"smoke: {name}", "passed", str(passed), "", _count(prompts, "prompt"), protocol)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table; text that Markdown would read is escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(_cell(text) for text in line) + " |" for line in lines]
 

@@ -15,7 +15,16 @@ from lumi.formats.checkpoint_folder import CheckpointFolder, is_checkpoint, open
 from lumi.formats.fingerprint import is_fingerprint_of
 from lumi.formats.hf_config import save_tokenizer
 from lumi.formats.hf_format import DTYPES, hf_name, open_tensors, tokenizer_remedy
-from lumi.formats.peft_config import BASE, CONFIG, PeftConfig, from_peft_config, read_config, to_peft_config
+from lumi.formats.hub import hub_model, local_folder
+from lumi.formats.peft_config import (
+    BASE,
+    CONFIG,
+    REVISION,
+    PeftConfig,
+    from_peft_config,
+    read_config,
+    to_peft_config,
+)
 from lumi.host.provenance import Parent, record_files, write_provenance
 from lumi.host.storage import atomic_folder
 from lumi.host.tensor_files import load_tensors, save_tensors
@@ -95,13 +104,29 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def base_of(folder: str | Path) -> Path:
-    """The folder of an adapter's base model. Raises UserError if the adapter names none, or it has gone."""
-    base = open_folder(folder).base if is_checkpoint(folder) else read_config(Path(folder)).get(BASE)
-    if not isinstance(base, str) or not ((Path(base) / "config.json").is_file() or is_checkpoint(base)):
+    """The folder of an adapter's base model, which may come from the hub.
+
+    Raises UserError if the adapter names none, or it has gone.
+    """
+    base = named_base(folder)
+    if base is not None and hub_model(base) is not None:
+        return local_folder(base)
+    if base is None or not ((Path(base) / "config.json").is_file() or is_checkpoint(base)):
         named = f"names {base}, where there is no model now" if base else "does not name its base"
         both = "the base by --model-path, this by --adapter-path (merge: --base-path, --model-path)"
         raise UserError(f"{folder}: the adapter {named}", remedy=f"pass both: {both}")
     return Path(base)
+
+
+def named_base(folder: str | Path) -> str | None:
+    """What an adapter calls its base: a path, or `org/name@revision` on the hub; None: it names none."""
+    if is_checkpoint(folder):
+        return open_folder(folder).base
+    config = read_config(Path(folder))
+    base, revision = config.get(BASE), config.get(REVISION)
+    if not isinstance(base, str) or not base:
+        return None
+    return f"{base}@{revision}" if revision and hub_model(f"{base}@{revision}") is not None else base
 
 
 def adapted_vocab_size(folder: str | Path) -> int | None:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from lumi.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lumi.checkpoint.manifest import MANIFEST, STATE
 from lumi.config import UserError, from_dict
+from lumi.formats.hub import name_of
 from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig
 
-MODEL_PATH = "model_path"  # in the state: the folder of the model that the run began with
+MODEL_PATH = "model_path"  # in the state: the model that the run began with, a folder or one on the hub
 _TOKENIZER, _FINAL = "tokenizer", "final"  # in the run's folder
 
 
@@ -21,7 +22,7 @@ class CheckpointFolder(NamedTuple):
 
     Attributes:
         lora: of its adapters; None: it holds a whole model.
-        base: the folder of the model under the adapters, as the run was told; None where it is not known.
+        base: the model under the adapters, a folder or `org/name@commit`; None where it is not known.
         base_fingerprint: of the model that the run began with; None where it began with random weights.
     """
 
@@ -80,4 +81,4 @@ def find_tokenizer(folder: str | Path) -> Path | None:
 
 def state_of_start(start: Path | None) -> dict[str, Any]:
     """What a checkpoint's state says of the model that the run began with."""
-    return {MODEL_PATH: None if start is None else str(start.resolve())}
+    return {MODEL_PATH: None if start is None else name_of(start.resolve())}

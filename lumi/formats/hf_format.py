@@ -34,7 +34,7 @@ _NAMES = {  # ours -> theirs, in this order
     "layers.": "model.layers.",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _READABLE = {"F64", "F32", "F16", "BF16"}  # integers would be quantised weights
 
 
@@ -108,7 +108,7 @@ def _save_weights(
         (folder / f"part-{number}").rename(folder / file)
     if len(parts) > 1:
         weight_map = {name: file for file, names in zip(files, parts, strict=True) for name in names}
-        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return dict(zip(files, records, strict=True))
 
 
@@ -123,7 +123,7 @@ def model_folder(path: str | Path) -> Path:
         remedy = "finish it with --resume-from-checkpoint auto, or pass one of its checkpoints/step-..."
         raise UserError(f"{path}: must be a finished run, but has no final/ yet", remedy=remedy)
     if not (path / "config.json").is_file():
-        remedy = "pass a run folder, its final/ or one of its checkpoints/step-..."
+        remedy = "pass a run folder, its final/, one of its checkpoints/step-..., or org/name on the hub"
         raise UserError(f"{path}: must be a model folder with a config.json", remedy=remedy)
     return path
 
@@ -253,7 +253,7 @@ def _places(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
     """The file and the shape of each weight of a folder, by transformers' names."""
     places: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for name, shape in _shapes(file).items():
             if name in places:
                 files = f"{places[name].name} and {file.name}"
@@ -293,24 +293,25 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _weight_files(folder: Path) -> Sequence[Path]:
-    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
+def weight_files(folder: Path) -> Sequence[Path]:
+    """The files of the weights in a model folder. Raises UserError if one is missing, or named out of it."""
+    if (folder / _WEIGHTS).is_file() or not (folder / INDEX).is_file():
         names = [_WEIGHTS]
     else:
-        index = read_json(folder / _INDEX)
+        index = read_json(folder / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             expectation = "must hold a weight_map of weights and their files"
-            raise UserError(f"{folder / _INDEX}:", expectation, got="none", remedy="copy it again")
+            raise UserError(f"{folder / INDEX}:", expectation, got="none", remedy="copy it again")
         names = sorted(map(str, set(weight_map.values())))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):  # a path could lead anywhere
             expectation = "must name safetensors files beside it"
             raise UserError(
-                f"{folder / _INDEX}:", expectation, got=repr(name), remedy="do not use this folder"
+                f"{folder / INDEX}:", expectation, got=repr(name), remedy="do not use this folder"
             )
         if not (folder / name).is_file():
-            why = f"{_INDEX} names it; copy the whole folder"
+            why = f"{INDEX} names it; copy the whole folder"
             if names == [_WEIGHTS]:
                 why = "only safetensors weights are read (no pickle)"
             raise UserError(f"{folder / name}: is missing; {why}")

@@ -8,11 +8,12 @@ from typing import Any
 
 from lumi.config import UserError, from_dict, read_json
 from lumi.formats.hf_format import hf_name
+from lumi.formats.hub import origin_of
 from lumi.model.lora import LoraConfig, token_matrices
 from lumi.model.transformer import Transformer
 
 CONFIG = "adapter_config.json"
-BASE, ROW_IDS = "base_model_name_or_path", "trainable_token_indices"
+BASE, REVISION, ROW_IDS = "base_model_name_or_path", "revision", "trainable_token_indices"
 _NAMES = {  # theirs -> ours
     "r": "rank",
     "lora_alpha": "alpha",
@@ -150,11 +151,13 @@ def _read_pattern(pattern: Any, field: str, where: str) -> Mapping[str, Any]:
 
 
 def to_peft_config(config: LoraConfig, targets: list[str], base: str | Path, row_ids: Any) -> dict[str, Any]:
-    """PEFT's `adapter_config.json`."""
+    """PEFT's `adapter_config.json`. A base that came from the hub is named by its place there."""
+    origin = origin_of(base)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        BASE: str(Path(base).resolve()),
+        BASE: str(Path(base).resolve()) if origin is None else origin.repo,
+        REVISION: origin and origin.revision,
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,

@@ -1,7 +1,7 @@
 """A path from the user -> a model that runs, with its tokenizer.
 
-The path may be a run, its `final/`, one of its checkpoints, a folder of others, or an adapter, which brings
-its base.
+The path may be a run, its `final/`, one of its checkpoints, a folder of others, a model on the hub, or an
+adapter, which brings its base.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from lumi.config import UserError
 from lumi.formats.adapter_format import adapted_vocab_size, base_of, is_adapter, load_adapter
 from lumi.formats.checkpoint_folder import is_checkpoint, tokenizer_folder
 from lumi.formats.hf_format import check_tokenizer, ends_of, load_model, model_folder, read_shape
+from lumi.formats.hub import local_folder
 from lumi.host.devices import choose_device
 from lumi.kernels.bundle import select
 from lumi.model.lora import settle_rows
@@ -44,8 +45,8 @@ def load_pretrained(
     """Load the model that `path` means.
 
     Args:
-        path: a run folder, its `final/` or one of its checkpoints, or a Hugging Face folder. An adapter
-            brings the base that it names.
+        path: a run folder, its `final/` or one of its checkpoints, a Hugging Face folder, or `org/name` on
+            the hub. An adapter brings the base that it names.
         adapter_path: the folder of an adapter, or a run folder with one. `path` is then its base.
         tokenizer_path: None: the tokenizer in the adapter's folder. If there is none: the one in the model's
             folder, with the tokens and the chat template that the adapter's folder adds.
@@ -58,7 +59,10 @@ def load_pretrained(
     """
     chosen = choose_device(device)
     folder, adapter = _locate_both(path, adapter_path)
-    tokenizer = _load_tokenizer(folder, adapter) if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    if tokenizer_path is None:
+        tokenizer = _load_tokenizer(folder, adapter)
+    else:
+        tokenizer = load_tokenizer(local_folder(tokenizer_path, weights=False))
     tokenizer = tokenizer.with_ends(ends_of(folder))
     shape = read_shape(folder)
     vocab_size = adapted_vocab_size(adapter) if adapter is not None else None
@@ -110,7 +114,11 @@ def _load_tokenizer(folder: Path, adapter: Path | None) -> Tokenizer:
 
 
 def locate(path: str | Path) -> Path:
-    """The folder of model or adapter: the path itself, or a run's `final/`. Raises UserError without one."""
-    final = Path(path) / "final"
-    folder = final if final.is_dir() else Path(path)
+    """The folder of model or adapter: the path itself, a run's `final/`, or what the hub has by that name.
+
+    Raises UserError without one.
+    """
+    folder = local_folder(path)
+    if (final := folder / "final").is_dir():
+        folder = final
     return folder if is_adapter(folder) else model_folder(folder)

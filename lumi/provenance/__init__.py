@@ -1,1 +1,1 @@
-"""Where things come from: `lumi verify` follows the recorded hashes."""
+"""Where things come from: the chain of recorded hashes, the model card, and the way to the hub."""

@@ -1,14 +1,19 @@
 """A config and its paths -> a `ResolvedRun`: every choice of a run, made once, before anything is built."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from lumi.checkpoint.checkpoint import list_checkpoints
+from lumi.checkpoint.manifest import STATE
 from lumi.config import UserError, read_json, to_dict
 from lumi.formats.adapter_format import is_adapter
+from lumi.formats.checkpoint_folder import MODEL_PATH
 from lumi.formats.hf_format import read_shape
+from lumi.formats.hub import as_before, hub_model, local_folder, origin_of
 from lumi.formats.pretrained import locate
 from lumi.kernels.bundle import Ops, select
 from lumi.model.lora import find_targets, trained_tensors, wrap
@@ -56,6 +61,7 @@ def resolve_run(config: TrainConfig, paths: Paths, world: World) -> ResolvedRun:
     Raises:
         UserError: config, model, processes and device do not go together, or a tracker is not installed.
     """
+    paths = _fetch(paths, world)
     with world.fail_together():
         if world.is_main:  # the others tell trackers nothing
             check_installed(config.trackers)
@@ -82,6 +88,45 @@ def resolve_run(config: TrainConfig, paths: Paths, world: World) -> ResolvedRun:
         micro_steps=micro_steps,
         num_trained=num_trained,
     )
+
+
+def _fetch(paths: Paths, world: World) -> Paths:
+    """The paths, with folders here for models on the hub. All processes take the same commit of them.
+
+    A run that goes on takes the commit that it began with, where none is given.
+    """
+    model: Path | None = paths.model_path
+    tokenizer = Path(paths.tokenizer_dir)
+    with world.fail_together(interruptible=True):
+        if world.is_main:  # downloads; the others on its machine find it in the cache
+            before = _start_before(paths)
+            model = model and _pinned(as_before(model, before))
+            tokenizer = _pinned(as_before(tokenizer, before), weights=False)
+    model, tokenizer = world.gather((model, tokenizer))[0]
+    with world.fail_together(interruptible=True):
+        tokenizer_dir = str(local_folder(tokenizer, weights=False))
+        return dataclasses.replace(
+            paths, model_path=model and local_folder(model), tokenizer_dir=tokenizer_dir
+        )
+
+
+def _pinned(path: Path, weights: bool = True) -> Path:
+    """The path; where it names a model on the hub, `org/name@commit`, whose files are here then."""
+    return Path(str(origin_of(local_folder(path, weights=weights)))) if hub_model(path) else path
+
+
+def _start_before(paths: Paths) -> str | None:
+    """The model that the run to go on with began with, as its newest checkpoint names it."""
+    folders = [] if paths.resume is None else [Path(paths.resume)]
+    if paths.resume == "auto":
+        with contextlib.suppress(OSError):
+            folders = list_checkpoints(paths.output_dir / "checkpoints")[::-1]
+    for folder in folders:
+        try:
+            return read_json(folder / STATE).get(MODEL_PATH)
+        except (UserError, OSError, AttributeError):
+            continue
+    return None  # whether the run can go on is for its folder to say
 
 
 def resolve_model(

@@ -102,7 +102,8 @@ class Paths:
 
     Attributes:
         resume: None, "auto", or a checkpoint folder.
-        model_path: the model that a run begins with; None: random weights.
+        tokenizer_dir, model_path: folders, or `org/name` on the hub until `resolve_run` has fetched it. The
+            run begins with the model; None: random weights.
         cache_dir: for the tokens of corpus folders; None: as in `lumi.data.token_cache.token_cache`.
     """
 

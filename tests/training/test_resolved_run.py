@@ -70,7 +70,7 @@ def resolve(config, data=1, least_free=None, **paths):
         device=torch.device("cpu"),
         is_main=True,
         gather=lambda value: [value, least_free] if least_free and isinstance(value, int) else [value],
-        fail_together=contextlib.nullcontext,
+        fail_together=lambda **_: contextlib.nullcontext(),
     )
     return resolve_run(config, Paths([], "", Path("nowhere"), **paths), world)
 
