@@ -48,9 +48,11 @@ class Engine:
         self._inbox.put(("cancel", request))
 
     def close(self) -> None:
-        """End the thread after the current step, and wait for it. Unfinished requests are dropped."""
+        """End the thread after the current step, and wait for it unless it still loads. Unfinished requests
+        are dropped."""
         self._inbox.put(("close", None))
-        self._thread.join()
+        if self.scheduler is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         try:

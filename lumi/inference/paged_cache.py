@@ -70,7 +70,9 @@ class PagedCache:
         ]
         self.slots_N = torch.cat(slots).to(self.device)
         tokens = torch.tensor([token for new in batch for token in new.ids], device=self.device)
-        return self.model.hidden(tokens[None], torch.cat(positions)[None].to(self.device), cache=self.layers)[0]
+        return self.model.hidden(tokens[None], torch.cat(positions)[None].to(self.device), cache=self.layers)[
+            0
+        ]
 
 
 class _PagedLayer:

@@ -142,7 +142,7 @@ class Scheduler:
         return min(self.model.config.max_positions, self.pages.count * PAGE_SIZE)
 
     def limit(self, request: Request) -> int:
-        """The most tokens that a request can generate. Raises UserError if its prompt is empty or too long."""
+        """The most tokens that a request can generate. Raises UserError for an empty or too long prompt."""
         check_prompts([request.prompt], self.max_tokens)
         if request.only_prompt:
             return 0
@@ -288,11 +288,6 @@ class Scheduler:
         state.request._state = None
 
 
-def pages_of(num_tokens: int, max_positions: int) -> int:
-    """Pages of a cache for so many tokens; at least one sequence of full length fits."""
-    return num_pages(max(num_tokens, max_positions))
-
-
 def _new_tokens(state: _State, count: int) -> NewTokens:
     start, end = state.num_computed, state.num_computed + count
     return NewTokens(state.tokens[start:end], start, state.held.pages[: num_pages(end)])
@@ -308,12 +303,10 @@ def _choose(logits_BV: Tensor, states: Sequence[_State]) -> list[int]:
         tokens = [torch.tensor(states[row].tokens) for row in rows]
         lengths = torch.tensor([len(ids) for ids in tokens], device=logits_BV.device)
         padded = torch.nn.utils.rnn.pad_sequence(tokens, True).to(logits_BV.device)
-        lines = [states[row].draws for row in rows]
-        draw_B = None
-        if config.temperature:
-            drawn = [line[states[row].num_new] for line, row in zip(lines, rows, strict=True)]
-            draw_B = torch.stack(drawn).to(logits_BV.device)
-        for row, token in zip(rows, sample(logits_BV[rows], padded, lengths, config, draw_B).tolist()):
+        drawn = [state.draws[state.num_new] for row in rows if (state := states[row]).draws is not None]
+        draw_B = torch.stack(drawn).to(logits_BV.device) if drawn else None
+        tokens_B = sample(logits_BV[rows], padded, lengths, config, draw_B)
+        for row, token in zip(rows, tokens_B.tolist(), strict=True):
             chosen[row] = token
     return chosen
 

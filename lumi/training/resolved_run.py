@@ -10,13 +10,14 @@ from lumi.config import UserError, read_json, to_dict
 from lumi.formats.adapter_format import is_adapter
 from lumi.formats.hf_format import read_shape
 from lumi.formats.pretrained import locate
+from lumi.host.memory import free_memory
 from lumi.kernels.bundle import Ops, select
 from lumi.model.lora import find_targets, trained_tensors, wrap
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.layout import Layout
 from lumi.parallel.tensor_parallel import check_tensor_parallel
 from lumi.parallel.world import World
-from lumi.training.micro_batch import choose_micro_batch, free_memory
+from lumi.training.micro_batch import choose_micro_batch
 from lumi.training.run_config import Paths, TrainConfig
 
 
