@@ -20,10 +20,10 @@ class StoppingText:
     def feed(self, token_id: int) -> str:
         """The text that this token completes, possibly none."""
         self._held += self._decoder.feed(token_id)
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:  # the one that is complete first counts, however the text is cut into tokens
             self.stopped = True
-            return self._take(min(places))
+            return self._take(min((place + len(stop), place) for place, stop in found)[1])
         return self._take(len(self._held) - max(map(self._begun, self._stops), default=0))
 
     def flush(self) -> str:
