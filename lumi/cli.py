@@ -1,6 +1,7 @@
 """The `lumi` command: one subcommand for each stage. A subcommand imports what it needs when it is called."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from lumi.command_line import (
     add_model,
     add_numbers,
     add_whole_model,
+    extra,
     from_options,
     option_name,
     parse,
@@ -205,6 +207,43 @@ def chat(argv: list[str]) -> int:
     sampling = from_options(SamplingConfig, options)
     model, tokenizer, *_ = _load(options)
     return converse(Dialogue(model, tokenizer, sampling, options.system))
+
+
+def serve(argv: list[str]) -> int:
+    """the OpenAI HTTP API for a model, and a chat page"""
+    from lumi.server.limits import Limits
+
+    texts = {
+        "max_batch": "choices that are generated at the same time",
+        "max_queue": "choices that wait for their turn; others get 429",
+        "max_choices": "choices of one request: n for each of its prompts",
+        "max_tokens": "tokens that one choice may generate",
+        "max_body_bytes": "bytes of a request",
+        "request_seconds": "seconds that a request may take",
+    }
+    cache = "tokens of all running choices together; default: 1,024 for each of --max-batch"
+    key = "what clients must send; better in LUMI_API_KEY, where other users of the machine do not see it"
+    arguments = parser("lumi serve", _summary(serve))
+    add_model(arguments)
+    arguments.add_argument("--host", default="127.0.0.1", help="others need --api-key")
+    arguments.add_argument("--port", type=int, default=8000, help="0: any free one")
+    arguments.add_argument("--api-key", metavar="KEY", help=key)
+    arguments.add_argument("--model-name", metavar="NAME", help="for clients; default: that of its folder")
+    arguments.add_argument("--open", action="store_true", help="open the chat page in a browser")
+    add_numbers(arguments, Limits, texts)
+    arguments.add_argument("--cache-tokens", type=int, metavar="N", help=cache)
+    options = arguments.parse_args(argv)
+    with extra("serve"):
+        from lumi.server import serve as server
+    return server.serve(
+        lambda: _load(options),
+        options.model_name or server.default_name(options.model_path, options.adapter_path),
+        from_options(Limits, options),
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key or os.environ.get("LUMI_API_KEY"),
+        opens_browser=options.open,
+    )
 
 
 def _load(options: argparse.Namespace) -> "Pretrained":
@@ -474,6 +513,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         plan,
         generate,
         chat,
+        serve,
         evaluate,
         export,
         merge,

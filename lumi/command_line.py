@@ -1,11 +1,12 @@
 """What all commands share: options, dotted overrides, and errors as one line with exit code 2."""
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +108,20 @@ def from_options(cls: type[Settings], options: argparse.Namespace) -> Settings:
         return cls(**values)
     except UserError as error:
         raise error.replace(subject=option_name(error.subject)) from error
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """For imports of packages that only some users need. Raises UserError if one is not installed.
+
+    Args:
+        name: the extra of `lumi-train` that brings them.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        remedy = f"run: pip install 'lumi-train[{name}]'"
+        raise UserError(f"the package {error.name}", "must be installed for this", remedy=remedy) from error
 
 
 def option_name(field: str) -> str:

@@ -158,6 +158,7 @@ class Demo:
         command = os.path.relpath(Path(sys.executable).with_name("lumi"))
         pretrained, model = self.folder("pretrain"), self.folder("model")
         print(f"\n  talk to it:    {command} chat --model-path {model} --temperature 0")
+        print(f"  in a browser:  {command} serve --model-path {model} --open")
         print(f"  more text:     {command} generate --model-path {pretrained} --prompt 'class Path'")
         print(f"  your own data: {command} prepare --help\n")
 

@@ -69,11 +69,24 @@ def _parse(line: bytes, tokenizer: Tokenizer) -> PromptLine:
         if not isinstance(record["prompt"], str):
             raise UserError("prompt", "must be a string", got=json.dumps(record["prompt"])[:60])
         return PromptLine(record, text_ids(tokenizer, record["prompt"]), is_chat=False)
-    messages = parse_messages(record["messages"])
+    return PromptLine(record, conversation_ids(tokenizer, record["messages"]), is_chat=True)
+
+
+def conversation_ids(tokenizer: Tokenizer, data: Any) -> list[int]:
+    """The prompt that asks for the next answer of a conversation.
+
+    Args:
+        data: as for `lumi.chat.messages.parse_messages`.
+
+    Raises:
+        UserError: the turns are not in order, or the chat template refuses them.
+        MalformedConversation: it is none.
+    """
+    messages = parse_messages(data)
     if find_disorder([*messages, Message("assistant", "")]):
         order = "be at most one of the system first, then of user and assistant in turn, the user's last"
         raise UserError("messages", f"must {order}", got=", ".join(message.role for message in messages))
-    return PromptLine(record, prompt_ids(tokenizer, messages), is_chat=True)
+    return prompt_ids(tokenizer, messages)
 
 
 def _read_record(line: bytes) -> dict[str, Any]:

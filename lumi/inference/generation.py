@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lumi.config import UserError
+from lumi.kernels.bundle import DecodeAttention
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
@@ -53,12 +54,20 @@ class LayerCache:
         self.v_BSGK = torch.zeros_like(self.k_BSGK)
         self.first_slot_B1 = length * torch.arange(batch, device=device)[:, None]
 
-    def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Store at `positions_BT` and return all. New tokens overwrite the padding of short prompts."""
+    def attend(
+        self,
+        attention: DecodeAttention,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        positions_BT: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        """As `lumi.model.transformer.LayerCache`. New tokens overwrite the padding of short prompts."""
         slot_N = (self.first_slot_B1 + positions_BT).flatten()
         for cache_BSGK, new_BTGK in ((self.k_BSGK, k_BTGK), (self.v_BSGK, v_BTGK)):
             cache_BSGK.flatten(0, 1).index_copy_(0, slot_N, new_BTGK.flatten(0, 1))
-        return self.k_BSGK, self.v_BSGK
+        return attention(q_BTHK, self.k_BSGK, self.v_BSGK, positions_BT, None, window)
 
     def keep(self, kept: "Kept") -> None:
         """Drop the rows of sequences that have ended."""
@@ -155,14 +164,16 @@ def generate_ids(
 
 
 def _draws(num_rows: int, config: SamplingConfig) -> Tensor:
-    """A number in [0, 1) for each new token of each row, (rows, max_new_tokens) float64.
+    """(rows, max_new_tokens) float64: each row's `draws`, of its own seed."""
+    return torch.stack([draws(config.seed + row, config.max_new_tokens) for row in range(num_rows)])
 
-    A row's depend on the seed and its number alone, and they are drawn on the CPU: so a seed gives the same
-    sample on every device.
+
+def draws(seed: int, count: int) -> Tensor:
+    """(count,) float64 in [0, 1), one for each new token of a row.
+
+    They are drawn on the CPU, so that a seed gives the same sample on every device.
     """
-    generators = (torch.Generator().manual_seed(config.seed + row) for row in range(num_rows))
-    draw = lambda generator: torch.rand(config.max_new_tokens, dtype=torch.float64, generator=generator)
-    return torch.stack([draw(generator) for generator in generators])
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _last_hidden(

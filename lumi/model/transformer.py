@@ -17,16 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lumi.kernels.bundle import Ops
+from lumi.kernels.bundle import DecodeAttention, Ops
 from lumi.kernels.rope import rope_table
 from lumi.model.model_config import ModelConfig
 
 
 class LayerCache(Protocol):
-    """Keys and values of one layer during generation (see `lumi.inference.generation`)."""
+    """Keys and values of one layer during generation (see `lumi.inference`)."""
 
-    def append(self, k_BTGK: Tensor, v_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values at their positions. Returns all stored ones, (B, S, G, K) each."""
+    def attend(
+        self,
+        attention: DecodeAttention,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        positions_BT: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        """Store the new keys and values at their positions. Returns what the queries find, (B, T, H, K)."""
         ...
 
 
@@ -93,8 +101,8 @@ class Attention(nn.Module):
         if context.cache is None:
             out_BTHK = self.ops.attention(q_BTHK, k_BTGK, v_BTGK, context.plan)
         else:
-            k_BSGK, v_BSGK = context.cache.append(k_BTGK, v_BTGK, context.positions)
-            out_BTHK = self.ops.decode_attention(q_BTHK, k_BSGK, v_BSGK, context.positions, None, self.window)
+            qkv, attention = (q_BTHK, k_BTGK, v_BTGK), self.ops.decode_attention
+            out_BTHK = context.cache.attend(attention, *qkv, context.positions, self.window)
         return self.o_proj(out_BTHK.flatten(-2))
 
 

@@ -15,13 +15,14 @@ from lumi.formats.checkpoint_folder import MODEL_PATH
 from lumi.formats.hf_format import read_shape
 from lumi.formats.hub import as_before, hub_model, local_folder, origin_of
 from lumi.formats.pretrained import locate
+from lumi.host.memory import free_memory
 from lumi.kernels.bundle import Ops, select
 from lumi.model.lora import find_targets, trained_tensors, wrap
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.layout import Layout
 from lumi.parallel.tensor_parallel import check_tensor_parallel
 from lumi.parallel.world import World
-from lumi.training.micro_batch import choose_micro_batch, free_memory
+from lumi.training.micro_batch import choose_micro_batch
 from lumi.training.run_config import Paths, TrainConfig
 from lumi.training.trackers import check_installed
 

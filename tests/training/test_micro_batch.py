@@ -3,16 +3,16 @@
 import itertools
 
 import pytest
-import torch
 from runs import losses
 
 import lumi.training.resolved_run
 from lumi.config import UserError
 from lumi.data.batches import BatchConfig
+from lumi.host.memory import USABLE
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import Layout
 from lumi.training.memory import memory_of
-from lumi.training.micro_batch import USABLE, choose_micro_batch, free_memory, with_micro_batch
+from lumi.training.micro_batch import choose_micro_batch, with_micro_batch
 from lumi.training.run_config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -86,14 +86,6 @@ def test_refuses_what_does_not_fit():
         UserError, match=r"sequence_length x micro_batch_size x processes = 16 x 1 x 5, got 384"
     ):
         chosen(2**40, data=5)
-
-
-def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = free_memory(torch.device("cpu"))
-    assert 2**20 < alone < 2**50
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    assert free_memory(torch.device("cpu")) < alone / 100
 
 
 def test_auto_reaches_the_run(start, monkeypatch, capsys):

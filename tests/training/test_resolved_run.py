@@ -10,12 +10,13 @@ import torch
 from runs import losses
 
 from lumi.data.batches import BatchConfig
+from lumi.host.memory import USABLE
 from lumi.kernels.bundle import NATIVE
 from lumi.model.lora import LoraConfig, trained_tensors
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import Layout
 from lumi.training.memory import memory_of
-from lumi.training.micro_batch import USABLE, with_micro_batch
+from lumi.training.micro_batch import with_micro_batch
 from lumi.training.resolved_run import resolve_run
 from lumi.training.run_config import Paths, TrainConfig
 from lumi.training.run_model import build

@@ -1,0 +1,1 @@
+"""The OpenAI HTTP API for one model, and a chat page."""
