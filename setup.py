@@ -117,7 +117,12 @@ ParallelCompile().install()
 setup(
     packages=[*find_packages(include=["lumi", "lumi.*"]), "lumi.kernels", "lumi.configs"],
     package_dir={"lumi.kernels": "kernels", "lumi.configs": "configs"},
-    package_data={"lumi": ["py.typed"], "lumi.configs": ["**/*.json"], "lumi.kernels": ["*.json"]},
+    package_data={
+        "lumi": ["py.typed"],
+        "lumi.configs": ["**/*.json"],
+        "lumi.kernels": ["*.json"],
+        "lumi.server": ["*.html"],
+    },
     ext_modules=[
         Pybind11Extension(
             "lumi._csrc",

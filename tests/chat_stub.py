@@ -97,8 +97,8 @@ def policy(page: str) -> str:
         return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
     return (
-        f"default-src 'none'; style-src {allowed('style')}; script-src {allowed('script')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src {allowed('style')}; script-src {allowed('script')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
@@ -110,6 +110,7 @@ class ChatStub:
         models: what `/v1/models` gets.
         replies: what the next requests for an answer get, the first first. Without one: `ANSWER`.
         requests: (headers, body) of the requests for an answer.
+        key: the API key that requests must bring, or None.
         hung_up: set when the browser ended a connection before its end.
     """
 
@@ -117,6 +118,7 @@ class ChatStub:
         self.models: Reply | None = None
         self.replies: list[Reply] = []
         self.requests: list[tuple[dict[str, str], dict]] = []
+        self.key: str | None = None
         self.hung_up = threading.Event()
         self.seconds = seconds
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -138,7 +140,11 @@ class ChatStub:
                 if self.path == "/":
                     page = PAGE.read_text(encoding="utf-8")
                     headers = {"Content-Type": "text/html; charset=utf-8"}
-                    self._send(Reply([page.encode()], headers=headers | {"Content-Security-Policy": policy(page)}))
+                    self._send(
+                        Reply([page.encode()], headers=headers | {"Content-Security-Policy": policy(page)})
+                    )
+                elif self._is_refused():
+                    pass
                 elif self.path == "/v1/models":
                     models = [{"id": "lumi-small", "object": "model", "max_model_len": 2048}]
                     body = json.dumps({"object": "list", "data": models}).encode()
@@ -148,8 +154,18 @@ class ChatStub:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self._is_refused():
+                    return
                 stub.requests.append((dict(self.headers), body))
-                self._send(stub.replies.pop(0) if stub.replies else Reply(answer(ANSWER, seconds=stub.seconds)))
+                self._send(
+                    stub.replies.pop(0) if stub.replies else Reply(answer(ANSWER, seconds=stub.seconds))
+                )
+
+            def _is_refused(self) -> bool:
+                if stub.key is None or self.headers["Authorization"] == f"Bearer {stub.key}":
+                    return False
+                self._send(error(401, "a key is needed", code="invalid_api_key"))
+                return True
 
             def _send(self, reply: Reply) -> None:
                 self.send_response(reply.status)
