@@ -1,6 +1,7 @@
 """The chat page in Chromium, under the strictest policy that a server can send."""
 
 import base64
+import json
 import re
 import threading
 
@@ -72,6 +73,16 @@ class TestConversation:
         ask(page, "other")
         wait_until_answered(page)
         assert stub.requests[2][1].keys() == {"model", "messages", "stream", "stream_options"}
+
+    def test_one_of_several_models_is_chosen(self, context, stub):
+        models = [{"id": "one"}, {"id": "two", "max_model_len": 99}]
+        stub.models = Reply([json.dumps({"data": models}).encode()])
+        page = open_page(context, stub.address)
+        page.select_option("#model", "two")
+        ask(page, "hello")
+        wait_until_answered(page)
+        assert stub.requests[0][1]["model"] == "two"
+        assert "of 99 tokens" in page.inner_text("#context")
 
     def test_a_setting_out_of_range_is_not_taken(self, page):
         page.click("#settings-button")
@@ -345,6 +356,15 @@ class TestStream:
 
 
 class TestStorage:
+    def test_what_came_before_the_page_was_closed_is_kept(self, page, stub):
+        stub.replies = [Reply(endless())]
+        ask(page, "on and on")
+        page.wait_for_selector("text=more more")
+        page.reload()
+        assert "more more" in page.inner_text(".assistant .content")
+        assert page.inner_text(".assistant .badge") == "Stopped"
+        assert page.locator(".again").is_visible()
+
     def test_damaged_conversations_are_told_and_the_others_stay(self, page):
         ask(page, "kept")
         wait_until_answered(page)
