@@ -26,17 +26,14 @@ text = dedent(\"\"\"\\
     Lumi
       trains models
 \"\"\")
-print(text)
 ```
 
 | call | what it does |
 | --- | --- |
 | `dedent` | removes shared indentation |
 | `indent` | adds a prefix to lines |
-| `fill` | wraps a paragraph |
 
-- Lines of white space alone count as empty.
-- Tabs and spaces are *not* equal.
+Tabs and spaces are *not* equal.
 """
 
 

@@ -231,6 +231,7 @@ class TestLooks:
         self.check(page)
         page.fill("[name=system]", wide)
         page.click("#settings-dialog .main")
+        page.wait_for_selector("#settings-button.changed")
         ask(page, wide)
         wait_until_answered(page)
         page.click(".assistant .thought summary")
