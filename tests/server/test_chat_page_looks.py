@@ -175,7 +175,10 @@ CONTRASTS = """() => {
 TOO_WIDE = """[...document.querySelectorAll("body *")]
     .filter((node) => node.checkVisibility({visibilityProperty: true}))
     .filter((node) => !node.closest("pre, .table, .unseen, .skip"))  // those scroll, or are not seen
-    .filter((node) => node.getBoundingClientRect().right > innerWidth + 0.5)
+    .filter((node) => {
+        const {left, right} = node.getBoundingClientRect();
+        return left < -0.5 || right > innerWidth + 0.5;
+    })
     .map((node) => node.outerHTML.slice(0, 100))"""
 
 TOO_LOW = """(least) => [...document.querySelectorAll("button, select, summary, #conversations a")]

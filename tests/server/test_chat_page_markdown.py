@@ -111,6 +111,11 @@ class TestMarkdown:
         )
         assert ours == parsed.evaluate(OUTLINE)
 
+    def test_bare_links_end_before_the_sentence_does(self, page):
+        target = self.render(page, "See https://x.test/a_(b). (Or http://y.test/c?d=1!) nohttps://z.test")
+        links = target.evaluate("(target) => [...target.querySelectorAll('a')].map((link) => link.href)")
+        assert links == ["https://x.test/a_(b)", "http://y.test/c?d=1"]
+
     def test_hostile_text_stays_text(self, page, stub):
         stub.replies = [Reply(answer(HOSTILE))]
         ask(page, HOSTILE)
@@ -139,7 +144,7 @@ class TestMarkdown:
             assert piece in page.inner_text(".assistant .content")
 
     def sizes(self, page, text):
-        """(elements, depth) of a rendered text. A minute is far above it, hours would fail."""
+        """(elements, depth) of a rendered text. 20 seconds are far more than linear work takes."""
         page.evaluate(
             """(text) => setTimeout(() => {
                 const target = document.createElement("div");
@@ -151,7 +156,7 @@ class TestMarkdown:
             })""",
             text,
         )
-        page.wait_for_selector("#announcer >> text=rendered", state="attached", timeout=60_000)
+        page.wait_for_selector("#announcer >> text=rendered", state="attached", timeout=20_000)
         return page.evaluate("window.sizes")
 
     @pytest.mark.parametrize("ending", ["", "x", "\n", ")" * 1000], ids=["bare", "x", "line", "closed"])
