@@ -326,7 +326,8 @@ class TestErrors:
 
 class TestStream:
     TEXTS = ("data: {\"a\": \"é漢😀\"}\r\n\r\n: a comment\n\ndata:one\ndata: two\n\nevent: x\n\n"
-             "data: 1\r\ndata: 2\r\n\r\ndata: cr\r\rdata:  spaces \n\ndata: [DONE]\n\ndata: last")  # fmt: skip
+             "data: 1\r\ndata: 2\r\n\r\ndata: cr\r\r"
+             "data:  spaces \n\ndata: [DONE]\n\ndata: last")  # fmt: skip
     EVENTS = ('{"a": "é漢😀"}', "one\ntwo", "1\n2", "cr", " spaces ", "[DONE]", "last")
     READ = """async (pieces) => {
         const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
