@@ -122,6 +122,7 @@ setup(
         "lumi.configs": ["**/*.json"],
         "lumi.kernels": ["*.json"],
         "lumi.reporting": ["*.jinja"],
+        "lumi.server": ["*.html"],
     },
     ext_modules=[
         Pybind11Extension(
