@@ -54,9 +54,12 @@ def to_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     metadata |= {key: token_id for key, token_id in roles.items() if token_id is not None}
     if further := [names[token_id] for token_id in ends[len(END_KEYS) :]]:
         notes.append(f"a GGUF file names {len(END_KEYS)} ids that end a text, so not {', '.join(further)}")
+    template = tokenizer.chat_template or ""
+    if template and metadata["add_bos_token"] and not _begins(template, names[tokenizer.bos_id or 0]):
+        notes.append("llama.cpp puts the BOS before conversations too, where the chat template has none")
     result = {f"{KEY}{key}": value for key, value in metadata.items()}
-    if tokenizer.chat_template:
-        result[CHAT_TEMPLATE] = tokenizer.chat_template
+    if template:
+        result[CHAT_TEMPLATE] = template
     return Vocabulary(result, notes)
 
 
@@ -97,6 +100,11 @@ def _adds_bos(tokenizer: Tokenizer) -> bool:
         expectation, got = "must put its BOS or nothing before a text", list(tokenizer.begin_ids)
         raise UserError("the tokenizer", expectation, got=f"the ids {got}", remedy=_REFUSED)
     return tokenizer.begin_ids != ()
+
+
+def _begins(template: str, bos: str) -> bool:
+    """Whether a chat template may write the BOS."""
+    return "bos_token" in template or bos in template
 
 
 def _sentencepiece(
@@ -146,6 +154,10 @@ def _byte_level(
     words = (name for name, kind in zip(names, types, strict=True) if kind == NORMAL)
     all_merge = all(len(merging.tokenize(name)) == 1 for name in words)
     pre = name_of(_steps(data["pre_tokenizer"]), bool(data["model"].get("ignore_merges")), all_merge)
+    if pre == "tekken":
+        notes.append(
+            "llama.cpp cuts words with capitals outside of ASCII or with combining marks in its own way"
+        )
     merges = [" ".join(pair) for pair in _merges(data)]
     return {"model": "gpt2", "pre": pre, "tokens": list(names), "merges": merges}, notes
 
