@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 from crafted_models import add_noise
 from hugging_face_tokenizers import make
 from llama_2_tokenizers import train_model, write_config, write_json_twin
@@ -108,3 +109,27 @@ FOREIGN = (
     "llama 2, no space",
     "llama 2, json",
 )
+
+
+def texts(count):
+    """Varied texts. U+2581 is a space to llama.cpp where a vocabulary writes it so."""
+    rng = np.random.default_rng(0)
+    ranges = [(32, 127)] * 3 + [(0x80, 0x2500), (0x300, 0x370), (0x3000, 0x9000), (0x1F300, 0x1F700), (9, 14)]
+    prose = document(7) + "def f(x):\n    if x:\n\t\treturn '🎉 é' * 2\r\n don't I'LL 1234567 12 ÉCOLE Été "
+    spaces = [" " * n + "river" + " " * n + "x" + "\n" * n + "  " for n in range(30)]
+    markers = [
+        "<s>x</s>",
+        "<|im_start|>user",
+        "a <|im_end|>",
+        "<|endoftext|>",
+        "<unk>",
+        "[PAD421]",
+        "<think>x",
+    ]
+    odd = ["", " ", "\n", "\t x", "a\0b", "<0x0A>", "x\u00a0\u3000y", "I'LL'd 'S", "½ ² Ⅷ ٣", "e\u0301"]
+    found = [*markers, *spaces, *odd]
+    while len(found) < count:
+        start, length = int(rng.integers(len(prose))), int(rng.integers(1, 60))
+        random = "".join(chr(rng.integers(*ranges[rng.integers(len(ranges))])) for _ in range(length))
+        found += [random, prose[start : start + length]]
+    return [text for text in found if "▁" not in text]

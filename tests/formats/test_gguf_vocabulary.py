@@ -3,12 +3,10 @@
 import json
 import re
 
-import numpy as np
 import pytest
-from gguf_files import FOREIGN, byte_level, foreign, write
+from gguf_files import FOREIGN, byte_level, foreign, texts, write
 from hugging_face_tokenizers import make
 from llama_cpp_judge import LlamaCpp
-from synthetic import document
 
 from lumi.chat.messages import Message
 from lumi.chat.rendering import prompt_ids
@@ -16,30 +14,6 @@ from lumi.config import UserError
 from lumi.formats.gguf_vocabulary import to_vocabulary
 from lumi.formats.hf_config import end_ids
 from lumi.tokenizer.loading import load_tokenizer
-
-
-def texts(count):
-    """Varied texts. U+2581 is a space to llama.cpp where a vocabulary writes it so."""
-    rng = np.random.default_rng(0)
-    ranges = [(32, 127)] * 3 + [(0x80, 0x2500), (0x300, 0x370), (0x3000, 0x9000), (0x1F300, 0x1F700), (9, 14)]
-    prose = document(7) + "def f(x):\n    if x:\n\t\treturn '🎉 é' * 2\r\n don't I'LL 1234567 12 ÉCOLE Été "
-    spaces = [" " * n + "river" + " " * n + "x" + "\n" * n + "  " for n in range(30)]
-    markers = [
-        "<s>x</s>",
-        "<|im_start|>user",
-        "a <|im_end|>",
-        "<|endoftext|>",
-        "<unk>",
-        "[PAD421]",
-        "<think>x",
-    ]
-    odd = ["", " ", "\n", "\t x", "a\0b", "<0x0A>", "x\u00a0\u3000y", "I'LL'd 'S", "½ ² Ⅷ ٣", "e\u0301"]
-    found = [*markers, *spaces, *odd]
-    while len(found) < count:
-        start, length = int(rng.integers(len(prose))), int(rng.integers(1, 60))
-        random = "".join(chr(rng.integers(*ranges[rng.integers(len(ranges))])) for _ in range(length))
-        found += [random, prose[start : start + length]]
-    return [text for text in found if "▁" not in text]
 
 
 def differing(tokenizer, judge, candidates):
