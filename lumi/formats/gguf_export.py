@@ -20,7 +20,7 @@ from lumi.host.storage import DamagedError
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 
-_LICENCE = re.compile(r"\A---\n(?:.*\n)*?license: *['\"]?([^\s'\"]+)['\"]? *\n(?:.*\n)*?---")
+_LICENCE = re.compile(r"""license: *['"]?([^\s'"]+)""")
 _LICENCE_KEY = "general.license"
 
 
@@ -116,8 +116,11 @@ def licence_of(source: Path) -> str | None:
     if is_gguf(source):
         return open_gguf(source).value(_LICENCE_KEY, str, "") or None
     readme = source / "README.md"
-    found = _LICENCE.match(readme.read_text("utf-8", "replace")) if readme.is_file() else None
-    return found[1] if found else None
+    lines = readme.read_text("utf-8", "replace").splitlines() if readme.is_file() else []
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return None
+    found = filter(None, map(_LICENCE.match, lines[1 : lines.index("---", 1)]))
+    return next((match[1] for match in found), None)
 
 
 def _describe(fallbacks: list[str]) -> list[str]:
