@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lumi.config import UserError
 from lumi.formats.gguf_file import GgufFile, rounded
-from lumi.formats.gguf_shape import FREQUENCIES, architecture_of, period_factors, read_shape
+from lumi.formats.gguf_shape import FREQUENCIES, architecture_of, read_shape
 from lumi.kernels.bundle import Ops
+from lumi.kernels.rope_scaling import Llama3Scaling
 from lumi.model.model_config import ModelConfig
 from lumi.model.transformer import Transformer
 
@@ -118,26 +119,30 @@ def load_model(file: GgufFile, ops: Ops, compute_dtype: torch.dtype = torch.floa
         UserError: the metadata ask for what our model does not compute; a weight is missing, has another
             shape or type, or has no place in the model.
     """
-    model = Transformer(read_shape(file), ops, compute_dtype=compute_dtype)
-    _load_weights(file, model)
+    config = read_shape(file)
+    if (name := f"blk.{config.num_layers - 1}.attn_norm.weight") not in file.tensors:
+        raise UserError(f"{file.path}: {name} is missing among the tensors, the last of block_count layers")
+    with torch.device("meta"):  # a file may ask for more memory than there is
+        expected = Transformer(config, ops).state_dict()
+    names = {gguf_name(name): name for name in expected}
+    shapes = {theirs: tuple(expected[ours].shape) for theirs, ours in names.items()}
+    if isinstance(config.rope_scaling, Llama3Scaling):
+        shapes[FREQUENCIES] = (config.head_dim // 2,)  # was read with the shape
+    _check_tensors(file, shapes)
+    model = Transformer(config, ops, compute_dtype=compute_dtype)
+    weights, order = model.state_dict(), Order(config)
+    with torch.no_grad():
+        for theirs, ours in names.items():
+            weights[ours].copy_(order.to_ours(ours, file.tensor(theirs)))
     return model
 
 
-def _load_weights(file: GgufFile, model: Transformer) -> None:
-    """Compare every name and shape, then copy the weights into the model, one tensor at a time."""
-    expected, order = model.state_dict(), Order(model.config)
-    names = {gguf_name(name): name for name in expected}
-    if period_factors(model.config) is not None:
-        names[FREQUENCIES] = ""  # was read with the shape
-    for theirs, ours in names.items():
-        shape = file.shape(theirs) if theirs in file.tensors else "nothing"
-        if ours and shape != tuple(expected[ours].shape):
-            expectation = f"must have shape {tuple(expected[ours].shape)}"
-            raise UserError(f"{file.path}: {theirs}", expectation, got=shape)
-    if unknown := [name for name in file.tensors if name not in names]:
+def _check_tensors(file: GgufFile, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError if a file lacks a tensor, or has one of another shape or one more."""
+    for name, shape in expected.items():
+        got = file.shape(name) if name in file.tensors else "nothing"
+        if got != shape:
+            raise UserError(f"{file.path}: {name}", f"must have shape {shape}", got=got)
+    if unknown := [name for name in file.tensors if name not in expected]:
         fault = "holds a weight that this model has no place for"
         raise UserError(f"{file.path}: {fault}: {unknown[0]} ({len(unknown)} in all)")
-    with torch.no_grad():
-        for theirs, ours in names.items():
-            if ours:
-                expected[ours].copy_(order.to_ours(ours, file.tensor(theirs)))

@@ -144,3 +144,14 @@ def test_what_lumi_does_not_compute(key, value, message, tmp_path):
         changes |= {key: value}
     with pytest.raises(UserError, match=message):
         read_shape(file_of(tmp_path / "a.gguf", shape(), without=[key] if value is None else (), **changes))
+
+
+@pytest.mark.parametrize(("name", "dims"), [("token_embd.weight", (24576,)), (FREQUENCIES, (0,))])
+def test_tensors_of_another_rank_or_of_nothing(name, dims, tmp_path):
+    config = shape(rope_scaling=LLAMA_3)
+    metadata = {key: value for key, value in to_metadata(config).items() if key != SCALING}
+    tensors = {"token_embd.weight": torch.zeros(384, 64), FREQUENCIES: torch.ones(8), name: torch.zeros(dims)}
+    plan = {key: (tuple(tensor.shape), "F32") for key, tensor in tensors.items()}
+    write_gguf(tmp_path / "a.gguf", "llama", metadata, plan, lambda key: tensors[key])
+    with pytest.raises(UserError, match=rf"a\.gguf: {name} (is missing|must be of the scaling)"):
+        read_shape(open_gguf(tmp_path / "a.gguf"))

@@ -155,6 +155,16 @@ def test_tensors_that_do_not_fit(parts, tmp_path):
     load_model(rewritten(tmp_path / "same.gguf", metadata, tensors), REFERENCE)
     name, other = "blk.1.attn_k.weight", {"blk.0.attn_q.bias": torch.zeros(64)}
     without = {key: tensor for key, tensor in tensors.items() if key != name}
+    huge = metadata | {"llama.feed_forward_length": 2**31, "llama.attention.key_length": 2**30}
+    for asked, message in (
+        (
+            huge | {"llama.rope.dimension_count": 2**30, "llama.attention.value_length": 2**30},
+            "must have shape",
+        ),
+        (metadata | {"llama.block_count": 2**31}, r"blk\.2147483647\.attn_norm\.weight is missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(rewritten(tmp_path / "huge.gguf", asked, tensors), REFERENCE)
     for changed, message in (
         (without, rf"{name} must have shape \(32, 64\), got nothing"),
         (tensors | {name: torch.zeros(48, 64)}, rf"{name} must have shape \(32, 64\), got \(48, 64\)"),
