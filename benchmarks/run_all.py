@@ -35,7 +35,13 @@ GPU_SUBJECTS = {
     "lora_linear": 90,
     "decode_attention": 120,
 }
-CPU_SUBJECTS = {"cpu_training": 265, "cpu_generation": 85, "cpu_finetuning": 150, "cpu_operators": 95, "cpu_serving": 240}
+CPU_SUBJECTS = {
+    "cpu_training": 265,
+    "cpu_generation": 85,
+    "cpu_serving": 240,
+    "cpu_finetuning": 150,
+    "cpu_operators": 95,
+}
 SUBJECTS = GPU_SUBJECTS if torch.cuda.is_available() else CPU_SUBJECTS
 LEAST_SECONDS = 15  # with less left a benchmark is not begun
 

@@ -25,6 +25,7 @@ from lumi.command_line import (
 from lumi.config import UserError, load_config
 
 if TYPE_CHECKING:
+    from lumi.formats.export_form import ExportForm
     from lumi.formats.pretrained import Pretrained
     from lumi.inference.generation import SamplingConfig
 
@@ -303,8 +304,8 @@ def evaluate(argv: list[str]) -> int:
 
 
 def export(argv: list[str]) -> int:
-    """a model in another precision, or in several files"""
-    from lumi.formats.export import export_model, parse_size
+    """a model in another precision, in several files, or as GGUF"""
+    from lumi.formats.export import export_model
 
     arguments = parser("lumi export", _summary(export))
     add_whole_model(arguments)
@@ -313,8 +314,7 @@ def export(argv: list[str]) -> int:
     exported = export_model(
         options.model_path,
         options.output_dir,
-        dtype=options.dtype,
-        max_shard_bytes=parse_size(options.max_shard_size) if options.max_shard_size else None,
+        form=_export_form(options),
         tokenizer_path=options.tokenizer_path,
     )
     print(f"{options.output_dir}: {exported}")
@@ -323,7 +323,7 @@ def export(argv: list[str]) -> int:
 
 def merge(argv: list[str]) -> int:
     """an adapter and its base -> one model"""
-    from lumi.formats.export import merge_adapter, parse_size
+    from lumi.formats.export import merge_adapter
 
     arguments = parser("lumi merge", _summary(merge))
     adapter = "the adapter's folder, or the run that made it"
@@ -335,19 +335,42 @@ def merge(argv: list[str]) -> int:
         options.model_path,
         options.output_dir,
         base_path=options.base_path,
-        dtype=options.dtype,
-        max_shard_bytes=parse_size(options.max_shard_size) if options.max_shard_size else None,
+        form=_export_form(options),
     )
     print(f"{options.output_dir}: {merged}")
     return 0
 
 
 def _add_export(arguments: argparse.ArgumentParser) -> None:
+    from lumi.formats.export_options import FORMATS
+    from lumi.formats.gguf_weights import QUANTISATIONS
+
+    texts = {
+        "format": "hf: a folder for transformers; gguf: a file for llama.cpp and Ollama",
+        "dtype": "hf: dtype of the weights on disk; default: float32",
+        "size": "hf: such as 2GB; larger weights are cut into several files",
+        "quantize": "gguf: type of the matrices; default: f32",
+        "license": "gguf: such as apache-2.0; default: what the model's README.md names",
+    }
     dtypes = ("float32", "bfloat16", "float16")
-    size = "such as 2GB; larger weights are cut into several files"
     arguments.add_argument("--output-dir", required=True, type=Path, help="new or empty")
-    arguments.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the weights on disk")
-    arguments.add_argument("--max-shard-size", metavar="SIZE", help=size)
+    arguments.add_argument("--format", choices=FORMATS, default="hf", help=texts["format"])
+    arguments.add_argument("--dtype", choices=dtypes, help=texts["dtype"])
+    arguments.add_argument("--max-shard-size", metavar="SIZE", help=texts["size"])
+    arguments.add_argument("--quantize", choices=QUANTISATIONS, help=texts["quantize"])
+    arguments.add_argument("--license", metavar="NAME", help=texts["license"])
+
+
+def _export_form(options: argparse.Namespace) -> "ExportForm":
+    from lumi.formats.export_options import form_of
+
+    return form_of(
+        options.format,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        quantize=options.quantize,
+        licence=options.license,
+    )
 
 
 def verify(argv: list[str]) -> int:

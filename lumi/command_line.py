@@ -79,9 +79,7 @@ def add_model(arguments: argparse.ArgumentParser) -> None:
 
 def add_whole_model(arguments: argparse.ArgumentParser) -> None:
     """Add the options for a model without an adapter, and for its tokenizer."""
-    model = (
-        "a run folder, its final/ or one of its checkpoints, a Hugging Face folder, or org/name on the hub"
-    )
+    model = "a run, its final/ or a checkpoint, a Hugging Face folder, org/name on the hub, or a GGUF file"
     arguments.add_argument("--model-path", required=True, type=Path, help=model)
     tokenizer = "default: the one in the model's folder"
     arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help=tokenizer)

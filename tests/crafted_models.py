@@ -49,13 +49,15 @@ def save_adapted(base_dir, config, tokenizer, folder):
     return model
 
 
-def wanderer(tokenizer, max_positions=256, padding=0):
+def wanderer(tokenizer, max_positions=256, padding=0, **changes):
     """Says letters for ever, which depend on everything before them.
 
     Args:
         padding: ids beyond the tokenizer's, which this model likes best.
+        changes: to its shape; it cannot be tied.
     """
-    config = ModelConfig(vocab_size=tokenizer.vocab_size + padding, max_positions=max_positions, **SHAPE)
+    shape = SHAPE | {"max_positions": max_positions} | changes
+    config = ModelConfig(vocab_size=tokenizer.vocab_size + padding, **shape)
     model = Transformer(config, REFERENCE).init_weights(0).eval()
     sayable = [
         tokenizer.decode([i]).isalpha() and tokenizer.decode([i]).isascii()

@@ -1,1 +1,1 @@
-"""Folders and files of others: transformers, PEFT."""
+"""Folders and files of others: transformers, PEFT, GGUF."""

@@ -1,10 +1,8 @@
-"""Models for others: `lumi export` changes dtype and files, `lumi merge` joins an adapter and its base.
+"""Models for others: `lumi export` changes precision and format, `lumi merge` joins an adapter and its base.
 
-Both read the written folder back from disk and compare it with the model in memory before they report
-success.
+Both read what was written back from disk and compare it with the model in memory before they report success.
 """
 
-import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +13,15 @@ from torch import Tensor
 
 from lumi.config import UserError
 from lumi.formats.adapter_format import is_adapter
-from lumi.formats.hf_format import DTYPES, load_model, save_model
+from lumi.formats.export_form import ExportForm, HuggingFaceFolder, Written
+from lumi.formats.gguf_file import is_gguf
 from lumi.formats.model_parent import model_parents
 from lumi.formats.pretrained import Pretrained, load_pretrained, locate
 from lumi.host.storage import atomic_folder, check_output
 from lumi.model.lora import merge_lora
 from lumi.model.transformer import Transformer
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FLOAT32_FOLDER = HuggingFaceFolder()
 
 
 class MergeError(NamedTuple):
@@ -35,55 +34,54 @@ class MergeError(NamedTuple):
 class Exported(NamedTuple):
     """What was written, and how much the logits of a batch of tokens changed."""
 
-    num_files: int  # of weights
-    num_bytes: int
+    written: Written
     difference: float  # the largest, from the logits of the float32 weights
     logit: float  # the largest of those logits, by size
     merging: MergeError | None = None
 
     def __str__(self) -> str:
-        files = "1 file" if self.num_files == 1 else f"{self.num_files} files"
+        num_files = self.written.num_files
+        files = "1 file" if num_files == 1 else f"{num_files} files"
         compared = "are equal"
         if self.difference:
             compared = f"differ by at most {self.difference:.3g} from float32's (up to {self.logit:.3g})"
-        size = f"{files} of weights, {self.num_bytes / 1e6:,.1f} MB"
-        text = f"{size}; read back and compared: the logits {compared}"
-        if self.merging is None:
-            return text
-        error, bound = self.merging
-        merged = f"differ by at most {error:.3g} from base and adapter's, allowed {bound:.3g}"
-        return f"{text}\nmerged in float64: the logits {merged}"
+        size = f"{files} of weights, {self.written.num_bytes / 1e6:,.1f} MB"
+        lines = [f"{size}; read back and compared: the logits {compared}", *self.written.notes]
+        if self.merging is not None:
+            error, bound = self.merging
+            merged = f"differ by at most {error:.3g} from base and adapter's, allowed {bound:.3g}"
+            lines.append(f"merged in float64: the logits {merged}")
+        return "\n".join(lines)
 
 
 def export_model(
     model_path: str | Path,
     output_dir: str | Path,
     *,
-    dtype: str = "float32",
-    max_shard_bytes: int | None = None,
+    form: ExportForm = FLOAT32_FOLDER,
     tokenizer_path: str | Path | None = None,
 ) -> Exported:
-    """Write a whole model as a Hugging Face folder.
+    """Write a whole model for other programs.
 
     Args:
-        model_path: a run folder, its `final/`, or any folder that can be imported.
-        dtype, max_shard_bytes: as for `save_model_tensors`.
-        tokenizer_path: None: the one in the model's folder.
+        model_path: a run folder, its `final/`, any folder that can be imported, or a GGUF file.
+        tokenizer_path: None: the one in the model's folder or file.
 
     Raises:
-        UserError: `model_path` holds an adapter, `output_dir` is not empty, the disk is too small, or `dtype`
-            is too narrow for a weight.
+        UserError: `model_path` holds an adapter, `output_dir` is not empty, the disk is too small, or `form`
+            cannot hold the model, its tokenizer or a weight.
     """
     _check_output(output_dir)
-    if is_adapter(folder := locate(model_path)):
+    folder = Path(model_path) if is_gguf(model_path) else locate(model_path)
+    if is_adapter(folder):
         raise UserError(
             "--model-path",
             "must be a whole model",
             got=f"the adapter {folder}",
             remedy="`lumi merge` makes one of it and its base",
         )
-    loaded = load_pretrained(folder, tokenizer_path=tokenizer_path, device="cpu", kernels="reference")
-    return _write(Path(output_dir), loaded, dtype, max_shard_bytes)
+    pretrained = load_pretrained(folder, tokenizer_path=tokenizer_path, device="cpu", kernels="reference")
+    return _write(Path(output_dir), pretrained, form)
 
 
 def merge_adapter(
@@ -91,15 +89,13 @@ def merge_adapter(
     output_dir: str | Path,
     *,
     base_path: str | Path | None = None,
-    dtype: str = "float32",
-    max_shard_bytes: int | None = None,
+    form: ExportForm = FLOAT32_FOLDER,
 ) -> Exported:
     """Write an adapter and its base as one model, computed in float64 and rounded once.
 
     Args:
         model_path: an adapter's folder, or the run that made it.
         base_path: None: the base that the adapter names.
-        dtype, max_shard_bytes: as for `save_model_tensors`.
 
     Raises:
         UserError: `model_path` holds no adapter; and as `export_model`.
@@ -109,20 +105,11 @@ def merge_adapter(
         got = f"the whole model {adapter}"
         raise UserError("--model-path", "must hold an adapter", got=got, remedy="there is nothing to merge")
     if base_path is None:
-        loaded = load_pretrained(adapter, device="cpu", kernels="reference")
+        pretrained = load_pretrained(adapter, device="cpu", kernels="reference")
     else:
-        loaded = load_pretrained(base_path, adapter_path=adapter, device="cpu", kernels="reference")
-    merging = _merge_and_compare(loaded.model)
-    return _write(Path(output_dir), loaded, dtype, max_shard_bytes)._replace(merging=merging)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "2GB" (2 * 10**9, as in transformers), "500MiB" or "1000". Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
-    if size < 1:
-        raise UserError("--max-shard-size", "must be a size such as 2GB, 500MB or 1GiB", got=repr(text))
-    return size
+        pretrained = load_pretrained(base_path, adapter_path=adapter, device="cpu", kernels="reference")
+    merging = _merge_and_compare(pretrained.model)
+    return _write(Path(output_dir), pretrained, form)._replace(merging=merging)
 
 
 def _check_output(output_dir: str | Path) -> None:
@@ -132,34 +119,30 @@ def _check_output(output_dir: str | Path) -> None:
     check_output(path, renamed=True)
 
 
-def _write(output_dir: Path, loaded: Pretrained, dtype: str, max_shard_bytes: int | None) -> Exported:
+def _write(output_dir: Path, pretrained: Pretrained, form: ExportForm) -> Exported:
     """Write, read back and compare. `output_dir` appears only when all is well."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    exact, parents = _logits(model), model_parents(loaded)
+    model, tokenizer = pretrained.model, pretrained.tokenizer
+    form.check(model, tokenizer)
+    exact, parents = _logits(model), model_parents(pretrained)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype]).float()
+        parameter.data = form.round(model, name, parameter.data)
         if not parameter.isfinite().all():
-            raise UserError(
-                "--dtype",
-                "must be able to hold every weight",
-                got=f"{dtype}, in which {name} is not finite",
-                remedy="take bfloat16 or float32",
-            )
+            got = f"{form.precision}, in which {name} is not finite"
+            expectation, remedy = "must be able to hold every weight", form.wider
+            raise UserError(form.option, expectation, got=got, remedy=remedy)
     expected = _logits(model)
     with atomic_folder(output_dir) as temporary:
-        _check_space(temporary, model.config.num_parameters * DTYPES[dtype].itemsize)
+        _check_space(temporary, form.num_bytes(model))
         try:
-            save_model(temporary, model, tokenizer, dtype, max_shard_bytes, parents)
+            written = form.save(temporary, output_dir.name, pretrained, parents)
         except OSError as error:
-            raise UserError(
-                f"{output_dir}: cannot be written: {error.strerror}; nothing was left there"
-            ) from error
-        reread = load_model(temporary, model.ops, tokenizer=tokenizer)
+            reason = error.strerror or error
+            raise UserError(f"{output_dir}: cannot be written: {reason}; nothing was left there") from error
+        reread = form.load(temporary, model, tokenizer)
         if not (_same_weights(model, reread) and torch.equal(_logits(reread), expected)):
             fault = "what was read back is not what was written; nothing was left there"
             raise UserError(f"{output_dir}: {fault}", remedy="check the disk")
-        files = [path.stat().st_size for path in temporary.glob("*.safetensors")]
-    return Exported(len(files), sum(files), (expected - exact).abs().max().item(), exact.abs().max().item())
+    return Exported(written, (expected - exact).abs().max().item(), exact.abs().max().item())
 
 
 def _same_weights(one: Transformer, other: Transformer) -> bool:

@@ -54,11 +54,17 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_json(folder / GENERATION_FILE, generation_config(tokenizer))
 
 
-def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """`generation_config.json`. With it, transformers stops where `lumi generate` and `lumi chat` stop."""
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """All ids that end a text or an answer, EOS first: where `lumi generate` and `lumi chat` stop."""
     ends = list(tokenizer.eos_ids)
     with contextlib.suppress(UserError):  # a chat template that fails ends no answer
         ends += sorted(stop_ids(tokenizer) - set(ends))
+    return ends
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """`generation_config.json`. With it, transformers stops where `lumi generate` and `lumi chat` stop."""
+    ends = end_ids(tokenizer)
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],

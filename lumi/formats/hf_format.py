@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lumi.config import UserError, read_json, write_json
 from lumi.formats.checkpoint_folder import find_tokenizer, is_checkpoint, open_folder, tokenizer_folder
+from lumi.formats.gguf_file import is_gguf
 from lumi.formats.hf_config import from_hf_config, save_tokenizer, to_hf_config
 from lumi.host.provenance import Parent, record_files, write_provenance
 from lumi.host.storage import atomic_folder, sha256_file
@@ -117,6 +118,9 @@ def model_folder(path: str | Path) -> Path:
     path = Path(path)
     if is_checkpoint(path):
         return path
+    if is_gguf(path):
+        remedy = f"`lumi export --model-path {path} --output-dir DIR` makes one"
+        raise UserError(f"{path}:", "must be a model folder here", got="a GGUF file", remedy=remedy)
     if (path / "final").is_dir():
         return path / "final"
     if (path / "checkpoints").is_dir():

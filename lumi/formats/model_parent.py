@@ -6,13 +6,14 @@ from lumi.checkpoint.checkpoint import open_checkpoint
 from lumi.formats.adapter_format import WEIGHTS, is_adapter
 from lumi.formats.checkpoint_folder import is_checkpoint
 from lumi.formats.fingerprint import weights_fingerprint
+from lumi.formats.gguf_file import GGUF, is_gguf
 from lumi.formats.pretrained import Pretrained
 from lumi.host.provenance import Parent
 from lumi.host.storage import sha256_file
 
 
 def model_parent(folder: Path, fingerprint: str | None = None) -> Parent:
-    """A folder with a model, an adapter or a checkpoint.
+    """A folder with a model, an adapter or a checkpoint, or a GGUF file.
 
     Args:
         fingerprint: `weights_fingerprint` of a model, where it is known: it reads all weights.
@@ -20,6 +21,8 @@ def model_parent(folder: Path, fingerprint: str | None = None) -> Parent:
     Raises:
         UserError: the folder holds no model, or is damaged.
     """
+    if is_gguf(folder):
+        return Parent(GGUF, folder, sha256_file(folder))
     if is_checkpoint(folder):
         return open_checkpoint(folder).as_parent
     if is_adapter(folder):

@@ -1,7 +1,7 @@
 """A path from the user -> a model that runs, with its tokenizer.
 
-The path may be a run, its `final/`, one of its checkpoints, a folder of others, a model on the hub, or an
-adapter, which brings its base.
+The path may be a run, its `final/`, one of its checkpoints, a folder of others, a model on the hub, a GGUF
+file, or an adapter, which brings its base.
 """
 
 from pathlib import Path
@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from lumi.config import UserError
+from lumi.formats import gguf_shape, gguf_weights
 from lumi.formats.adapter_format import adapted_vocab_size, base_of, is_adapter, load_adapter
 from lumi.formats.checkpoint_folder import is_checkpoint, tokenizer_folder
+from lumi.formats.gguf_file import is_gguf, open_gguf
+from lumi.formats.gguf_tokenizer import read_tokenizer
 from lumi.formats.hf_format import check_tokenizer, ends_of, load_model, model_folder, read_shape
 from lumi.formats.hub import local_folder
 from lumi.host.devices import choose_device
@@ -29,7 +32,7 @@ class Pretrained(NamedTuple):
 
     model: Transformer
     tokenizer: Tokenizer
-    folder: Path  # of the weights, with an adapter those of its base
+    folder: Path  # of the weights, with an adapter those of its base; or the GGUF file
     adapter: Path | None = None  # folder
 
 
@@ -45,8 +48,8 @@ def load_pretrained(
     """Load the model that `path` means.
 
     Args:
-        path: a run folder, its `final/` or one of its checkpoints, a Hugging Face folder, or `org/name` on
-            the hub. An adapter brings the base that it names.
+        path: a run folder, its `final/` or one of its checkpoints, a Hugging Face folder, `org/name` on the
+            hub, or a GGUF file. An adapter brings the base that it names.
         adapter_path: the folder of an adapter, or a run folder with one. `path` is then its base.
         tokenizer_path: None: the tokenizer in the adapter's folder. If there is none: the one in the model's
             folder, with the tokens and the chat template that the adapter's folder adds.
@@ -58,6 +61,10 @@ def load_pretrained(
         UserError: there is no model, it cannot be imported, or it was trained with another tokenizer or base.
     """
     chosen = choose_device(device)
+    if is_gguf(path):
+        model, tokenizer = _load_gguf(path, adapter_path, tokenizer_path, chosen, dtype, kernels)
+        narrow(model)
+        return Pretrained(model.to(chosen).eval(), tokenizer, Path(path))
     folder, adapter = _locate_both(path, adapter_path)
     if tokenizer_path is None:
         tokenizer = _load_tokenizer(folder, adapter)
@@ -74,6 +81,32 @@ def load_pretrained(
         settle_rows(model)
     narrow(model)
     return Pretrained(model.to(chosen).eval(), tokenizer, folder, adapter)
+
+
+def _load_gguf(
+    path: str | Path,
+    adapter_path: str | Path | None,
+    tokenizer_path: str | Path | None,
+    device: str,
+    dtype: torch.dtype,
+    kernels: str,
+) -> tuple[Transformer, Tokenizer]:
+    """The model in a GGUF file. Another tokenizer must have all of its tokens."""
+    if adapter_path is not None:
+        remedy = f"`lumi export --model-path {path} --output-dir DIR` makes one"
+        raise UserError("--adapter-path", "must come with a model folder", got=f"{path}", remedy=remedy)
+    file = open_gguf(path)
+    tokenizer = own = read_tokenizer(file)
+    model = gguf_weights.load_model(
+        file, select(kernels, device, gguf_shape.read_shape(file).head_dim, dtype), dtype
+    )
+    if tokenizer_path is not None:
+        tokenizer = load_tokenizer(tokenizer_path).with_ends(own.eos_ids)
+    if not tokenizer.extends(own) or tokenizer.vocab_size > model.config.vocab_size:
+        expectation = f"must have the tokens in the file, and at most {model.config.vocab_size}"
+        remedy = "leave --tokenizer-path out"
+        raise UserError(f"{path}: the tokenizer", expectation, got="another", remedy=remedy)
+    return model, tokenizer
 
 
 def narrow(model: Transformer) -> None:

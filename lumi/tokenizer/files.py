@@ -222,10 +222,10 @@ def transformers_tokenizer(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_special_token(i, pieces[i]) for i in special],
+        "added_tokens": [added_token(i, pieces[i]) for i in special],
         "normalizer": None,
         "pre_tokenizer": spaces(prepend_scheme),
-        "post_processor": None if bos_id is None else _bos_before_each_text(bos_id, pieces[bos_id]),
+        "post_processor": None if bos_id is None else bos_before_each_text(bos_id, pieces[bos_id]),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
@@ -237,7 +237,7 @@ def transformers_tokenizer(
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": _merges(pieces, learned),
+            "merges": all_merges(pieces, learned),
         },
     }
 
@@ -280,11 +280,12 @@ def json_fingerprint(
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _special_token(token_id: int, piece: str) -> dict[str, Any]:
+def added_token(token_id: int, piece: str, *, special: bool = True) -> dict[str, Any]:
+    """A token that is looked for before the merges, as `tokenizer.json` lists it."""
     return {
         "id": token_id,
         "content": piece,
-        "special": True,
+        "special": special,
         "single_word": False,
         "lstrip": False,
         "rstrip": False,
@@ -292,7 +293,8 @@ def _special_token(token_id: int, piece: str) -> dict[str, Any]:
     }
 
 
-def _bos_before_each_text(bos_id: int, bos: str) -> dict[str, Any]:
+def bos_before_each_text(bos_id: int, bos: str) -> dict[str, Any]:
+    """A post-processor that puts one token before a text."""
     first, second = (
         [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
         for i, text in enumerate("AB")
@@ -305,7 +307,7 @@ def _bos_before_each_text(bos_id: int, bos: str) -> dict[str, Any]:
     }
 
 
-def _merges(pieces: Sequence[str], learned: Iterable[int]) -> list[tuple[str, str]]:
+def all_merges(pieces: Sequence[str], learned: Iterable[int]) -> list[tuple[str, str]]:
     """Every way to join two learned pieces into a third, in the order in which SentencePiece learned them."""
     ids = {pieces[i]: i for i in learned}
     merges = []

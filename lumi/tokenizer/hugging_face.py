@@ -28,7 +28,7 @@ from lumi.tokenizer.files import (
     spaces,
     write_tokenizer,
 )
-from lumi.tokenizer.tokenizer import PROBE, Tokenizer
+from lumi.tokenizer.tokenizer import PROBE, Description, Tokenizer
 
 _SPACE = "▁"  # U+2581, which byte-fallback vocabularies write for a space
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # the others are in no text
@@ -59,7 +59,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._where, self._surroundings, self._files = where, surroundings, files
         self._spells_spaces = _spells_spaces(data, where)
         steps, scheme = _without_prefix_space(data, surroundings, self._spells_spaces)
-        self._prefixed = _PREFIXED[scheme]
+        self._scheme, self._prefixed = scheme, _PREFIXED[scheme]
         self._library = _library(files[JSON_FILE], steps, where)
         _refuse_strips(data, where)
         _add_tokens(self._library, surroundings, where)
@@ -116,6 +116,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return HuggingFaceTokenizer(
             json.loads(data), self._surroundings, {JSON_FILE: data}, self._where
         ).with_chat_template(self.chat_template)
+
+    def describe(self) -> Description:
+        """As in `Tokenizer`: what the library holds."""
+        return Description(json.loads(self._library.to_str()), self._scheme, self._spells_spaces)
 
     def save(self, folder: str | Path) -> None:
         """As in `Tokenizer`: all files as they came."""

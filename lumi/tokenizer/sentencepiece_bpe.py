@@ -22,7 +22,7 @@ from lumi.tokenizer.files import (
     spaces,
     write_tokenizer,
 )
-from lumi.tokenizer.tokenizer import PROBE, Tokenizer
+from lumi.tokenizer.tokenizer import PROBE, Description, Tokenizer
 
 # The recipe: ids 0 to 5, then the 256 bytes, then what was learned.
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
@@ -72,12 +72,17 @@ class SentencePieceTokenizer(Tokenizer):
             ids += (spelt if index else []) + self._processor.encode(part)
         return ids
 
-    def save(self, folder: str | Path) -> None:
-        """As in `Tokenizer`: `tokenizer.model`, and the same merges as `tokenizer.json`."""
+    def describe(self) -> Description:
+        """As in `Tokenizer`: the same merges."""
         learned = range(FIRST_LEARNED_ID, len(self._pieces))
         twin = tokenizer_files.transformers_tokenizer(
             self._pieces, range(FIRST_BYTE_ID), learned, unk_id=UNK_ID, bos_id=BOS_ID
         )
+        return Description(twin, "never", spells_spaces=True)
+
+    def save(self, folder: str | Path) -> None:
+        """As in `Tokenizer`: `tokenizer.model`, and the same merges as `tokenizer.json`."""
+        twin = self.describe().data
         files = {MODEL_FILE: self._model, JSON_FILE: json.dumps(twin, ensure_ascii=False).encode()}
         write_tokenizer(Path(folder), files, self.chat_template)
         config = tokenizer_files.transformers_config(self.fingerprint)

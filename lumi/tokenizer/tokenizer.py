@@ -8,7 +8,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -18,6 +18,22 @@ from lumi.host.provenance import Parent
 from lumi.host.text import utf8
 
 PROBE = "  a\tb \r\n\n é e\u0301 ﬁ ½ ① ｶﾞ \u00a0\u3000\ufeff 12 "  # what the usual normalizers change
+
+
+class Description(NamedTuple):
+    """What a tokenizer does, for those who write it in another format.
+
+    Attributes:
+        data: the content of a `tokenizer.json` with all of its tokens, but without what puts a space before
+            a text.
+        scheme: when a space is put before a text, in the words of `Metaspace`: "always", "first" or "never".
+        spells_spaces: the vocabulary writes ▁ for a space and bytes as <0x0A>; otherwise it is of bytes in
+            GPT-2's alphabet.
+    """
+
+    data: dict[str, Any]
+    scheme: str
+    spells_spaces: bool
 
 
 class Tokenizer(ABC):
@@ -94,6 +110,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_utf8(self, data: bytes, follows: Follows = "nothing") -> list[int]:
         """Token ids of valid UTF-8, as `encode` gives them for the text."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """What it does, as a `tokenizer.json`."""
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:

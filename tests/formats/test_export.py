@@ -10,10 +10,12 @@ import transformers
 from crafted_models import add_noise
 
 import lumi.formats.export
+import lumi.formats.export_form
 from lumi.cli import dispatch
 from lumi.config import UserError
 from lumi.formats.adapter_format import save_adapter
-from lumi.formats.export import export_model, merge_adapter, parse_size
+from lumi.formats.export import export_model, merge_adapter
+from lumi.formats.export_form import HuggingFaceFolder
 from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import load_model, save_model
 from lumi.kernels.bundle import REFERENCE
@@ -88,16 +90,20 @@ def test_float32_is_equal_to_the_bit(run, tmp_path):
     )
     assert done.difference == 0
     assert "equal" in str(done)
-    assert (done.num_files, done.num_bytes) == (1, (tmp_path / "out" / "model.safetensors").stat().st_size)
+    assert (done.written.num_files, done.written.num_bytes) == (
+        1,
+        (tmp_path / "out" / "model.safetensors").stat().st_size,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrower_weights_in_shards(run, tmp_path, dtype):
     model = load_model(run, REFERENCE)
-    done = export_model(run, tmp_path / "out", dtype=dtype, max_shard_bytes=60_000)
+    done = export_model(run, tmp_path / "out", form=HuggingFaceFolder(dtype, max_shard_bytes=60_000))
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert shards == [
-        f"model-{i:05d}-of-{done.num_files:05d}.safetensors" for i in range(1, done.num_files + 1)
+        f"model-{i:05d}-of-{done.written.num_files:05d}.safetensors"
+        for i in range(1, done.written.num_files + 1)
     ]
     before = logits(model)
     for parameter in model.parameters():
@@ -152,7 +158,9 @@ def test_merge_with_a_base_that_moved(run, tokenizer, tmp_path):
     with pytest.raises(UserError, match="there is no model now"):
         merge_adapter(adapter, tmp_path / "merged")
     merge_adapter(adapter, tmp_path / "merged", base_path=tmp_path / "moved")
-    merge_adapter(adapter, tmp_path / "narrow", base_path=tmp_path / "moved", dtype="bfloat16")
+    merge_adapter(
+        adapter, tmp_path / "narrow", base_path=tmp_path / "moved", form=HuggingFaceFolder("bfloat16")
+    )
     module = dict(adapters(model))["layers.0.attention.q_proj"]
     with torch.no_grad():  # alpha / rank = 8
         expected = (module.weight.double() + 8 * module.lora_B.double() @ module.lora_A.double()).float()
@@ -218,7 +226,7 @@ def test_what_is_read_back_differently_is_removed(run, tmp_path, monkeypatch, da
             config["rope_parameters"]["rope_theta"] = 10_001.0
             (folder / "config.json").write_text(json.dumps(config))
 
-    monkeypatch.setattr(lumi.formats.export, "save_model", spoil)
+    monkeypatch.setattr(lumi.formats.export_form, "save_model", spoil)
     with pytest.raises(UserError, match="what was read back is not what was written; nothing was left there"):
         export_model(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -229,7 +237,7 @@ def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lumi.formats.export, "save_model", fill)
+    monkeypatch.setattr(lumi.formats.export_form, "save_model", fill)
     with pytest.raises(
         UserError, match=r"out: cannot be written: No space left on device; nothing was left there"
     ):
@@ -245,27 +253,13 @@ def test_weights_that_do_not_fit(run, tokenizer, tmp_path, monkeypatch):
         r"--dtype must be able to hold every weight, got float16, in which final_norm\.weight is not finite"
     )
     with pytest.raises(UserError, match=message):
-        export_model(tmp_path / "large", tmp_path / "out", dtype="float16")
+        export_model(tmp_path / "large", tmp_path / "out", form=HuggingFaceFolder("float16"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(
         UserError, match=r"--output-dir must have 0\.00 GB of space for the weights, got 0\.00 GB"
     ):
         export_model(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "run"]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("2GB", 2 * 10**9), ("1.5 gib", 3 * 2**29), ("500MB", 5 * 10**8), ("100KiB", 102_400), ("7", 7)],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "2 TB", "-1GB", "0", "1e3", "2GB2"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(UserError, match="--max-shard-size must be a size such as 2GB, 500MB or 1GiB, got "):
-        parse_size(text)
 
 
 def test_the_commands(run, tokenizer, tmp_path, capsys):
