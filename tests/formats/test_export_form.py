@@ -14,7 +14,7 @@ def test_a_folder(tokenizer, tmp_path):
         weight.data = form.round(model, name, weight.data)
         assert torch.equal(weight.data, weight.data.half().float())
     (tmp_path / "out").mkdir()
-    written = form.save(tmp_path / "out", "out", pretrained)
+    written = form.save(tmp_path / "out", "out", pretrained, [])
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
     assert (written.num_files, written.num_bytes) == (len(sizes), sum(sizes))
     assert written.num_files > 1

@@ -31,7 +31,7 @@ def model_file(tokenizer, tmp_path_factory):
     """The bytes of a whole model."""
     folder = tmp_path_factory.mktemp("gguf")
     pretrained = Pretrained(build(tokenizer, num_layers=1, model_dim=32, mlp_dim=32), tokenizer, folder)
-    GgufFolder("q8_0").save(folder, "a", pretrained)
+    GgufFolder("q8_0").save(folder, "a", pretrained, [])
     return (folder / "model-q8_0.gguf").read_bytes()
 
 
