@@ -50,7 +50,7 @@ def test_the_command(folder, tmp_path, capsys):
         f"out: 1 file of weights, {size / 1e6:,.1f} MB; read back and compared: the logits differ by"
         in printed
     )
-    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "model-q8_0.gguf"]
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "model-q8_0.gguf", "provenance.json"]
     assert (out / "Modelfile").read_text().startswith("FROM ./model-q8_0.gguf\n")
     metadata = open_gguf(out / "model-q8_0.gguf").metadata
     assert {key: metadata[f"general.{key}"] for key in ("architecture", "type", "name", "license")} == {
