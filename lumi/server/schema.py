@@ -6,22 +6,26 @@ Source: https://platform.openai.com/docs/api-reference; `top_k`, `repetition_pen
 are named as in vLLM.
 """
 
-from typing import Annotated, Any, Literal
+import copy
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from annotated_types import Le
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic.fields import FieldInfo
 
 MAX_TOP = 20  # likeliest tokens that a request may ask for
 Zero = Annotated[float, Field(ge=0, le=0)]
-Nothing = Annotated[list[Any] | dict[str, Any] | None, Field(max_length=0)]
+Empty = Field(max_length=0)
+Nothing = Annotated[list[Any], Empty] | Annotated[dict[str, Any], Empty] | None
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
 MaxTokens = Annotated[int, Field(ge=1, description="default: the most that the server allows")]
 
 
 class Strict(BaseModel):
-    """Takes no unknown field."""
+    """Takes no unknown field, and no value of another type: true is no number, "1" neither."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -134,6 +138,22 @@ class CompletionRequest(Generation):
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+
+Body = TypeVar("Body", ChatRequest, CompletionRequest)
+
+
+def limited(kind: type[Body], *, max_tokens: int, max_choices: int) -> type[Body]:
+    """A kind of request that takes no more than one server allows, and says so in /openapi.json."""
+    most = {"n": max_choices, "max_tokens": max_tokens, "max_completion_tokens": max_tokens}
+    fields: dict[str, Any] = {}
+    for name in most.keys() & kind.model_fields.keys():
+        field: FieldInfo = copy.copy(kind.model_fields[name])
+        field.metadata = [*field.metadata, Le(most[name])]
+        if field.default is not None:
+            field.default = min(field.default, most[name])
+        fields[name] = field.annotation, field
+    return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields)
 
 
 class PromptDetails(BaseModel):

@@ -149,10 +149,7 @@ class Service:
         num_top: int | None,
         echo: bool = False,
     ) -> Choices:
-        limits, field = self.limits, "max_tokens"
-        if max_tokens > limits.max_tokens:
-            message = f"{field} must be at most {limits.max_tokens} here, got {max_tokens}"
-            raise ApiError(422, message, param=field, code="invalid_value")
+        limits = self.limits
         if (count := body.n * len(prompts)) > limits.max_choices:
             message = f"n times the prompts must be at most {limits.max_choices} here, got {count}"
             raise ApiError(422, message, param="n", code="invalid_value")
@@ -198,7 +195,7 @@ class Service:
             raise ApiError(429, "too many requests are waiting; try again later", code="queue_full")
         self._num_open += len(choices.requests)
         inbox: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
-        started, is_first = time.monotonic(), True
+        started, is_first, finished = time.monotonic(), True, False
         unfinished = dict(enumerate(choices.requests))
         try:
             for number, request in unfinished.items():
@@ -217,11 +214,12 @@ class Service:
                     self.metrics.first_token.observe(time.monotonic() - started)
                     is_first = False
                 yield news
+            finished = True
         finally:
             for request in unfinished.values():
                 self._engine.cancel(request)
             self._num_open -= len(choices.requests)
-            self.metrics.count(choices.usage(), time.monotonic() - started, finished=not unfinished)
+            self.metrics.count(choices.usage(), time.monotonic() - started, finished)
 
     def _pass_on(self, news: News) -> None:
         for request, delta in news:
