@@ -10,7 +10,7 @@ import copy
 from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Le
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 MAX_TOP = 20  # likeliest tokens that a request may ask for
@@ -51,6 +51,14 @@ class Generation(Strict):
     presence_penalty: Zero = 0.0
     frequency_penalty: Zero = 0.0
     logit_bias: Nothing = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_integers(cls, value: Any) -> Any:
+        """1.0 is an integer in JSON, and some languages write theirs so."""
+        if isinstance(value, list):
+            return [cls._read_integers(item) for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
     @model_validator(mode="after")
     def _check_stream(self) -> "Generation":

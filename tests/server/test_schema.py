@@ -68,7 +68,8 @@ def test_every_parameter_of_openai_is_taken_or_refused_by_name(kind, body, metho
         {"logit_bias": [1]},
         {"user": 1},
         {"model": 1},
-        {"max_tokens": 1.0},
+        {"max_tokens": 1.5},
+        {"seed": float("inf")},
     ],
     ids=str,
 )
@@ -115,7 +116,7 @@ def test_what_is_no_chat(change):
         {"prompt": [[]]},
         {"prompt": ["a", 1]},
         {"prompt": [1, True]},
-        {"prompt": [1.0]},
+        {"prompt": [1.5]},
         {"prompt": [-1]},
         {"prompt": [[1], "a"]},
         {"prompt": None},
@@ -137,6 +138,8 @@ def test_neutral_values_are_taken():
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "stop": [], "seed": None}
     ChatRequest.model_validate(CHAT | neutral | {"tools": [], "tool_choice": "none", "n": 1})
     ChatRequest.model_validate(CHAT | {"response_format": {"type": "text"}, "user": "x", "temperature": 1})
+    numbers = {"n": 2.0, "seed": -3.0, "max_tokens": 4.0, "prompt": [5.0]}  # integers in JSON
+    assert CompletionRequest.model_validate(TEXT | numbers).model_dump().items() >= numbers.items()
     CompletionRequest.model_validate(TEXT | neutral | {"suffix": None, "max_tokens": 0, "echo": True})
 
 
