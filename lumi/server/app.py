@@ -25,7 +25,9 @@ from lumi.server.wire import ChatWire, TextWire, Wire
 
 PAGE = Path(__file__).with_name("chat.html")
 _CLIENT_GONE = 499  # nginx's; nobody reads it
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_DATA = {"type": "string", "description": "a chunk or an error as JSON, or [DONE]"}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": _DATA}}
+_STREAM = {"text/event-stream": {"itemSchema": _EVENT}}
 
 Result = TypeVar("Result")
 
