@@ -9,7 +9,6 @@ are named as in vLLM.
 import copy
 from typing import Annotated, Any, Literal, TypeVar
 
-from annotated_types import Le
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
@@ -155,12 +154,13 @@ def limited(kind: type[Body], *, max_tokens: int, max_choices: int) -> type[Body
     """A kind of request that takes no more than one server allows, and says so in /openapi.json."""
     most = {"n": max_choices, "max_tokens": max_tokens, "max_completion_tokens": max_tokens}
     fields: dict[str, Any] = {}
-    for name in most.keys() & kind.model_fields.keys():
-        field: FieldInfo = copy.copy(kind.model_fields[name])
-        field.metadata = [*field.metadata, Le(most[name])]
-        if field.default is not None:
-            field.default = min(field.default, most[name])
-        fields[name] = field.annotation, field
+    for name, bound in most.items():
+        if name in kind.model_fields:
+            field: FieldInfo = copy.copy(kind.model_fields[name])
+            field.metadata = [*field.metadata, *Field(le=bound).metadata]
+            if field.default is not None:
+                field.default = min(field.default, bound)
+            fields[name] = field.annotation, field
     return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields)
 
 
