@@ -147,7 +147,7 @@ class CompletionRequest(Generation):
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
+Body = TypeVar("Body", bound=Generation)
 
 
 def limited(kind: type[Body], *, max_tokens: int, max_choices: int) -> type[Body]:
