@@ -12,6 +12,7 @@ from lumi.config import UserError
 from lumi.server.schema import Error, ErrorResponse
 
 RETRY_SECONDS = 1
+_MOST_ERRORS = 20  # that are looked at
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -64,7 +65,7 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_fields(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()
+        found = error.errors()[:_MOST_ERRORS]
         fields = [_field(each, error.body) for each in found]
         said = dict.fromkeys(map(_describe, found, fields))  # once each, in order
         param = next(filter(None, fields), None)

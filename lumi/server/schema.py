@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 MAX_TOP = 20  # likeliest tokens that a request may ask for
 Zero = Annotated[float, Field(ge=0, le=0)]
+Some = Field(min_length=1, fail_fast=True)  # a long list has one error, not as many as items
 Empty = Field(max_length=0)
 Nothing = Annotated[list[Any], Empty] | Annotated[dict[str, Any], Empty] | None
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -43,7 +44,7 @@ class Generation(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str | None, Field(description="changes nothing")] = None
@@ -87,7 +88,7 @@ class ChatMessage(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     reasoning_content: str | None = None
 
 
@@ -100,7 +101,7 @@ class ResponseFormat(Strict):
 class ChatRequest(Generation):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Some]
     max_tokens: MaxTokens | None = None
     max_completion_tokens: Annotated[MaxTokens | None, Field(description="the newer name")] = None
     logprobs: bool = False
@@ -123,9 +124,9 @@ class CompletionRequest(Generation):
 
     prompt: Annotated[
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)],
+        | Annotated[list[TokenId], Some]
+        | Annotated[list[str], Some]
+        | Annotated[list[Annotated[list[TokenId], Some]], Some],
         Field(description="a text, its token ids, or several of either"),
     ]
     max_tokens: Annotated[int, Field(ge=0, description="0: only with echo")] = 16

@@ -119,6 +119,9 @@ class Service:
         """The choices of prompts. Raises ApiError for one that cannot be continued."""
         self.check_model(body.model)
         tokenizer, prompts = self.tokenizer, []
+        if (count := body.n * len(body.prompts)) > (most := self.limits.max_choices):  # before the work
+            message = f"n times the prompts must be at most {most} here, got {count}"
+            raise ApiError(422, message, param="n", code="invalid_value")
         for prompt in body.prompts:
             if isinstance(prompt, str):
                 try:
@@ -149,13 +152,9 @@ class Service:
         num_top: int | None,
         echo: bool = False,
     ) -> Choices:
-        limits = self.limits
-        if (count := body.n * len(prompts)) > limits.max_choices:
-            message = f"n times the prompts must be at most {limits.max_choices} here, got {count}"
-            raise ApiError(422, message, param="n", code="invalid_value")
         seed = secrets.randbelow(2**63) if body.seed is None else body.seed
         requests = []
-        for number in range(count):
+        for number in range(body.n * len(prompts)):
             sampling = SamplingConfig(
                 max_new_tokens=max(max_tokens, 1),
                 temperature=body.temperature if body.temperature >= 1e-4 else 0.0,
@@ -172,7 +171,7 @@ class Service:
                 num_top=num_top,
                 scores_prompt=echo and num_top is not None,
                 only_prompt=not max_tokens,
-                deadline=time.monotonic() + limits.request_seconds,
+                deadline=time.monotonic() + self.limits.request_seconds,
             )
             self._check_length(request)
             requests.append(request)

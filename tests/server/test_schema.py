@@ -134,6 +134,19 @@ def test_what_is_no_completion(change):
         CompletionRequest.model_validate(TEXT | change)
 
 
+@pytest.mark.parametrize("wrong", [1.5, None, {}, [1.5]], ids=str)
+def test_a_long_list_has_few_errors(wrong):
+    """The text of an error for each item would take a server seconds."""
+    for kind, body in (
+        (CompletionRequest, TEXT | {"prompt": [wrong] * 1000}),
+        (ChatRequest, CHAT | {"messages": [wrong] * 1000}),
+        (ChatRequest, CHAT | {"messages": [{"role": "user", "content": [wrong] * 1000}]}),
+    ):
+        with pytest.raises(ValidationError) as refused:
+            kind.model_validate(body)
+        assert refused.value.error_count() < 8
+
+
 def test_neutral_values_are_taken():
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "stop": [], "seed": None}
     ChatRequest.model_validate(CHAT | neutral | {"tools": [], "tool_choice": "none", "n": 1})
