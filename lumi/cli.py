@@ -242,7 +242,7 @@ def serve(argv: list[str]) -> int:
         from_options(Limits, options),
         host=options.host,
         port=options.port,
-        api_key=options.api_key or os.environ.get("LUMI_API_KEY"),
+        api_key=os.environ.get("LUMI_API_KEY") or None if options.api_key is None else options.api_key,
         opens_browser=options.open,
     )
 

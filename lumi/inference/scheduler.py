@@ -167,11 +167,12 @@ class Scheduler:
         Raises:
             UserError: the model's output is not finite. All requests stay; `fail` ends them.
         """
-        news = self._expire()
+        if news := self._expire():  # alone, so that no failure below loses it
+            return news
         self._start()
         batch = self._plan()
         if not batch:
-            return news
+            return []
         new = [_new_tokens(state, count) for state, count in batch]
         hidden_ND = self.cache.hidden(new)
         rows, ready = [], []
@@ -184,10 +185,9 @@ class Scheduler:
             if not state.remaining:
                 rows.append(end - 1)
                 ready.append(state)
-        if ready:
-            logits_BV = self.model.logits(hidden_ND[rows])[:, : self.tokenizer.vocab_size]
-            news += self._accept(ready, logits_BV)
-        return news
+        if not ready:
+            return []
+        return self._accept(ready, self.model.logits(hidden_ND[rows])[:, : self.tokenizer.vocab_size])
 
     def fail(self, message: str) -> list[tuple[Request, Delta]]:
         """End all requests that run, because a step failed."""

@@ -13,9 +13,9 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumi import __version__
 from lumi.server import schema
@@ -25,7 +25,9 @@ from lumi.server.wire import ChatWire, TextWire, Wire
 
 PAGE = Path(__file__).with_name("chat.html")
 _CLIENT_GONE = 499  # nginx's; nobody reads it
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_DATA = {"type": "string", "description": "a chunk or an error as JSON, or [DONE]"}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": _DATA}}
+_STREAM = {"text/event-stream": {"itemSchema": _EVENT}}
 
 Result = TypeVar("Result")
 
@@ -46,13 +48,33 @@ def create_app(service: Service, *, api_key: str | None = None, hosts: Sequence[
         service.stop()
 
     app = FastAPI(title="Lumi", version=__version__, lifespan=lifespan, redoc_url=None)
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=service.limits.max_body_bytes)
+    app.add_middleware(_BodyLimit, max_bytes=service.limits.max_body_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     handle_errors(app)
     _add_page(app)
     _add_state(app, service, [Depends(_key_check(api_key))])
     _add_completions(app, service, [Depends(_key_check(api_key))])
     return app
+
+
+class _BodyLimit:
+    """Ends a request whose body is too long. Starlette's own has no error in the API's form."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_bytes:
+                raise HTTPException(413, f"a request must have at most {self.max_bytes:,} bytes here")
+            return message
+
+        await self.app(scope, limited, send)
 
 
 def _key_check(api_key: str | None) -> Any:
@@ -128,6 +150,10 @@ def _model(service: Service) -> schema.Model:
 
 
 def _add_completions(app: FastAPI, service: Service, key: list[Any]) -> None:
+    limits = service.limits
+    most = {"max_tokens": limits.max_tokens, "max_choices": limits.max_choices}
+    chat_type: Any = schema.limited(schema.ChatRequest, **most)
+    text_type: Any = schema.limited(schema.CompletionRequest, **most)
     described = _errors(400, 401, 404, 413, 422, 429, 500, 503, 504)
     chat_responses: dict[int | str, dict[str, Any]] = {200: {"content": _STREAM}, **described}
 
@@ -137,7 +163,7 @@ def _add_completions(app: FastAPI, service: Service, key: list[Any]) -> None:
         response_model=schema.ChatCompletion,
         responses=chat_responses,
     )
-    async def chat(body: schema.ChatRequest, request: Request) -> Response:
+    async def chat(body: chat_type, request: Request) -> Response:
         """The next answer of a conversation."""
         choices = await service.chat(body)
         wire = ChatWire(service.tokenizer, service.model_name, choices, service.run(choices))
@@ -149,7 +175,7 @@ def _add_completions(app: FastAPI, service: Service, key: list[Any]) -> None:
         response_model=schema.Completion,
         responses=chat_responses,
     )
-    async def complete(body: schema.CompletionRequest, request: Request) -> Response:
+    async def complete(body: text_type, request: Request) -> Response:
         """Continuations of texts."""
         choices = await service.complete(body)
         tokenizer, echoes = service.tokenizer, list[str]()

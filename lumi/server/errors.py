@@ -1,6 +1,5 @@
 """What went wrong, in the API's form."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,6 +12,7 @@ from lumi.config import UserError
 from lumi.server.schema import Error, ErrorResponse
 
 RETRY_SECONDS = 1
+_MOST_ERRORS = 20  # that are looked at
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -65,10 +65,11 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_fields(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()
-        fields = [field for field in map(_field, found) if field]
-        said = "; ".join(_describe(each) for each in found[:5])
-        wrong = ApiError(422, said, param=fields[0] if fields else None, code="invalid_fields")
+        found = error.errors()[:_MOST_ERRORS]
+        fields = [_field(each, error.body) for each in found]
+        said = dict.fromkeys(map(_describe, found, fields))  # once each, in order
+        param = next(filter(None, fields), None)
+        wrong = ApiError(422, "; ".join([*said][:5]), param=param, code="invalid_fields")
         return JSONResponse(wrong.body, 422)
 
     @app.exception_handler(HTTPException)
@@ -81,12 +82,26 @@ def handle_errors(app: FastAPI) -> None:
         return JSONResponse(ApiError(500, f"the server failed: {type(error).__name__}").body, 500)
 
 
-def _field(error: dict[str, Any]) -> str:
-    """The field's dotted name, without the names of the kinds that it could have been."""
-    place: Sequence[Any] = error["loc"][1:]
-    return ".".join(str(part) for part in place if isinstance(part, int) or str(part).isidentifier())
+def _field(error: dict[str, Any], body: Any) -> str:
+    """The dotted name of a field, as far as the body has it, and of one that is missing.
+
+    Pydantic's place also holds the kinds that a value could have been, such as "str".
+    """
+    names, value = [], body
+    for part in error["loc"][1:]:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            if error["type"] != "missing" or part != error["loc"][-1]:
+                continue
+        names.append(str(part))
+    return ".".join(names)
 
 
-def _describe(error: dict[str, Any]) -> str:
-    field = _field(error)
-    return f"{field}: {error['msg']}" if field else error["msg"]
+def _describe(error: dict[str, Any], field: str) -> str:
+    if error["loc"] == ("body",) and error["type"] in ("missing", "model_attributes_type"):
+        return "the body must be a JSON object, sent as application/json"
+    if error["type"] == "json_invalid":
+        return f"the body must be JSON, got an error at character {error['loc'][1]}: {error['ctx']['error']}"
+    said = error["msg"].removeprefix("Value error, ")
+    return f"{field}: {said}" if field else said

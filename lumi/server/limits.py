@@ -1,6 +1,7 @@
 """How much the server takes, and from whom."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from lumi.config import UserError
@@ -28,6 +29,9 @@ class Limits:
             raise UserError("request_seconds", "must be above 0", got=self.request_seconds)
         if self.cache_tokens is not None and self.cache_tokens < 1:
             raise UserError("cache_tokens", "must be at least 1", got=self.cache_tokens)
+        if self.max_choices > (room := self.max_batch + self.max_queue):
+            expectation = f"must be at most --max-batch and --max-queue together, {room}"
+            raise UserError("max_choices", expectation, got=self.max_choices)
 
 
 def is_loopback(host: str) -> bool:
@@ -38,9 +42,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_host(host: str, api_key: str | None) -> None:
-    """Raises UserError for an address that others reach without a key."""
-    if not is_loopback(host) and not api_key:
+def check_key(host: str, api_key: str | None) -> None:
+    """Raises UserError for an address that others reach without a key, and for a key that no client can send.
+
+    The error does not show the key.
+    """
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise UserError(
+            "the API key", "must be visible ASCII characters without spaces", got="others or none"
+        )
+    if not is_loopback(host) and api_key is None:
         raise UserError(
             "--host",
             "must be 127.0.0.1 where there is no key, because others would reach the model",

@@ -6,22 +6,26 @@ Source: https://platform.openai.com/docs/api-reference; `top_k`, `repetition_pen
 are named as in vLLM.
 """
 
-from typing import Annotated, Any, Literal
+import copy
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 MAX_TOP = 20  # likeliest tokens that a request may ask for
 Zero = Annotated[float, Field(ge=0, le=0)]
-Nothing = Annotated[list[Any] | dict[str, Any] | None, Field(max_length=0)]
+Some = Field(min_length=1, fail_fast=True)  # a long list has one error, not as many as items
+Empty = Field(max_length=0)
+Nothing = Annotated[list[Any], Empty] | Annotated[dict[str, Any], Empty] | None
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
 MaxTokens = Annotated[int, Field(ge=1, description="default: the most that the server allows")]
 
 
 class Strict(BaseModel):
-    """Takes no unknown field."""
+    """Takes no unknown field, and no value of another type: true is no number, "1" neither."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -40,13 +44,21 @@ class Generation(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str | None, Field(description="changes nothing")] = None
     presence_penalty: Zero = 0.0
     frequency_penalty: Zero = 0.0
     logit_bias: Nothing = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_integers(cls, value: Any) -> Any:
+        """1.0 is an integer in JSON, and some languages write theirs so."""
+        if isinstance(value, list):
+            return [cls._read_integers(item) for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
     @model_validator(mode="after")
     def _check_stream(self) -> "Generation":
@@ -76,7 +88,7 @@ class ChatMessage(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     reasoning_content: str | None = None
 
 
@@ -89,7 +101,7 @@ class ResponseFormat(Strict):
 class ChatRequest(Generation):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Some]
     max_tokens: MaxTokens | None = None
     max_completion_tokens: Annotated[MaxTokens | None, Field(description="the newer name")] = None
     logprobs: bool = False
@@ -112,9 +124,9 @@ class CompletionRequest(Generation):
 
     prompt: Annotated[
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)],
+        | Annotated[list[TokenId], Some]
+        | Annotated[list[str], Some]
+        | Annotated[list[Annotated[list[TokenId], Some]], Some],
         Field(description="a text, its token ids, or several of either"),
     ]
     max_tokens: Annotated[int, Field(ge=0, description="0: only with echo")] = 16
@@ -134,6 +146,23 @@ class CompletionRequest(Generation):
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+
+Body = TypeVar("Body", bound=Generation)
+
+
+def limited(kind: type[Body], *, max_tokens: int, max_choices: int) -> type[Body]:
+    """A kind of request that takes no more than one server allows, and says so in /openapi.json."""
+    most = {"n": max_choices, "max_tokens": max_tokens, "max_completion_tokens": max_tokens}
+    fields: dict[str, Any] = {}
+    for name, bound in most.items():
+        if name in kind.model_fields:
+            field: FieldInfo = copy.copy(kind.model_fields[name])
+            field.metadata = [*field.metadata, *Field(le=bound).metadata]
+            if field.default is not None:
+                field.default = min(field.default, bound)
+            fields[name] = field.annotation, field
+    return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields)
 
 
 class PromptDetails(BaseModel):

@@ -1,9 +1,11 @@
 """`lumi serve`: a socket, a model on its thread, and uvicorn around the routes."""
 
+import os
 import socket
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -14,7 +16,7 @@ from lumi.inference.paged_cache import bytes_per_token
 from lumi.inference.pages import PAGE_SIZE, num_pages
 from lumi.inference.scheduler import Scheduler
 from lumi.server.app import create_app
-from lumi.server.limits import Limits, check_host, is_loopback
+from lumi.server.limits import Limits, check_key, is_loopback
 from lumi.server.service import Service
 
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -31,18 +33,20 @@ def serve(
     api_key: str | None = None,
     opens_browser: bool = False,
 ) -> int:
-    """Serve a model until a signal comes. SIGTERM and Ctrl-C let the requests finish that have begun.
+    """Serve a model until a signal comes.
+
+    SIGTERM and Ctrl-C let the requests finish that have begun. A second one ends the process at once.
 
     Args:
         load: loads the model; called in the engine's thread.
         port: 0: any free one.
-        api_key: what clients must send; None or empty: nothing.
+        api_key: what clients must send; None: nothing.
 
     Raises:
         UserError: the address cannot be used, or is open to others without a key; the model cannot be loaded,
             or the memory is too small for its cache.
     """
-    check_host(host, api_key)
+    check_key(host, api_key)
     listener = _listen(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     print(f"loading {model_name} for {url}", flush=True)
@@ -59,19 +63,28 @@ def serve(
             webbrowser.open(url)
 
     service = Service(model_name, lambda: make_scheduler(load(), limits), limits, on_ready)
-    hosts = _LOCAL_NAMES if is_loopback(host) else ("*",)
+    hosts = {*_LOCAL_NAMES, host} if is_loopback(host) else {"*"}
     config = uvicorn.Config(
-        create_app(service, api_key=api_key or None, hosts=hosts),
+        create_app(service, api_key=api_key, hosts=sorted(hosts)),
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(limits.request_seconds) + 1,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
     return 0
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's would wait for the step, and for the thread of a template, before a second signal ends it."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
 
 
 def make_scheduler(pretrained: Pretrained, limits: Limits) -> Scheduler:
@@ -112,8 +125,9 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        got, remedy = f"{host}:{port}: {error.strerror}", "choose another, 0 takes any free one"
+    except (OSError, UnicodeError) as error:  # a name such as "a..b" is no text for a name server
+        reason = getattr(error, "strerror", None) or "no name of a machine"
+        got, remedy = f"{host}:{port}: {reason}", "choose another, 0 takes any free one"
         raise UserError(
             "--port", "must be free on an address of this machine", got=got, remedy=remedy
         ) from error

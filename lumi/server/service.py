@@ -119,6 +119,9 @@ class Service:
         """The choices of prompts. Raises ApiError for one that cannot be continued."""
         self.check_model(body.model)
         tokenizer, prompts = self.tokenizer, []
+        if (count := body.n * len(body.prompts)) > (most := self.limits.max_choices):  # before the work
+            message = f"n times the prompts must be at most {most} here, got {count}"
+            raise ApiError(422, message, param="n", code="invalid_value")
         for prompt in body.prompts:
             if isinstance(prompt, str):
                 try:
@@ -149,16 +152,9 @@ class Service:
         num_top: int | None,
         echo: bool = False,
     ) -> Choices:
-        limits, field = self.limits, "max_tokens"
-        if max_tokens > limits.max_tokens:
-            message = f"{field} must be at most {limits.max_tokens} here, got {max_tokens}"
-            raise ApiError(422, message, param=field, code="invalid_value")
-        if (count := body.n * len(prompts)) > limits.max_choices:
-            message = f"n times the prompts must be at most {limits.max_choices} here, got {count}"
-            raise ApiError(422, message, param="n", code="invalid_value")
         seed = secrets.randbelow(2**63) if body.seed is None else body.seed
         requests = []
-        for number in range(count):
+        for number in range(body.n * len(prompts)):
             sampling = SamplingConfig(
                 max_new_tokens=max(max_tokens, 1),
                 temperature=body.temperature if body.temperature >= 1e-4 else 0.0,
@@ -175,7 +171,7 @@ class Service:
                 num_top=num_top,
                 scores_prompt=echo and num_top is not None,
                 only_prompt=not max_tokens,
-                deadline=time.monotonic() + limits.request_seconds,
+                deadline=time.monotonic() + self.limits.request_seconds,
             )
             self._check_length(request)
             requests.append(request)
@@ -198,7 +194,7 @@ class Service:
             raise ApiError(429, "too many requests are waiting; try again later", code="queue_full")
         self._num_open += len(choices.requests)
         inbox: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
-        started, is_first = time.monotonic(), True
+        started, is_first, finished = time.monotonic(), True, False
         unfinished = dict(enumerate(choices.requests))
         try:
             for number, request in unfinished.items():
@@ -217,11 +213,12 @@ class Service:
                     self.metrics.first_token.observe(time.monotonic() - started)
                     is_first = False
                 yield news
+            finished = True
         finally:
             for request in unfinished.values():
                 self._engine.cancel(request)
             self._num_open -= len(choices.requests)
-            self.metrics.count(choices.usage(), time.monotonic() - started, finished=not unfinished)
+            self.metrics.count(choices.usage(), time.monotonic() - started, finished)
 
     def _pass_on(self, news: News) -> None:
         for request, delta in news:

@@ -167,6 +167,9 @@ class TextWire(Wire):
         self._echoes = dict(enumerate(echoes))
         self._decoders = [StreamDecoder(tokenizer) for _ in choices.requests]
         self._offsets = [0] * len(choices.requests)
+        for index, echo in self._echoes.items():  # a space that the tokenizer puts before a text is not in it
+            decoded = tokenizer.decode(choices.requests[index].prompt, continues=True)
+            self._offsets[index] = len(echo) - len(decoded)
 
     def whole(self, parts: Sequence[_Part]) -> BaseModel:
         return self.piece(dict(enumerate(parts))).model_copy(update={"usage": self.choices.usage()})
@@ -192,7 +195,7 @@ class TextWire(Wire):
             return None
         offsets = []
         for token, *_ in part.scored:
-            offsets.append(self._offsets[index])
+            offsets.append(max(self._offsets[index], 0))
             self._offsets[index] += len(self._decoders[index].feed(token))
         tops = [
             None if scored.log_probability is None else {self._name(token): log for token, log in scored.top}
