@@ -32,9 +32,9 @@ from lumi.evaluation.records import tightest
 from lumi.evaluation.report import format_table, report
 from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
-from lumi.formats.hub import name_of
 from lumi.formats.model_parent import model_parents
 from lumi.formats.pretrained import Pretrained
+from lumi.host.hub_cache import name_of
 from lumi.host.provenance import Parent, write_provenance
 from lumi.host.storage import check_output, file_record
 from lumi.tokenizer.tokenizer import Tokenizer
