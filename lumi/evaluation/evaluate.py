@@ -192,6 +192,9 @@ def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path]
             remedy="leave one out or rename the text",
         )
     check_output(output_dir, renamed=False)
+    if any(output_dir.glob("*.safetensors")):  # whose record that of the results would replace
+        got = f"{output_dir}, which holds weights"
+        raise UserError("--output-dir", "must be a folder for results", got=got, remedy="choose another")
 
 
 def _save(results: dict[str, Any], parents: Sequence[Parent], output_dir: Path, started: float) -> None:

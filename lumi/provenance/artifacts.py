@@ -1,6 +1,6 @@
 """The kinds of artefact: how one is recognised and identified, and what it records of itself.
 
-A further kind is one more entry of `ARTIFACTS`.
+A further kind is one more entry of `KINDS`.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ def _checkpoint_record(folder: Path) -> Record:
     return _record(folder, files, parents)
 
 
-ARTIFACTS = (
+_ARTIFACTS = (
     Artifact("evaluation", _holds(RESULTS_FILE), _hash_of(RESULTS_FILE), _recorded("evaluation")),
     Artifact("checkpoint", is_checkpoint, _hash_of(MANIFEST), _checkpoint_record),
     Artifact("corpus", is_corpus, lambda folder: _read_corpus(folder).fingerprint, _corpus_record),
@@ -122,7 +122,7 @@ ARTIFACTS = (
         "tokenizer", has_tokenizer, lambda folder: load_tokenizer(folder).fingerprint, _recorded("tokenizer")
     ),
 )
-KINDS = {artifact.kind: artifact for artifact in ARTIFACTS}
+KINDS = {artifact.kind: artifact for artifact in _ARTIFACTS}  # in the order in which a folder is tried
 
 
 def is_artifact(path: Path, kind: str) -> bool:
@@ -140,4 +140,4 @@ def kind_of(path: Path) -> str | None:
     found = read_provenance(path)
     if found is not None and found.kind in KINDS:
         return found.kind
-    return next((artifact.kind for artifact in ARTIFACTS if artifact.is_one(path)), None)
+    return next((artifact.kind for artifact in KINDS.values() if artifact.is_one(path)), None)

@@ -11,7 +11,13 @@ from lumi.evaluation.report import figures, markdown_table
 from lumi.host.hub_cache import HubModel
 from lumi.model.transformer import ModelConfig
 from lumi.provenance.run_facts import RunFacts
-from lumi.provenance.run_sections import NOT_KNOWN, data_section, hub_datasets, kind_of, training_section
+from lumi.provenance.run_sections import (
+    NOT_KNOWN,
+    data_section,
+    hub_datasets,
+    training_kind,
+    training_section,
+)
 from lumi.provenance.usage import usage
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -119,7 +125,7 @@ def _tags(facts: CardFacts) -> Iterator[str]:
     if facts.is_adapter:
         yield "lora"
     if facts.run is not None:
-        yield from _TAGS[kind_of(facts.run)]
+        yield from _TAGS[training_kind(facts.run)]
 
 
 def _opening(facts: CardFacts) -> str:

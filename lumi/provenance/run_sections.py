@@ -27,7 +27,9 @@ def training_section(
         yield from markdown_table(("", ""), of_weights)
         return
     merged = "" if is_adapter else ", merged into its base"
-    kind = f"{kind_of(run)} of {'all parameters' if run.config['lora'] is None else f'an adapter{merged}'}"
+    kind = (
+        f"{training_kind(run)} of {'all parameters' if run.config['lora'] is None else f'an adapter{merged}'}"
+    )
     yield from markdown_table(("", ""), [("kind", kind), *_settings(run), *of_weights])
     if picture:
         yield from ("", "![Loss of training and validation by step](loss.png)")
@@ -50,7 +52,7 @@ def _settings(run: RunFacts) -> Iterator[tuple[str, str]]:
         yield "began with", "random weights"
 
 
-def kind_of(run: RunFacts) -> str:
+def training_kind(run: RunFacts) -> str:
     """What kind of training a run was."""
     if run.config["dpo"] is not None:
         return "direct preference optimization"

@@ -66,9 +66,10 @@ def test_a_run_that_is_another_one_now(chain, chains):
 
 @pytest.mark.parametrize(("final", "step"), [("last", 12), ("best", 8)])
 def test_the_step_and_its_validations(start, final, step, change_json):
-    folder = start(final=final)
+    folder = start(final=final, keep_last=1)
     newest = folder / "checkpoints" / "step-00000012"
     best = read_json(newest / "state.json")["best"]["step"]
+    assert not verify(folder).is_broken
     found = facts(folder)
     assert found.step == (12 if final == "last" else best)
     records = [{"step": at, "kind": kind} for at in (4, 8, 12) for kind in ("train", "validation")]

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from lumi.provenance.run_facts import DataFolder
-from lumi.provenance.run_sections import data_section, hub_datasets, kind_of, training_section
+from lumi.provenance.run_sections import data_section, hub_datasets, training_kind, training_section
 
 
 def corpus(*sources):
@@ -39,12 +39,12 @@ def test_sources_of_all_kinds():
 
 def test_kinds():
     chats = SimpleNamespace(template="chatml")
-    assert kind_of(run()) == "pre-training"
-    assert kind_of(run(DataFolder(weight=1, store=chats), from_random=False)) == "fine-tuning"
-    assert kind_of(run(from_random=False)) == "training"
+    assert training_kind(run()) == "pre-training"
+    assert training_kind(run(DataFolder(weight=1, store=chats), from_random=False)) == "fine-tuning"
+    assert training_kind(run(from_random=False)) == "training"
     preferring = run(from_random=False)
     preferring.config["dpo"] = {}
-    assert kind_of(preferring) == "direct preference optimization"
+    assert training_kind(preferring) == "direct preference optimization"
 
 
 def test_no_run():
