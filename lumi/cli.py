@@ -507,8 +507,8 @@ def push(argv: list[str]) -> int:
         "branch": "of the repository, made where it is missing; default: main",
         "license": "of the model, as the hub spells it, such as apache-2.0",
         "base_model": "what the base is called on the hub, where it came from a folder here",
-        "data_dirs": "token stores and corpora of the run that do not lie beside it",
-        "evaluations": "folders of `lumi evaluate` that do not lie beside the run",
+        "search": "where to look for what has moved, as in lumi verify",
+        "evaluations": "folders of `lumi evaluate` that do not lie near the model",
         "replace_card": "also replace a README.md that lumi push has not written",
     }
     arguments = parser("lumi push", _summary(push))
@@ -519,7 +519,7 @@ def push(argv: list[str]) -> int:
     arguments.add_argument("--branch", help=texts["branch"])
     arguments.add_argument("--license", metavar="ID", help=texts["license"])
     arguments.add_argument("--base-model", metavar="OWNER/NAME", help=texts["base_model"])
-    for name in ("data_dirs", "evaluations"):
+    for name in ("search", "evaluations"):
         folders = arguments.add_argument(option_name(name), nargs="+", type=Path, metavar="DIR", default=[])
         folders.help = texts[name]
     options = arguments.parse_args(argv)

@@ -28,9 +28,10 @@ from lumi.formats.adapter_format import is_adapter
 from lumi.formats.added_tokens import add_tokens
 from lumi.formats.export import merge_adapter
 from lumi.formats.hf_format import read_shape
-from lumi.formats.hub import as_before, name_of
+from lumi.formats.hub import as_before
 from lumi.formats.pretrained import load_pretrained, locate
 from lumi.host.devices import choose_device, fast_bfloat16
+from lumi.host.hub_cache import name_of
 from lumi.host.storage import check_output, remove_folder
 from lumi.inference.generation import SamplingConfig, filler_id, generate_ids
 from lumi.planning.finetuning import choose, estimated_seconds

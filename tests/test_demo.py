@@ -93,7 +93,7 @@ def test_all_stages_and_a_second_call(small_configs, tmp_path, capsys):
     assert set(results["perplexity"]) == {str(output / "tokens"), str(output / "questions")}
     chain = list(verify(output / "evaluation").all())
     assert {link.verdict for link in chain} == {"ok"}
-    assert len(chain) == 12
+    assert len(chain) == 10
 
     seen, held_out = questions(output / "questions_train"), questions(output / "questions_held_out")
     assert not seen & held_out

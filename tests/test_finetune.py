@@ -22,6 +22,7 @@ from lumi.formats.pretrained import load_pretrained
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.provenance.chain import verify
+from lumi.provenance.run_facts import find_run
 from lumi.tokenizer.loading import load_tokenizer
 from lumi.training.metrics import read_metrics
 
@@ -198,6 +199,7 @@ def test_chatml_for_a_model_without_a_template(tmp_path, chats, capsys):
     models = {each.path: each.verdict for each in verify(out / "model").all() if each.kind == "model"}
     # What `save_model` wrote for this test stands for a model of others.
     assert models == {out / "model": "ok", out / "base": "ok", model: "not recorded"}
+    assert find_run(verify(out / "model")).folder == out / "run"
     theirs = transformers.AutoTokenizer.from_pretrained(out / "model")
     asked = [{"role": "user", "content": "hi"}]
     assert theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"][0] == size

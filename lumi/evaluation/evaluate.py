@@ -32,9 +32,9 @@ from lumi.evaluation.records import tightest
 from lumi.evaluation.report import format_table, report
 from lumi.evaluation.smoke import SHIPPED, SmokeConfig, encode_smoke_tests, read_smoke_tests, run_smoke_tests
 from lumi.evaluation.tasks import TASKS, Question, TaskConfig
-from lumi.formats.hub import name_of
 from lumi.formats.model_parent import model_parents
 from lumi.formats.pretrained import Pretrained
+from lumi.host.hub_cache import name_of
 from lumi.host.provenance import Parent, write_provenance
 from lumi.host.storage import check_output, file_record
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -192,6 +192,9 @@ def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path]
             remedy="leave one out or rename the text",
         )
     check_output(output_dir, renamed=False)
+    if any(output_dir.glob("*.safetensors")):  # whose record that of the results would replace
+        got = f"{output_dir}, which holds weights"
+        raise UserError("--output-dir", "must be a folder for results", got=got, remedy="choose another")
 
 
 def _save(results: dict[str, Any], parents: Sequence[Parent], output_dir: Path, started: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lumi.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lumi.checkpoint.manifest import MANIFEST, STATE
 from lumi.config import UserError, from_dict
-from lumi.formats.hub import name_of
+from lumi.host.hub_cache import name_of
 from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig
 

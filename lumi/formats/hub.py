@@ -1,30 +1,17 @@
 """Models on the Hugging Face hub: `org/name` or `org/name@revision` -> a folder in the hub's cache.
 
-That folder goes on as any other. Its own path says which commit it is, so whoever records where a model came
-from records `org/name@commit`, and the same files are found again, without a network too.
+That folder goes on as any other; `lumi.host.hub_cache` knows its name.
 """
 
-import re
 from pathlib import Path
-from typing import NamedTuple
 
 from lumi.config import UserError
+from lumi.host.hub_cache import HubModel, parse_name
 
 LOGIN = "`hf auth login`, or set HF_TOKEN"
-_REFERENCE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@]+))?", re.ASCII)
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 _WEIGHTS = ["*.safetensors"]
 _OTHERS = ["*/*", "consolidated*"]  # folders of other formats, and Mistral's weights in its own format
-
-
-class HubModel(NamedTuple):
-    """A model on the hub. `revision`: a commit, branch or tag; None: the newest commit."""
-
-    repo: str
-    revision: str | None
-
-    def __str__(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
 
 def hub_model(path: str | Path) -> HubModel | None:
@@ -37,14 +24,6 @@ def hub_model(path: str | Path) -> HubModel | None:
     if model is None or Path(path).exists():
         return None
     return None if model.revision is None and Path(model.repo).parent.exists() else model
-
-
-def parse_name(text: str) -> HubModel | None:
-    """`org/name` or `org/name@revision`, whatever is here; None: a text is neither."""
-    match = _REFERENCE.fullmatch(text)
-    if match is None or "--" in match["repo"] or ".." in match["repo"]:
-        return None
-    return HubModel(match["repo"], match["revision"])
 
 
 def local_folder(path: str | Path, *, weights: bool = True) -> Path:
@@ -112,23 +91,6 @@ def reason_of(error: BaseException) -> str:
     line = " ".join(([] if response is None else [str(response.status_code)]) + said.split())
     token = get_token()
     return (line.replace(token, "[token]") if token else line)[:300]
-
-
-def origin_of(folder: str | Path) -> HubModel | None:
-    """The model and the commit whose files a folder of the hub's cache holds; None: it is another folder."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folder = Path(folder).resolve()
-    holder = folder.parent.parent
-    in_cache = holder.parent == Path(HF_HUB_CACHE).expanduser().resolve()
-    if not in_cache or folder.parent.name != "snapshots" or not holder.name.startswith("models--"):
-        return None
-    return HubModel("/".join(holder.name.split("--")[1:]), folder.name)
-
-
-def name_of(folder: str | Path) -> str:
-    """By what a folder is found again: `org/name@commit` if it came from the hub, else its path."""
-    return str(origin_of(folder) or folder)
 
 
 def as_before(path: str | Path, recorded: str | None) -> Path:

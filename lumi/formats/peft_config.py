@@ -8,7 +8,7 @@ from typing import Any
 
 from lumi.config import UserError, from_dict, read_json
 from lumi.formats.hf_format import hf_name
-from lumi.formats.hub import origin_of
+from lumi.host.hub_cache import origin_of
 from lumi.model.lora import LoraConfig, token_matrices
 from lumi.model.transformer import Transformer
 

@@ -1,7 +1,8 @@
 """`provenance.json`: what a folder was made from, and the hashes of its files. `lumi verify` reads it.
 
-Paths are relative to the folder that holds the file. So equal work gives equal files, and folders that move
-together keep their links. Nothing in it depends on the time.
+Paths are relative to the folder that holds the file; what came from the hub has its name, `org/name@commit`.
+So equal work gives equal files, and folders that move together keep their links. Nothing in it depends on the
+time.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lumi.config import UserError, read_json, write_json
+from lumi.host.hub_cache import folder_of, origin_of
 from lumi.host.storage import file_record
 
 PROVENANCE_FILE = "provenance.json"
@@ -78,7 +80,7 @@ def to_plain(parents: Sequence[Parent] | None, folder: Path) -> list[dict[str, s
     if parents is None:
         return None
     return [
-        {"kind": parent.kind, "path": _relative(parent.path, folder), "identity": parent.identity}
+        {"kind": parent.kind, "path": _place(parent.path, folder), "identity": parent.identity}
         for parent in parents
     ]
 
@@ -94,12 +96,15 @@ def from_plain(values: Any, folder: Path) -> tuple[Parent, ...] | None:
             f"{folder}: parents", "must each have kind, path and identity", got=repr(values)[:60]
         ) from error
     return tuple(
-        Parent(kind, Path(os.path.normpath(folder.resolve() / path)), identity)
+        Parent(kind, folder_of(path) or Path(os.path.normpath(folder.resolve() / path)), identity)
         for kind, path, identity in fields
     )
 
 
-def _relative(path: Path, folder: Path) -> str:
+def _place(path: Path, folder: Path) -> str:
+    """By what a folder is found again: relative to another one, or by its name on the hub."""
+    if (origin := origin_of(path)) is not None:
+        return str(origin)
     real = path.resolve()
     try:
         return Path(os.path.relpath(real, folder.resolve())).as_posix()

@@ -1,8 +1,9 @@
 """The kinds of artefact: how one is recognised and identified, and what it records of itself.
 
-A further kind is one more entry of `ARTIFACTS`.
+A further kind is one more entry of `KINDS`.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from lumi.evaluation.evaluate import RESULTS_FILE
 from lumi.formats.adapter_format import WEIGHTS
 from lumi.formats.checkpoint_folder import is_checkpoint
 from lumi.formats.fingerprint import weights_fingerprint
+from lumi.formats.hf_format import weight_files
 from lumi.formats.peft_config import CONFIG
 from lumi.host.provenance import Files, Parent, from_plain, read_provenance
 from lumi.host.storage import sha256_file
@@ -49,6 +51,13 @@ class Artifact(NamedTuple):
 
 def _holds(name: str) -> Callable[[Path], bool]:
     return lambda folder: (folder / name).is_file()
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether there are a config and all weights: a tokenizer from the hub may come with the config alone."""
+    with contextlib.suppress(UserError):
+        return (folder / "config.json").is_file() and bool(weight_files(folder))
+    return False
 
 
 def _hash_of(name: str) -> Callable[[Path], str]:
@@ -101,19 +110,19 @@ def _checkpoint_record(folder: Path) -> Record:
     return _record(folder, files, parents)
 
 
-ARTIFACTS = (
+_ARTIFACTS = (
     Artifact("evaluation", _holds(RESULTS_FILE), _hash_of(RESULTS_FILE), _recorded("evaluation")),
     Artifact("checkpoint", is_checkpoint, _hash_of(MANIFEST), _checkpoint_record),
     Artifact("corpus", is_corpus, lambda folder: _read_corpus(folder).fingerprint, _corpus_record),
     Artifact(STORE, is_token_store, lambda folder: read_store_manifest(folder).fingerprint, _store_record),
     Artifact("adapter", _holds(CONFIG), _hash_of(WEIGHTS), _recorded("adapter")),
-    Artifact("model", _holds("config.json"), weights_fingerprint, _recorded("model")),
+    Artifact("model", _is_model, weights_fingerprint, _recorded("model")),
     # The last: models bring their tokenizers.
     Artifact(
         "tokenizer", has_tokenizer, lambda folder: load_tokenizer(folder).fingerprint, _recorded("tokenizer")
     ),
 )
-KINDS = {artifact.kind: artifact for artifact in ARTIFACTS}
+KINDS = {artifact.kind: artifact for artifact in _ARTIFACTS}  # in the order in which a folder is tried
 
 
 def is_artifact(path: Path, kind: str) -> bool:
@@ -131,4 +140,4 @@ def kind_of(path: Path) -> str | None:
     found = read_provenance(path)
     if found is not None and found.kind in KINDS:
         return found.kind
-    return next((artifact.kind for artifact in ARTIFACTS if artifact.is_one(path)), None)
+    return next((artifact.kind for artifact in KINDS.values() if artifact.is_one(path)), None)

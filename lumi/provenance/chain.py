@@ -24,7 +24,7 @@ class Link:
     """An artefact and what it was made from.
 
     Attributes:
-        identity: its SHA-256; where it is missing or damaged the one that is wanted, "" where none is known.
+        identity: the SHA-256 that was recorded of it; of the artefact asked about its own, "" if damaged.
         detail: what is at fault, in words; "" where nothing is.
         repeated: it stands elsewhere in the tree with all that it was made from, which is not repeated here.
     """
@@ -38,9 +38,14 @@ class Link:
     parents: list["Link"] = field(default_factory=list)
 
     @property
+    def is_fault(self) -> bool:
+        """Whether it is missing, changed or from another chain."""
+        return self.verdict in FAULTS
+
+    @property
     def is_broken(self) -> bool:
-        """Whether something in the tree is missing, changed or from another chain."""
-        return any(link.verdict in FAULTS for link in self.all())
+        """Whether something in the tree is at fault."""
+        return any(link.is_fault for link in self.all())
 
     def all(self) -> Iterator["Link"]:
         """The link and all behind it, without those that are repeated."""
@@ -51,7 +56,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class _Finding:
+class Finding:
     """What an artefact is by its own record. `identity`: None where it is damaged or missing."""
 
     verdict: Verdict
@@ -60,13 +65,15 @@ class _Finding:
     parents: tuple[Parent, ...] = ()
 
 
-def verify(path: str | Path, search: Sequence[str | Path] = ()) -> Link:
+def verify(path: str | Path, search: Sequence[str | Path] = (), *, all_bytes: bool = True) -> Link:
     """Follow an artefact back to all that it was made from. Nothing is changed.
 
     Args:
         path: the folder of a corpus, tokenizer, token store, checkpoint, model, adapter or evaluation; or a
-            run, which means its `final/`, or its newest checkpoint before there is one.
+            run, which means what it made, as `made_by` says.
         search: folders in and below which to look for what is not where it was.
+        all_bytes: False: of what is behind the artefact only the identity is compared. Manifests give that of
+            data, so it is soon done.
 
     Raises:
         UserError: there is no such artefact; a folder to search is none.
@@ -74,39 +81,40 @@ def verify(path: str | Path, search: Sequence[str | Path] = ()) -> Link:
     for folder in search:
         if not Path(folder).is_dir():
             raise UserError("--search", "must be a folder", got=folder)
-    found = _of_run(Path(path)) if Path(path).is_dir() else Path(path)
+    found = made_by(Path(path))
     kind = kind_of(found)
     if kind is None:
         expectation = f"must be the folder of one of {', '.join(sorted(KINDS))}, or a run"
         got = "another folder" if found.is_dir() else "a file" if found.exists() else "nothing"
         remedy = "a folder of several stages holds them one by one: pass one of those"
         raise UserError(f"{path}", expectation, got=got, remedy=remedy if found.is_dir() else "")
-    return _Walk(search).follow(kind, found, None)
+    return _Walk(search, all_bytes).follow(kind, found, None)
 
 
-def _of_run(path: Path) -> Path:
-    """What a run made: `final/`, or the newest checkpoint. Other paths stay."""
+def made_by(path: Path) -> Path:
+    """What a run made: `final/`, or its newest checkpoint before there is one. Other paths stay."""
     if (path / "final").is_dir():
         return path / "final"
-    return next(reversed(list_checkpoints(path / "checkpoints")), path)
+    checkpoints = path / "checkpoints"
+    return next(reversed(list_checkpoints(checkpoints)), path) if checkpoints.is_dir() else path
 
 
 class _Walk:
-    def __init__(self, search: Sequence[str | Path]) -> None:
-        self._search = search
+    def __init__(self, search: Sequence[str | Path], all_bytes: bool) -> None:
+        self._search, self._all_bytes = search, all_bytes
         self._shown: set[tuple[str, Path, Verdict]] = set()
-        self._examine = functools.cache(_examine)  # a base is under several adapters
+        self._examine = functools.cache(examine)  # a base is under several adapters
 
     def follow(self, kind: str, path: Path, wanted: str | None) -> Link:
         """The link for an artefact of a kind. `wanted`: the identity that was recorded of it."""
-        finding, moved = self._examine(kind, path), ""
+        finding, moved = self._examine(kind, path, self._all_bytes or wanted is None), ""
         lost = finding.verdict == "missing" or _is_another(finding, wanted)
         if lost and (elsewhere := self._find(kind, wanted)) is not None:
-            path, finding, moved = elsewhere, self._examine(kind, elsewhere), "it has moved"
-        link = Link(kind, path, finding.identity or wanted or "", finding.verdict, finding.detail or moved)
+            path, finding, moved = elsewhere, self._examine(kind, elsewhere, self._all_bytes), "it has moved"
+        link = Link(kind, path, wanted or finding.identity or "", finding.verdict, finding.detail or moved)
         if wanted and _is_another(finding, wanted):
             link.verdict = "from another chain"
-            link.detail = f"recorded {wanted[:SHORT]}, found {link.identity[:SHORT]}"
+            link.detail = f"recorded {wanted[:SHORT]}, found {str(finding.identity)[:SHORT]}"
         key = (kind, path.resolve(), link.verdict)
         link.repeated = key in self._shown
         self._shown.add(key)
@@ -135,27 +143,28 @@ class _Walk:
         return found
 
 
-def _is_another(finding: _Finding, wanted: str | None) -> bool:
+def _is_another(finding: Finding, wanted: str | None) -> bool:
     return wanted is not None and finding.identity not in (None, wanted)
 
 
-def _examine(kind: str, path: Path) -> _Finding:
-    """Compare an artefact with its own record."""
+def examine(kind: str, path: Path, all_bytes: bool = True) -> Finding:
+    """Compare an artefact with its own record. `all_bytes`: each of its files, too, not only what it is by
+    its identity."""
     if kind not in KINDS:
-        return _Finding("not recorded", "this version of lumi does not know the kind")
+        return Finding("not recorded", "this version of lumi does not know the kind")
     try:
         if not is_artifact(path, kind):
-            return _Finding("missing", "something else is there" if path.exists() else "")
+            return Finding("missing", "something else is there" if path.exists() else "")
         record = KINDS[kind].record(path)
         parents = record.parents or ()
-        if (fault := _fault(record.files)) is not None:
-            return _Finding(*fault, parents=parents)
+        if all_bytes and (fault := _fault(record.files)) is not None:
+            return Finding(*fault, parents=parents)
         identity = KINDS[kind].identity(path)
     except FileNotFoundError as error:
-        return _Finding("missing", Path(error.filename).name)
+        return Finding("missing", Path(error.filename).name)
     except UserError as error:
-        return _Finding("changed", str(error.replace(remedy="")))
-    return _Finding("not recorded" if record.parents is None else "ok", "", identity, parents)
+        return Finding("changed", str(error.replace(remedy="")))
+    return Finding("not recorded" if record.parents is None else "ok", "", identity, parents)
 
 
 def _fault(files: Mapping[Path, Mapping[str, Any]]) -> tuple[Verdict, str] | None:

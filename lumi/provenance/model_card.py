@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumi.evaluation.report import figures, markdown_table
-from lumi.formats.hub import HubModel
+from lumi.host.hub_cache import HubModel
 from lumi.model.transformer import ModelConfig
 from lumi.provenance.run_facts import RunFacts
-from lumi.provenance.run_sections import NOT_KNOWN, data_section, hub_datasets, kind_of, training_section
+from lumi.provenance.run_sections import (
+    NOT_KNOWN,
+    data_section,
+    hub_datasets,
+    training_kind,
+    training_section,
+)
 from lumi.provenance.usage import usage
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -48,7 +54,7 @@ class CardFacts:
         is_adapter: whether the repository holds an adapter.
         fingerprint: of the weights; of an adapter the SHA-256 of its file.
         base: None: training began with random weights, or nothing is known of it.
-        run: None: the folder is no run's.
+        run: the one that trained it; None: it is not known.
         picture: whether `loss.png` lies beside the card.
         generation_config: whether `generation_config.json` does.
     """
@@ -119,7 +125,7 @@ def _tags(facts: CardFacts) -> Iterator[str]:
     if facts.is_adapter:
         yield "lora"
     if facts.run is not None:
-        yield from _TAGS[kind_of(facts.run)]
+        yield from _TAGS[training_kind(facts.run)]
 
 
 def _opening(facts: CardFacts) -> str:

@@ -3,22 +3,24 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lumi.config import UserError, read_json
 from lumi.formats.adapter_format import WEIGHTS, is_adapter, named_base
-from lumi.formats.checkpoint_folder import MODEL_PATH
-from lumi.formats.fingerprint import is_fingerprint_of, weights_fingerprint
+from lumi.formats.fingerprint import is_fingerprint_of
 from lumi.formats.hf_format import open_tensors, read_shape
-from lumi.formats.hub import HubModel, download, origin_of, parse_name
+from lumi.formats.hub import download
 from lumi.formats.peft_config import BASE, CONFIG, REVISION
-from lumi.host.storage import sha256_file
+from lumi.host.hub_cache import HubModel, origin_of, parse_name
+from lumi.host.provenance import PROVENANCE_FILE
+from lumi.provenance.chain import Link, made_by, verify
 from lumi.provenance.model_card import Base, CardFacts, model_card
 from lumi.provenance.pushed_files import CARD, PICTURE, Upload, choose_files
 from lumi.provenance.repository import Repository
-from lumi.provenance.run_facts import RunFacts, find_data, find_evaluations, read_run, run_of
+from lumi.provenance.run_facts import RunFacts, find_evaluations, find_run
+from lumi.provenance.tree import line, shown
 from lumi.tokenizer.files import GENERATION_FILE
 from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
 
@@ -33,7 +35,8 @@ class PushOptions:
         branch: None: the main one.
         license: as the hub spells it, such as "apache-2.0".
         base_model: what the base is called on the hub, where it came from a folder here.
-        data_dirs, evaluations: what does not lie beside the run.
+        search: where to look for what has moved, as `lumi verify` does.
+        evaluations: what does not lie near the model.
         replace_card: also a card that somebody else has written.
     """
 
@@ -42,7 +45,7 @@ class PushOptions:
     branch: str | None = None
     license: str | None = None
     base_model: str | None = None
-    data_dirs: Sequence[Path] = ()
+    search: Sequence[Path] = ()
     evaluations: Sequence[Path] = ()
     replace_card: bool = False
 
@@ -54,25 +57,17 @@ def push(path: Path, repo: str, options: PushOptions) -> None:
         UserError: there is no model, an option does not fit it, or the hub refuses; nothing was sent then,
             unless the message says so.
     """
-    target = _target(repo, options)
-    run_folder = run_of(path)
-    folder = path if run_folder is None else run_folder / "final"
+    target, folder = _target(repo, options), made_by(path)
     if not folder.is_dir():
         raise UserError("RUN", "must be a run or a model folder here", got=path, remedy="check the path")
     files = choose_files(folder)
-    run = None if run_folder is None else read_run(run_folder)
+    model = _trace(folder, options.search)
+    run = find_run(model)
     if run is not None:
-        data, taken = find_data(run, options.data_dirs)
-        run = replace(run, data=data)
-        for place in taken:
-            print(f"data of the run: {place}")
-    elif options.data_dirs:
-        raise UserError(
-            "--data-dirs", "must come with a run", got=f"{folder}, which is none", remedy="leave it out"
-        )
-    evaluations = find_evaluations(folder, options.evaluations)
+        print(f"trained by the run: {shown(run.folder)}")
+    evaluations = find_evaluations(model, options.evaluations)
     for place, _ in evaluations:
-        print(f"evaluation of these weights: {place}")
+        print(f"evaluation of these weights: {shown(place)}")
     base = _base(folder, run, options)
     picture = [] if run is None else _picture(run)
     facts = CardFacts(
@@ -80,7 +75,7 @@ def push(path: Path, repo: str, options: PushOptions) -> None:
         shape=None if is_adapter(folder) else read_shape(folder),
         tokenizer=load_tokenizer(folder) if has_tokenizer(folder) else None,
         is_adapter=is_adapter(folder),
-        fingerprint=sha256_file(folder / WEIGHTS) if is_adapter(folder) else weights_fingerprint(folder),
+        fingerprint=model.identity,
         base=base,
         run=run,
         picture=bool(picture),
@@ -101,6 +96,18 @@ def push(path: Path, repo: str, options: PushOptions) -> None:
     print(repository.send(uploads, card, replace_card=options.replace_card or own_card is not None))
 
 
+def _trace(folder: Path, search: Sequence[Path]) -> Link:
+    """The model and what it was made from. Raises UserError if the model itself is not as it was written."""
+    model = verify(folder, search, all_bytes=False)
+    if model.is_fault:
+        remedy = f"restore it; if you have changed it yourself, remove its {PROVENANCE_FILE}"
+        raise UserError(f"{folder}:", "must be as it was written", got=line(model), remedy=remedy)
+    for link in model.all():
+        if link.is_fault:
+            print(f"not in the card: {line(link)}")
+    return model
+
+
 def _target(repo: str, options: PushOptions) -> HubModel:
     """Where to. Raises UserError for a name or an option that cannot be."""
     target = parse_name(repo)
@@ -119,30 +126,30 @@ def _base(folder: Path, run: RunFacts | None, options: PushOptions) -> Base | No
     Raises:
         UserError: the base of an adapter is not on the hub as far as is known, or another model is.
     """
-    named, fingerprint = None, None
+    model, fingerprint = None, None
     if is_adapter(folder):
         named = named_base(folder)
+        model = None if named is None or Path(named).exists() else parse_name(named)
         with open_tensors(folder / WEIGHTS) as opened:
             fingerprint = (opened.metadata() or {}).get("base_fingerprint")
-    elif run is not None and run.state is not None:
-        named, fingerprint = run.state.get(MODEL_PATH), run.identity["start"]
-        if named is None and options.base_model is not None:
-            got = "a run that began with random weights"
-            raise UserError(
-                "--base-model", "must come with a fine-tuned model", got=got, remedy="leave it out"
+        if model is None and options.base_model is None:
+            push_it = "push it (`lumi push BASE OWNER/NAME`) and pass --base-model OWNER/NAME"
+            expectation, remedy = (
+                "must be on the hub for whoever loads it",
+                f"{push_it}, or `lumi merge` both",
             )
+            raise UserError(f"{folder}: the base", expectation, got=named or "none", remedy=remedy)
+    elif run is not None and run.start is not None:
+        model = origin_of(run.start.path)
+        fingerprint = run.start.identity if run.start.kind == "model" else None
+    elif run is not None and run.from_random and options.base_model is not None:
+        got = "a run that began with random weights"
+        raise UserError("--base-model", "must come with a fine-tuned model", got=got, remedy="leave it out")
+    elif options.base_model is None:
+        return None
     if options.base_model is not None:
-        return Base(model=_given_base(options, fingerprint), fingerprint=fingerprint)
-    is_here = named is not None and Path(named).exists()
-    model = parse_name(named) if named is not None and not is_here else None
-    if is_adapter(folder) and model is None:
-        got = named or "none"
-        remedy = (
-            "push it (`lumi push BASE OWNER/NAME`) and pass --base-model OWNER/NAME, or `lumi merge` both"
-        )
-        expectation = "must be on the hub for whoever loads the adapter"
-        raise UserError(f"{folder}: the base", expectation, got=got, remedy=remedy)
-    return None if named is None else Base(model=model, fingerprint=fingerprint)
+        model = _given_base(options, fingerprint)
+    return Base(model=model, fingerprint=fingerprint)
 
 
 def _given_base(options: PushOptions, fingerprint: str | None) -> HubModel:

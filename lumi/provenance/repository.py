@@ -9,7 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 import lumi
 from lumi.config import UserError
-from lumi.formats.hub import LOGIN, HubModel, reason_of
+from lumi.formats.hub import LOGIN, reason_of
+from lumi.host.hub_cache import HubModel
 from lumi.provenance.model_card import is_ours
 from lumi.provenance.pushed_files import CARD, Upload, is_stale
 

@@ -18,15 +18,18 @@ def training_section(
     """How a model was trained, its curve and its validations.
 
     Args:
-        run: None: the folder is no run's.
+        run: None: it is not known.
         of_weights: rows about the weights, and about those that training began with.
         picture: whether `loss.png` lies beside the card.
     """
     if run is None:
-        yield from ("How it was trained is not known here: the folder is not that of a run.", "")
+        yield from ("How it was trained is not known here.", "")
         yield from markdown_table(("", ""), of_weights)
         return
-    kind = f"{kind_of(run)} of {'an adapter' if is_adapter else 'all parameters'}"
+    merged = "" if is_adapter else ", merged into its base"
+    kind = (
+        f"{training_kind(run)} of {'all parameters' if run.config['lora'] is None else f'an adapter{merged}'}"
+    )
     yield from markdown_table(("", ""), [("kind", kind), *_settings(run), *of_weights])
     if picture:
         yield from ("", "![Loss of training and validation by step](loss.png)")
@@ -34,7 +37,7 @@ def training_section(
 
 
 def _settings(run: RunFacts) -> Iterator[tuple[str, str]]:
-    config, batches, step = run.config, run.config["batches"], run.final_step
+    config, batches, step = run.config, run.config["batches"], run.step
     optimizer, batch_tokens = config["optimizer"], batches["batch_tokens"]
     schedule = f"{optimizer['schedule']['kind']} schedule, peak {optimizer['peak_lr']:g}"
     skipped = sum(bool(record.get("skipped")) for record in run.metrics if record["kind"] == "train")
@@ -45,17 +48,17 @@ def _settings(run: RunFacts) -> Iterator[tuple[str, str]]:
     yield "precision", f"{config['dtype']} compute, float32 master weights"
     yield "seed", str(config["seed"])
     yield "steps that were skipped", f"{skipped:,}"
-    if run.state is not None and run.identity["start"] is None:
+    if run.from_random:
         yield "began with", "random weights"
 
 
-def kind_of(run: RunFacts) -> str:
+def training_kind(run: RunFacts) -> str:
     """What kind of training a run was."""
     if run.config["dpo"] is not None:
         return "direct preference optimization"
     if any(folder.store is not None and folder.store.template for folder in run.data):
         return "fine-tuning"
-    return "pre-training" if run.identity.get("start") is None else "training"
+    return "pre-training" if run.from_random else "training"
 
 
 def hub_datasets(run: RunFacts | None) -> list[str]:
@@ -105,14 +108,15 @@ def data_section(run: RunFacts | None) -> Iterator[str]:
         return
     for number, folder in enumerate(run.data, start=1):
         if len(run.data) > 1:
-            yield from (f"### Part {number}: {folder.weight:.1%} of the rows", "")
+            share = NOT_KNOWN if folder.weight is None else f"{folder.weight:.1%}"
+            yield from (f"### Part {number}: share of the rows {share}", "")
         yield from (*_data_folder(folder), "")
     yield "The licences of the sources are not recorded; the texts stay under them."
 
 
 def _data_folder(folder: DataFolder) -> Iterator[str]:
     if folder.store is None:
-        yield "Nothing is known of this data but the hashes of its files, which the run recorded."
+        yield "Nothing is known of this data but its hash, which the run recorded."
         return
     for name, split in folder.store.splits.items():
         yield f"- {name}: {split.describe(folder.store.pairs)}"

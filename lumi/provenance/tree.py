@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lumi.host.hub_cache import name_of, origin_of
 from lumi.provenance.chain import SHORT, Link
 
 
@@ -28,12 +29,16 @@ def to_json(link: Link) -> str:
     return json.dumps(_plain(link), indent=2, ensure_ascii=False)
 
 
-def _lines(link: Link, first: str, others: str) -> Iterator[str]:
-    """The lines of a part of the tree. `first`, `others`: what its first line and the others begin with."""
+def line(link: Link) -> str:
+    """An artefact by itself: what it is, where, its hash, and what is at fault."""
     detail = f": {link.detail}" if link.detail else ""
     above = " (above)" if link.repeated else ""
-    hash_ = link.identity[:SHORT] or "-"
-    yield f"{first}{link.kind}  {_shown(link.path)}  {hash_}  {link.verdict}{detail}{above}"
+    return f"{link.kind}  {shown(link.path)}  {link.identity[:SHORT] or '-'}  {link.verdict}{detail}{above}"
+
+
+def _lines(link: Link, first: str, others: str) -> Iterator[str]:
+    """The lines of a part of the tree. `first`, `others`: what its first line and the others begin with."""
+    yield first + line(link)
     for index, parent in enumerate(link.parents, start=1):
         last = index == len(link.parents)
         yield from _lines(
@@ -41,16 +46,18 @@ def _lines(link: Link, first: str, others: str) -> Iterator[str]:
         )
 
 
-def _shown(path: Path) -> str:
-    """Relative to the current folder if it lies there."""
+def shown(path: Path) -> str:
+    """A path for people: its name on the hub, or relative to the current folder if it lies there."""
     real, here = path.resolve(), Path.cwd()
+    if (origin := origin_of(real)) is not None:
+        return str(origin)
     return os.path.relpath(real, here) if real.is_relative_to(here) else str(real)
 
 
 def _plain(link: Link) -> dict[str, Any]:
     return {
         "kind": link.kind,
-        "path": str(link.path.resolve()),
+        "path": name_of(link.path.resolve()),
         "identity": link.identity,
         "verdict": link.verdict,
         "detail": link.detail,

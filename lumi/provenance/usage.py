@@ -1,6 +1,6 @@
 """How to use a model on the hub: lines that work as they stand."""
 
-from lumi.formats.hub import HubModel
+from lumi.host.hub_cache import HubModel
 from lumi.tokenizer.tokenizer import Tokenizer
 
 

@@ -13,8 +13,9 @@ from lumi.config import UserError, read_json, to_dict
 from lumi.formats.adapter_format import is_adapter
 from lumi.formats.checkpoint_folder import MODEL_PATH
 from lumi.formats.hf_format import read_shape
-from lumi.formats.hub import as_before, hub_model, local_folder, origin_of
+from lumi.formats.hub import as_before, hub_model, local_folder
 from lumi.formats.pretrained import locate
+from lumi.host.hub_cache import origin_of
 from lumi.host.memory import free_memory
 from lumi.kernels.bundle import Ops, select
 from lumi.model.lora import find_targets, trained_tensors, wrap

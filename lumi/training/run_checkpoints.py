@@ -129,6 +129,7 @@ class RunCheckpoints:
                     f"final is the checkpoint of step {step}, of the lowest validation loss: {best.loss:.4f}"
                 )
             checkpoint, start = self.folder.load(self.folder.checkpoint(step)), self.run.start
-            fingerprint = self.identity["start"]
-            save_final(self.folder.final, self.model, checkpoint, config, start, fingerprint, tokenizer)
+            began_with = self.identity["start"]
+            target, made_from = self.folder.final, self.parents
+            save_final(target, self.model, checkpoint, config, start, began_with, tokenizer, made_from)
             self.log.say(f"final model: {self.folder.final}")

@@ -1,5 +1,6 @@
 """The model of a run: what it begins with, and what it leaves in `final/`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from lumi.config import UserError
 from lumi.formats.adapter_format import save_adapter
 from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import load_model, save_model_tensors
+from lumi.host.provenance import Parent
 from lumi.kernels.bundle import Ops
 from lumi.model.lora import add_lora
 from lumi.model.transformer import ModelConfig, Transformer
@@ -61,23 +63,25 @@ def save_final(
     start: Path | None,
     fingerprint: str | None,
     tokenizer: Tokenizer,
+    parents: Sequence[Parent],
 ) -> None:
     """Write `final/` from a checkpoint: the model, or its adapter.
 
     An adapter names the weights `start`, and the fingerprint that they had when the run began. `model` tells
     what the tensors are; its values are not read, because this process may hold only a part of them.
+    `parents` are those of the run: the checkpoint may go.
     """
+    values = checkpoint.tensors("model")
     if config.lora is None:
         save_model_tensors(
             folder,
             model.config,
-            checkpoint.tensors("model"),
+            values,
             tokenizer,
             max_shard_bytes=FINAL_SHARD_BYTES,
-            parents=[checkpoint.as_parent],
+            parents=parents,
         )
     else:
         assert start is not None
         assert fingerprint is not None
-        values, parents = checkpoint.tensors("model"), [checkpoint.as_parent]
         save_adapter(folder, model, config.lora, tokenizer, start, fingerprint, values, parents)

@@ -198,12 +198,12 @@ def test_an_adapter_on_its_base(place, monkeypatch, capsys, opinionated_model, t
         place / "adapter", model, lora, tokenizer, place / "model", weights_fingerprint(place / "model")
     )
     merge_lora(model)
-    save_model(place / "merged", model, tokenizer)
+    save_model(place / "whole", model, tokenizer)
     nats = {}
     for name, arguments in {
         "base": ["--model-path", "model"],
         "both": ["--model-path", "model", "--adapter-path", "adapter"],
-        "merged": ["--model-path", "merged"],
+        "merged": ["--model-path", "whole"],
     }.items():
         assert (
             call(place, monkeypatch, *arguments, "--config", "config.json", "--output-dir", name, "tasks=[]")
@@ -274,6 +274,7 @@ def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokeni
             ["--output-dir", "river.txt"],
             "--output-dir must be a folder that can be written to, got river.txt: ",
         ),
+        (["--output-dir", "model"], "--output-dir must be a folder for results, got model, which holds"),
         (
             ["--output-dir", "river.txt/x"],
             "--output-dir must be a folder that can be written to, got river.txt/x: ",

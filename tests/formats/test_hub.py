@@ -1,6 +1,7 @@
 """Names on the hub -> folders here, by huggingface_hub's own client against a hub in this process."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from lumi.finetune import FineTuning
 from lumi.formats.adapter_format import base_of
 from lumi.formats.export import merge_adapter
 from lumi.formats.fingerprint import weights_fingerprint
-from lumi.formats.hub import HubModel, as_before, hub_model, local_folder, name_of, origin_of
+from lumi.formats.hub import as_before, hub_model, local_folder
 from lumi.formats.pretrained import load_pretrained
+from lumi.host.hub_cache import HubModel, name_of, origin_of
 from lumi.model.lora import LoraConfig
+from lumi.provenance.chain import verify
 from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
 
@@ -32,7 +35,10 @@ LORA = {"rank": 2, "alpha": 4}
 
 @pytest.fixture
 def base_dir(tokenizer, tmp_path):
-    return save_base(tokenizer, tmp_path / "base")
+    """As others publish theirs, without a record."""
+    folder = save_base(tokenizer, tmp_path / "base")
+    (folder / "provenance.json").unlink()
+    return folder
 
 
 @pytest.fixture
@@ -76,6 +82,20 @@ def test_a_model_on_the_hub_is_the_one_that_was_uploaded(on_hub, base_dir):
     assert name_of(loaded.folder) == f"me/base@{on_hub}"
     assert origin_of(base_dir) is None
     assert name_of(base_dir) == str(base_dir)
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Evaluates `me/base` into a folder `evaluation`."""
+
+    def evaluated():
+        (tmp_path / "prompts.json").write_text('{"categories": {"facts": [{"prompt": "a", "text": "a"}]}}')
+        config = EvaluationConfig(
+            smoke_tests=SmokeConfig(path="prompts.json", style="text", max_new_tokens=1)
+        )
+        evaluate(config, load_pretrained("me/base", device="cpu"), tmp_path / "evaluation")
+
+    return evaluated
 
 
 def test_a_revision_is_a_branch_or_a_commit(hub, on_hub, tokenizer, tmp_path):
@@ -239,6 +259,63 @@ class TestTraining:
         assert as_before("me/base", None) == Path("me/base")
 
 
+class TestChains:
+    """Records name the commit, and `lumi verify` finds it in the cache."""
+
+    @pytest.fixture
+    def trained(self, on_hub, start):
+        return start(model=None, num_steps=2, model_path=Path("me/base"))
+
+    def verdicts(self, path):
+        found = {name_of(each.path): each.verdict for each in verify(path).all()}
+        return {name: found[name] for name in found if name.startswith("me/")}
+
+    def test_a_run_records_the_name_and_no_place_on_this_machine(self, trained, on_hub, tmp_path):
+        for parents in (
+            read_json(trained / "final" / "provenance.json")["parents"],
+            read_json(trained / "checkpoints" / "step-00000002" / "state.json")["parents"],
+        ):
+            assert parents[-1]["path"] == f"me/base@{on_hub}"
+            assert "hub-cache" not in json.dumps(parents)
+
+    def test_it_is_verified_without_a_network(self, trained, hub, on_hub, monkeypatch, capsys):
+        hub.requests.clear()
+        offline(monkeypatch)
+        assert dispatch(["verify", str(trained)]) == 0
+        fingerprint = weights_fingerprint(local_folder("me/base"))
+        assert f"└── model  me/base@{on_hub}  {fingerprint[:12]}  not recorded\n" in capsys.readouterr().out
+        assert hub.requests == []
+
+    @pytest.mark.parametrize("there", ["nothing", "the tokenizer", "a part of the weights"])
+    def test_what_the_cache_lacks_is_missing_and_not_downloaded(self, trained, hub, on_hub, there, capsys):
+        folder = local_folder("me/base")
+        if there == "a part of the weights":
+            (folder / "model.safetensors").unlink()
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+        else:
+            shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+        if there == "the tokenizer":
+            local_folder("me/base", weights=False)
+        hub.requests.clear()
+        assert dispatch(["verify", str(trained)]) == 1
+        assert re.search(rf"model  me/base@{on_hub}  \w+  missing", capsys.readouterr().out)
+        assert hub.requests == []
+
+    def test_weights_that_were_changed_in_the_cache(self, trained, on_hub, tokenizer, tmp_path):
+        other = save_base(tokenizer, tmp_path / "other", qk_norm=True)
+        for name in ("config.json", "model.safetensors"):
+            (local_folder("me/base") / name).unlink()
+            shutil.copy(other / name, local_folder("me/base") / name)
+        assert self.verdicts(trained) == {f"me/base@{on_hub}": "from another chain"}
+
+    def test_tokenizers_and_evaluations(self, on_hub, corpus_dir, evaluated, tmp_path):
+        words = f"tokenize --corpus-dirs {corpus_dir} --tokenizer-dir me/base --output-dir tokens"
+        assert dispatch(words.split()) == 0
+        evaluated()
+        assert self.verdicts(tmp_path / "tokens") == {f"me/base@{on_hub}": "not recorded"}
+        assert self.verdicts(tmp_path / "evaluation") == {f"me/base@{on_hub}": "not recorded"}
+
+
 def test_the_commands_take_names(hub, on_hub, base_dir, corpus_dir, tmp_path, capsys):
     assert dispatch("generate --model-path me/base --prompt a --max-new-tokens 2 --device cpu".split()) == 0
     assert dispatch(f"export --model-path me/base@{on_hub} --output-dir exported".split()) == 0
@@ -248,9 +325,7 @@ def test_the_commands_take_names(hub, on_hub, base_dir, corpus_dir, tmp_path, ca
     assert TOKEN not in capsys.readouterr().out
 
 
-def test_an_evaluation_names_the_commit(on_hub, tmp_path):
-    (tmp_path / "prompts.json").write_text('{"categories": {"facts": [{"prompt": "a", "text": "a"}]}}')
-    config = EvaluationConfig(smoke_tests=SmokeConfig(path="prompts.json", style="text", max_new_tokens=1))
-    evaluate(config, load_pretrained("me/base", device="cpu"), tmp_path / "evaluation")
+def test_an_evaluation_names_the_commit(on_hub, evaluated, tmp_path):
+    evaluated()
     results = json.loads((tmp_path / "evaluation" / "evaluation_results.json").read_text())
     assert results["model"] == f"me/base@{on_hub}"

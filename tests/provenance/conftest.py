@@ -1,14 +1,13 @@
-"""Two chains from texts to an evaluation, made by the stages themselves; and runs that end in a moment."""
+"""Two chains from texts to an evaluation, made by the stages themselves, and models without a past."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from corpora import write_chats, write_corpus
 from crafted_models import save_base
-from runs import merged, touch_picture
-from synthetic import conversation, document, write_jsonl
+from runs import merged
+from synthetic import conversation, document, pair
 
 from lumi.config import from_dict
 from lumi.corpus import PrepareConfig, prepare
@@ -23,26 +22,52 @@ from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
 
 LORA = {"rank": 4, "alpha": 8, "tokens": ["<|im_start|>", "<|im_end|>"]}
+TUNING = {"model": None, "lora": LORA, "batches": {"sequence_length": 128, "batch_tokens": 512}}
+
+
+def draw(metrics, picture, title, unit):
+    """In the place of `draw_loss`, which takes longer than the runs."""
+    Path(picture).write_bytes(b"a picture")
 
 
 def run(folder, name, store, seed, model_path=None, **changes):
+    """Train in a chain's folder; returns the run."""
     config = from_dict(TrainConfig, merged({"num_steps": 4, "seed": seed, **changes}))
     paths = Paths([str(folder / store)], str(folder / "tokenizer"), folder / name, model_path=model_path)
-    assert train(config, paths, "cpu") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lumi.training.run_log.draw_loss", draw)
+        assert train(config, paths, "cpu") == 0
+    return folder / name
+
+
+def make_corpus(folder, records, conversation=None):
+    """Prepare a corpus from a file in a folder beside it, which concerns nobody."""
+    file = folder.parent / "secret" / f"{folder.name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = {"kind": "jsonl", "name": folder.name, "paths": [str(file)], "conversation": conversation}
+    config = {"sources": [source], "deduplication": {"near": False}}
+    prepare(from_dict(PrepareConfig, config), folder, num_workers=1)
+
+
+def make_tokens(folder, corpus, store):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenize([folder / corpus], tokenizer, folder / store, validation_fraction=0.2, num_workers=1)
+
+
+def plain(messages):
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def make_chain(folder, seed):
-    for name in ("corpus", "chats"):
-        (folder / name).mkdir(parents=True)
-    write_corpus(folder / "corpus", [document(seed + i) for i in range(300)])
-    write_chats(folder / "chats", [conversation(seed + i) for i in range(60)])
+    make_corpus(folder / "corpus", [{"text": document(seed + i)} for i in range(300)])
+    chats = [{"messages": plain(conversation(seed + i))} for i in range(60)]
+    make_corpus(folder / "chats", chats, {"kind": "messages"})
     train_tokenizer(TokenizerConfig(vocab_size=384), [folder / "corpus"], folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    for corpus, store in (("corpus", "tokens"), ("chats", "questions")):
-        tokenize([folder / corpus], tokenizer, folder / store, validation_fraction=0.2, num_workers=1)
+    make_tokens(folder, "corpus", "tokens")
+    make_tokens(folder, "chats", "questions")
     run(folder, "pretrain", "tokens", seed)
-    batches = {"sequence_length": 128, "batch_tokens": 512}
-    run(folder, "finetune", "questions", seed, folder / "pretrain", model=None, batches=batches, lora=LORA)
+    run(folder, "finetune", "questions", seed, folder / "pretrain", **TUNING)
     merge_adapter(folder / "finetune", folder / "merged")
     export_model(folder / "merged", folder / "exported", dtype="bfloat16")
     loaded = load_pretrained(folder / "exported", device="cpu")
@@ -53,10 +78,8 @@ def make_chain(folder, seed):
 def chains(tmp_path_factory):
     """Two whole chains, `a` and `b`. Nobody changes them."""
     folder = tmp_path_factory.mktemp("chains")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lumi.training.run_log.draw_loss", touch_picture)
-        for name, seed in (("a", 0), ("b", 1000)):
-            make_chain(folder / name, seed)
+    for name, seed in (("a", 0), ("b", 1000)):
+        make_chain(folder / name, seed)
     return folder
 
 
@@ -64,6 +87,41 @@ def chains(tmp_path_factory):
 def chain(chains, tmp_path):
     """A copy of chain `a` in another place, to tamper with."""
     return shutil.copytree(chains / "a", tmp_path / "moved" / "chain")
+
+
+@pytest.fixture
+def tune(hub, chain):
+    """Train an adapter of `me/base`, which is the chain's pre-trained model on the hub; returns the run."""
+    hub.upload("me/base", chain / "pretrain" / "final")
+
+    def tune(store, **changes):
+        return run(chain, "tuned", store, 0, Path("me/base"), **TUNING, **changes)
+
+    return tune
+
+
+@pytest.fixture
+def pairs(chain):
+    """A token store of pairs in the chain; returns its name."""
+    records = [
+        {
+            "prompt": plain(each.prompt),
+            "chosen": plain(each.chosen),
+            "rejected": plain(each.rejected),
+        }
+        for each in map(pair, range(60))
+    ]
+    make_corpus(chain / "pairs", records, {"kind": "preference"})
+    make_tokens(chain, "pairs", "preferences")
+    return "preferences"
+
+
+@pytest.fixture
+def base_dir(tokenizer, tmp_path):
+    """A model of which nothing is recorded."""
+    folder = save_base(tokenizer, tmp_path / "base")
+    (folder / "provenance.json").unlink()
+    return folder
 
 
 @pytest.fixture
@@ -88,50 +146,6 @@ def change_json():
         path.write_text(json.dumps(data))
 
     return change_json
-
-
-@pytest.fixture
-def pretrained_run(start, tokenizer, tmp_path):
-    """A pre-training, with its corpus and its tokens beside it."""
-    (tmp_path / "secret").mkdir()
-    write_jsonl(tmp_path / "secret" / "raw.jsonl", 200)
-    source = {"kind": "jsonl", "name": "rivers", "paths": [str(tmp_path / "secret" / "raw.jsonl")]}
-    deduplication = {"near": False}
-    config = from_dict(PrepareConfig, {"sources": [source], "deduplication": deduplication})
-    prepare(config, tmp_path / "corpus", num_workers=1)
-    tokenize([tmp_path / "corpus"], tokenizer, tmp_path / "tokens", validation_fraction=0.1, num_workers=1)
-    return start(data_dirs=[tmp_path / "tokens"], draws=True)
-
-
-@pytest.fixture
-def base_dir(tokenizer, tmp_path):
-    return save_base(tokenizer, tmp_path / "base")
-
-
-@pytest.fixture
-def chats(tokenizer, tmp_path):
-    """Tokens of conversations, and their corpus beside them."""
-    questions = [{"role": "user", "content": f"say {number}"} for number in range(60)]
-    answers = [{"role": "assistant", "content": f"{number}"} for number in range(60)]
-    records = [{"messages": list(both)} for both in zip(questions, answers, strict=True)]
-    return _tokens(tmp_path / "chats", records, {"kind": "messages"}, tokenizer)
-
-
-@pytest.fixture
-def pairs(tokenizer, tmp_path):
-    """Tokens of pairs, and their corpus beside them."""
-    records = [{"prompt": f"say {n}", "chosen": f"{n}", "rejected": "no"} for n in range(60)]
-    return _tokens(tmp_path / "pairs", records, {"kind": "preference"}, tokenizer)
-
-
-def _tokens(folder, records, conversation, tokenizer):
-    folder.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    source = {"kind": "jsonl", "name": folder.name, "paths": [str(folder.with_suffix(".jsonl"))]}
-    config = from_dict(PrepareConfig, {"sources": [source | {"conversation": conversation}]})
-    prepare(config, folder, num_workers=1)
-    tokens = folder.with_name(f"{folder.name}-tokens")
-    tokenize([folder], tokenizer, tokens, validation_fraction=0.2, num_workers=1)
-    return tokens
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ from lumi.provenance.artifacts import KINDS, is_artifact, kind_of
 
 def test_each_folder_is_of_one_kind(chains, tmp_path):
     folder = chains / "a"
-    kinds = {path.name: kind_of(path) for path in folder.iterdir()}
+    kinds = {path.name: kind_of(path) for path in folder.iterdir() if path.name != "secret"}
     assert kinds == {
         "corpus": "corpus",
         "chats": "corpus",
         "tokenizer": "tokenizer",
         "tokens": "token store",
         "questions": "token store",
-        "pretrain": "model",  # by its config.json; `verify` takes what it made
-        "finetune": "model",
+        "pretrain": None,  # `verify` takes what it made
+        "finetune": None,
         "merged": "model",
         "exported": "model",
         "evaluation": "evaluation",
@@ -46,6 +46,14 @@ def test_a_folder_is_recognised_without_its_record_and_without_its_main_file(cha
         assert kind_of(chain / name) == kind
         assert is_artifact(chain / name, kind)
         assert not is_artifact(chain / name, "corpus")
+
+
+def test_a_tokenizer_that_brings_a_model_s_config_is_none(chain):
+    """As the hub's cache has it where only the tokenizer was asked for."""
+    for name in ("provenance.json", "model.safetensors"):
+        (chain / "merged" / name).unlink()
+    assert kind_of(chain / "merged") == "tokenizer"
+    assert not is_artifact(chain / "merged", "model")
 
 
 def test_a_forged_record_makes_no_corpus(chain, change_json):

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from lumi.formats.hf_format import read_shape
-from lumi.formats.hub import HubModel
+from lumi.host.hub_cache import HubModel
 from lumi.provenance.model_card import CardFacts, is_ours, model_card
 
 

@@ -1,6 +1,8 @@
 """Models go to a hub in this process by huggingface_hub's own client, and come back as they were."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import peft
@@ -12,32 +14,35 @@ from hub_server import TOKEN
 from huggingface_hub.repocard import metadata_load
 from pushing import card_of, push, refusal
 
+from lumi.formats.export import merge_adapter
 from lumi.formats.fingerprint import weights_fingerprint
-from lumi.formats.hub import HubModel, origin_of
 from lumi.formats.pretrained import load_pretrained
+from lumi.host.hub_cache import HubModel, origin_of
+from lumi.host.storage import sha256_file
 from lumi.model.lora import LoraConfig
-
-LORA = {"rank": 2, "alpha": 4}
+from lumi.tokenizer.loading import load_tokenizer
 
 
 class TestPretrained:
-    def test_there_and_back(self, pretrained_run, hub, capsys):
-        push(pretrained_run, "me/rivers", "--license", "apache-2.0")
+    def test_there_and_back(self, chain, hub, capsys):
+        push(chain / "pretrain", "me/rivers", "--license", "apache-2.0")
         files = hub.files("me/rivers")
-        final = {path.name: path.read_bytes() for path in (pretrained_run / "final").iterdir()}
+        final = {path.name: path.read_bytes() for path in (chain / "pretrain" / "final").iterdir()}
+        del final["provenance.json"]  # it names folders of this machine
         assert {name: files[name] for name in final} == final
-        assert files["loss.png"] == (pretrained_run / "loss.png").read_bytes()
+        assert files["loss.png"] == b"a picture"
         assert files.keys() - final.keys() == {"README.md", "loss.png", ".gitattributes"}
         assert len(hub.messages) == 2  # the repository's first, and ours
         loaded = load_pretrained("me/rivers", device="cpu")
-        ours = load_pretrained(pretrained_run, device="cpu")
+        ours = load_pretrained(chain / "pretrain", device="cpu")
         assert all(map(torch.equal, loaded.model.parameters(), ours.model.parameters()))
         assert loaded.tokenizer.fingerprint == ours.tokenizer.fingerprint
         assert TOKEN not in "".join(capsys.readouterr())
 
-    def test_the_card(self, pretrained_run, evaluated, hub, tokenizer, tmp_path):
-        evaluated(pretrained_run / "final", tmp_path / "evaluation")
-        push(pretrained_run, "me/rivers", "--license", "apache-2.0")
+    def test_the_card(self, chain, evaluated, hub, tmp_path):
+        run = chain / "pretrain"
+        evaluated(run / "final", chain / "judged")
+        push(run, "me/rivers", "--license", "apache-2.0")
         (tmp_path / "card.md").write_bytes(hub.files("me/rivers")["README.md"])
         assert metadata_load(tmp_path / "card.md") == {
             "license": "apache-2.0",
@@ -46,36 +51,37 @@ class TestPretrained:
             "tags": ["lumi", "pretraining"],
         }
         text = card_of(hub, "me/rivers").text
-        assert "3,072 in the batches of these steps" in text  # 12 steps of 256 tokens
-        assert "| steps | 12 of 12 |" in text
-        assert tokenizer.fingerprint in text
-        assert weights_fingerprint(pretrained_run / "final") in text
-        assert "| rivers | jsonl: raw.jsonl |" in text
+        assert "1,024 in the batches of these steps" in text  # 4 steps of 256 tokens
+        assert "| steps | 4 of 4 |" in text
+        assert load_tokenizer(chain / "tokenizer").fingerprint in text
+        assert weights_fingerprint(run / "final") in text
+        assert "| corpus | jsonl: corpus.jsonl |" in text
         assert "secret" not in text  # where the files lay concerns nobody
-        records = [json.loads(line) for line in (pretrained_run / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [record["loss"] for record in records if record["kind"] == "validation"]
-        assert f"| last | 12 | {losses[-1]:.4f}" in text
+        assert f"| last | 4 | {losses[-1]:.4f}" in text
         assert "smoke: facts" in text
         assert "prompts of prompts.json; greedy, at most 2 tokens, continued as text" in text
         assert "![Loss of training and validation by step](loss.png)" in text
-        assert json.dumps(json.loads((pretrained_run / "config.json").read_text()), indent=2) in text
+        assert json.dumps(json.loads((run / "config.json").read_text()), indent=2) in text
 
-    def test_the_snippet_works(self, pretrained_run, hub, capsys):
-        push(pretrained_run, "me/rivers")
+    def test_the_snippet_works(self, chain, hub, capsys):
+        push(chain / "pretrain", "me/rivers")
         [code] = [part.split("```")[0] for part in card_of(hub, "me/rivers").text.split("```python\n")[1:]]
         capsys.readouterr()
         names = {}
         exec(code, names)
-        judged = transformers.AutoModelForCausalLM.from_pretrained(pretrained_run / "final")
+        judged = transformers.AutoModelForCausalLM.from_pretrained(chain / "pretrain" / "final")
         expected = judged.generate(**names["inputs"], max_new_tokens=64)
         assert torch.equal(names["output"], expected)
 
-    def test_a_dry_run_shows_everything_and_asks_nothing(self, pretrained_run, hub, monkeypatch, capsys):
+    def test_a_dry_run_shows_everything_and_asks_nothing(self, chain, hub, monkeypatch, capsys):
         monkeypatch.delenv("HF_TOKEN")
-        (pretrained_run / "final" / "notes.txt").write_text("mine")
-        push(pretrained_run, "me/rivers", "--dry-run")
+        (chain / "pretrain" / "final" / "notes.txt").write_text("mine")
+        push(chain / "pretrain", "me/rivers", "--dry-run")
         shown = capsys.readouterr().out
-        size = (pretrained_run / "final" / "model.safetensors").stat().st_size
+        size = (chain / "pretrain" / "final" / "model.safetensors").stat().st_size
+        assert "trained by the run: moved/chain/pretrain\n" in shown
         assert f"{size:,} bytes  model.safetensors" in shown
         assert "to me/rivers\n" in shown
         assert "left out: notes.txt" in shown
@@ -86,22 +92,65 @@ class TestPretrained:
         assert hub.requests == []
 
 
+class TestMerged:
+    """Of its run, its data and its evaluation it knows by its records alone."""
+
+    def test_an_export_of_a_merged_model(self, chain, hub):
+        push(chain / "exported", "me/tuned")
+        card = card_of(hub, "me/tuned")
+        assert card.data.tags == ["lumi", "sft"]
+        assert "fine-tuning of an adapter, merged into its base" in card.text
+        assert "| chats | jsonl: chats.jsonl | 60 | 60 |" in card.text
+        assert weights_fingerprint(chain / "pretrain" / "final") in card.text
+        assert "a model that is not on the hub, as far as is known" in card.text
+        assert "/ validation" in card.text  # the evaluation
+        assert hub.files("me/tuned")["loss.png"] == b"a picture"
+
+    def test_its_base_on_the_hub(self, tune, hub, chain):
+        merge_adapter(tune("questions"), chain / "whole")
+        push(chain / "whole", "me/whole")
+        assert card_of(hub, "me/whole").data.base_model == "me/base"
+
+
+class TestBrokenChains:
+    def test_a_changed_model_is_refused(self, chain, flip, hub, capsys):
+        file = chain / "merged" / "model.safetensors"
+        recorded = sha256_file(file)
+        flip(file)
+        said = refusal(capsys, chain / "merged", "me/x")
+        shown = f"changed: model.safetensors, recorded {recorded[:12]}, found {sha256_file(file)[:12]}"
+        assert f"must be as it was written, got model  moved/chain/merged  -  {shown}" in said
+        assert said.endswith("; restore it; if you have changed it yourself, remove its provenance.json")
+        assert hub.requests == []
+        (chain / "merged" / "provenance.json").unlink()
+        push(chain / "merged", "me/x")
+        assert "How it was trained is not known here" in card_of(hub, "me/x").text
+
+    def test_what_is_behind_it_is_named_and_not_in_the_card(self, chain, chains, hub, capsys):
+        shutil.rmtree(chain / "questions")
+        shutil.copytree(chains / "b" / "questions", chain / "questions")
+        shutil.rmtree(chain / "corpus")
+        push(chain / "merged", "me/x")
+        shown = capsys.readouterr().out
+        assert re.search(
+            r"not in the card: token store  \S+questions  \w+  from another chain: recorded", shown
+        )
+        assert re.search(r"not in the card: corpus  \S+corpus  \w+  missing", shown)
+        assert "Nothing is known of this data but its hash" in card_of(hub, "me/x").text
+
+    def test_what_has_moved_is_searched(self, chain, hub, tmp_path):
+        (tmp_path / "far").mkdir()
+        (chain / "chats").rename(tmp_path / "far" / "chats")
+        push(chain / "merged", "me/x")
+        assert "the corpus was not found" in card_of(hub, "me/x").text
+        push(chain / "merged", "me/x", "--search", tmp_path / "far")
+        assert "| chats | jsonl: chats.jsonl | 60 | 60 |" in card_of(hub, "me/x").text
+
+
 class TestAdapters:
     @pytest.fixture
-    def tune(self, hub, start):
-        """Train an adapter of `me/base`; returns the run."""
-        rows = {"sequence_length": 128}
-        hub.upload("me/base", start("base", num_steps=2, model={"max_positions": 256}) / "final")
-        common = {"model": None, "lora": LORA, "batches": rows, "num_steps": 4, "draws": True}
-
-        def tune(data, **changes):
-            return start(data_dirs=[data], model_path=Path("me/base"), **common, **changes)
-
-        return tune
-
-    @pytest.fixture
-    def adapter_run(self, tune, chats):
-        return tune(chats)
+    def adapter_run(self, tune):
+        return tune("questions")
 
     def test_an_sft_adapter(self, adapter_run, hub, tmp_path, capsys):
         push(adapter_run, "me/tuned")
@@ -115,7 +164,7 @@ class TestAdapters:
             "tags": ["lumi", "lora", "sft"],
         }
         assert f"[me/base](https://huggingface.co/me/base) at `{base}`" in card.text
-        assert "fine-tuning of an adapter" in card.text
+        assert "fine-tuning of an adapter |" in card.text
         assert "| chats | jsonl: chats.jsonl | 60 | 60 |" in card.text
         assert " conversations, " in card.text
         loaded, ours = (load_pretrained(path, device="cpu") for path in ("me/tuned", adapter_run))
@@ -136,8 +185,7 @@ class TestAdapters:
         torch.testing.assert_close(names["model"](ids).logits, logits)
 
     def test_dpo(self, tune, hub, pairs):
-        trained = tune(pairs, dpo={})
-        push(trained, "me/preferred")
+        push(tune(pairs, dpo={}), "me/preferred")
         card = card_of(hub, "me/preferred")
         assert card.data.tags == ["lumi", "lora", "dpo"]
         assert "direct preference optimization of an adapter" in card.text
@@ -148,7 +196,7 @@ class TestAdapters:
     def test_a_base_that_is_not_on_the_hub(self, hub, base_dir, tokenizer, tmp_path, capsys):
         save_adapted(base_dir, LoraConfig(rank=2, alpha=4), tokenizer, tmp_path / "adapter")
         assert refusal(capsys, "adapter", "me/adapter") == (
-            f"adapter: the base must be on the hub for whoever loads the adapter, got {base_dir}; push it "
+            f"adapter: the base must be on the hub for whoever loads it, got {base_dir}; push it "
             "(`lumi push BASE OWNER/NAME`) and pass --base-model OWNER/NAME, or `lumi merge` both"
         )
         push(base_dir, "me/base")
@@ -211,10 +259,6 @@ class TestOtherFolders:
         push(base_dir, "me/base", "--replace-card")
         assert card_of(hub, "me/base").data.tags == ["lumi"]
 
-    def test_data_needs_a_run(self, base_dir, store_dir, hub, capsys):
-        said = refusal(capsys, base_dir, "me/base", "--data-dirs", store_dir)
-        assert said.startswith("--data-dirs must come with a run, got ")
-
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -234,12 +278,11 @@ def test_wrong_arguments(words, said, hub, base_dir, capsys):
     assert hub.requests == []
 
 
-def test_a_run_must_be_finished(pretrained_run, hub, capsys):
-    status = pretrained_run / "status.json"
-    status.write_text(json.dumps(json.loads(status.read_text()) | {"status": "preempted"}))
-    assert "must be a finished run, got one preempted" in refusal(capsys, pretrained_run, "me/x")
+def test_a_run_must_be_finished(chain, hub, change_json, capsys):
+    change_json(chain / "pretrain" / "status.json", lambda status: status.update(status="preempted"))
+    assert "must be a finished run, got one preempted" in refusal(capsys, chain / "pretrain", "me/x")
 
 
-def test_a_base_needs_a_fine_tuned_run(pretrained_run, hub, capsys):
-    said = refusal(capsys, pretrained_run, "me/x", "--base-model", "me/base")
+def test_a_base_needs_a_fine_tuned_run(chain, hub, capsys):
+    said = refusal(capsys, chain / "pretrain", "me/x", "--base-model", "me/base")
     assert said.startswith("--base-model must come with a fine-tuned model, got a run that began with random")

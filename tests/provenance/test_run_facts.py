@@ -1,101 +1,158 @@
-"""What belongs to a run is proved, not guessed."""
+"""What belongs to a model is found by records, and nothing else is."""
 
-import json
-import os
 import shutil
-import time
 
 import pytest
+from crafted_models import save_adapted
 
 from lumi.config import UserError, read_json
-from lumi.provenance.run_facts import RunFacts, find_data, find_evaluations, read_run, run_of
+from lumi.formats.export import export_model, merge_adapter
+from lumi.model.lora import LoraConfig
+from lumi.provenance.chain import verify
+from lumi.provenance.run_facts import RunFacts, find_evaluations, find_run
+from lumi.tokenizer.loading import load_tokenizer
+
+CHECKPOINT = "pretrain/checkpoints/step-00000004"
 
 
-def test_a_run_is_known_by_its_folder_and_by_its_final(pretrained_run, base_dir, tmp_path):
-    assert run_of(pretrained_run) == pretrained_run
-    assert run_of(pretrained_run / "final") == pretrained_run
-    assert run_of(pretrained_run / "tokenizer") is None
-    assert run_of(base_dir) is None
+def facts(path, search=()):
+    return find_run(verify(path, search, all_bytes=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "data"),
+    [
+        ("pretrain", "pretrain", "corpus"),
+        (CHECKPOINT, "pretrain", "corpus"),
+        ("finetune", "finetune", "chats"),
+        ("merged", "finetune", "chats"),
+        ("exported", "finetune", "chats"),
+    ],
+)
+def test_a_model_reaches_its_run_and_its_data(chain, name, run, data):
+    found = facts(chain / name)
+    assert (found.folder, found.step, found.is_recorded) == (chain / run, 4, True)
+    assert found.config == read_json(chain / run / "config.json")
+    [folder] = found.data
+    assert folder.weight == 1
+    assert [each["config"]["sources"][0]["name"] for each in folder.corpora] == [data]
+    assert folder.store.splits["train"].documents > 20
+    if run == "pretrain":
+        assert found.from_random
+    else:
+        assert found.start.path.resolve() == chain / "pretrain" / "final"
+
+
+def test_of_a_model_of_others_nothing_is_known(base_dir, tmp_path):
+    export_model(base_dir, tmp_path / "exported")
+    assert facts(base_dir) is None
+    assert facts(tmp_path / "exported") is None
+
+
+def test_the_run_of_a_base_is_not_that_of_the_model(chain, tmp_path):
+    """Nothing is known of the adapter's training."""
+    base = chain / "pretrain" / "final"
+    tokenizer = load_tokenizer(chain / "tokenizer")
+    save_adapted(base, LoraConfig(rank=2, alpha=4), tokenizer, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert facts(tmp_path / "merged") is None
+
+
+def test_a_run_that_is_another_one_now(chain, chains):
+    shutil.rmtree(chain / "finetune")
+    shutil.copytree(chains / "b" / "finetune", chain / "finetune")
+    assert facts(chain / "merged") is None
 
 
 @pytest.mark.parametrize(("final", "step"), [("last", 12), ("best", 8)])
-def test_the_final_step_and_its_validations(final, step, tmp_path):
-    state = {"step": 12, "best": {"step": 8, "loss": 1.0}}
-    metrics = [{"step": at, "kind": kind} for at in (4, 8, 12) for kind in ("train", "validation")]
-    run = RunFacts(folder=tmp_path, config={"final": final}, state=state, metrics=metrics)
-    assert run.final_step == step
+def test_the_step_and_its_validations(start, final, step, change_json):
+    folder = start(final=final, keep_last=1)
+    newest = folder / "checkpoints" / "step-00000012"
+    best = read_json(newest / "state.json")["best"]["step"]
+    assert not verify(folder).is_broken
+    found = facts(folder)
+    assert found.step == (12 if final == "last" else best)
+    records = [{"step": at, "kind": kind} for at in (4, 8, 12) for kind in ("train", "validation")]
+    run = RunFacts(folder=folder, config={}, metrics=records, step=step, is_recorded=True)
     assert [record["step"] for record in run.validations()] == list(range(4, step + 1, 4))
 
 
-def test_without_checkpoints_less_is_known(pretrained_run):
-    shutil.rmtree(pretrained_run / "checkpoints")
-    run = read_run(pretrained_run)
-    assert (run.final_step, run.identity) == (None, {})
-    assert find_data(run, []) == ([], [])
+def test_without_checkpoints_the_data_is_known_and_the_step_is_not(chain):
+    shutil.rmtree(chain / "pretrain" / "checkpoints")
+    found = facts(chain / "pretrain")
+    assert found.step is None
+    assert [(each.weight, len(each.corpora)) for each in found.data] == [(None, 1)]
 
 
-class TestData:
-    def test_beside_the_run(self, pretrained_run, tmp_path):
-        [folder], taken = find_data(read_run(pretrained_run), [])
-        assert taken == [tmp_path / "tokens", tmp_path / "corpus"]
-        assert folder.weight == 1
-        assert folder.store.splits["train"].documents > 100
-        assert [each["config"]["sources"][0]["name"] for each in folder.corpora] == ["rivers"]
+def test_without_a_record_neither_data_nor_start_is_known(chain):
+    (chain / "finetune" / "final" / "provenance.json").unlink()
+    found = facts(chain / "finetune")
+    assert (found.step, found.data, found.start, found.from_random) == (4, [], None, False)
 
-    def test_elsewhere_it_is_not_known_until_it_is_given(self, pretrained_run, tmp_path):
-        (tmp_path / "far" / "away").mkdir(parents=True)
-        for name in ("tokens", "corpus"):
-            (tmp_path / name).rename(tmp_path / "far" / "away" / name)
-        run = read_run(pretrained_run)
-        [folder], taken = find_data(run, [])
-        assert (folder.store, taken) == (None, [])
-        tokens = tmp_path / "far" / "away" / "tokens"
-        [folder], taken = find_data(run, [tokens])
-        assert (folder.corpora, taken) == ([None], [tokens])
-        [folder], taken = find_data(run, [tokens, tokens.with_name("corpus")])
-        assert folder.corpora[0]["documents"] == 169
 
-    def test_other_data_is_refused_or_passed_over(self, pretrained_run, chats, tmp_path):
-        run = read_run(pretrained_run)
-        assert chats not in find_data(run, [])[1]
-        with pytest.raises(UserError, match=f"--data-dirs must be data of .*, got {chats}, whose hashes"):
-            find_data(run, [chats])
+def test_data_that_is_gone_or_has_moved(chain, tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    for name in ("tokens", "corpus"):
+        (chain / name).rename(tmp_path / "far" / "away" / name)
+    [folder] = facts(chain / "pretrain").data
+    assert (folder.weight, folder.store) == (1, None)
+    [folder] = facts(chain / "pretrain", [tmp_path / "far"]).data
+    assert folder.corpora[0]["config"]["sources"][0]["name"] == "corpus"
 
-    def test_tokens_inside_the_corpus(self, start, pretrained_run, tmp_path):
-        run = start("cached", data_dirs=[tmp_path / "corpus"], num_steps=2)
-        [folder], taken = find_data(read_run(run), [])
-        assert taken[0].parent == tmp_path / "corpus" / ".tokens"
-        assert folder.corpora[0]["config"]["sources"][0]["name"] == "rivers"
+
+def test_tokens_inside_the_corpus(start, corpus_dir):
+    folder = start(data_dirs=[corpus_dir], num_steps=2)
+    [data] = facts(folder).data
+    assert data.corpora[0]["config"]["sources"][0]["name"] == "synthetic"
 
 
 class TestEvaluations:
-    def test_beside_the_run_and_in_it(self, pretrained_run, evaluated, tmp_path):
-        final = pretrained_run / "final"
-        made = {evaluated(pretrained_run, tmp_path / "one"), evaluated(final, pretrained_run / "two")}
-        assert {place for place, _ in find_evaluations(final, [])} == made
-        assert len(find_evaluations(final, [tmp_path / "one"])) == 2
+    def found(self, path, *given):
+        return {place for place, _ in find_evaluations(verify(path, all_bytes=False), given)}
 
-    def test_of_another_model(self, pretrained_run, base_dir, evaluated, tmp_path):
-        other = evaluated(base_dir, tmp_path / "other")
-        assert find_evaluations(pretrained_run / "final", []) == []
-        with pytest.raises(UserError, match=f"--evaluations must be of .*other, which is of {base_dir}"):
-            find_evaluations(pretrained_run / "final", [other])
+    def test_those_near_a_model_that_name_its_weights(self, chain, chains, evaluated):
+        final = chain / "pretrain" / "final"
+        made = {evaluated(final, chain / "one"), evaluated(final, chain / "pretrain" / "two")}
+        assert self.found(chain / "pretrain") == made
+        assert self.found(chain / "pretrain", chain / "one") == made
+        assert self.found(chain / "exported") == {chain / "evaluation"}
+        assert self.found(chain / "merged") == self.found(chain / "finetune") == set()
 
-    def test_of_older_weights(self, pretrained_run, evaluated, tmp_path):
-        folder = evaluated(pretrained_run, tmp_path / "evaluation")
-        later = time.time() + 60
-        os.utime(pretrained_run / "final" / "model.safetensors", (later, later))
-        assert find_evaluations(pretrained_run / "final", []) == []
-        with pytest.raises(UserError, match="which is older than the weights"):
-            find_evaluations(pretrained_run / "final", [folder])
+    def test_the_same_weights_elsewhere(self, chain, evaluated, tmp_path):
+        place = evaluated(chain / "pretrain", tmp_path / "far" / "evaluation")
+        export_model(chain / "pretrain", chain / "copy")
+        assert self.found(chain / "copy") == set()
+        assert self.found(chain / "copy", place) == {place}
 
-    def test_no_evaluation(self, pretrained_run, tmp_path):
-        with pytest.raises(UserError, match=r"must be a folder with evaluation_results\.json, got .*corpus"):
-            find_evaluations(pretrained_run / "final", [tmp_path / "corpus"])
+    def test_an_adapter_s_is_not_its_base_s(self, chain, evaluated):
+        place = evaluated(chain / "finetune", chain / "judged")
+        assert self.found(chain / "finetune") == {place}
+        assert self.found(chain / "pretrain") == set()
+
+    @pytest.mark.parametrize(
+        ("place", "fault"),
+        [
+            ("evaluation", "is of other weights"),
+            ("corpus", r"is missing \(something else is there\)"),
+            ("nothing", "is missing"),
+        ],
+    )
+    def test_others_are_refused(self, chain, place, fault):
+        with pytest.raises(
+            UserError, match=f"must be of the weights in .*final, got .*{place}, which {fault}"
+        ):
+            self.found(chain / "pretrain", chain / place)
+
+    def test_one_that_was_changed(self, chain, change_json):
+        change_json(chain / "evaluation" / "evaluation_results.json", lambda results: results.update(limit=1))
+        assert self.found(chain / "exported") == set()
+        with pytest.raises(UserError, match=r"is changed \(evaluation_results\.json, recorded"):
+            self.found(chain / "exported", chain / "evaluation")
 
 
-def test_a_run_that_goes_on_is_not_finished(pretrained_run):
-    status = read_json(pretrained_run / "status.json") | {"status": "running"}
-    (pretrained_run / "status.json").write_text(json.dumps(status))
+@pytest.mark.parametrize("name", ["pretrain", "pretrain/final"])
+def test_a_run_that_goes_on_is_not_finished(chain, name, change_json):
+    change_json(chain / "pretrain" / "status.json", lambda status: status.update(status="running"))
     with pytest.raises(UserError, match="must be a finished run, got one running"):
-        read_run(pretrained_run)
+        facts(chain / name)
+    assert facts(chain / CHECKPOINT).step == 4

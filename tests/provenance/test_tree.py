@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import huggingface_hub.constants
+
 from lumi.provenance.chain import Link
-from lumi.provenance.tree import summary, to_json, tree
+from lumi.provenance.tree import line, summary, to_json, tree
 
 CORPUS = Link("corpus", Path("corpus"), "c" * 64, "ok")
 AGAIN = Link("corpus", Path("corpus"), "c" * 64, "ok", repeated=True)
@@ -26,6 +28,14 @@ def test_a_line_for_each_with_its_place_in_the_tree(tmp_path, monkeypatch):
         "",
         "5 artefacts: 3 ok, 1 changed, 1 not recorded",
     ]
+
+
+def test_what_came_from_the_hub_has_its_name_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    link = Link("model", tmp_path / "cache/models--me--base/snapshots/0123", "0" * 64, "missing")
+    assert line(link) == "model  me/base@0123  000000000000  missing"
+    assert json.loads(to_json(link))["path"] == "me/base@0123"
 
 
 def test_one_artefact_is_singular():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lumi.formats.hub import HubModel
+from lumi.host.hub_cache import HubModel
 from lumi.provenance.usage import usage
 
 PLAIN, TALKING = SimpleNamespace(chat_template=None), SimpleNamespace(chat_template="{{ messages }}")

@@ -58,9 +58,7 @@ def test_equal_runs_leave_equal_bytes_and_name_what_they_were_made_from(
         ("tokenizer", tokenizer_dir),
         ("token store", store_dir),
     ]
-    assert [parent.path for parent in read_provenance(tmp_path / "one" / final).parents] == [
-        tmp_path / "one" / checkpoint
-    ]
+    assert read_provenance(tmp_path / "one" / final).parents == made_from  # which checkpoints may go
 
 
 def test_best_and_last_checkpoints_are_kept(start, monkeypatch):
