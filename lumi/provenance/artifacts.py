@@ -17,6 +17,7 @@ from lumi.evaluation.evaluate import RESULTS_FILE
 from lumi.formats.adapter_format import WEIGHTS
 from lumi.formats.checkpoint_folder import is_checkpoint
 from lumi.formats.fingerprint import weights_fingerprint
+from lumi.formats.gguf_file import GGUF, SUFFIX, is_gguf
 from lumi.formats.hf_format import weight_files
 from lumi.formats.peft_config import CONFIG
 from lumi.host.provenance import Files, Parent, from_plain, read_provenance
@@ -110,12 +111,34 @@ def _checkpoint_record(folder: Path) -> Record:
     return _record(folder, files, parents)
 
 
+def _gguf_file(path: Path) -> Path:
+    """The file itself, or the one in the folder that `lumi export` wrote."""
+    if not path.is_dir():
+        return path
+    return next(path.glob(f"*{SUFFIX}"), path / f"model{SUFFIX}")
+
+
+def _gguf_record(path: Path) -> Record:
+    """That of the file's folder, if it is the file's own."""
+    folder = path if path.is_dir() else path.parent
+    found = read_provenance(folder)
+    if found is None or found.kind != GGUF:
+        return Record({}, None)
+    return _record(folder, found.files, found.parents)
+
+
 _ARTIFACTS = (
     Artifact("evaluation", _holds(RESULTS_FILE), _hash_of(RESULTS_FILE), _recorded("evaluation")),
     Artifact("checkpoint", is_checkpoint, _hash_of(MANIFEST), _checkpoint_record),
     Artifact("corpus", is_corpus, lambda folder: _read_corpus(folder).fingerprint, _corpus_record),
     Artifact(STORE, is_token_store, lambda folder: read_store_manifest(folder).fingerprint, _store_record),
     Artifact("adapter", _holds(CONFIG), _hash_of(WEIGHTS), _recorded("adapter")),
+    Artifact(
+        GGUF,
+        lambda path: is_gguf(path) and path.is_file(),
+        lambda path: sha256_file(_gguf_file(path)),
+        _gguf_record,
+    ),
     Artifact("model", _is_model, weights_fingerprint, _recorded("model")),
     # The last: models bring their tokenizers.
     Artifact(

@@ -15,6 +15,8 @@ from lumi.data.tokenization import tokenize
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.evaluation.smoke import SmokeConfig
 from lumi.formats.export import export_model, merge_adapter
+from lumi.formats.export_form import HuggingFaceFolder
+from lumi.formats.gguf_export import GgufFolder
 from lumi.formats.pretrained import load_pretrained
 from lumi.tokenizer.loading import load_tokenizer
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
@@ -69,7 +71,8 @@ def make_chain(folder, seed):
     run(folder, "pretrain", "tokens", seed)
     run(folder, "finetune", "questions", seed, folder / "pretrain", **TUNING)
     merge_adapter(folder / "finetune", folder / "merged")
-    export_model(folder / "merged", folder / "exported", dtype="bfloat16")
+    export_model(folder / "merged", folder / "exported", form=HuggingFaceFolder("bfloat16"))
+    export_model(folder / "merged", folder / "gguf", form=GgufFolder("f16"))
     loaded = load_pretrained(folder / "exported", device="cpu")
     evaluate(from_dict(EvaluationConfig, {}), loaded, folder / "evaluation", data_dirs=[folder / "tokens"])
 

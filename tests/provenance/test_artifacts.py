@@ -21,10 +21,12 @@ def test_each_folder_is_of_one_kind(chains, tmp_path):
         "finetune": None,
         "merged": "model",
         "exported": "model",
+        "gguf": "gguf",
         "evaluation": "evaluation",
     }
     assert kind_of(folder / "finetune" / "final") == "adapter"
     assert kind_of(folder / "finetune" / "checkpoints" / "step-00000004") == "checkpoint"
+    assert kind_of(folder / "gguf" / "model-f16.gguf") == "gguf"
     assert kind_of(tmp_path) is None
 
 

@@ -8,7 +8,8 @@ import torch
 
 from lumi import cli
 from lumi.command_line import run
-from lumi.config import UserError, read_json
+from lumi.config import UserError, from_dict, read_json
+from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.formats.export import export_model
 from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.pretrained import load_pretrained
@@ -107,6 +108,25 @@ def test_a_flipped_bit_and_a_lost_file(chain, flip, name, file):
     link = verify(chain / "evaluation")
     assert link.is_broken
     assert faults(link, chain) == {name: "missing"}
+
+
+def test_a_gguf_file(chain, flip, tmp_path):
+    """Its folder has the record; beside others of its kind, the file alone has none."""
+    file = chain / "gguf" / "model-f16.gguf"
+    for path in (file, file.parent):
+        link = verify(path)
+        assert (link.kind, link.verdict, link.identity) == ("gguf", "ok", sha256_file(file))
+        assert edges(link) >= {(path, chain / "merged"), (chain / "merged", chain / "pretrain" / "final")}
+    loaded = load_pretrained(file, tokenizer_path=chain / "tokenizer", device="cpu")
+    data = {"data_dirs": [chain / "tokens"]}
+    evaluate(from_dict(EvaluationConfig, {}), loaded, tmp_path / "evaluation", **data)
+    assert edges(verify(tmp_path / "evaluation")) >= {(tmp_path / "evaluation", file)}
+    flip(file)
+    assert verify(file).verdict == verify(file.parent).verdict == "changed"
+    assert faults(verify(tmp_path / "evaluation").parents[0], chain) == {"gguf/model-f16.gguf": "changed"}
+    lone = shutil.move(file, tmp_path / "lone.gguf")
+    assert verify(file.parent).verdict == "missing"
+    assert (verify(lone).verdict, verify(lone).parents) == ("not recorded", [])
 
 
 @pytest.mark.parametrize(

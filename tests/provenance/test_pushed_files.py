@@ -7,6 +7,7 @@ from crafted_models import save_adapted
 
 from lumi.config import UserError
 from lumi.formats.export import export_model
+from lumi.formats.export_form import HuggingFaceFolder
 from lumi.model.lora import LoraConfig
 from lumi.provenance.pushed_files import Upload, choose_files, is_stale
 
@@ -33,7 +34,7 @@ def test_a_model_s_own_files_and_what_is_left_out(base_dir):
 
 
 def test_weights_in_several_files(base_dir, tmp_path):
-    export_model(base_dir, tmp_path / "parts", max_shard_bytes=50_000)
+    export_model(base_dir, tmp_path / "parts", form=HuggingFaceFolder(max_shard_bytes=50_000))
     assert names(tmp_path / "parts") == written(tmp_path / "parts")
     assert "model.safetensors.index.json" in names(tmp_path / "parts")
 
