@@ -1,5 +1,7 @@
 """What /metrics says after requests that are known."""
 
+import time
+
 import httpx2
 import openai
 import pytest
@@ -31,8 +33,8 @@ def test_requests_and_tokens_are_counted(model, tokenizer):
         }
         client = server.client()
         prompt = [tokenizer.bos_id, *range(20, 40)]
-        client.completions.create(model=NAME, prompt=prompt, max_tokens=5)
-        client.completions.create(model=NAME, prompt=[prompt, prompt], max_tokens=2, n=2)
+        client.completions.create(model=NAME, prompt=prompt, max_tokens=5, temperature=0)
+        client.completions.create(model=NAME, prompt=[prompt, prompt], max_tokens=2, n=2, temperature=0)
         wait_until(server.is_idle)
         after = figures(server)
         counts = {
@@ -66,9 +68,11 @@ def test_a_failure_is_no_success(model, tokenizer, monkeypatch, capfd):
         assert "broken" in capfd.readouterr().err
 
 
-def test_the_gauges_show_what_runs_and_waits(model, tokenizer):
+def test_the_gauges_show_what_runs_and_waits(model, tokenizer, monkeypatch):
     with served(make_service(model, tokenizer, Limits(max_batch=2))) as server, server.client() as client:
         wait_until(server.is_ready)
+        step = server.scheduler.step
+        monkeypatch.setattr(server.scheduler, "step", lambda: time.sleep(0.02) or step())
         with client.completions.create(
             model=NAME, prompt="a", max_tokens=200, n=5, stream=True, extra_body={"top_k": 3}
         ) as stream:

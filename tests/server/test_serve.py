@@ -83,10 +83,10 @@ class Process:
 class Reading:
     """A long answer that is read on a thread of its own."""
 
-    def __init__(self, client, name):
+    def __init__(self, client, name, **options):
         self.texts, self.error = [], None
         self.stream = client.completions.create(
-            model=name, prompt="The", max_tokens=200, temperature=0, stream=True
+            model=name, prompt="The", max_tokens=200, temperature=0, stream=True, **options
         )
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
@@ -94,7 +94,6 @@ class Reading:
 
     def _read(self):
         try:
-            self.texts += []
             for event in self.stream:
                 self.texts.append(event.choices[0].text)
         except Exception as error:
@@ -136,7 +135,7 @@ class TestProcess:
     def test_a_second_ctrl_c_ends_it_at_once(self, model_dir):
         with Process("--model-path", model_dir, "--model-name", "x", "--max-batch", "1") as process:
             client = process.client()
-            first = Reading(client, "x")
+            first = Reading(client, "x", n=16)  # one after the other: it takes seconds
             process.send(signal.SIGINT)
             wait_until(lambda: refuses_connections(process.url))
             assert process.process.poll() is None

@@ -180,7 +180,7 @@ class TestUsage:
         assert cached == [0, 3 * PAGE_SIZE, PAGE_SIZE, 0, 6 * PAGE_SIZE]
 
     def test_a_prompt_counts_once_for_all_its_choices(self, client, tokenizer):
-        usage = client.completions.create(model=NAME, prompt=TEXTS[:2], n=3, max_tokens=2).usage
+        usage = client.completions.create(model=NAME, prompt=TEXTS[:2], n=3, max_tokens=2, seed=0).usage
         size = sum(1 + len(tokenizer.encode(text)) for text in TEXTS[:2])
         assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (size, 12, size + 12)
 
@@ -251,13 +251,17 @@ class Background:
 def ask(server, **options):
     """Ask for a text in the background."""
     client = server.client()
-    return Background(lambda: client.completions.create(**{"model": NAME, "prompt": "The"} | options))
+    return Background(
+        lambda: client.completions.create(**{"model": NAME, "prompt": "The", "temperature": 0} | options)
+    )
 
 
 def send(server, **options):
     """A request on a socket of its own, which the caller closes."""
     address = server.url.removeprefix("http://").split(":")
-    body = json.dumps({"model": NAME, "prompt": TEXTS[2], "max_tokens": 200} | options).encode()
+    body = json.dumps(
+        {"model": NAME, "prompt": TEXTS[2], "max_tokens": 200, "temperature": 0} | options
+    ).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection = socket.create_connection(address)
     connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -351,7 +355,7 @@ class TestLimits:
         wait_until(server.is_idle)
 
     def test_a_stream_that_takes_too_long_ends_with_an_error(self, gated):
-        server, gate = gated(request_seconds=1.0)
+        server, gate = gated(request_seconds=300.0)
         got = []
 
         def read():
@@ -359,13 +363,17 @@ class TestLimits:
                 got.append(event)
 
         reading = Background(read)
-        gate.allow(2)
-        wait_until(lambda: len(got) == 2)
-        time.sleep(1.0)
+        for count in (1, 2):
+            gate.allow(1)
+            wait_until(lambda count=count: len(got) == count)
+        server.scheduler.running[0].request.deadline = 0.0  # as if so much time had passed
         gate.open()
         late = reading.wait()
         assert isinstance(late, openai.APIError)
-        assert (late.code, late.message) == ("timeout", "the request took longer than 1 s; lower max_tokens")
+        assert (late.code, late.message) == (
+            "timeout",
+            "the request took longer than 300 s; lower max_tokens",
+        )
         wait_until(server.is_idle)
 
     def test_choices_of_one_request_are_limited(self, client, monkeypatch):
