@@ -26,10 +26,10 @@ def training_section(
         yield from ("How it was trained is not known here.", "")
         yield from markdown_table(("", ""), of_weights)
         return
-    merged = "" if is_adapter else ", merged into its base"
-    kind = (
-        f"{training_kind(run)} of {'all parameters' if run.config['lora'] is None else f'an adapter{merged}'}"
-    )
+    trained = "all parameters"
+    if run.config["lora"] is not None:
+        trained = "an adapter" if is_adapter else "an adapter, merged into its base"
+    kind = f"{training_kind(run)} of {trained}"
     yield from markdown_table(("", ""), [("kind", kind), *_settings(run), *of_weights])
     if picture:
         yield from ("", "![Loss of training and validation by step](loss.png)")
