@@ -30,6 +30,11 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def summary(command: Callable[[list[str]], int]) -> str:
+    """The line about a subcommand that `lumi --help` and its own help show."""
+    return command.__doc__ or ""
+
+
 def add_config(arguments: argparse.ArgumentParser, default: str = "") -> None:
     """Add `--config` and dotted overrides, for a stage that a JSON config drives. Use `parse` to read them.
 
@@ -65,24 +70,6 @@ def add_cache_dir(arguments: argparse.ArgumentParser) -> None:
     """Add `--cache-dir`, for commands that take a corpus folder as data."""
     text = "for the tokens of corpus folders; default: in them, or ~/.cache/lumi where they are read-only"
     arguments.add_argument("--cache-dir", type=Path, metavar="DIR", help=text)
-
-
-def add_model(arguments: argparse.ArgumentParser) -> None:
-    """Add the options for a model that computes: which one, where, and in which dtype."""
-    add_whole_model(arguments)
-    adapter = "a LoRA adapter, or the run that made it; --model-path is then its base"
-    arguments.add_argument("--adapter-path", metavar="PATH", help=adapter)
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    dtype = "dtype of activations and matrix products"
-    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype)
-
-
-def add_whole_model(arguments: argparse.ArgumentParser) -> None:
-    """Add the options for a model without an adapter, and for its tokenizer."""
-    model = "a run, its final/ or a checkpoint, a Hugging Face folder, org/name on the hub, or a GGUF file"
-    arguments.add_argument("--model-path", required=True, type=Path, help=model)
-    tokenizer = "default: the one in the model's folder"
-    arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help=tokenizer)
 
 
 def add_numbers(arguments: argparse.ArgumentParser, defaults: Any, texts: Mapping[str, str]) -> None:

@@ -6,10 +6,8 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from crafted_models import speller, wanderer
 
-import lumi.formats.pretrained
 import lumi.inference.completions
 from lumi.chat.messages import Message
 from lumi.chat.rendering import prompt_ids, stop_ids
@@ -204,23 +202,3 @@ def test_options_that_do_not_fit(options, message, model_dir, tmp_path, monkeypa
     assert run(dispatch, command(model_dir, *options)) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert (tmp_path / "in.jsonl").read_text() == "\n"
-
-
-@pytest.mark.parametrize("name", ["generate", "chat"])
-def test_which_model_is_loaded(name, monkeypatch, capsys):
-    seen = []
-
-    def spy(path, **options):
-        seen.append((str(path), options))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(lumi.formats.pretrained, "load_pretrained", spy)
-    for options in (
-        [],
-        ["--adapter-path", "A", "--tokenizer-path", "T", "--device", "cpu", "--dtype", "bfloat16"],
-    ):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x")))
-        assert run(dispatch, [name, "--model-path", "M", *options]) == 130
-    plain = {"adapter_path": None, "tokenizer_path": None, "device": "auto", "dtype": torch.float32}
-    full = {"adapter_path": "A", "tokenizer_path": "T", "device": "cpu", "dtype": torch.bfloat16}
-    assert seen == [("M", plain), ("M", full)]

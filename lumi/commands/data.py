@@ -1,0 +1,83 @@
+"""Texts become what training reads: `lumi prepare`, `lumi tokenizer`, `lumi tokenize`."""
+
+from pathlib import Path
+
+from lumi.command_line import add_config, parse, parser, summary
+from lumi.config import load_config
+
+
+def prepare(argv: list[str]) -> int:
+    """raw text -> a corpus folder: cleaned, filtered, de-duplicated"""
+    from lumi import corpus
+
+    arguments = parser("lumi prepare", summary(prepare))
+    add_config(arguments)
+    arguments.add_argument("--output-dir", required=True, type=Path)
+    cache = "reuse finished work, go on after an interruption"
+    arguments.add_argument("--use-cache", action="store_true", help=cache)
+    arguments.add_argument("--analyze-only", action="store_true", help="print the plan, write nothing")
+    arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
+    options = parse(arguments, argv)
+    corpus.prepare(
+        load_config(corpus.PrepareConfig, options.config, options.overrides),
+        options.output_dir,
+        use_cache=options.use_cache,
+        analyze_only=options.analyze_only,
+        num_workers=options.num_workers,
+    )
+    return 0
+
+
+def tokenizer(argv: list[str]) -> int:
+    """corpus folders -> a SentencePiece tokenizer"""
+    from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
+
+    arguments = parser("lumi tokenizer", summary(tokenizer))
+    add_config(arguments)
+    arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
+    arguments.add_argument("--output-dir", required=True, type=Path)
+    options = parse(arguments, argv)
+    config = load_config(TokenizerConfig, options.config, options.overrides)
+    trained = train_tokenizer(config, options.corpus_dirs, options.output_dir)
+    print(f"{options.output_dir}: {trained.vocab_size:,} pieces, fingerprint {trained.fingerprint}")
+    return 0
+
+
+def tokenize(argv: list[str]) -> int:
+    """corpus folders -> a token store, split into train and validation by document"""
+    from lumi.chat.templates import TEMPLATES
+    from lumi.data import tokenization
+    from lumi.formats.hub import local_folder
+    from lumi.tokenizer.loading import load_tokenizer
+
+    texts = {
+        "tokenizer": "tokenizer folder or model file",
+        "fraction": "share of the documents to hold out for validation; default: 0.005",
+        "corpora": "hold out these corpora instead, whole",
+        "template": "layout of conversations; default: the tokenizer's",
+        "max_tokens": "end conversations at the last answer within so many tokens; drop longer pairs",
+        "workers": "threads; default: one per core",
+    }
+    arguments = parser("lumi tokenize", summary(tokenize))
+    arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
+    arguments.add_argument("--tokenizer-dir", "--tokenizer-path", required=True, help=texts["tokenizer"])
+    arguments.add_argument("--output-dir", required=True, type=Path)
+    arguments.add_argument("--validation-fraction", type=float, help=texts["fraction"])
+    arguments.add_argument("--validation-corpus-dirs", nargs="+", metavar="DIR", help=texts["corpora"])
+    arguments.add_argument("--template", choices=tuple(TEMPLATES), help=texts["template"])
+    arguments.add_argument("--max-tokens", type=int, metavar="N", help=texts["max_tokens"])
+    arguments.add_argument("--num-workers", type=int, help=texts["workers"])
+    options = arguments.parse_args(argv)
+    manifest = tokenization.tokenize(
+        options.corpus_dirs,
+        load_tokenizer(local_folder(options.tokenizer_dir, weights=False)),
+        options.output_dir,
+        validation_fraction=options.validation_fraction,
+        validation_corpus_dirs=options.validation_corpus_dirs or (),
+        template=TEMPLATES[options.template] if options.template else None,
+        max_tokens=options.max_tokens,
+        num_workers=options.num_workers,
+    )
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.describe(manifest.pairs)}")
+    return 0
