@@ -9,7 +9,7 @@ GPU_INSTALLED = build/gpu-installed$(subst /,-,$(shell command -v $(PYTHON)))
 GPU_TESTS = tests/kernels tests/model/test_transformer_bundles.py tests/test_csrc.py tests/training/test_optimizer.py
 NOT_ON_A_GPU = tests/kernels/test_machine_code.py  # minutes of a compiler's work on the CPU, the same for one version of Triton
 ONLY ?=
-LIMIT ?= 540
+LIMIT ?= $(if $(filter cpu-bench,$(MAKECMDGOALS)),840,540)
 SOAK ?= all
 PYTEST = $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 

@@ -1,7 +1,7 @@
 """All benchmarks of the GPU at hand, or of the CPU where there is none: each in a process of its own, and one
 table of what they aim at.
 
-    python benchmarks/run_all.py [--only attention row_kernels] [--seconds 540]
+    python benchmarks/run_all.py [--only attention row_kernels] [--seconds 840]
                                  [--output-dir benchmarks/results]
 
 Writes `<subject>-<device>.json` and `.png` as they are measured. `README-<device>.md` has the table of all
@@ -117,7 +117,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--seconds", type=float, default=540, help="limit of all together")
+    parser.add_argument("--seconds", type=float, default=840, help="limit of all together")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     args = parser.parse_args()
     there = torch.cuda.is_available()
