@@ -14,6 +14,7 @@ import os
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -153,8 +154,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A hook for json: the object of these pairs. Raises ValueError for a key that stands twice."""
     data = dict(pairs)
     if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in data if keys.count(key) > 1)!r}")
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key {twice!r}")
     return data
 
 

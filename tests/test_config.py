@@ -1,4 +1,5 @@
 import pickle
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,7 @@ from lumi.config import (
     load_config,
     read_json,
     to_dict,
+    unique_keys,
     write_json,
 )
 from lumi.host.storage import DamagedError
@@ -165,6 +167,14 @@ def test_yaml_is_told_from_broken_json(tmp_path, name, text):
     with pytest.raises(UserError) as caught:
         load_config(Tree, tmp_path / "broken.json")
     assert "YAML" not in str(caught.value)
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once():
+    pairs = [(str(number), 0) for number in range(100_000)]
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="duplicate key '99999'"):
+        unique_keys([*pairs, pairs[-1]])
+    assert time.monotonic() - start < 10  # a count of each key would take minutes
 
 
 def test_overrides(tmp_path):

@@ -136,12 +136,12 @@ def serve(argv: list[str]) -> int:
     texts = {
         "max_batch": "choices that are generated at the same time",
         "max_queue": "choices that wait for their turn; others get 429",
-        "max_choices": "choices of one request: n for each of its prompts",
         "max_tokens": "tokens that one choice may generate",
         "max_body_bytes": "bytes of a request",
         "request_seconds": "seconds that a request may take",
     }
     cache = "tokens of all running choices together; default: 1,024 for each of --max-batch"
+    choices = "choices of one request: n for each of its prompts; default: 16, or all that may run and wait"
     key = "what clients must send; better in LUMI_API_KEY, where other users of the machine do not see it"
     arguments = parser("lumi serve", summary(serve))
     add_model(arguments)
@@ -151,8 +151,12 @@ def serve(argv: list[str]) -> int:
     arguments.add_argument("--model-name", metavar="NAME", help="for clients; default: that of its folder")
     arguments.add_argument("--open", action="store_true", help="open the chat page in a browser")
     add_numbers(arguments, Limits, texts)
+    arguments.add_argument("--max-choices", type=int, metavar="N", help=choices)
     arguments.add_argument("--cache-tokens", type=int, metavar="N", help=cache)
     options = arguments.parse_args(argv)
+    if options.model_name is not None and not options.model_name.strip():
+        remedy = "leave it out for the name of the model's folder"
+        raise UserError("--model-name", "must not be empty", got=repr(options.model_name), remedy=remedy)
     with extra("serve"):
         from lumi.server import serve as server
     return server.serve(

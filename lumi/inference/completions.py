@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lumi.chat.messages import MalformedConversation, Message, find_disorder, parse_messages
 from lumi.chat.rendering import prompt_ids, stop_ids
-from lumi.config import UserError
+from lumi.config import UserError, unique_keys
 from lumi.host.progress import progress_bar
 from lumi.host.text import utf8
 from lumi.inference.generation import SamplingConfig, check_prompts, filler_id, generate_ids, text_ids
@@ -92,10 +92,14 @@ def conversation_ids(tokenizer: Tokenizer, data: Any) -> list[int]:
 def _read_record(line: bytes) -> dict[str, Any]:
     """A line's JSON object: a prompt or messages, and no field named like a result. Raises UserError."""
     try:
-        record = json.loads(line.decode(), parse_constant=_finite, parse_float=_finite)
+        record = json.loads(
+            line.decode(), parse_constant=_finite, parse_float=_finite, object_pairs_hook=unique_keys
+        )
     except UnicodeDecodeError as error:
         raise UserError(f"must be UTF-8, got byte {line[error.start]:#04x} at {error.start}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"must be a JSON object, got something else: {error}") from error
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         raise UserError('must be a JSON object with either "prompt" or "messages"')

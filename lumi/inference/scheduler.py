@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lumi.config import UserError
 from lumi.inference.generation import SamplingConfig, check_prompts, draws, sample
 from lumi.inference.paged_cache import NewTokens, PagedCache
 from lumi.inference.pages import PAGE_SIZE, Held, Pages, num_pages
@@ -32,7 +33,7 @@ class Finish(Enum):
     """Why a request ended."""
 
     STOP = "stop"  # a stop token or a stop string
-    LENGTH = "length"  # its limit of tokens, or the model's positions
+    LENGTH = "length"  # its limit of tokens, the model's positions, or the cache
     TIMEOUT = "timeout"
     ERROR = "error"
 
@@ -143,10 +144,15 @@ class Scheduler:
 
     def limit(self, request: Request) -> int:
         """The most tokens that a request can generate. Raises UserError for an empty or too long prompt."""
-        check_prompts([request.prompt], self.max_tokens)
+        positions, room, length = self.model.config.max_positions, self.max_tokens, len(request.prompt)
+        if room < positions and length >= room:
+            remedy = "shorten it, or have the server started with more --cache-tokens"
+            expectation = f"must be shorter than the cache's {room} tokens"
+            raise UserError("a prompt", expectation, got=f"{length} tokens", remedy=remedy)
+        check_prompts([request.prompt], positions)
         if request.only_prompt:
             return 0
-        return min(request.sampling.max_new_tokens, self.max_tokens - len(request.prompt))
+        return min(request.sampling.max_new_tokens, room - length)
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn. Raises UserError as `limit`."""

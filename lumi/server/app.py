@@ -13,13 +13,14 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumi import __version__
 from lumi.server import schema
-from lumi.server.errors import ApiError, handle_errors
+from lumi.server.body import JsonRoute
+from lumi.server.errors import ApiError, handle_errors, shortened
 from lumi.server.service import Service
 from lumi.server.wire import ChatWire, TextWire, Wire
 
@@ -32,12 +33,12 @@ _STREAM = {"text/event-stream": {"itemSchema": _EVENT}}
 Result = TypeVar("Result")
 
 
-def create_app(service: Service, *, api_key: str | None = None, hosts: Sequence[str] = ("*",)) -> FastAPI:
+def create_app(service: Service, *, api_key: str | None = None, hosts: Sequence[str] = ()) -> FastAPI:
     """The server as an ASGI application.
 
     Args:
         api_key: what clients must send as a bearer token; None: nothing.
-        hosts: names by which the server may be asked for; "*": any. On a machine without a key they keep
+        hosts: names by which the server may be asked for; none: any. On a machine without a key they keep
             other pages in the browser from reaching it under a name of their own (DNS rebinding).
     """
 
@@ -49,12 +50,33 @@ def create_app(service: Service, *, api_key: str | None = None, hosts: Sequence[
 
     app = FastAPI(title="Lumi", version=__version__, lifespan=lifespan, redoc_url=None)
     app.add_middleware(_BodyLimit, max_bytes=service.limits.max_body_bytes)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    if hosts:
+        app.add_middleware(_HostCheck, hosts=hosts)
+    app.router.route_class = JsonRoute
     handle_errors(app)
     _add_page(app)
     _add_state(app, service, [Depends(_key_check(api_key))])
     _add_completions(app, service, [Depends(_key_check(api_key))])
     return app
+
+
+class _HostCheck:
+    """Refuses requests for other names. Starlette's own has no error in the API's form."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]):
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: ASGIApp = self.app
+        if scope["type"] != "lifespan":
+            host = Headers(scope=scope).get("host", "")
+            if re.sub(r":\d*$", "", host).lower() not in self.hosts:
+                message = (
+                    f"this server must be asked for by one of its names, {', '.join(self.hosts)}, "
+                    f"got the Host header {shortened(host)!r}; for others start it with --host and a key"
+                )
+                answer = JSONResponse(ApiError(400, message, code="invalid_host").body, 400)
+        await answer(scope, receive, send)
 
 
 class _BodyLimit:

@@ -13,6 +13,7 @@ from lumi.server.schema import Error, ErrorResponse
 
 RETRY_SECONDS = 1
 _MOST_ERRORS = 20  # that are looked at
+_MOST_CHARACTERS = 2000  # of a message: it may hold what the client sent
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -38,7 +39,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.error = Error(message=message, type=kind, param=param, code=code)
+        text = shortened(message, _MOST_CHARACTERS)
+        self.error = Error(message=text, type=kind, param=param, code=code)
         self.headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
@@ -49,6 +51,11 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON object."""
         return ErrorResponse(error=self.error).model_dump()
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """The beginning of a text of a client's."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def refused(error: UserError | MalformedConversation, param: str | None = None) -> ApiError:
@@ -66,9 +73,10 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def wrong_fields(_: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()[:_MOST_ERRORS]
-        fields = [_field(each, error.body) for each in found]
-        said = dict.fromkeys(map(_describe, found, fields))  # once each, in order
-        param = next(filter(None, fields), None)
+        places = [(_field(each, error.body), each) for each in found]
+        apt = [place for place in places if not _is_of_another_kind(*place, places)]
+        said = dict.fromkeys(_describe(each, field) for field, each in apt)  # once each, in order
+        param = next((field for field, _ in apt if field), None)
         wrong = ApiError(422, "; ".join([*said][:5]), param=param, code="invalid_fields")
         return JSONResponse(wrong.body, 422)
 
@@ -94,14 +102,23 @@ def _field(error: dict[str, Any], body: Any) -> str:
         except (KeyError, IndexError, TypeError):
             if error["type"] != "missing" or part != error["loc"][-1]:
                 continue
-        names.append(str(part))
+        names.append(shortened(str(part)))
     return ".".join(names)
+
+
+def _is_of_another_kind(field: str, error: dict[str, Any], places: list[tuple[str, dict[str, Any]]]) -> bool:
+    """Whether a value has the type of another kind that its field takes: an error says so, or one within."""
+    return _is_of_type(error) and any(
+        other.startswith(f"{field}.") or (other == field and not _is_of_type(its)) for other, its in places
+    )
+
+
+def _is_of_type(error: dict[str, Any]) -> bool:
+    return error["type"].endswith("_type")
 
 
 def _describe(error: dict[str, Any], field: str) -> str:
     if error["loc"] == ("body",) and error["type"] in ("missing", "model_attributes_type"):
         return "the body must be a JSON object, sent as application/json"
-    if error["type"] == "json_invalid":
-        return f"the body must be JSON, got an error at character {error['loc'][1]}: {error['ctx']['error']}"
     said = error["msg"].removeprefix("Value error, ")
     return f"{field}: {said}" if field else said

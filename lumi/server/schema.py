@@ -19,7 +19,8 @@ Empty = Field(max_length=0)
 Nothing = Annotated[list[Any], Empty] | Annotated[dict[str, Any], Empty] | None
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
-MaxTokens = Annotated[int, Field(ge=1, description="default: the most that the server allows")]
+_ROOM = "fewer where the model's positions or the cache end: then finish_reason is length"
+MaxTokens = Annotated[int, Field(ge=1, description=f"default: the most that the server allows; {_ROOM}")]
 
 
 class Strict(BaseModel):
@@ -34,8 +35,17 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+def _show_null(schema: dict[str, Any]) -> None:
+    for field in schema["properties"].values():
+        if field.get("default") is not None:
+            names = field.keys() - {"title", "description", "default"}
+            field["anyOf"] = [{name: field.pop(name) for name in sorted(names)}, {"type": "null"}]
+
+
 class Generation(Strict):
-    """What both kinds of completion take."""
+    """What both kinds of completion take. As in OpenAI's API, null is the default of what has one."""
+
+    model_config = ConfigDict(json_schema_extra=_show_null)
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2, description="below 0.0001: greedy")] = 1.0
@@ -52,13 +62,21 @@ class Generation(Strict):
     frequency_penalty: Zero = 0.0
     logit_bias: Nothing = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_null(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in body.items() if value is not None or name not in optional}
+
     @field_validator("*", mode="before")
     @classmethod
     def _read_integers(cls, value: Any) -> Any:
-        """1.0 is an integer in JSON, and some languages write theirs so."""
+        """1.0 is an integer in JSON, and some languages write theirs so. No field holds deeper ones."""
         if isinstance(value, list):
-            return [cls._read_integers(item) for item in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+            return [[*map(_integer, item)] if isinstance(item, list) else _integer(item) for item in value]
+        return _integer(value)
 
     @model_validator(mode="after")
     def _check_stream(self) -> "Generation":
@@ -103,7 +121,7 @@ class ChatRequest(Generation):
 
     messages: Annotated[list[ChatMessage], Some]
     max_tokens: MaxTokens | None = None
-    max_completion_tokens: Annotated[MaxTokens | None, Field(description="the newer name")] = None
+    max_completion_tokens: Annotated[MaxTokens | None, Field(description="newer for max_tokens")] = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     response_format: ResponseFormat | None = None
@@ -129,7 +147,7 @@ class CompletionRequest(Generation):
         | Annotated[list[Annotated[list[TokenId], Some]], Some],
         Field(description="a text, its token ids, or several of either"),
     ]
-    max_tokens: Annotated[int, Field(ge=0, description="0: only with echo")] = 16
+    max_tokens: Annotated[int, Field(ge=0, description=f"0: only with echo; {_ROOM}")] = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool = False
     suffix: None = None
@@ -146,6 +164,10 @@ class CompletionRequest(Generation):
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+
+
+def _integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Body = TypeVar("Body", bound=Generation)

@@ -48,7 +48,8 @@ def serve(
     """
     check_key(host, api_key)
     listener = _listen(host, port)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    name = f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{listener.getsockname()[1]}"
     print(f"loading {model_name} for {url}", flush=True)
     failures: list[BaseException] = []
 
@@ -63,7 +64,7 @@ def serve(
             webbrowser.open(url)
 
     service = Service(model_name, lambda: make_scheduler(load(), limits), limits, on_ready)
-    hosts = {*_LOCAL_NAMES, host} if is_loopback(host) else {"*"}
+    hosts = {*_LOCAL_NAMES, name} if is_loopback(host) else ()
     config = uvicorn.Config(
         create_app(service, api_key=api_key, hosts=sorted(hosts)),
         log_level="warning",
@@ -95,12 +96,13 @@ def make_scheduler(pretrained: Pretrained, limits: Limits) -> Scheduler:
     needed = count * PAGE_SIZE * bytes_per_token(shape, model.compute_dtype)
     free = free_memory(model.output_weight.device)
     if free is not None and needed > USABLE * free:
-        raise UserError(
-            "--cache-tokens",
-            f"must fit into the free memory, {free / 1e9:.2f} GB",
-            got=f"{count * PAGE_SIZE} tokens, which take {needed / 1e9:.2f} GB",
-            remedy="lower it, or --max-batch",
-        )
+        came = f"{count * PAGE_SIZE} tokens, which take {needed / 1e9:.2f} GB"
+        subject, got, remedy = "--cache-tokens", came, "lower it"
+        if limits.cache_tokens is None:
+            subject, got = "the cache of --max-batch", f"{limits.max_batch} choices with {came}"
+            remedy = "lower --max-batch, or choose --cache-tokens"
+        expectation = f"must fit into the free memory, {free / 1e9:.2f} GB"
+        raise UserError(subject, expectation, got=got, remedy=remedy)
     return Scheduler(model, pretrained.tokenizer, max_batch=limits.max_batch, num_pages=count)
 
 

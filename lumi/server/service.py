@@ -14,7 +14,7 @@ from lumi.inference.completions import conversation_ids
 from lumi.inference.engine import Engine, News
 from lumi.inference.generation import SamplingConfig, text_ids
 from lumi.inference.scheduler import Delta, Finish, Request, Scheduler
-from lumi.server.errors import ApiError, refused
+from lumi.server.errors import ApiError, refused, shortened
 from lumi.server.limits import Limits
 from lumi.server.metrics import Metrics
 from lumi.server.schema import ChatRequest, CompletionRequest, Generation, PromptDetails, Usage
@@ -95,7 +95,7 @@ class Service:
     def check_model(self, name: str) -> None:
         """Raises ApiError if another model is asked for."""
         if name != self.model_name:
-            message = f"the model {name!r} is not here; this server has {self.model_name!r}"
+            message = f"the model {shortened(name)!r} is not here; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def chat(self, body: ChatRequest) -> Choices:
@@ -173,16 +173,16 @@ class Service:
                 only_prompt=not max_tokens,
                 deadline=time.monotonic() + self.limits.request_seconds,
             )
-            self._check_length(request)
+            self._check_length(request, "messages" if isinstance(body, ChatRequest) else "prompt")
             requests.append(request)
         return Choices(requests, len(prompts))
 
-    def _check_length(self, request: Request) -> None:
+    def _check_length(self, request: Request, param: str) -> None:
         try:
             self.scheduler.limit(request)
         except UserError as error:
             code = "context_length_exceeded" if request.prompt else "invalid_value"
-            raise ApiError(400, str(error), param="prompt", code=code) from error
+            raise ApiError(400, str(error), param=param, code=code) from error
 
     async def run(self, choices: Choices) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """Yields what is new, with the numbers of the choices. An early end cancels what is left.

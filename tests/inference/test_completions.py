@@ -155,6 +155,14 @@ def test_finished_batches_are_not_lost(model_dir, tmp_path, monkeypatch, capsys)
             b'{"prompt": "x", "id": [-1e999]}',
             "numbers must be finite, JSON has no others, got -1e999",
         ),
+        (
+            b'{"prompt": "x", "prompt": "y"}',
+            "must be a JSON object, got something else: duplicate key 'prompt'",
+        ),
+        (
+            b'{"prompt": "x", "id": ' + b"9" * 5000 + b"}",
+            "must be a JSON object, got something else: Exceeds",
+        ),
         (b"[" * 100_000, "must be a JSON object, got something else: maximum recursion depth"),
         (b'{"messages": []}', "messages must be a list of at least one message"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', "message 1: role must be one of"),

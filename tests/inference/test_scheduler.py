@@ -163,7 +163,10 @@ def test_ends(tokenizer):
 def test_what_cannot_run_is_refused(model, tokenizer):
     scheduler = build(model, tokenizer, num_pages=4)
     assert scheduler.max_tokens == 64 < model.config.max_positions
-    for prompt, message in (([], "at least one token"), ([1] * 64, "shorter than the model's 64")):
+    for prompt, message in (
+        ([], "at least one token"),
+        ([1] * 64, "shorter than the cache's 64 tokens, got 64 tokens; .* more --cache-tokens"),
+    ):
         with pytest.raises(UserError, match=message):
             scheduler.add(Request(prompt=prompt, sampling=greedy(1), stop_ids=frozenset()))
     assert not scheduler.has_work

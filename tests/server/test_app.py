@@ -5,13 +5,13 @@ import re
 
 import httpx2
 import pytest
-from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from served import NAME, make_service, served, wait_until
 from starlette.routing import Route
 
 import lumi.server.app
 from lumi.server.app import PAGE, create_app
+from lumi.server.body import JsonRoute
 
 TRAVERSALS = [
     "/../../etc/passwd",
@@ -32,7 +32,7 @@ TRAVERSALS = [
 def test_no_route_leads_to_files(model, tokenizer):
     """All routes are functions of the server, and none is a folder."""
     app = create_app(make_service(model, tokenizer))
-    assert {type(route) for route in app.routes} <= {Route, APIRoute}
+    assert {type(route) for route in app.routes} <= {Route, JsonRoute}
     assert {route.path for route in app.routes} == {
         "/",
         "/docs",
@@ -102,7 +102,17 @@ class TestHosts:
     def test_a_name_of_somebody_else_s(self, path, host, local):
         """Rebinding: a page makes its name lead here, and the browser takes the server for that page's."""
         answer = httpx2.get(local.url + path, headers={"Host": host})
-        assert (answer.status_code, answer.text) == (400, "Invalid host header")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_host", None)
+        assert error["message"] == (
+            "this server must be asked for by one of its names, localhost, [::1], "
+            f"got the Host header {host!r}; for others start it with --host and a key"
+        )
+
+    def test_a_long_name_does_not_come_back_whole(self, local):
+        answer = httpx2.get(local.url, headers={"Host": "x" * 5000})
+        assert answer.status_code == 400
+        assert len(answer.text) < 500
 
 
 def test_the_key_is_compared_in_constant_time(model, tokenizer, monkeypatch):

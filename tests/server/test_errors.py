@@ -67,6 +67,7 @@ class TestThroughTheClient:
                 ask()
             assert caught.value.code == "context_length_exceeded"
             assert "must be shorter than the model's 256 positions, got " in caught.value.message
+            assert caught.value.param == ("messages" if "chat" in str(caught.value.request.url) else "prompt")
 
     @pytest.mark.parametrize("key", ["wrong", "se-cret2", "se-cre", "SE-CRET"])
     def test_a_wrong_key(self, key, locked):
@@ -137,10 +138,10 @@ class TestThroughTheClient:
             ({"temperature": 3}, "temperature"),
             ({"extra_body": {"frequency_penaltyy": 1}}, "frequency_penaltyy"),
             ({"extra_body": {"ä ö": 1}}, "ä ö"),
-            ({"stop": ["a", 1]}, "stop"),
+            ({"stop": ["a", 1]}, "stop.1"),
             ({"messages": [*TALK, {"role": "user", "content": 1}]}, "messages.1.content"),
             ({"messages": [*TALK, {"role": "user"}]}, "messages.1.content"),
-            ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content"),
+            ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
             ({"max_completion_tokens": 65}, "max_completion_tokens"),
             ({"max_tokens": 65}, "max_tokens"),
             ({"top_logprobs": 3}, None),
@@ -165,11 +166,27 @@ class TestBodies:
             (b"null", 422, "the body must be a JSON object, sent as application/json"),
             (b"[1]", 422, "the body must be a JSON object, sent as application/json"),
             (b'"x"', 422, "the body must be a JSON object, sent as application/json"),
-            (b'{"model"', 422, "the body must be JSON, got an error at character 8: Expecting ':' delimiter"),
+            (b'{"model"', 400, "the body must be JSON, got an error at character 8: Expecting ':' delimiter"),
+            (b'{"a": 1}x', 400, "the body must be JSON, got an error at character 8: Extra data"),
             (b"{}", 422, "model: Field required; prompt: Field required"),
-            (b"\xff", 400, "There was an error parsing the body"),
-            (b"[" * 100_000, 400, "There was an error parsing the body"),
-            (b'{"seed": ' + b"9" * 5000 + b"}", 400, "There was an error parsing the body"),
+            (b'{"a": "\xff"}', 400, "the body must be UTF-8, got byte 0xff at 7"),
+            (b"[" * 100_000, 400, "the body must be JSON of a few levels, got hundreds of lists or objects"),
+            (
+                b'{"a":' * 2000 + b"1" + b"}" * 2000,
+                400,
+                "the body must be JSON of a few levels, got hundreds",
+            ),
+            (
+                b'{"seed": ' + b"9" * 5000 + b"}",
+                400,
+                "the body must be JSON that can be read: Exceeds the limit",
+            ),
+            (
+                b'{"user": "a", "user": "b"}',
+                400,
+                "the body must be JSON that can be read: duplicate key 'user'",
+            ),
+            (b'{"stream_options": {"x": 1, "x": 1}}', 400, "duplicate key 'x'"),
             (b'{"model": "tiny", "prompt": "a", "top_p": NaN}', 422, "top_p: Input should be less than"),
             (b'{"model": "tiny", "prompt": "a", "top_p": -Infinity}', 422, "top_p: Input should be greater"),
             (b'{"model": "tiny", "prompt": "a", "top_p": 1e999}', 422, "top_p: Input should be less than"),
@@ -189,7 +206,55 @@ class TestBodies:
         assert answer.headers["content-type"] == "application/json"
         if status != 200:
             assert said in answer.json()["error"]["message"]
-            assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+            error = answer.json()["error"]
+            assert error.keys() == {"message", "type", "param", "code"}
+            assert not said.startswith("the body") or error["param"] is None
+
+    @pytest.mark.parametrize(
+        "field", ["prompt", "user", "logit_bias", "stop", "temperature", "suffix", "other"]
+    )
+    @pytest.mark.parametrize("pair", ["[]", "{}"])
+    def test_lists_within_lists_are_no_fault_of_the_program(self, field, pair, server, caplog):
+        inner = {"[]": ("[", "]"), "{}": ('{"a":', "}")}[pair]
+        for depth in (3, 100, 300, 500, 700, 900, 960, 1000):
+            deep = inner[0] * depth + "1" + inner[1] * depth
+            for path, rest in (("completions", '"prompt": "a"'), ("chat/completions", '"messages": []')):
+                rest = "" if field == "prompt" and path == "completions" else f", {rest}"
+                body = f'{{"model": "{NAME}", "{field}": {deep}{rest}}}'
+                answer = httpx2.post(f"{server.url}/v1/{path}", content=body, headers=JSON)
+                assert answer.status_code in (400, 422), (depth, answer.text)
+                assert len(answer.text) < 1000
+        assert not caplog.records
+
+    def test_what_a_client_sends_does_not_come_back_whole(self, server):
+        long = "x" * 100_000
+        for change in ({"model": long}, {long: 1}, {"prompt": [10**4000]}, {"stream_options": {long: 1}}):
+            body = {"model": NAME, "prompt": "a"} | change
+            answer = httpx2.post(f"{server.url}/v1/completions", json=body)
+            assert answer.status_code in (400, 404, 422)
+            assert len(answer.text) < 3000
+        answer = httpx2.post(f"{server.url}/v1/completions", json={"model": long, "prompt": "a"})
+        said = f"the model '{long[:100]}...' is not here; this server has '{NAME}'"
+        assert answer.json()["error"]["message"] == said
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"stop": ""}, "stop: String should have at least 1 character"),
+            ({"stop": ["a", 1]}, "stop.1: Input should be a valid string"),
+            ({"prompt": []}, "prompt: List should have at least 1 item after validation, not 0"),
+            ({"prompt": [[1, -1]]}, "prompt.0.1: Input should be greater than or equal to 0"),
+            ({"logit_bias": {"1": 2}}, "logit_bias: Dictionary should have at most 0 items after validation"),
+            ({"stop": 1}, "stop: Input should be a valid string; stop: Input should be a valid list"),
+        ],
+        ids=str,
+    )
+    def test_a_value_is_measured_as_what_it_is(self, change, said, server):
+        body = {"model": NAME, "prompt": "a"} | change
+        error = httpx2.post(f"{server.url}/v1/completions", json=body).json()["error"]
+        assert error["message"].startswith(said)
+        assert "; ".join(error["message"].split("; ")[: said.count("; ") + 1]) == error["message"]
+        assert error["param"] == said.split(":")[0]
 
     @pytest.mark.parametrize(
         "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None]

@@ -6,6 +6,15 @@ from lumi.config import UserError
 from lumi.server.limits import Limits, check_key, is_loopback
 
 
+def test_a_request_may_have_no_more_choices_than_there_is_room():
+    for change, most in (
+        ({}, 16),
+        ({"max_batch": 2, "max_queue": 2}, 4),
+        ({"max_batch": 1, "max_queue": 0}, 1),
+    ):
+        assert Limits(**change).max_choices == most
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

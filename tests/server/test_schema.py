@@ -156,6 +156,23 @@ def test_neutral_values_are_taken():
     CompletionRequest.model_validate(TEXT | neutral | {"suffix": None, "max_tokens": 0, "echo": True})
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "method"),
+    [(ChatRequest, CHAT, ChatCompletions.create), (CompletionRequest, TEXT, Completions.create)],
+    ids=["chat", "text"],
+)
+def test_null_is_the_default(kind, body, method):
+    """Of more fields than OpenAI's types let be null: of all but those that a request must have."""
+    nulls = dict.fromkeys(kind.model_fields.keys() - body.keys())
+    assert kind.model_validate(body | nulls) == kind.model_validate(body)
+    shown = kind.model_json_schema()["properties"]
+    others = [name for name in nulls if {"type": "null"} not in shown[name].get("anyOf", [])]
+    assert [shown[name]["type"] for name in others] == ["null"] * len(others)
+    for name in body:
+        with pytest.raises(ValidationError):
+            kind.model_validate(body | {name: None})
+
+
 def test_prompts_of_each_kind():
     for given, prompts in (
         ("a", ["a"]),
@@ -181,5 +198,5 @@ def test_a_server_s_limits_are_part_of_its_schema():
             shown = kind.model_json_schema()["properties"][name]
             assert (shown.get("anyOf") or [shown])[0]["maximum"] == value - 1
     assert text.model_validate(TEXT).max_tokens == 8  # the API's default, 16, is more
-    assert "maximum" not in CompletionRequest.model_json_schema()["properties"]["max_tokens"]
+    assert "maximum" not in CompletionRequest.model_json_schema()["properties"]["max_tokens"]["anyOf"][0]
     assert chat.__name__ == "ChatRequest"

@@ -174,7 +174,9 @@ class TestRefusals:
             (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
             (["--port", "-1"], "--port must be between 0 and 65535, got -1"),
             (["--max-batch", "0"], "--max-batch must be at least 1, got 0"),
-            (["--max-batch", "1", "--max-queue", "0"], "--max-choices must be at most"),
+            (["--max-batch", "1", "--max-queue", "0", "--max-choices", "2"], "--max-choices must be at most"),
+            (["--model-name", ""], "--model-name must not be empty, got ''; leave it out"),
+            (["--model-name", " "], "--model-name must not be empty, got ' '; leave it out"),
             (["--request-seconds", "nan"], "--request-seconds must be above 0, got nan"),
             (["--cache-tokens", "0"], "--cache-tokens must be at least 1, got 0"),
             (["--host", "192.0.2.1", "--api-key", "k"], "--port must be free on an address of this machine"),
@@ -211,7 +213,14 @@ class TestRefusals:
             capsys,
             code,
             "--cache-tokens must fit into the free memory, 0.01 GB, got 1000000 tokens, which take 0.26 GB; "
-            "lower it, or --max-batch",
+            "lower it",
+        )
+        code = serve("--model-path", model_dir, "--port", 0, "--max-batch", 1_000_000)
+        self.check(
+            capsys,
+            code,
+            "the cache of --max-batch must fit into the free memory, 0.01 GB, got 1000000 choices "
+            "with 256000000 tokens, which take 65.54 GB; lower --max-batch, or choose --cache-tokens",
         )
 
     def test_packages_that_are_not_installed(self, monkeypatch, capsys):
