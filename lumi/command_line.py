@@ -30,6 +30,13 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def given_path(text: str) -> Path:
+    """For `type=` of an option. An empty text is no path: as a `Path` it would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty text")
+    return Path(text)
+
+
 def summary(command: Callable[[list[str]], int]) -> str:
     """The line about a subcommand that `lumi --help` and its own help show."""
     return command.__doc__ or ""
@@ -69,7 +76,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 def add_cache_dir(arguments: argparse.ArgumentParser) -> None:
     """Add `--cache-dir`, for commands that take a corpus folder as data."""
     text = "for the tokens of corpus folders; default: in them, or ~/.cache/lumi where they are read-only"
-    arguments.add_argument("--cache-dir", type=Path, metavar="DIR", help=text)
+    arguments.add_argument("--cache-dir", type=given_path, metavar="DIR", help=text)
 
 
 def add_numbers(arguments: argparse.ArgumentParser, defaults: Any, texts: Mapping[str, str]) -> None:

@@ -5,12 +5,11 @@ torchrun --nproc-per-node 8 lumi/train.py --config C --data-dirs S... --tokenize
 
 import os
 import sys
-from pathlib import Path
 
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # a script's own folder comes first: lumi/data would be everybody's `import data`
 
-from lumi.command_line import add_cache_dir, add_config, parse, parser, run
+from lumi.command_line import add_cache_dir, add_config, given_path, parse, parser, run
 from lumi.config import UserError, load_config
 from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
@@ -37,11 +36,11 @@ def main(argv: list[str]) -> int:
     )
     arguments.add_argument(
         "--model-path",
-        type=Path,
+        type=given_path,
         metavar="M",
         help="begin with this model: a run, a checkpoint, a Hugging Face folder, or org/name on the hub",
     )
-    arguments.add_argument("--output-dir", required=True, type=Path, help="the run folder")
+    arguments.add_argument("--output-dir", required=True, type=given_path, help="the run folder")
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")
     add_cache_dir(arguments)
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from lumi.cli import dispatch
 from lumi.command_line import add_config, add_numbers, from_options, normalize, parse, parser, run
 from lumi.config import UserError
 
@@ -99,3 +100,23 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(fault, code, printed, caps
 def test_a_fault_of_the_program_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda argv: 1 // 0, [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", ""],
+        ["verify", ".", "--search", ""],
+        ["report", ""],
+        ["report", ".", "--output", ""],
+        ["export", "--model-path", "", "--output-dir", "x"],
+        ["export", "--model-path", "x", "--output-dir", ""],
+        ["tokenizer", "--config", "x", "--corpus-dirs", "x", "--output-dir="],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_current_folder(arguments, capsys):
+    """As a shell makes it of a variable that is not set."""
+    with pytest.raises(SystemExit, match="2"):
+        dispatch(arguments)
+    assert capsys.readouterr().err.endswith(": must be a path, got an empty text\n")

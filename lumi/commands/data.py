@@ -1,8 +1,6 @@
 """Texts become what training reads: `lumi prepare`, `lumi tokenizer`, `lumi tokenize`."""
 
-from pathlib import Path
-
-from lumi.command_line import add_config, parse, parser, summary
+from lumi.command_line import add_config, given_path, parse, parser, summary
 from lumi.config import load_config
 
 
@@ -12,7 +10,7 @@ def prepare(argv: list[str]) -> int:
 
     arguments = parser("lumi prepare", summary(prepare))
     add_config(arguments)
-    arguments.add_argument("--output-dir", required=True, type=Path)
+    arguments.add_argument("--output-dir", required=True, type=given_path)
     cache = "reuse finished work, go on after an interruption"
     arguments.add_argument("--use-cache", action="store_true", help=cache)
     arguments.add_argument("--analyze-only", action="store_true", help="print the plan, write nothing")
@@ -35,7 +33,7 @@ def tokenizer(argv: list[str]) -> int:
     arguments = parser("lumi tokenizer", summary(tokenizer))
     add_config(arguments)
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
-    arguments.add_argument("--output-dir", required=True, type=Path)
+    arguments.add_argument("--output-dir", required=True, type=given_path)
     options = parse(arguments, argv)
     config = load_config(TokenizerConfig, options.config, options.overrides)
     trained = train_tokenizer(config, options.corpus_dirs, options.output_dir)
@@ -61,7 +59,7 @@ def tokenize(argv: list[str]) -> int:
     arguments = parser("lumi tokenize", summary(tokenize))
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
     arguments.add_argument("--tokenizer-dir", "--tokenizer-path", required=True, help=texts["tokenizer"])
-    arguments.add_argument("--output-dir", required=True, type=Path)
+    arguments.add_argument("--output-dir", required=True, type=given_path)
     arguments.add_argument("--validation-fraction", type=float, help=texts["fraction"])
     arguments.add_argument("--validation-corpus-dirs", nargs="+", metavar="DIR", help=texts["corpora"])
     arguments.add_argument("--template", choices=tuple(TEMPLATES), help=texts["template"])

@@ -1,8 +1,9 @@
 """Which model a command works on: the options, and the loading."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lumi.command_line import given_path
 
 if TYPE_CHECKING:
     from lumi.formats.pretrained import Pretrained
@@ -21,7 +22,7 @@ def add_model(arguments: argparse.ArgumentParser) -> None:
 def add_whole_model(arguments: argparse.ArgumentParser) -> None:
     """Add the options for a model without an adapter, and for its tokenizer."""
     model = "a run, its final/ or a checkpoint, a Hugging Face folder, org/name on the hub, or a GGUF file"
-    arguments.add_argument("--model-path", required=True, type=Path, help=model)
+    arguments.add_argument("--model-path", required=True, type=given_path, help=model)
     tokenizer = "default: the one in the model's folder"
     arguments.add_argument("--tokenizer-path", "--tokenizer-dir", help=tokenizer)
 

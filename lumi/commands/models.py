@@ -1,10 +1,19 @@
 """A model is judged and passed on: `lumi evaluate`, `export`, `merge`, `verify` and `push`."""
 
 import argparse
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING
 
-from lumi.command_line import add_cache_dir, add_config, from_options, option_name, parse, parser, summary
+from lumi.command_line import (
+    add_cache_dir,
+    add_config,
+    from_options,
+    given_path,
+    option_name,
+    parse,
+    parser,
+    summary,
+)
 from lumi.commands.model_options import add_model, add_whole_model, load_model
 from lumi.config import load_config
 
@@ -23,7 +32,7 @@ def evaluate(argv: list[str]) -> int:
     arguments = parser("lumi evaluate", summary(evaluate))
     add_config(arguments, f"{standard}, or {with_data.name} beside it where --data-dirs is given")
     add_model(arguments)
-    arguments.add_argument("--output-dir", required=True, type=Path)
+    arguments.add_argument("--output-dir", required=True, type=given_path)
     arguments.add_argument("--data-dirs", nargs="+", metavar="DIR", help=data)
     add_cache_dir(arguments)
     arguments.add_argument("--limit", type=int, help=limit)
@@ -65,8 +74,8 @@ def merge(argv: list[str]) -> int:
 
     arguments = parser("lumi merge", summary(merge))
     adapter = "the adapter's folder, or the run that made it"
-    arguments.add_argument("--model-path", required=True, type=Path, help=adapter)
-    arguments.add_argument("--base-path", type=Path, help="default: the base that the adapter names")
+    arguments.add_argument("--model-path", required=True, type=given_path, help=adapter)
+    arguments.add_argument("--base-path", type=given_path, help="default: the base that the adapter names")
     _add_export(arguments)
     options = arguments.parse_args(argv)
     merged = merge_adapter(
@@ -91,7 +100,7 @@ def _add_export(arguments: argparse.ArgumentParser) -> None:
         "license": "gguf: such as apache-2.0; default: what the model's README.md names",
     }
     dtypes = ("float32", "bfloat16", "float16")
-    arguments.add_argument("--output-dir", required=True, type=Path, help="new or empty")
+    arguments.add_argument("--output-dir", required=True, type=given_path, help="new or empty")
     arguments.add_argument("--format", choices=FORMATS, default="hf", help=texts["format"])
     arguments.add_argument("--dtype", choices=dtypes, help=texts["dtype"])
     arguments.add_argument("--max-shard-size", metavar="SIZE", help=texts["size"])
@@ -123,11 +132,16 @@ def verify(argv: list[str]) -> int:
     }
     more = "Exit code 1: something is missing, changed or from another chain. Nothing is modified."
     arguments = parser("lumi verify", f"{summary(verify)}. {more}")
-    arguments.add_argument("path", type=Path, metavar="PATH", help=texts["path"])
-    arguments.add_argument("--search", nargs="+", default=[], type=Path, metavar="DIR", help=texts["search"])
+    arguments.add_argument("path", type=given_path, metavar="PATH", help=texts["path"])
+    arguments.add_argument(
+        "--search", nargs="+", default=[], type=given_path, metavar="DIR", help=texts["search"]
+    )
     arguments.add_argument("--json", action="store_true", help=texts["json"])
     options = arguments.parse_args(argv)
     link = chain.verify(options.path, options.search)
+    if (made := chain.made_by(options.path)) != options.path:
+        other = "its own files, such as config.json and metrics.jsonl, are not in the chain"
+        print(f"{options.path}: looked at {made}, which the run made; {other}", file=sys.stderr)
     print(to_json(link) if options.json else tree(link))
     return 1 if link.is_broken else 0
 
@@ -149,7 +163,7 @@ def push(argv: list[str]) -> int:
         "replace_card": "also replace a README.md that lumi push has not written",
     }
     arguments = parser("lumi push", summary(push))
-    arguments.add_argument("run", type=Path, metavar="RUN", help=texts["run"])
+    arguments.add_argument("run", type=given_path, metavar="RUN", help=texts["run"])
     arguments.add_argument("repo", metavar="OWNER/NAME")
     for name in ("dry_run", "private", "replace_card"):
         arguments.add_argument(option_name(name), action="store_true", help=texts[name])
@@ -157,7 +171,9 @@ def push(argv: list[str]) -> int:
     arguments.add_argument("--license", metavar="ID", help=texts["license"])
     arguments.add_argument("--base-model", metavar="OWNER/NAME", help=texts["base_model"])
     for name in ("search", "evaluations"):
-        folders = arguments.add_argument(option_name(name), nargs="+", type=Path, metavar="DIR", default=[])
+        folders = arguments.add_argument(
+            option_name(name), nargs="+", type=given_path, metavar="DIR", default=[]
+        )
         folders.help = texts[name]
     options = arguments.parse_args(argv)
     push_model(options.run, options.repo, from_options(PushOptions, options))

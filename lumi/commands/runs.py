@@ -1,11 +1,13 @@
 """Runs are planned, made whole and shown: `lumi plan`, `lumi finetune`, `lumi report`, `lumi demo`."""
 
+import sys
 from pathlib import Path
 
 from lumi.command_line import (
     add_config,
     add_numbers,
     from_options,
+    given_path,
     parse,
     parser,
     split_overrides,
@@ -56,9 +58,9 @@ def finetune(argv: list[str]) -> int:
     }
     changes = "Settings are changed by key.subkey=value, such as optimizer.peak_lr=3e-4."
     arguments = parser("lumi finetune", f"{summary(finetune)}. {changes}")
-    arguments.add_argument("model", type=Path, metavar="MODEL", help=texts["model"])
+    arguments.add_argument("model", type=given_path, metavar="MODEL", help=texts["model"])
     arguments.add_argument("data", nargs="+", metavar="DATA", help=texts["data"])
-    arguments.add_argument("--output-dir", required=True, type=Path)
+    arguments.add_argument("--output-dir", required=True, type=given_path)
     arguments.add_argument("--split", help=texts["split"])
     arguments.add_argument("--epochs", type=float, help=texts["epochs"])
     arguments.add_argument("--merge", action="store_true", help=texts["merge"])
@@ -89,15 +91,15 @@ def report(argv: list[str]) -> int:
         "evaluations": "folders of evaluations, beside those found in and next to the runs",
     }
     arguments = parser("lumi report", summary(report))
-    arguments.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=texts["run"])
-    arguments.add_argument("--output", type=Path, metavar="FILE", help=texts["output"])
+    arguments.add_argument("runs", nargs="+", type=given_path, metavar="RUN", help=texts["run"])
+    arguments.add_argument("--output", type=given_path, metavar="FILE", help=texts["output"])
     arguments.add_argument(
-        "--evaluations", nargs="+", type=Path, default=(), metavar="DIR", help=texts["evaluations"]
+        "--evaluations", nargs="+", type=given_path, default=(), metavar="DIR", help=texts["evaluations"]
     )
     options = arguments.parse_args(argv)
     output = options.output or options.runs[0] / "report.html"
     for note in write_report(options.runs, output, options.evaluations):
-        print(note)
+        print(note, file=sys.stderr)
     print(f"wrote {output}")
     return 0
 
@@ -108,7 +110,7 @@ def demo(argv: list[str]) -> int:
 
     arguments = parser("lumi demo", summary(demo))
     minutes = "what the whole demo may take on a CPU; training is cut to fit; 0: all steps of the config"
-    arguments.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
+    arguments.add_argument("--output-dir", type=given_path, default=Path("runs/demo"))
     arguments.add_argument("--minutes", type=float, default=4.0, help=minutes)
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = arguments.parse_args(argv)

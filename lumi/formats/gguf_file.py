@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from lumi.config import UserError
+from lumi.host.storage import DamagedError
 
 Kind = TypeVar("Kind", bool, int, float, str)
 SUFFIX = ".gguf"
 GGUF = "gguf"  # the kind of artefact
 _ENTRIES = 2**22  # names and values; the largest vocabularies have two million
-_REMEDY = "download or copy it again"
+_MAGIC, _HEAD = b"GGUF", 8  # bytes, the version included
+_WHOLE, _REMEDY = "must be a whole GGUF file of version 2 or 3", "download or copy it again"
 
 
 def library() -> Any:
@@ -96,7 +98,8 @@ def open_gguf(path: str | Path) -> GgufFile:
     """Open a GGUF file.
 
     Raises:
-        UserError: it is no such file, it is truncated or damaged, or it is one of several parts.
+        DamagedError: it is no such file, or it is truncated or damaged.
+        UserError: it is not for this machine, or it is one of several parts.
     """
     library()
     try:
@@ -105,9 +108,8 @@ def open_gguf(path: str | Path) -> GgufFile:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, LookupError, OverflowError, ArithmeticError, TypeError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        expectation = "must be a whole GGUF file of version 2 or 3"
-        raise UserError(f"{path}:", expectation, got=reason, remedy=_REMEDY) from error
+        got = _fault_of_head(path) or (str(error) if isinstance(error, _FaultError) else "a damaged file")
+        raise DamagedError(f"{path}:", _WHOLE, got=got, remedy=_REMEDY) from error
     if reader.byte_order != "I":
         expectation, remedy = "must be of this machine's byte order", "convert it by gguf-convert-endian"
         raise UserError(f"{path}:", expectation, got="the other one", remedy=remedy)
@@ -115,6 +117,39 @@ def open_gguf(path: str | Path) -> GgufFile:
         remedy = "join the parts by `llama-gguf-split --merge`"
         raise UserError(f"{path}:", "must hold the whole model", got="one part of several", remedy=remedy)
     return GgufFile(Path(path), metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def check_whole(path: str | Path) -> None:
+    """Compare a file with its format. Without the package only its first bytes are looked at.
+
+    Raises:
+        DamagedError: it is no GGUF file, or it is truncated or damaged.
+        OSError: it cannot be read.
+    """
+    if got := _fault_of_head(path):
+        raise DamagedError(f"{path}:", _WHOLE, got=got, remedy=_REMEDY)
+    try:
+        open_gguf(path)
+    except DamagedError:
+        raise
+    except UserError:  # the package is missing, or the file is whole and not for us
+        return
+
+
+def _fault_of_head(path: str | Path) -> str:
+    """What is wrong with a file's first bytes, in our words: the libraries' are about their arrays."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if not head.startswith(_MAGIC[: len(head)]):
+        return "a file of another kind"
+    if len(head) < _HEAD:
+        return "a file that ends too early"
+    version = min(int.from_bytes(head[len(_MAGIC) :], order) for order in ("little", "big"))
+    return "" if version in (2, 3) else f"a file of version {version}"
+
+
+class _FaultError(ValueError):
+    """What is wrong with a file, found by us."""
 
 
 def _reader_class() -> Any:
@@ -126,12 +161,11 @@ def _reader_class() -> Any:
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             self.entries += 1
-            found = super()._get(offset, dtype, count, override_order)
-            if len(found) < int(count):
-                raise ValueError("a file that ends too early")
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise _FaultError("a file that ends too early")
             if self.entries > _ENTRIES:
-                raise ValueError(f"more than {_ENTRIES} entries")
-            return found
+                raise _FaultError(f"more than {_ENTRIES} entries")
+            return super()._get(offset, dtype, count, override_order)
 
     return Reader
 

@@ -17,7 +17,7 @@ from lumi.formats.checkpoint_folder import find_tokenizer, is_checkpoint, open_f
 from lumi.formats.gguf_file import is_gguf
 from lumi.formats.hf_config import from_hf_config, save_tokenizer, to_hf_config
 from lumi.host.provenance import Parent, record_files, write_provenance
-from lumi.host.storage import atomic_folder, sha256_file
+from lumi.host.storage import MissingError, atomic_folder, sha256_file
 from lumi.host.tensor_files import save_tensors
 from lumi.kernels.bundle import Ops
 from lumi.kernels.rope import rope_table
@@ -161,11 +161,14 @@ def load_model(
     return model
 
 
-def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer, *, may_extend: bool = False) -> None:
+def check_tokenizer(
+    folder: Path, vocab_size: int, tokenizer: Tokenizer, *, may_extend: bool = False, remedy: str = ""
+) -> None:
     """Raises UserError if the model was trained with another tokenizer, or has too few ids for it.
 
     Args:
         may_extend: the tokenizer may have more tokens than the one in the folder, as that of an adapter.
+        remedy: what helps against another one; default: the folder's own.
     """
     if is_checkpoint(folder):
         expected = open_folder(folder).tokenizer_fingerprint
@@ -183,7 +186,7 @@ def check_tokenizer(folder: Path, vocab_size: int, tokenizer: Tokenizer, *, may_
             f"{folder}: the tokenizer",
             f"must be the one it was trained with, of fingerprint {expected}",
             got=tokenizer.fingerprint,
-            remedy=tokenizer_remedy(folder),
+            remedy=remedy or tokenizer_remedy(folder),
         )
     if tokenizer.vocab_size > vocab_size:
         files = "tokenizer.json, tokenizer_config.json and added_tokens.json"
@@ -318,7 +321,7 @@ def weight_files(folder: Path) -> Sequence[Path]:
             why = f"{INDEX} names it; copy the whole folder"
             if names == [_WEIGHTS]:
                 why = "only safetensors weights are read (no pickle)"
-            raise UserError(f"{folder / name}: is missing; {why}")
+            raise MissingError(f"{folder / name}: is missing; {why}")
     return [folder / name for name in names]
 
 

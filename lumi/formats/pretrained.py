@@ -12,7 +12,13 @@ from torch import nn
 
 from lumi.config import UserError
 from lumi.formats import gguf_shape, gguf_weights
-from lumi.formats.adapter_format import adapted_vocab_size, base_of, is_adapter, load_adapter
+from lumi.formats.adapter_format import (
+    adapted_vocab_size,
+    base_of,
+    is_adapter,
+    load_adapter,
+    named_base,
+)
 from lumi.formats.checkpoint_folder import is_checkpoint, tokenizer_folder
 from lumi.formats.gguf_file import is_gguf, open_gguf
 from lumi.formats.gguf_tokenizer import read_tokenizer
@@ -74,13 +80,24 @@ def load_pretrained(
     shape = read_shape(folder)
     vocab_size = adapted_vocab_size(adapter) if adapter is not None else None
     may_extend = adapter is not None and has_tokenizer(adapter)
-    check_tokenizer(folder, vocab_size or shape.vocab_size, tokenizer, may_extend=may_extend)
+    remedy = _remedy(adapter) if tokenizer_path is None else ""
+    check_tokenizer(folder, vocab_size or shape.vocab_size, tokenizer, may_extend=may_extend, remedy=remedy)
     model = load_model(folder, select(kernels, chosen, shape.head_dim, dtype), dtype)
     if adapter is not None:
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)
     narrow(model)
     return Pretrained(model.to(chosen).eval(), tokenizer, folder, adapter)
+
+
+def _remedy(adapter: Path | None) -> str:
+    """What helps where the tokenizer that comes with a model, or with its adapter, is not the model's."""
+    if adapter is None or not has_tokenizer(_tokenizer_place(adapter)):
+        return "it was replaced there: copy the model again, or pass its tokenizer by --tokenizer-path"
+    base = named_base(adapter)
+    named = "" if base is None else f" It names {base};"
+    other = f"{adapter} brings another: was it trained on another base?{named}"
+    return f"{other} pass its base by --model-path (merge: --base-path)"
 
 
 def _load_gguf(
@@ -135,15 +152,19 @@ def _locate_both(path: str | Path, adapter_path: str | Path | None) -> tuple[Pat
 
 def _load_tokenizer(folder: Path, adapter: Path | None) -> Tokenizer:
     """The adapter's tokenizer; or the model's, with the files that others have saved beside the adapter."""
-    folder = tokenizer_folder(folder) if is_checkpoint(folder) else folder
+    folder = _tokenizer_place(folder)
     if adapter is None:
         return load_tokenizer(folder)
-    adapter = tokenizer_folder(adapter) if is_checkpoint(adapter) else adapter
+    adapter = _tokenizer_place(adapter)
     if has_tokenizer(adapter):
         return load_tokenizer(adapter)
     template = read_surroundings(adapter).chat_template
     tokenizer = load_tokenizer(folder)
     return tokenizer if template is None else tokenizer.with_chat_template(template)
+
+
+def _tokenizer_place(folder: Path) -> Path:
+    return tokenizer_folder(folder) if is_checkpoint(folder) else folder
 
 
 def locate(path: str | Path) -> Path:

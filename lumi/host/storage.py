@@ -13,7 +13,8 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ _OURS = re.compile(
 
 class DamagedError(UserError):
     """A file is missing, truncated or changed. Reading it again does not help, unlike after an OSError."""
+
+
+class MissingError(DamagedError):
+    """A file is missing."""
 
 
 def sha256_file(path: str | Path) -> str:
@@ -55,7 +60,7 @@ def check_file(path: str | Path, record: dict[str, Any], *, remedy: str, check_h
     except (FileNotFoundError, NotADirectoryError):
         found = None
     if found is None or not stat.S_ISREG(found.st_mode):
-        raise DamagedError(f"{path}: is missing", remedy=remedy)
+        raise MissingError(f"{path}: is missing", remedy=remedy)
     if (size := found.st_size) != record["size"]:
         got = f"{size}: the file is truncated or was changed"
         raise DamagedError(f"{path}:", f"must be {record['size']} bytes", got=got, remedy=remedy)
@@ -98,6 +103,36 @@ def check_output(folder: str | Path, *, renamed: bool, option: str = "--output-d
         return
     expectation, remedy = "must be a folder that can be replaced", f"choose one inside it: {folder}/output"
     raise UserError(option, expectation, got=f"{folder}, {why}", remedy=remedy)
+
+
+def check_output_file(path: str | Path, expected: str, may_replace: Callable[[Path], bool]) -> None:
+    """Check, before the work, that a file can be written, and that nothing of the user's is lost by it.
+
+    Args:
+        expected: what may be there, as in "new or empty".
+        may_replace: whether the file that is there may go. Behind a link it is what that leads to.
+
+    Raises:
+        UserError: it is a folder, something else is there, or its folder is missing or takes no files.
+    """
+    option, path, real = "--output", Path(path), _real(path)
+    if path.is_dir():
+        raise UserError(option, "must be a file", got=f"the folder {path}")
+    if os.path.lexists(real) and not (real.exists() and may_replace(real)):  # also a link to itself
+        got, remedy = f"{path}, a file that would be lost", "remove it or choose another"
+        raise UserError(option, f"must be {expected}", got=got, remedy=remedy)
+    if path.exists() and not path.is_file():  # a device or a pipe
+        return
+    try:
+        tempfile.TemporaryFile(dir=real.parent).close()  # permissions do not say it all, as in /proc
+    except OSError as error:
+        expectation, remedy = "must be a file in a folder that takes files", "make it or choose another"
+        raise UserError(option, expectation, got=path, remedy=remedy) from error
+
+
+def is_empty(file: Path) -> bool:
+    """Whether nothing is lost when a file is written anew. Devices and pipes are empty."""
+    return file.stat().st_size == 0
 
 
 def is_writable(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from lumi.chat.messages import MalformedConversation, Message, find_disorder, pa
 from lumi.chat.rendering import prompt_ids, stop_ids
 from lumi.config import UserError, unique_keys
 from lumi.host.progress import progress_bar
+from lumi.host.storage import check_output_file, is_empty
 from lumi.host.text import utf8
 from lumi.inference.generation import SamplingConfig, check_prompts, filler_id, generate_ids, text_ids
 from lumi.model.transformer import Transformer
@@ -133,14 +134,12 @@ def _check_unicode(value: Any, *place: str) -> None:
 
 
 def check_files(source: str, target: str | None) -> None:
-    """Refuse a target that cannot be written; None is stdout. Raises UserError."""
+    """Refuse a target that cannot be written or that holds something; None is stdout. Raises UserError."""
     if target is None:
         return
     if os.path.realpath(target) == os.path.realpath(source):
         raise UserError("--output", "must be another file than --input", got=f"{target} for both")
-    if not target or os.path.isdir(target) or not os.path.isdir(os.path.dirname(target) or "."):
-        remedy = "make the folder or mend the path"
-        raise UserError("--output", "must be a file in a folder that exists", got=target, remedy=remedy)
+    check_output_file(target, "new or empty", is_empty)
 
 
 def complete_file(

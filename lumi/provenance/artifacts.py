@@ -3,7 +3,6 @@
 A further kind is one more entry of `KINDS`.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,9 @@ from lumi.evaluation.evaluate import RESULTS_FILE
 from lumi.formats.adapter_format import WEIGHTS
 from lumi.formats.checkpoint_folder import is_checkpoint
 from lumi.formats.fingerprint import weights_fingerprint
-from lumi.formats.gguf_file import GGUF, SUFFIX, is_gguf
-from lumi.formats.hf_format import weight_files
-from lumi.formats.peft_config import CONFIG
+from lumi.formats.gguf_file import GGUF, SUFFIX, check_whole, is_gguf
+from lumi.formats.hf_format import open_tensors
+from lumi.formats.peft_config import CONFIG, read_config
 from lumi.host.provenance import Files, Parent, from_plain, read_provenance
 from lumi.host.storage import sha256_file
 from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
@@ -55,14 +54,26 @@ def _holds(name: str) -> Callable[[Path], bool]:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether there are a config and all weights: a tokenizer from the hub may come with the config alone."""
-    with contextlib.suppress(UserError):
-        return (folder / "config.json").is_file() and bool(weight_files(folder))
-    return False
+    """Whether there is a trace of weights, also a link that leads nowhere: a model without them is a damaged
+    one. A tokenizer from the hub may come with a model's config alone."""
+    return any(folder.glob("model*.safetensors*"))
 
 
-def _hash_of(name: str) -> Callable[[Path], str]:
-    return lambda folder: sha256_file(folder / name)
+def _hash_of(name: str, check: Callable[[Path], object]) -> Callable[[Path], str]:
+    """The hash of a file. `check` raises UserError where the folder is damaged: there may be no record."""
+
+    def identity(folder: Path) -> str:
+        digest = sha256_file(folder / name)
+        check(folder)
+        return digest
+
+    return identity
+
+
+def _check_adapter(folder: Path) -> None:
+    read_config(folder)
+    with open_tensors(folder / WEIGHTS):
+        pass
 
 
 def _record(folder: Path, files: Files, parents: tuple[Parent, ...] | None) -> Record:
@@ -118,6 +129,12 @@ def _gguf_file(path: Path) -> Path:
     return next(path.glob(f"*{SUFFIX}"), path / f"model{SUFFIX}")
 
 
+def _gguf_identity(path: Path) -> str:
+    file = _gguf_file(path)
+    check_whole(file)
+    return sha256_file(file)
+
+
 def _gguf_record(path: Path) -> Record:
     """That of the file's folder, if it is the file's own."""
     folder = path if path.is_dir() else path.parent
@@ -128,15 +145,20 @@ def _gguf_record(path: Path) -> Record:
 
 
 _ARTIFACTS = (
-    Artifact("evaluation", _holds(RESULTS_FILE), _hash_of(RESULTS_FILE), _recorded("evaluation")),
-    Artifact("checkpoint", is_checkpoint, _hash_of(MANIFEST), _checkpoint_record),
+    Artifact(
+        "evaluation",
+        _holds(RESULTS_FILE),
+        _hash_of(RESULTS_FILE, lambda folder: read_json(folder / RESULTS_FILE)),
+        _recorded("evaluation"),
+    ),
+    Artifact("checkpoint", is_checkpoint, lambda folder: sha256_file(folder / MANIFEST), _checkpoint_record),
     Artifact("corpus", is_corpus, lambda folder: _read_corpus(folder).fingerprint, _corpus_record),
     Artifact(STORE, is_token_store, lambda folder: read_store_manifest(folder).fingerprint, _store_record),
-    Artifact("adapter", _holds(CONFIG), _hash_of(WEIGHTS), _recorded("adapter")),
+    Artifact("adapter", _holds(CONFIG), _hash_of(WEIGHTS, _check_adapter), _recorded("adapter")),
     Artifact(
         GGUF,
         lambda path: is_gguf(path) and path.is_file(),
-        lambda path: sha256_file(_gguf_file(path)),
+        _gguf_identity,
         _gguf_record,
     ),
     Artifact("model", _is_model, weights_fingerprint, _recorded("model")),

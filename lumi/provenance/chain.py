@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lumi.checkpoint.checkpoint import list_checkpoints
 from lumi.config import UserError
 from lumi.host.provenance import Parent
-from lumi.host.storage import TEMPORARY_PREFIX, sha256_file
+from lumi.host.storage import TEMPORARY_PREFIX, MissingError, sha256_file
 from lumi.provenance.artifacts import KINDS, is_artifact, kind_of
 
 Verdict = Literal["ok", "missing", "changed", "from another chain", "not recorded"]
@@ -162,6 +162,8 @@ def examine(kind: str, path: Path, all_bytes: bool = True) -> Finding:
         identity = KINDS[kind].identity(path)
     except FileNotFoundError as error:
         return Finding("missing", Path(error.filename).name)
+    except MissingError as error:
+        return Finding("missing", str(error.replace(remedy="")))
     except UserError as error:
         return Finding("changed", str(error.replace(remedy="")))
     return Finding("not recorded" if record.parents is None else "ok", "", identity, parents)

@@ -9,13 +9,15 @@ from pathlib import Path
 import jinja2
 
 from lumi import __version__
-from lumi.config import UserError, flatten
+from lumi.config import flatten
+from lumi.host.storage import TEMPORARY_PREFIX, check_output_file
 from lumi.reporting import charts
 from lumi.reporting.evaluations import find_evaluations
-from lumi.reporting.recorded_run import RecordedRun, read_runs
+from lumi.reporting.recorded_run import RecordedRun, check_runs, read_runs
 from lumi.training.metrics import human
 
 _UNKNOWN = "–"
+_MARK = '<meta name="generator" content="lumi report">'  # as in the template
 
 
 def write_report(runs: Sequence[Path], output: Path, evaluations: Sequence[Path] = ()) -> list[str]:
@@ -28,11 +30,11 @@ def write_report(runs: Sequence[Path], output: Path, evaluations: Sequence[Path]
         what a reader must know of the runs, a line for each.
 
     Raises:
-        UserError: a path is no run or no evaluation, or `output` is a folder.
-        OSError: `output` cannot be written.
+        UserError: a path is no run or no evaluation, or `output` cannot be written or is no page of ours.
+        OSError: the disk is full.
     """
-    if output.is_dir():
-        raise UserError("--output", "must be a file", got=f"the folder {output}")
+    check_runs(runs)
+    check_output_file(output, "new, or a page that `lumi report` wrote", _is_page)
     recorded = read_runs(runs)
     found, faults = find_evaluations([run.path for run in recorded], evaluations)
     template = _environment().get_template("report.html.jinja")
@@ -48,10 +50,23 @@ def write_report(runs: Sequence[Path], output: Path, evaluations: Sequence[Path]
         configs=[json.dumps(run.config, indent=2, ensure_ascii=False) for run in recorded],
         evaluations=found,
     )
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(page.encode("utf-8", "replace"))
-    os.replace(temporary, output)
+    real = Path(os.path.realpath(output))  # a link stays one
+    temporary = real.with_name(f"{TEMPORARY_PREFIX}report-{os.getpid()}")
+    try:
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+        os.replace(temporary, real)
+    finally:
+        temporary.unlink(missing_ok=True)
     return [f"{run.name}: {note}" for run in recorded for note in run.notes] + faults
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file is a page of ours, by how it begins. What people wrote is not replaced."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        head = opened.read(512)
+    return head.startswith(b"<!DOCTYPE html>") and _MARK.encode() in head
 
 
 def _environment() -> jinja2.Environment:

@@ -1,5 +1,6 @@
 """A run as its folder tells it, whatever state the folder is in."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +62,23 @@ class RecordedRun:
 
 def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     """Read run folders. Raises UserError for a path that is none."""
-    for path in paths:
-        _check_is_run(path)
+    check_runs(paths)
     once = {path.resolve(): path for path in paths}
     clear = len({real.name for real in once}) == len(once)
     return [_read_run(path, real.name if clear else str(path)) for real, path in once.items()]
 
 
+def check_runs(paths: Sequence[Path]) -> None:
+    """Raises UserError for a path that is no run folder."""
+    for path in paths:
+        _check_is_run(path)
+
+
 def _check_is_run(path: Path) -> None:
+    records = path / "metrics.jsonl"
+    if os.path.lexists(records) and not records.is_file():
+        got = f"{path}, where metrics.jsonl is no file"
+        raise UserError("RUN", "must be a run folder, with metrics.jsonl", got=got)
     if any((path / name).is_file() for name in ("metrics.jsonl", "status.json")):
         return
     inside = sorted(str(file.parent) for file in path.glob("*/metrics.jsonl"))
@@ -89,18 +99,23 @@ def _read_run(path: Path, name: str) -> RecordedRun:
         num_bad += len(records) - len(usable)
         records = sorted(usable, key=lambda record: record["step"])
         if num_bad:
-            lines = (
-                "1 line of metrics.jsonl is no record and is"
-                if num_bad == 1
-                else (f"{num_bad:,} lines of metrics.jsonl are no records and are")
-            )
-            notes.append(f"{lines} left out; a kill can cut the last line short.")
-    if not records:
+            notes.append(_dropped(num_bad, len(records)))
+    if not (records or notes):
         notes.append("There are no records yet.")
     status = _status(path, notes)
     return RecordedRun(
         name=name, path=path, records=records, config=_config(path, notes), status=status, notes=tuple(notes)
     )
+
+
+def _dropped(num_bad: int, num_good: int) -> str:
+    """What a reader must know of the lines that are no records."""
+    what = "line of metrics.jsonl is no record" if num_bad == 1 else "lines of metrics.jsonl are no records"
+    if num_good == 0:
+        which = "The only" if num_bad == 1 else f"All {num_bad:,}"
+        return f"{which} {what}: there is nothing to draw."
+    verb = "is" if num_bad == 1 else "are"
+    return f"{num_bad:,} {what} and {verb} left out; a kill can cut the last line short."
 
 
 def _config(path: Path, notes: list[str]) -> Mapping[str, Any] | None:

@@ -14,6 +14,7 @@ from lumi.config import UserError
 from lumi.formats.gguf_export import GgufFolder
 from lumi.formats.gguf_file import bytes_of, encode, is_gguf, open_gguf, rounded, write_gguf
 from lumi.formats.pretrained import Pretrained, load_pretrained
+from lumi.host.storage import DamagedError
 
 METADATA = {
     "a.text": "é\n",
@@ -124,6 +125,23 @@ def test_no_gguf_file(data, tmp_path):
     with pytest.raises(
         UserError, match=r"a\.gguf: must be a whole GGUF file of version 2 or 3, got .+; download"
     ):
+        opened(tmp_path / "a.gguf", data)
+
+
+@pytest.mark.parametrize(
+    ("data", "got"),
+    [
+        (b"", "a file that ends too early"),
+        (b"GG", "a file that ends too early"),
+        (b"x", "a file of another kind"),
+        (NONE_AT_ALL["text"], "a file of another kind"),
+        (NONE_AT_ALL["version 9"], "a file of version 9"),
+        (NONE_AT_ALL["a type of 99"], "a damaged file"),
+        (NONE_AT_ALL["an endless text"], "a file that ends too early"),
+    ],
+)
+def test_what_is_at_fault_is_said_in_our_words(data, got, tmp_path):
+    with pytest.raises(DamagedError, match=rf"version 2 or 3, got {got}; download or copy it again$"):
         opened(tmp_path / "a.gguf", data)
 
 

@@ -69,7 +69,7 @@ def test_an_adapter_s_own_template_is_used_and_merged(place, with_files, base_di
     assert judge.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "own x"
 
 
-def test_an_adapter_s_tokenizer_must_have_the_base_s_pieces(with_files):
+def test_an_adapter_s_tokenizer_must_have_the_base_s_pieces(with_files, base_dir):
     load_pretrained(with_files, device="cpu")
 
     def swap(data):
@@ -78,8 +78,21 @@ def test_an_adapter_s_tokenizer_must_have_the_base_s_pieces(with_files):
         vocab[a], vocab[b] = second, first
 
     edit(with_files / "tokenizer.json", swap)
-    with pytest.raises(UserError, match="the tokenizer must be the one it was trained with, of fingerprint"):
+    message = (
+        rf"the tokenizer must be the one it was trained with, of fingerprint .*; {with_files} brings "
+        rf"another: was it trained on another base\? It names {base_dir}; pass its base by --model-path"
+    )
+    with pytest.raises(UserError, match=message):
         load_pretrained(with_files, device="cpu")
+    with pytest.raises(UserError, match=f"; pass --tokenizer-path {base_dir}$"):
+        load_pretrained(with_files, tokenizer_path=with_files, device="cpu")
+
+
+def test_a_model_whose_own_tokenizer_was_replaced(base_dir):
+    """The remedy does not name the folder that was just refused."""
+    edit(base_dir / "config.json", lambda data: data.update(tokenizer_fingerprint="0" * 64))
+    with pytest.raises(UserError, match="; it was replaced there: copy the model again, or pass its tok"):
+        load_pretrained(base_dir, device="cpu")
 
 
 def test_a_checkpoint_is_a_model(start, tokenizer, tmp_path):

@@ -12,8 +12,10 @@ from lumi.host.storage import (
     atomic_folder,
     check_file,
     check_output,
+    check_output_file,
     discard_folders,
     file_record,
+    is_empty,
     remove_folder,
     sha256_file,
     sweep_dead,
@@ -278,3 +280,26 @@ def test_check_file(tmp_path):
     path.unlink()
     with pytest.raises(DamagedError, match=r"x: is missing; mend it"):
         check_file(path, record, remedy="mend it")
+
+
+def test_a_file_to_write_into(tmp_path):
+    def check(path):
+        check_output_file(path, "new or empty", is_empty)
+
+    (tmp_path / "empty").touch()
+    (tmp_path / "full").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    (tmp_path / "ahead").symlink_to(tmp_path / "new")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    before = set(tmp_path.iterdir())
+    for name in ("empty", "new", "ahead", "/dev/null", "/dev/stdout"):
+        check(tmp_path / name)
+    for name in ("full", "link", "round"):
+        with pytest.raises(UserError, match=f"--output must be new or empty, got {tmp_path / name}, a file"):
+            check(tmp_path / name)
+    with pytest.raises(UserError, match=f"--output must be a file, got the folder {tmp_path}"):
+        check(tmp_path)
+    for place in (tmp_path / "none" / "f", tmp_path / "full" / "f", Path("/proc/f")):
+        with pytest.raises(UserError, match=f"must be a file in a folder that takes files, got {place};"):
+            check(place)
+    assert set(tmp_path.iterdir()) == before

@@ -196,9 +196,11 @@ def test_a_malformed_line_is_named_before_any_work(line, message, model_dir, tmp
         (["--input", "in.jsonl", "--output", "./in.jsonl"], "--output must be another file than --input"),
         (
             ["--input", "in.jsonl", "--output", "none/out"],
-            "--output must be a file in a folder that exists, got none/out",
+            "--output must be a file in a folder that takes files, got none/out",
         ),
-        (["--input", "in.jsonl", "--output", "."], "--output must be a file in a folder that exists, got ."),
+        (["--input", "in.jsonl", "--output", "."], "--output must be a file, got the folder ."),
+        (["--input", "in.jsonl", "--output", "full"], "--output must be new or empty, got full, a file that"),
+        (["--input", "in.jsonl", "--output", "link"], "--output must be new or empty, got link, a file that"),
         (["--input", "in.jsonl"], "in.jsonl: must hold at least one line"),
         (["--input", "none.jsonl"], "--input must be a file that can be read, got none.jsonl: No such file"),
     ],
@@ -207,6 +209,9 @@ def test_a_malformed_line_is_named_before_any_work(line, message, model_dir, tmp
 def test_options_that_do_not_fit(options, message, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text("\n")
+    (tmp_path / "full").write_text("mine")
+    (tmp_path / "link").symlink_to("full")
     assert run(dispatch, command(model_dir, *options)) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert (tmp_path / "full").read_text() == "mine"
     assert (tmp_path / "in.jsonl").read_text() == "\n"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lumi.config import UserError, from_dict, read_json
 from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.formats.export import export_model
 from lumi.formats.fingerprint import weights_fingerprint
+from lumi.formats.gguf_file import write_gguf
 from lumi.formats.pretrained import load_pretrained
 from lumi.host.storage import sha256_file
 from lumi.provenance.chain import verify
@@ -306,6 +308,71 @@ def test_the_command(chain, flip, capsys):
     for wrong in (["nothing"], [str(chain)], [str(chain / "tokens"), "--search", "nowhere"]):
         assert run(cli.dispatch, ["verify", *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_says_what_of_it_was_looked_at(chain, capsys):
+    (chain / "pretrain" / "config.json").write_text("{")
+    assert cli.dispatch(["verify", str(chain / "pretrain"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["path"] == str(chain / "pretrain" / "final")
+    said = f"{chain / 'pretrain'}: looked at {chain / 'pretrain' / 'final'}, which the run made"
+    assert captured.err.startswith(said)
+    cli.dispatch(["verify", str(chain / "tokens")])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("package", [True, False])
+@pytest.mark.parametrize("content", [b"", b"G", b"x", b"a model, honestly" * 9])
+def test_a_file_that_is_no_gguf_file_is_damaged_without_a_record(
+    content, package, chain, tmp_path, monkeypatch
+):
+    if not package:
+        monkeypatch.setitem(sys.modules, "gguf", None)
+    whole = shutil.copy(chain / "gguf" / "model-f16.gguf", tmp_path / "whole.gguf")
+    assert verify(whole).verdict == "not recorded"
+    (tmp_path / "bad.gguf").write_bytes(content)
+    link = verify(tmp_path / "bad.gguf")
+    assert (link.verdict, link.is_broken) == ("changed", True)
+    assert "must be a whole GGUF file" in link.detail
+
+
+def test_a_gguf_file_that_only_this_machine_cannot_read_is_whole(tmp_path):
+    write_gguf(tmp_path / "part.gguf", "llama", {"split.count": 3}, {}, lambda name: None)
+    assert verify(tmp_path / "part.gguf").verdict == "not recorded"
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_a_model_without_its_weights_is_no_tokenizer(config, chain):
+    """A link to itself, or to what has gone, is a trace of weights."""
+    (chain / "merged" / "provenance.json").unlink()
+    weights = chain / "merged" / "model.safetensors"
+    if not config:
+        (chain / "merged" / "config.json").unlink()
+        assert (verify(chain / "merged").kind, verify(chain / "merged").is_broken) == ("model", True)
+    for target in (weights, chain / "gone"):
+        weights.unlink()
+        weights.symlink_to(target)
+        link = verify(chain / "merged")
+        assert (link.kind, link.is_broken) == ("model", True)
+        if config:
+            assert link.verdict == "missing"
+            assert "model.safetensors: is missing" in link.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("evaluation", "evaluation_results.json"),
+        ("finetune/final", "adapter_model.safetensors"),
+        ("finetune/final", "adapter_config.json"),
+        ("merged", "model.safetensors"),
+        ("merged", "config.json"),
+    ],
+)
+def test_damage_is_seen_without_a_record(name, file, chain):
+    (chain / name / "provenance.json").unlink()
+    (chain / name / file).write_bytes(b"")
+    assert verify(chain / name).verdict == "changed"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """The page as a browser reads it: HTML, SVG, escaping, contrast, size."""
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from written_runs import evaluation_results, train_record, write_run
 
+import lumi.reporting.page
 from lumi.cli import dispatch
 from lumi.config import UserError
 from lumi.reporting.page import write_report
@@ -160,5 +163,41 @@ def test_where_it_goes(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "e", "page.html"}
     with pytest.raises(UserError, match="--output must be a file, got the folder"):
         write_report([folder], tmp_path)
-    with pytest.raises(FileNotFoundError):
-        write_report([folder], tmp_path / "nowhere" / "r.html")
+    for place in (tmp_path / "nowhere" / "r.html", Path("/proc/r.html"), folder / "config.json" / "r.html"):
+        with pytest.raises(UserError, match=f"must be a file in a folder that takes files, got {place};"):
+            write_report([folder], place)
+
+
+def test_only_a_page_of_its_own_is_replaced(tmp_path):
+    folder, page, link = run(tmp_path / "a"), tmp_path / "r.html", tmp_path / "link.html"
+    link.symlink_to(page)
+    for losses in ((5.0,), (6.0, 7.25)):
+        (folder / "metrics.jsonl").write_text(json.dumps(train_record(1, losses[-1])) + "\n")
+        write_report([folder], link)
+        assert link.is_symlink()
+        assert Page(page).has(f"{losses[-1]:.4f}")
+    template = (Path(lumi.reporting.page.__file__).parent / "report.html.jinja").read_text()
+    for mine in (b"", b"<!DOCTYPE html><title>mine</title>", b"\0\xff", template.encode()):
+        page.write_bytes(mine)
+        for output in (page, link):
+            with pytest.raises(UserError, match=rf"--output must be new, .* got {output}, .*; remove it or"):
+                write_report([folder], output)
+        assert page.read_bytes() == mine
+    page.unlink()
+    page.symlink_to(page)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="--output must be new, "):
+        write_report([folder], page)
+    with pytest.raises(UserError, match="--output must be new, "):
+        write_report([folder], tmp_path / "pipe")
+    assert not [path for path in tmp_path.rglob("*") if ".tmp-" in path.name]
+
+
+def test_the_command_says_on_stderr_what_a_reader_must_know(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", [], tail="[]\n{}\n")
+    assert dispatch(["report", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"wrote {folder / 'report.html'}\n"
+    line = "All 2 lines of metrics.jsonl are no records: there is nothing to draw."
+    assert captured.err == f"a: {line}\n"
+    assert Page(folder / "report.html").has(line)

@@ -37,6 +37,13 @@ def test_damaged_lines_are_counted_and_left_out(tail, expected, tmp_path):
     assert expected in run.notes[0]
 
 
+@pytest.mark.parametrize(("tail", "lines"), [("[]\n", "The only line"), ("{\n" * 3, "All 3 lines")])
+def test_a_run_whose_lines_are_all_damaged(tail, lines, tmp_path):
+    [run] = read_runs([write_run(tmp_path / "a", [], tail=tail)])
+    assert run.notes[0].startswith(f"{lines} of metrics.jsonl")
+    assert not any("no records yet" in note for note in run.notes)
+
+
 def test_what_a_reader_must_know(tmp_path):
     def notes(name, records=(), **more):
         return read_runs([write_run(tmp_path / name, list(records), **more)])[0].notes
@@ -71,3 +78,10 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_runs([tmp_path])
     with pytest.raises(UserError, match="which is no folder"):
         read_runs([Path("nowhere")])
+    records = run / "metrics.jsonl"
+    records.unlink()
+    for make in (records.mkdir, lambda: records.symlink_to(records)):
+        make()
+        with pytest.raises(UserError, match=rf"got {run}, where metrics.jsonl is no file"):
+            read_runs([run])
+        records.rmdir() if records.is_dir() else records.unlink()
