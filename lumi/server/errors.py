@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from lumi.chat.messages import MalformedConversation
 from lumi.config import UserError
-from lumi.server.schema import Error, ErrorResponse
+from lumi.server.schema import NEUTRAL_FIELDS, Error, ErrorResponse
 
 RETRY_SECONDS = 1
 _MOST_ERRORS = 20  # that are looked at
@@ -81,8 +81,9 @@ def handle_errors(app: FastAPI) -> None:
         return JSONResponse(wrong.body, 422)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        other = ApiError(error.status_code, str(error.detail))
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        said = f"there is nothing at {shortened(request.url.path)}; /openapi.json lists what there is"
+        other = ApiError(error.status_code, said if error.status_code == 404 else str(error.detail))
         return JSONResponse(other.body, other.status, {**other.headers, **(error.headers or {})})
 
     @app.exception_handler(Exception)
@@ -121,4 +122,8 @@ def _describe(error: dict[str, Any], field: str) -> str:
     if error["loc"] == ("body",) and error["type"] in ("missing", "model_attributes_type"):
         return "the body must be a JSON object, sent as application/json"
     said = error["msg"].removeprefix("Value error, ")
+    if (root := field.partition(".")[0]) in NEUTRAL_FIELDS:
+        return f"{root}: is not supported here; leave it out"
+    if error["type"] == "extra_forbidden":
+        said = "is no field of this API"
     return f"{field}: {said}" if field else said

@@ -23,7 +23,7 @@ class Metrics:
             "lumi_request_seconds", "From a request to its end", buckets=_SECONDS, registry=registry
         )
         self._requests = Counter(
-            "lumi_requests", "Requests that were generated for", ["outcome"], registry=registry
+            "lumi_requests", "Requests for generation, by how they ended", ["outcome"], registry=registry
         )
         self._prompt = Counter("lumi_prompt_tokens", "Tokens of prompts", registry=registry)
         self._cached = Counter(

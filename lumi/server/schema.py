@@ -12,6 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+# Taken only at the value that changes nothing.
+NEUTRAL_FIELDS = frozenset(
+    "presence_penalty frequency_penalty logit_bias tools tool_choice response_format suffix".split()
+)
 MAX_TOP = 20  # likeliest tokens that a request may ask for
 Zero = Annotated[float, Field(ge=0, le=0)]
 Some = Field(min_length=1, fail_fast=True)  # a long list has one error, not as many as items
@@ -127,6 +131,9 @@ class ChatRequest(Generation):
     response_format: ResponseFormat | None = None
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Annotated[bool | None, Field(description="changes nothing")] = None
+    store: Annotated[Literal[False] | None, Field(description="nothing is stored")] = None
+    metadata: Annotated[dict[str, str] | None, Field(description="changes nothing")] = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":

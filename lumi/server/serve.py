@@ -85,6 +85,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             os._exit(128 + sig)
+        print("closing: requests that have begun are answered; a second signal ends it at once", flush=True)
         super().handle_exit(sig, frame)
 
 

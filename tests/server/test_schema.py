@@ -24,7 +24,7 @@ def test_every_parameter_of_openai_is_taken_or_refused_by_name(kind, body, metho
     names = inspect.signature(method).parameters.keys() - OF_THE_CLIENT
     assert kind.model_fields.keys() - OWN <= names
     others = names - kind.model_fields.keys()
-    assert {"service_tier", "store", "functions"} & names <= others
+    assert {"service_tier", "functions"} & names <= others
     for name in [*others, "max_token"]:
         with pytest.raises(ValidationError) as refused:
             kind.model_validate(body | {name: None})
