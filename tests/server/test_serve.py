@@ -127,10 +127,11 @@ class TestProcess:
         assert reading.error is None
         assert ["".join(reading.texts)] == expected_texts(model, tokenizer, ["The"], max_new_tokens=200)
         assert code == -signal.SIGTERM
-        loading, ready, how = process.output.splitlines()  # nothing else is said, no request and no key
+        loading, ready, how, closing = process.output.splitlines()  # nothing else, no request and no key
         assert loading == f"loading letters for {process.url}"
         assert re.fullmatch(rf"{process.url}: .* 16 at a time, a cache of 4,096 tokens in 0.00 GB\.", ready)
         assert how == "Ctrl-C ends it."
+        assert closing.startswith("closing: requests that have begun are answered")
 
     def test_a_second_ctrl_c_ends_it_at_once(self, model_dir):
         with Process("--model-path", model_dir, "--model-name", "x", "--max-batch", "1") as process:
@@ -142,13 +143,13 @@ class TestProcess:
             process.send(signal.SIGINT)
             assert process.wait() == 128 + signal.SIGINT
             first.thread.join(SECONDS)
-        assert len(process.output.splitlines()) == 3
+        assert len(process.output.splitlines()) == 4
 
     def test_ctrl_c_without_requests(self, model_dir):
         with Process("--model-path", model_dir) as process:
             process.send(signal.SIGINT)
             assert process.wait() == 130
-        assert len(process.output.splitlines()) == 3
+        assert len(process.output.splitlines()) == 4
 
 
 def serve(*options):
