@@ -59,7 +59,7 @@ class TestPretrained:
         assert "secret" not in text  # where the files lay concerns nobody
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [record["loss"] for record in records if record["kind"] == "validation"]
-        assert f"| last | 4 | {losses[-1]:.4f}" in text
+        assert f"| the only one | 4 | {losses[-1]:.4f}" in text
         assert "smoke: facts" in text
         assert "prompts of prompts.json; greedy, at most 2 tokens, continued as text" in text
         assert "![Loss of training and validation by step](loss.png)" in text
