@@ -52,7 +52,7 @@ def report(results: Mapping[str, Any]) -> str:
     ]
     if not results["finished"]:
         lines += ["**Not finished**: the evaluation was stopped before it had measured everything.", ""]
-    lines += markdown_table(("", "metric", "value", "baseline", "of", "protocol"), figures(results))
+    lines += figures_table(figures(results))
     if results["smoke_tests"]:
         lines += ["", "## Smoke tests that failed", ""]
         rows = []
@@ -109,6 +109,20 @@ def _smoke_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
     for name, (passed, prompts) in smoke["categories"].items():
         protocol = f"{smoke['source']}; greedy, at most {_count(tokens, 'token')}, {how}; all checks met"
         yield Figure(f"smoke: {name}", "passed", str(passed), "", _count(prompts, "prompt"), protocol)
+
+
+def figures_table(of: Sequence[Figure]) -> list[str]:
+    """Figures as Markdown: each protocol once, in a list below; no baselines where there is none."""
+    protocols = list(dict.fromkeys(figure.protocol for figure in of))
+    has_baseline = any(figure.baseline for figure in of)
+    rows = []
+    for figure in of:
+        baseline = [figure.baseline] * has_baseline
+        note = str(protocols.index(figure.protocol) + 1)
+        rows.append([figure.name, figure.metric, figure.value, *baseline, figure.number, note])
+    header = ["", "metric", "value", *["baseline"] * has_baseline, "of", "protocol"]
+    notes = [f"{number}. {_cell(protocol)}" for number, protocol in enumerate(protocols, start=1)]
+    return [*markdown_table(header, rows), *["", "Protocols:", ""] * bool(notes), *notes]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

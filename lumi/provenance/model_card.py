@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lumi.evaluation.report import figures, markdown_table
-from lumi.host.hub_cache import HubModel
+from lumi.evaluation.report import Figure, figures, figures_table, markdown_table
+from lumi.host.hub_cache import HubModel, origin_of
 from lumi.model.transformer import ModelConfig
 from lumi.provenance.run_facts import RunFacts
 from lumi.provenance.run_sections import (
     NOT_KNOWN,
+    UNRECORDED,
     data_section,
+    headed,
     hub_datasets,
     training_kind,
     training_section,
@@ -54,7 +56,8 @@ class CardFacts:
         is_adapter: whether the repository holds an adapter.
         fingerprint: of the weights; of an adapter the SHA-256 of its file.
         base: None: training began with random weights, or nothing is known of it.
-        run: the one that trained it; None: it is not known.
+        is_recorded: whether its folder says what it was made from.
+        runs: those that trained it, the last one first, as far as they are known.
         picture: whether `loss.png` lies beside the card.
         generation_config: whether `generation_config.json` does.
     """
@@ -65,7 +68,8 @@ class CardFacts:
     is_adapter: bool
     fingerprint: str
     base: Base | None
-    run: RunFacts | None
+    is_recorded: bool
+    runs: Sequence[RunFacts]
     picture: bool
     generation_config: bool
     evaluations: Sequence[Mapping[str, Any]]
@@ -83,11 +87,11 @@ def model_card(facts: CardFacts) -> str:
             facts.generation_config,
         ),
         "## Training": list(_training(facts)),
-        "## Data": list(data_section(facts.run)),
+        "## Data": list(data_section(facts.runs)),
         "## Evaluation": list(_evaluation(facts)),
         "## Tokenizer": _tokenizer(facts.tokenizer),
         "## Limits": [f"- {limit}" for limit in _limits(facts)],
-        "## Configuration": _configuration(facts.run),
+        "## Configuration": list(_configuration(facts.runs)),
     }
     lines = [line for title, body in sections.items() for line in (title, "", *body, "")]
     text = "\n".join(["---", _front_matter(facts), "---", *lines[1:]])
@@ -116,7 +120,7 @@ def _front_matter(facts: CardFacts) -> str:
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["lumi", *_tags(facts)],
-        datasets=hub_datasets(facts.run) or None,
+        datasets=hub_datasets(facts.runs) or None,
     )
     return data.to_yaml()
 
@@ -124,8 +128,8 @@ def _front_matter(facts: CardFacts) -> str:
 def _tags(facts: CardFacts) -> Iterator[str]:
     if facts.is_adapter:
         yield "lora"
-    if facts.run is not None:
-        yield from _TAGS[training_kind(facts.run)]
+    if facts.runs:
+        yield from _TAGS[training_kind(facts.runs[0])]
 
 
 def _opening(facts: CardFacts) -> str:
@@ -152,12 +156,36 @@ def _base_name(base: Base | None) -> str:
 
 def _training(facts: CardFacts) -> Iterator[str]:
     named = "SHA-256 of the adapter" if facts.is_adapter else "fingerprint of the weights"
-    rows = [(named, f"`{facts.fingerprint}`")]
-    if facts.base is not None:
-        rows.append(("began with", _base_name(facts.base)))
-        if facts.base.fingerprint is not None:
-            rows.append(("fingerprint of those weights", f"`{facts.base.fingerprint}`"))
-    yield from training_section(facts.run, rows, is_adapter=facts.is_adapter, picture=facts.picture)
+    rows = [(named, f"`{facts.fingerprint}`"), *_start(facts.base, facts.runs[1:])]
+    if not facts.runs:
+        why = "" if facts.is_recorded else f": {UNRECORDED}, or elsewhere"
+        yield from (f"How it was trained is not known here{why}.", "")
+        yield from markdown_table(("", ""), rows)
+        return
+    last, *earlier = facts.runs
+    bodies = [training_section(last, rows, is_adapter=facts.is_adapter, picture=facts.picture)]
+    for number, run in enumerate(earlier, start=2):
+        bodies.append(training_section(run, list(_start(recorded_base(run), facts.runs[number:]))))
+    yield from headed(facts.runs, bodies)
+
+
+def recorded_base(run: RunFacts) -> Base | None:
+    """The model that a run began with; None: there was none, or it is not recorded."""
+    if run.start is None:
+        return None
+    fingerprint = run.start.identity if run.start.kind == "model" else None
+    return Base(model=origin_of(run.start.path), fingerprint=fingerprint)
+
+
+def _start(base: Base | None, earlier: Sequence[RunFacts]) -> Iterator[tuple[str, str]]:
+    """Rows about what a run began with. `earlier`: the known runs before it."""
+    if base is None:
+        return
+    below = "the model of the run below"
+    name = _base_name(base) if base.model or not earlier else below
+    yield "began with", f"{name}, {below}" if base.model and earlier else name
+    if base.fingerprint is not None:
+        yield "fingerprint of those weights", f"`{base.fingerprint}`"
 
 
 def _evaluation(facts: CardFacts) -> Iterator[str]:
@@ -170,8 +198,9 @@ def _evaluation(facts: CardFacts) -> Iterator[str]:
         limit = "" if results["limit"] is None else f" The first {results['limit']:,} of each at most."
         yield f"By `lumi evaluate` on {results['date'][:10]}, {results['dtype']}; {versions}.{limit}{stopped}"
         yield ""
-        rows = [[_ABSOLUTE.sub("", text) for text in figure] for figure in figures(results)]
-        yield from markdown_table(("", "metric", "value", "baseline", "of", "protocol"), rows)
+        yield from figures_table(
+            [Figure(*(_ABSOLUTE.sub("", text) for text in figure)) for figure in figures(results)]
+        )
 
 
 def _tokenizer(tokenizer: Tokenizer | None) -> list[str]:
@@ -185,13 +214,14 @@ def _tokenizer(tokenizer: Tokenizer | None) -> list[str]:
 def _limits(facts: CardFacts) -> Iterator[str]:
     if facts.license is None:
         yield "No licence was given."
-    if facts.run is None:
+    if not facts.runs:
         yield "Training, data and their licences are not known here."
     else:
-        folders = facts.run.data
-        if not folders or any(folder.store is None or None in folder.corpora for folder in folders):
+        folders = [folder for run in facts.runs for folder in run.data]
+        is_partial = any(folder.store is None or None in folder.corpora for folder in folders)
+        if is_partial or not all(run.data for run in facts.runs):
             yield "Not all of the data is known here, so it may hold what an evaluation asks."
-        if facts.base is not None:
+        if facts.base is not None and not facts.runs[-1].from_random:
             yield "What its base had learnt, and under which licences, is not told here."
     if not facts.evaluations:
         yield "What it can do is not measured here."
@@ -200,16 +230,12 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         yield f"It reads at most {facts.shape.max_positions:,} tokens."
 
 
-def _configuration(run: RunFacts | None) -> list[str]:
-    if run is None:
-        return ["Not known here."]
-    config = json.dumps(run.config, indent=2)
-    return [
-        "<details><summary>The whole configuration of the run</summary>",
-        "",
-        "```json",
-        config,
-        "```",
-        "",
-        "</details>",
-    ]
+def _configuration(runs: Sequence[RunFacts]) -> Iterator[str]:
+    if not runs:
+        yield "Not known here."
+    yield from headed(runs, map(_details, runs))
+
+
+def _details(run: RunFacts) -> list[str]:
+    summary = "<details><summary>The whole configuration of the run</summary>"
+    return [summary, "", "```json", json.dumps(run.config, indent=2), "```", "", "</details>"]

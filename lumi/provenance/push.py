@@ -16,10 +16,10 @@ from lumi.formats.peft_config import BASE, CONFIG, REVISION
 from lumi.host.hub_cache import HubModel, origin_of, parse_name
 from lumi.host.provenance import PROVENANCE_FILE
 from lumi.provenance.chain import Link, made_by, verify
-from lumi.provenance.model_card import Base, CardFacts, model_card
+from lumi.provenance.model_card import Base, CardFacts, model_card, recorded_base
 from lumi.provenance.pushed_files import CARD, PICTURE, Upload, choose_files
 from lumi.provenance.repository import Repository
-from lumi.provenance.run_facts import RunFacts, find_evaluations, find_run
+from lumi.provenance.run_facts import RunFacts, find_evaluations, find_runs
 from lumi.provenance.tree import line, shown
 from lumi.tokenizer.files import GENERATION_FILE
 from lumi.tokenizer.loading import has_tokenizer, load_tokenizer
@@ -62,14 +62,14 @@ def push(path: Path, repo: str, options: PushOptions) -> None:
         raise UserError("RUN", "must be a run or a model folder here", got=path, remedy="check the path")
     files = choose_files(folder)
     model = _trace(folder, options.search)
-    run = find_run(model)
-    if run is not None:
+    runs = find_runs(model)
+    for run in runs:
         print(f"trained by the run: {shown(run.folder)}")
     evaluations = find_evaluations(model, options.evaluations)
     for place, _ in evaluations:
         print(f"evaluation of these weights: {shown(place)}")
-    base = _base(folder, run, options)
-    picture = [] if run is None else _picture(run)
+    base = _base(folder, runs[0] if runs else None, options)
+    picture = _picture(runs[0]) if runs else []
     facts = CardFacts(
         target=target,
         shape=None if is_adapter(folder) else read_shape(folder),
@@ -77,7 +77,8 @@ def push(path: Path, repo: str, options: PushOptions) -> None:
         is_adapter=is_adapter(folder),
         fingerprint=model.identity,
         base=base,
-        run=run,
+        is_recorded=model.verdict == "ok",
+        runs=runs,
         picture=bool(picture),
         generation_config=(folder / GENERATION_FILE).is_file(),
         evaluations=[results for _, results in evaluations],
@@ -139,9 +140,8 @@ def _base(folder: Path, run: RunFacts | None, options: PushOptions) -> Base | No
                 f"{push_it}, or `lumi merge` both",
             )
             raise UserError(f"{folder}: the base", expectation, got=named or "none", remedy=remedy)
-    elif run is not None and run.start is not None:
-        model = origin_of(run.start.path)
-        fingerprint = run.start.identity if run.start.kind == "model" else None
+    elif run is not None and (recorded := recorded_base(run)) is not None:
+        model, fingerprint = recorded.model, recorded.fingerprint
     elif run is not None and run.from_random and options.base_model is not None:
         got = "a run that began with random weights"
         raise UserError("--base-model", "must come with a fine-tuned model", got=got, remedy="leave it out")

@@ -11,11 +11,12 @@ from lumi.corpus.folder import Manifest, read_corpus
 from lumi.data.store_manifest import STORE, StoreManifest, read_store_manifest
 from lumi.evaluation.evaluate import RESULTS_FILE
 from lumi.provenance.chain import Link, examine
+from lumi.provenance.tree import shown
 from lumi.training.metrics import read_metrics
 from lumi.training.run_folder import RunFolder
 from lumi.training.run_status import read_status
 
-_WEIGHTS = ("adapter", "model", "checkpoint")  # kinds; of a merged model's parents the adapter is the first
+WEIGHTS = ("adapter", "model", "checkpoint")  # kinds; of a merged model's parents the adapter is the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +65,38 @@ class RunFacts:
         return [record for record in found if self.step is None or record["step"] <= self.step]
 
 
-def find_run(model: Link) -> RunFacts | None:
+def find_runs(model: Link) -> list[RunFacts]:
+    """The runs that a model's weights went through, the last one first, as far as they are known.
+
+    Raises:
+        UserError: as `find_run` of the last one. An earlier one that cannot be told of is named and left out.
+    """
+    last = find_run(model)
+    runs = [] if last is None else [last]
+    while runs and (start := runs[-1].start) is not None:
+        try:
+            earlier = find_run(start, model)
+        except UserError as error:
+            print(f"not in the card: the run of {shown(start.path)}: {error}")
+            break
+        if earlier is None:
+            break
+        runs.append(earlier)
+    return runs
+
+
+def find_run(model: Link, chain: Link | None = None) -> RunFacts | None:
     """The run that trained a model, or what it was exported or merged from; None: it is not known.
+
+    Args:
+        chain: what the model is behind, if it is not the first.
 
     Raises:
         UserError: that run has not finished, or a file of it is damaged.
     """
     made = model
     while (folder := _run_of(made)) is None:
-        before = [parent for parent in made.parents if parent.kind in _WEIGHTS]
+        before = [parent for parent in made.parents if parent.kind in WEIGHTS]
         if not before:
             return None
         made = before[0]
@@ -85,8 +109,8 @@ def find_run(model: Link) -> RunFacts | None:
         metrics=read_metrics(run.metrics),
         step=(best or state).get("step"),
         is_recorded=made.verdict == "ok",
-        start=next((parent for parent in made.parents if parent.kind in _WEIGHTS), None),
-        data=_data(made, state),
+        start=next((parent for parent in made.parents if parent.kind in WEIGHTS), None),
+        data=_data(made, state, chain or model),
     )
 
 
@@ -112,10 +136,12 @@ def _state(checkpoint: Path | None, run: RunFolder) -> dict[str, Any]:
     return next((open_checkpoint(path).state for path in reversed(list_checkpoints(run.checkpoints))), {})
 
 
-def _data(made: Link, state: dict[str, Any]) -> list[DataFolder]:
+def _data(made: Link, state: dict[str, Any], chain: Link) -> list[DataFolder]:
     """What a run read, as far as it is there: its stores, where they are recorded, in the order of their
     weights."""
-    stores = [parent for parent in made.parents if parent.kind == STORE]
+    whole = {(link.kind, link.path.resolve(), link.verdict): link for link in chain.all()}
+    links = (whole.get((link.kind, link.path.resolve(), link.verdict), link) for link in made.parents)
+    stores = [link for link in links if link.kind == STORE]
     weights = state["identity"]["data_weights"] if state else [None] * len(stores)
     found = []
     for store, weight in zip(stores, weights, strict=False):

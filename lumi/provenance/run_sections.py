@@ -1,6 +1,6 @@
 """The sections of a model card that a run's own facts give: its training and its data."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,19 @@ from lumi.evaluation.report import markdown_table
 from lumi.provenance.run_facts import DataFolder, RunFacts
 
 NOT_KNOWN = "not known"
+UNRECORDED = "the model was made before records were kept"
 Rows = Sequence[tuple[str, str]]
 
 
 def training_section(
-    run: RunFacts | None, of_weights: Rows, *, is_adapter: bool, picture: bool
+    run: RunFacts, of_weights: Rows, *, is_adapter: bool = False, picture: bool = False
 ) -> Iterator[str]:
-    """How a model was trained, its curve and its validations.
+    """How a run trained a model, its curve and its validations.
 
     Args:
-        run: None: it is not known.
         of_weights: rows about the weights, and about those that training began with.
         picture: whether `loss.png` lies beside the card.
     """
-    if run is None:
-        yield from ("How it was trained is not known here.", "")
-        yield from markdown_table(("", ""), of_weights)
-        return
     trained = "all parameters"
     if run.config["lora"] is not None:
         trained = "an adapter" if is_adapter else "an adapter, merged into its base"
@@ -61,11 +57,21 @@ def training_kind(run: RunFacts) -> str:
     return "pre-training" if run.from_random else "training"
 
 
-def hub_datasets(run: RunFacts | None) -> list[str]:
-    """Datasets on the hub that the corpora of a run were made of."""
+def headed(runs: Sequence[RunFacts], bodies: Iterable[Iterable[str]]) -> Iterator[str]:
+    """What there is to say of each run, the last one first; several runs each have a heading."""
+    for number, (run, body) in enumerate(zip(runs, bodies, strict=True)):
+        if len(runs) > 1:
+            yield from [""] * (number > 0)
+            yield from (f"### {'Before it' if number else 'The last run'}: {training_kind(run)}", "")
+        yield from body
+
+
+def hub_datasets(runs: Sequence[RunFacts]) -> list[str]:
+    """Datasets on the hub that the corpora of runs were made of."""
     sources = [
         source
-        for folder in (run.data if run else ())
+        for run in runs
+        for folder in run.data
         for manifest in folder.corpora
         for source in (manifest["config"]["sources"] if manifest else ())
     ]
@@ -73,17 +79,17 @@ def hub_datasets(run: RunFacts | None) -> list[str]:
 
 
 def _validation(run: RunFacts) -> Iterator[str]:
-    """The first, the best and the last validation."""
+    """The first, the best and the last validation, each once."""
     measured = [record for record in run.validations() if record["loss"] is not None]
     if not measured:
         yield "It was not validated while it was trained."
         return
     unit = "nats per pair" if "pairs" in measured[0] else "nats per token"
-    chosen = {
-        "first": measured[0],
-        "best": min(measured, key=lambda each: each["loss"]),
-        "last": measured[-1],
-    }
+    best = min(measured, key=lambda each: each["loss"])
+    named: dict[int, list[str]] = {}
+    for name, record in (("first", measured[0]), ("best", best), ("last", measured[-1])):
+        named.setdefault(measured.index(record), []).append(name)
+    chosen = [("the only one" if len(measured) == 1 else ", ".join(named[at]), measured[at]) for at in named]
     names = [name for name in measured[0] if name not in ("step", "kind", "time")]
     header = (
         "validation",
@@ -91,8 +97,7 @@ def _validation(run: RunFacts) -> Iterator[str]:
         *(f"loss ({unit})" if name == "loss" else name.replace("_", " ") for name in names),
     )
     rows = [
-        (which, f"{record['step']:,}", *(_number(record[name]) for name in names))
-        for which, record in chosen.items()
+        (which, f"{record['step']:,}", *(_number(record[name]) for name in names)) for which, record in chosen
     ]
     yield from markdown_table(header, rows)
 
@@ -101,17 +106,27 @@ def _number(value: Any) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
 
 
-def data_section(run: RunFacts | None) -> Iterator[str]:
-    """What a model was trained on, source by source."""
-    if run is None or not run.data:
+def data_section(runs: Sequence[RunFacts]) -> Iterator[str]:
+    """What a model was trained on, run by run and source by source."""
+    if not runs:
         yield "The data is not known here."
         return
+    level = "####" if len(runs) > 1 else "###"
+    yield from headed(runs, (_data(run, level) for run in runs))
+    if any(run.data for run in runs):
+        yield from ("", "The licences of the sources are not recorded; the texts stay under them.")
+
+
+def _data(run: RunFacts, level: str) -> Iterator[str]:
+    if not run.data:
+        why = "no data is recorded" if run.is_recorded else UNRECORDED
+        yield f"The data is not known here: {why}."
     for number, folder in enumerate(run.data, start=1):
+        yield from [""] * (number > 1)
         if len(run.data) > 1:
             share = NOT_KNOWN if folder.weight is None else f"{folder.weight:.1%}"
-            yield from (f"### Part {number}: share of the rows {share}", "")
-        yield from (*_data_folder(folder), "")
-    yield "The licences of the sources are not recorded; the texts stay under them."
+            yield from (f"{level} Part {number}: share of the rows {share}", "")
+        yield from _data_folder(folder)
 
 
 def _data_folder(folder: DataFolder) -> Iterator[str]:

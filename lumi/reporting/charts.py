@@ -13,6 +13,7 @@ from lumi.training.metrics import is_number, smoothed
 
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 472, 10, 234  # of the area that the lines are in
+INSET = 4  # between its edges and the values, so that dots and lines there are seen whole
 _BUCKETS = RIGHT - LEFT  # one for each column of the picture
 _SMOOTHED_FROM = 40  # fewer points show their middle by themselves
 _LOG_FROM = 100.0  # the ratio of the largest to the smallest value
@@ -73,8 +74,9 @@ class Chart:
 
 
 def charts_of(runs: Sequence[RecordedRun]) -> list[Chart]:
-    """The charts for which any run has values."""
+    """The charts for which any run has values. All show the same steps: from 0 to the last of any run."""
     made: list[Chart] = []
+    last = max([1, *(run.steps for run in runs)])
 
     def add(title: str, unit: str, field: str, only: str | None = None, factor: float = 1.0) -> None:
         lines = []
@@ -82,7 +84,7 @@ def charts_of(runs: Sequence[RecordedRun]) -> list[Chart]:
             if only in (None, run.unit):
                 lines += _lines(run, index, field, factor)
         if lines:
-            made.append(_chart(title, unit, lines))
+            made.append(_chart(title, unit, lines, last))
 
     add("Loss", "nats per token", "loss", only="token")
     add("Loss of pairs", "nats per pair", "loss", only="pair")
@@ -95,7 +97,8 @@ def charts_of(runs: Sequence[RecordedRun]) -> list[Chart]:
     add("Speed", "tokens per second", "tokens_per_second")
     add("Model FLOPs utilization", "% of the devices' peak", "mfu", factor=100)
     if any(_points(run.records, "train", "skipped_steps").size for run in runs):
-        made.append(_chart("Skipped steps", "so far", [_skipped(run, i) for i, run in enumerate(runs)]))
+        skipped = [_skipped(run, index) for index, run in enumerate(runs)]
+        made.append(_chart("Skipped steps", "so far", skipped, last))
     return made
 
 
@@ -134,12 +137,12 @@ def _points(records: Sequence[Mapping[str, Any]], kind: str, field: str) -> np.n
     return np.array(found, dtype=np.float64).reshape(-1, 2)
 
 
-def _chart(title: str, unit: str, lines: Sequence[Line]) -> Chart:
-    points = np.concatenate([line.points for line in lines])
-    low, high = points.min(axis=0), points.max(axis=0)
-    is_log = bool(low[1] > 0 and high[1] > _LOG_FROM * low[1])
-    x, x_ticks = _scale(low[0], high[0], LEFT, RIGHT, False)
-    y, y_ticks = _scale(low[1], high[1], BOTTOM - 4, TOP, is_log)  # 4: a line at the bottom is seen whole
+def _chart(title: str, unit: str, lines: Sequence[Line], last_step: int) -> Chart:
+    values = np.concatenate([line.points[:, 1] for line in lines])
+    low, high = values.min(), values.max()
+    is_log = bool(low > 0 and high > _LOG_FROM * low)
+    x, x_ticks = _scale(0, last_step, LEFT + INSET, RIGHT - INSET, False)
+    y, y_ticks = _scale(low, high, BOTTOM - INSET, TOP + INSET, is_log)
     traces = []
     for line in lines:
         places = reduced(np.column_stack([x(line.points[:, 0]), y(line.points[:, 1])]))

@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from lumi import __version__
-from lumi.config import flatten
 from lumi.host.storage import TEMPORARY_PREFIX, check_output_file
 from lumi.reporting import charts
 from lumi.reporting.evaluations import find_evaluations
@@ -18,6 +18,7 @@ from lumi.training.metrics import human
 
 _UNKNOWN = "–"
 _MARK = '<meta name="generator" content="lumi report">'  # as in the template
+_ABSENT = object()
 
 
 def write_report(runs: Sequence[Path], output: Path, evaluations: Sequence[Path] = ()) -> list[str]:
@@ -89,7 +90,7 @@ def _summary(runs: Sequence[RecordedRun]) -> Iterator[tuple[str, list[str]]]:
         ("last training loss", "loss", _four_digits),
         ("last validation loss", "validation_loss", _four_digits),
         ("lowest validation loss", "best_validation_loss", _four_digits),
-        ("at step", "best_validation_step", lambda step: f"{step:,.0f}"),
+        ("lowest at step", "best_validation_step", lambda step: f"{step:,.0f}"),
         ("bits per byte", "validation_bits_per_byte", _four_digits),
         ("accuracy", "validation_accuracy", lambda share: f"{share:.1%}"),
         ("tokens per second, median", "tokens_per_second", human),
@@ -114,10 +115,16 @@ def _differences(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
     """The config keys in which runs differ, with the value of each run."""
     if any(run.config is None for run in runs) or len(runs) < 2:
         return []
-    flat = [dict(flatten(run.config)) for run in runs]
-    keys = dict.fromkeys(key for each in flat for key in each)
-    rows = {
-        key: [json.dumps(each[key], ensure_ascii=False) if key in each else _UNKNOWN for each in flat]
-        for key in keys
-    }
-    return [(key, cells) for key, cells in rows.items() if len(set(cells)) > 1]
+    return list(_differing([run.config for run in runs], ""))
+
+
+def _differing(values: Sequence[Any], key: str) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a key. Sections are compared key by key; one that a run does not have is one row."""
+    if all(isinstance(value, Mapping) for value in values):
+        for name in dict.fromkeys(name for value in values for name in value):
+            inside = [value.get(name, _ABSENT) for value in values]
+            yield from _differing(inside, f"{key}.{name}" if key else name)
+        return
+    cells = [_UNKNOWN if value is _ABSENT else json.dumps(value, ensure_ascii=False) for value in values]
+    if len(set(cells)) > 1:
+        yield key, cells

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lumi.evaluation.report import _count, _number
+from lumi.evaluation.report import Figure, _count, _number, figures_table
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,22 @@ def test_one_is_singular():
         "0 tokens",
         "3,270 examples",
     )
+
+
+def test_each_protocol_is_said_once_and_no_empty_column_is_shown():
+    texts = [Figure("a", metric, "1", "", "9", "long") for metric in ("x", "y")]
+    assert figures_table([*texts, Figure("b", "x", "2", "", "8", "other <s>")]) == [
+        "|  | metric | value | of | protocol |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | x | 1 | 9 | 1 |",
+        "| a | y | 1 | 9 | 1 |",
+        "| b | x | 2 | 8 | 2 |",
+        "",
+        "Protocols:",
+        "",
+        "1. long",
+        "2. other \\<s>",
+    ]
+    task = Figure("c", "acc", "3", "chance 50%", "7", "long")
+    assert figures_table([*texts, task])[4] == "| c | acc | 3 | chance 50% | 7 | 1 |"
+    assert len(figures_table([])) == 2

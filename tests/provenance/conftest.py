@@ -104,6 +104,12 @@ def tune(hub, chain):
 
 
 @pytest.fixture
+def again(chain):
+    """A run that trains the whole pre-trained model on the same tokens."""
+    return run(chain, "again", "tokens", 0, chain / "pretrain", model=None)
+
+
+@pytest.fixture
 def pairs(chain):
     """A token store of pairs in the chain; returns its name."""
     records = [

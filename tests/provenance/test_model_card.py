@@ -21,7 +21,8 @@ def facts(base_dir, tokenizer):
             "is_adapter": False,
             "fingerprint": "f" * 64,
             "base": None,
-            "run": None,
+            "is_recorded": True,
+            "runs": [],
             "picture": False,
             "generation_config": True,
             "evaluations": [],
@@ -62,6 +63,13 @@ def test_a_tokenizer_that_loses_characters(facts, tokenizer):
     lossy = SimpleNamespace(vocab_size=9, chat_template=None, fingerprint="0", loss="NFC changes characters")
     text = model_card(facts(tokenizer=lossy))
     assert "It does not keep every text as it is: NFC changes characters." in text
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_model_without_a_record(is_recorded, facts):
+    text = model_card(facts(is_recorded=is_recorded))
+    assert "How it was trained is not known here" in text
+    assert ("the model was made before records were kept, or elsewhere." in text) is not is_recorded
 
 
 def test_an_evaluation_that_was_stopped(facts):

@@ -59,7 +59,7 @@ class TestPretrained:
         assert "secret" not in text  # where the files lay concerns nobody
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses = [record["loss"] for record in records if record["kind"] == "validation"]
-        assert f"| last | 4 | {losses[-1]:.4f}" in text
+        assert f"| the only one | 4 | {losses[-1]:.4f}" in text
         assert "smoke: facts" in text
         assert "prompts of prompts.json; greedy, at most 2 tokens, continued as text" in text
         assert "![Loss of training and validation by step](loss.png)" in text
@@ -102,8 +102,14 @@ class TestMerged:
         assert "fine-tuning of an adapter, merged into its base" in card.text
         assert "| chats | jsonl: chats.jsonl | 60 | 60 |" in card.text
         assert weights_fingerprint(chain / "pretrain" / "final") in card.text
-        assert "a model that is not on the hub, as far as is known" in card.text
-        assert "/ validation" in card.text  # the evaluation
+        assert "| began with | the model of the run below |" in card.text
+        assert "| began with | random weights |" in card.text
+        assert "| corpus | jsonl: corpus.jsonl |" in card.text  # the data of its base
+        assert "What its base had learnt" not in card.text
+        for kind in ("The last run: fine-tuning", "Before it: pre-training"):
+            assert card.text.count(f"### {kind}") == 3  # training, data, configuration
+        assert card.text.count("store: tokens / validation;") == 2  # each protocol once
+        assert "| baseline |" not in card.text
         assert hub.files("me/tuned")["loss.png"] == b"a picture"
 
     def test_its_base_on_the_hub(self, tune, hub, chain):

@@ -9,7 +9,7 @@ from lumi.config import UserError, read_json
 from lumi.formats.export import export_model, merge_adapter
 from lumi.model.lora import LoraConfig
 from lumi.provenance.chain import verify
-from lumi.provenance.run_facts import RunFacts, find_evaluations, find_run
+from lumi.provenance.run_facts import RunFacts, find_evaluations, find_run, find_runs
 from lumi.tokenizer.loading import load_tokenizer
 
 CHECKPOINT = "pretrain/checkpoints/step-00000004"
@@ -41,6 +41,21 @@ def test_a_model_reaches_its_run_and_its_data(chain, name, run, data):
         assert found.from_random
     else:
         assert found.start.path.resolve() == chain / "pretrain" / "final"
+
+
+def test_the_runs_of_a_chain_and_their_data(chain, again):
+    """A run that reads the store of the one before it has its data, too."""
+    found = find_runs(verify(again, all_bytes=False))
+    assert [each.folder.name for each in found] == ["again", "pretrain"]
+    assert [[len(folder.corpora) for folder in each.data] for each in found] == [[1], [1]]
+    assert [each.folder.name for each in find_runs(verify(chain / "merged"))] == ["finetune", "pretrain"]
+    assert find_runs(verify(chain / "pretrain"))[0].from_random
+
+
+def test_an_earlier_run_that_goes_on_is_left_out(chain, change_json, capsys):
+    change_json(chain / "pretrain" / "status.json", lambda status: status.update(status="running"))
+    assert [each.folder.name for each in find_runs(verify(chain / "merged"))] == ["finetune"]
+    assert "not in the card: the run of " in capsys.readouterr().out
 
 
 def test_of_a_model_of_others_nothing_is_known(base_dir, tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from written_runs import train_record
 
-from lumi.reporting.charts import BOTTOM, LEFT, RIGHT, TOP, charts_of, reduced
+from lumi.reporting.charts import BOTTOM, INSET, LEFT, RIGHT, TOP, charts_of, reduced
 from lumi.reporting.recorded_run import RecordedRun
 
 
@@ -19,25 +19,37 @@ def places(chart, line):
 
 
 def test_a_point_lies_where_its_value_says():
-    """A straight line from (0, 2) to (10, 4): its ends are the corners, its middle the centre."""
+    """A straight line from (0, 2) to (10, 4): its ends are near the corners, its middle the centre."""
     chart = charts(run_of([train_record(step, 2 + step / 5) for step in range(11)]))["Loss"]
     found = places(chart, 0)
-    assert found[0] == (LEFT, BOTTOM - 4)
-    assert found[-1] == (RIGHT, TOP)
-    assert found[5] == ((LEFT + RIGHT) / 2, (BOTTOM - 4 + TOP) / 2)
+    assert found[0] == (LEFT + INSET, BOTTOM - INSET)
+    assert found[-1] == (RIGHT - INSET, TOP + INSET)
+    assert found[5] == ((LEFT + RIGHT) / 2, (BOTTOM + TOP) / 2)
     for tick in chart.y_ticks:
         share = (float(tick.label) - 2) / 2
-        assert tick.at == pytest.approx(BOTTOM - 4 - share * (BOTTOM - 4 - TOP))
+        assert tick.at == pytest.approx(BOTTOM - INSET - share * (BOTTOM - TOP - 2 * INSET))
     assert len(chart.y_ticks) >= 3
     assert {tick.label for tick in chart.x_ticks} == {"0", "2", "4", "6", "8", "10"}
     assert chart.description == "a, training: 2 at step 0, 4 at step 10, between 2 and 4."
+
+
+def test_all_charts_of_a_page_show_the_same_steps():
+    """From 0 to the last of any run: the only validation, at step 5 of 10, is in the middle."""
+    validation = {"step": 5, "kind": "validation", "loss": 3.0, "bits_per_byte": 1.5}
+    short = run_of([train_record(1, 4.0), train_record(2, 3.5), validation], "short")
+    made = charts(short, run_of([train_record(step, 3.0) for step in range(1, 11)], "long"))
+    assert places(made["Bits per byte"], 0)[0][0] == (LEFT + RIGHT) / 2
+    ticks = {tuple(tick.label for tick in chart.x_ticks) for chart in made.values()}
+    assert ticks == {("0", "2", "4", "6", "8", "10")}
 
 
 def test_a_wide_range_is_logarithmic():
     chart = charts(run_of([train_record(step, 1.0, gradient_norm=10.0**step) for step in range(5)]))
     chart = chart["Gradient norm"]
     assert chart.is_log
-    assert np.diff([y for _, y in places(chart, 0)]) == pytest.approx(-(BOTTOM - 4 - TOP) / 4, abs=0.11)
+    assert np.diff([y for _, y in places(chart, 0)]) == pytest.approx(
+        -(BOTTOM - TOP - 2 * INSET) / 4, abs=0.11
+    )
     assert {"1", "100", "10000"} <= {tick.label for tick in chart.y_ticks}
 
 

@@ -4,6 +4,7 @@ import pytest
 from written_runs import evaluation_results
 
 from lumi.config import UserError
+from lumi.host.provenance import Parent, write_provenance
 from lumi.reporting.evaluations import find_evaluations
 
 
@@ -32,6 +33,26 @@ def test_evaluations_are_found_in_a_run_beside_it_and_where_they_are_named(tmp_p
     assert (
         next(e for e in found if e.path.parent == adapter).title == f"base with the adapter {run / 'final'}"
     )
+
+
+def test_an_evaluation_of_what_was_made_from_a_run_is_found_by_the_records(tmp_path):
+    """As the demo has it: a base, an adapter of it, both merged, and the merged model's evaluation."""
+    runs = [tmp_path / name for name in ("pretrain", "finetune", "other")]
+    base, adapter, merged = runs[0] / "final", runs[1] / "final", tmp_path / "model"
+    for folder in (base, adapter, merged, runs[2] / "final"):
+        folder.mkdir(parents=True)
+    file = write(tmp_path / "evaluation", evaluation_results("/elsewhere/model"))
+    write_provenance(adapter, "adapter", [Parent("model", base, "0")], {})
+    write_provenance(merged, "model", [Parent("adapter", adapter, "1")], {})
+    write_provenance(file, "evaluation", [Parent("model", merged, "2")], {})
+    for shown in (runs[:1], runs[1:2], runs):
+        [found], notes = find_evaluations(shown, [])
+        assert found.runs == tuple(run.name for run in shown if run.name != "other")
+        assert (found.title, notes) == ("/elsewhere/model", [])
+    assert find_evaluations(runs[2:], []) == ([], [])
+    (adapter / "provenance.json").write_text("{")
+    assert find_evaluations(runs[:1], []) == ([], [])
+    assert len(find_evaluations(runs[1:2], [])[0]) == 1
 
 
 def test_what_cannot_be_shown_is_said(tmp_path):

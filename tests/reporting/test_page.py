@@ -13,7 +13,8 @@ from written_runs import evaluation_results, train_record, write_run
 import lumi.reporting.page
 from lumi.cli import dispatch
 from lumi.config import UserError
-from lumi.reporting.page import write_report
+from lumi.reporting.page import _differences, write_report
+from lumi.reporting.recorded_run import read_runs
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -71,6 +72,20 @@ def test_two_runs_on_one_page(tmp_path):
     assert {line.get("class").split()[2] for line in loss.iter("polyline")} == {"run0", "run1"}
     assert len(list(loss.iter("circle"))) == 2
     assert "first, validation: 3.75 at step 3" in loss.findtext("desc")
+
+
+def test_a_section_that_a_run_has_not_is_one_difference(tmp_path):
+    lora = {"rank": 4, "targets": ["a", "b"]}
+    first = run(tmp_path / "first", config={"lora": None, "same": {"x": 1}, "names": ["a"]})
+    second = run(tmp_path / "second", config={"lora": lora, "same": {"x": 1}, "names": ["a", "b"], "new": 1})
+    third = run(tmp_path / "third", config={"lora": lora | {"rank": 8}, "same": {"x": 1}, "names": ["a"]})
+    runs = read_runs([first, second, third])
+    assert _differences(runs[:2]) == [
+        ("lora", ["null", json.dumps(lora)]),
+        ("names", ['["a"]', '["a", "b"]']),
+        ("new", ["–", "1"]),
+    ]
+    assert _differences(runs[1:])[0] == ("lora.rank", ["4", "8"])
 
 
 def test_the_page_needs_nothing_else(tmp_path):
