@@ -1,4 +1,4 @@
-"""JSON texts as Python reads them, and the causes of those that are refused. `test_errors.py` has the answers."""
+"""JSON texts as Python reads them, and why others are refused. `test_errors.py` has the answers to clients."""
 
 import pytest
 from starlette.exceptions import HTTPException
