@@ -1,4 +1,4 @@
-"""JSON texts as Python reads them, and why others are refused. `test_errors.py` has the answers to clients."""
+"""JSON texts as Python reads them, and why others are refused. `test_errors.py` has the answers."""
 
 import pytest
 from starlette.exceptions import HTTPException
