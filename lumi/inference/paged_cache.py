@@ -70,9 +70,8 @@ class PagedCache:
         ]
         self.slots_N = torch.cat(slots).to(self.device)
         tokens = torch.tensor([token for new in batch for token in new.ids], device=self.device)
-        return self.model.hidden(tokens[None], torch.cat(positions)[None].to(self.device), cache=self.layers)[
-            0
-        ]
+        positions_1N = torch.cat(positions)[None].to(self.device)
+        return self.model.hidden(tokens[None], positions_1N, cache=self.layers)[0]
 
 
 class _PagedLayer:

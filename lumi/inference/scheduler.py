@@ -306,7 +306,8 @@ def _choose(logits_BV: Tensor, states: Sequence[_State]) -> list[int]:
         groups.setdefault(replace(state.request.sampling, seed=0, max_new_tokens=1), []).append(row)
     chosen = [0] * len(states)
     for config, rows in groups.items():
-        tokens = [torch.tensor(states[row].tokens) for row in rows]
+        is_penalised = config.repetition_penalty != 1.0  # else nobody looks at the tokens
+        tokens = [torch.tensor(states[row].tokens if is_penalised else []) for row in rows]
         lengths = torch.tensor([len(ids) for ids in tokens], device=logits_BV.device)
         padded = torch.nn.utils.rnn.pad_sequence(tokens, True).to(logits_BV.device)
         drawn = [state.draws[state.num_new] for row in rows if (state := states[row]).draws is not None]
