@@ -135,6 +135,14 @@ class ChatRequest(Generation):
     store: Annotated[Literal[False] | None, Field(description="nothing is stored")] = None
     metadata: Annotated[dict[str, str] | None, Field(description="changes nothing")] = None
 
+    @field_validator("store", mode="before")
+    @classmethod
+    def _refuse_zero(cls, value: Any) -> Any:
+        """0 equals False in Python, and a Literal asks for no more."""
+        if value is not None and not isinstance(value, bool):
+            raise ValueError("must be false")
+        return value
+
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:

@@ -101,6 +101,10 @@ def test_values_that_neither_kind_takes(change):
         {"tools": [{}]},
         {"tool_choice": "required"},
         {"response_format": {"type": "json_object"}},
+        {"store": True},
+        {"store": 0},
+        {"store": 0.0},
+        {"store": "false"},
     ],
     ids=str,
 )
