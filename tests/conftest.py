@@ -3,6 +3,7 @@
 The interpreter is chosen here because Triton reads the variable when a kernel is defined.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,6 +20,11 @@ os.environ.setdefault(
 torch.set_num_threads(
     1
 )  # the tests' tensors are tiny: threads that wait for each other cost far more than they bring
+
+with contextlib.suppress(ImportError):  # machines with a GPU may lack it, and run no test that needs it
+    from hypothesis import settings
+
+    settings.load_profile("ci")  # examples follow from the test alone: a failure comes from what changed
 
 
 @pytest.fixture
