@@ -245,6 +245,7 @@ def workspace_bytes(
     needs_dhidden: bool = True,
     needs_dweight: bool = True,
     device_type: str = "cuda",
+    has_copy: bool = False,
 ) -> int:
     """The most that `linear_cross_entropy` allocates, in bytes, gradients included.
 
@@ -256,6 +257,7 @@ def workspace_bytes(
         needs_dhidden, needs_dweight: which gradients are wanted.
         device_type: "cuda", or "cpu" for Triton's interpreter. There, dweight of 16-bit products needs
             float32 copies of the factors.
+        has_copy: the caller has the weight in `dtype`.
 
     Returns:
         bytes of one chunk's logits, the cast weight, dhidden, dweight and the losses. The allocator's
@@ -263,7 +265,7 @@ def workspace_bytes(
     """
     size, rows = dtype.itemsize, triton_chunk_rows(N, V, dtype.itemsize)
     total = rows * _padded(V) * size + 4 * N + 4
-    if weight_dtype != dtype:
+    if weight_dtype != dtype and not has_copy:
         total += V * D * size
     if needs_dhidden:
         total += N * D * size
@@ -394,11 +396,14 @@ def native_chunk_rows(N: int, V: int, element_size: int) -> int:
     return max(triton.cdiv(N, triton.cdiv(max(N, 1), rows)), 1)
 
 
-def native_workspace_bytes(N: int, D: int, V: int, dtype: torch.dtype, needs_dweight: bool = True) -> int:
+def native_workspace_bytes(
+    N: int, D: int, V: int, dtype: torch.dtype, needs_dweight: bool = True, has_copy: bool = False
+) -> int:
     """The most that `linear_cross_entropy_native` allocates, in bytes, gradients included. Arguments as
     `workspace_bytes`."""
     size, rows = dtype.itemsize, native_chunk_rows(N, V, dtype.itemsize)
-    casts = 0 if size == 4 else 2 * V * D * size  # of the weight, and of a chunk's dweight
+    # Of the weight, and of a chunk's dweight.
+    casts = 0 if size == 4 else (1 if has_copy else 2) * V * D * size
     return rows * V * size + casts + 2 * N * D * size + (4 * V * D if needs_dweight else 0)
 
 

@@ -105,10 +105,9 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, context: "Context") -> Tensor:
         projected = self.project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BTHK, k_BTGK, v_BTGK = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
-        if context.cache is None and torch.is_grad_enabled():
-            v_BTGK = (
-                v_BTGK.contiguous()
-            )  # backward keeps it: as columns of a product, it would keep q and k too
+        if torch.is_grad_enabled() and (self.has_rope or self.q_norm is not None):
+            # Backward keeps it. As columns of a product, it would also keep q and k before their rotation.
+            v_BTGK = v_BTGK.contiguous()
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK.contiguous()), self.k_norm(k_BTGK.contiguous())
         if self.has_rope:
