@@ -50,6 +50,7 @@ def run(results: Results) -> None:
         short = str(dtype).removeprefix("torch.")
         model = Transformer(SHAPE, select("auto", "cpu", SHAPE.head_dim, dtype), compute_dtype=dtype)
         narrow(model.init_weights(0).eval())
+        model.join_weights()
         floor = sum(p.numel() for p in model.parameters()) * dtype.itemsize / rate
 
         def lumi(batch: int, model: Transformer = model) -> Callable[[], list[list[int]]]:

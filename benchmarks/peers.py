@@ -100,7 +100,8 @@ def lumi_step(
     model: Transformer, tokens_BT: Tensor, targets_BT: Tensor, **documents: Tensor
 ) -> Callable[[], Tensor]:
     """Lumi's training step, which returns the mean loss. `documents`: positions and cu_seqlens."""
-    optimizer, share = Optimizer(model, OptimizerConfig(kind="adamw")), 1 / targets_BT.numel()
+    optimizer = Optimizer(model.join_weights(), OptimizerConfig(kind="adamw"))
+    share = 1 / targets_BT.numel()
 
     def step() -> Tensor:
         loss = model(tokens_BT, targets_BT, **documents, expected_dloss=share)

@@ -122,7 +122,8 @@ class LoraLinear(Protocol):
 
 
 class LinearCrossEntropy(Protocol):
-    """The summed loss, a scalar, from hidden (N, D), weight (V, D) and targets (N,) int64."""
+    """The summed loss, a scalar, from hidden (N, D), weight (V, D) and targets (N,) int64; `copy_VD` is the
+    weight in hidden's dtype."""
 
     def __call__(
         self,
@@ -131,13 +132,17 @@ class LinearCrossEntropy(Protocol):
         targets_N: Tensor,
         z_loss: float = 0.0,
         expected_dloss: float = 1.0,
+        copy_VD: Tensor | None = None,
     ) -> Tensor: ...
 
 
 class TokenLosses(Protocol):
-    """The loss of each row (N,), from hidden (N, D), weight (V, D) and targets (N,) int64."""
+    """The loss of each row (N,), from hidden (N, D), weight (V, D), targets (N,) int64 and `copy_VD`, as
+    `LinearCrossEntropy`."""
 
-    def __call__(self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor: ...
+    def __call__(
+        self, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, copy_VD: Tensor | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,7 @@ def chunked_cross_entropy_fwd(
     needs_dhidden: bool,
     needs_dweight: bool,
     weights_N: Tensor | None = None,
+    copy_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns losses_N and dweight_VD, both float32 or wider, and dhidden_ND between them.
 
@@ -70,7 +71,7 @@ def chunked_cross_entropy_fwd(
     needed is None.
     """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-    weight = weight_VD.to(hidden_ND.dtype)
+    weight = weight_VD.to(hidden_ND.dtype) if copy_VD is None else copy_VD
     losses_N = torch.empty(len(hidden_ND), dtype=wide, device=hidden_ND.device)
     dhidden_ND = torch.empty_like(hidden_ND) if needs_dhidden else None
     dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_dweight else None
@@ -99,9 +100,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         z_loss: float,
         expected_dloss: float,
+        copy_VD: Tensor | None,
     ) -> Tensor:
+        needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
         losses_N, dhidden_ND, dweight_VD = chunked_cross_entropy_fwd(
-            hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, *ctx.needs_input_grad[:2]
+            hidden_ND,
+            weight_VD,
+            targets_N,
+            z_loss,
+            expected_dloss,
+            needs_dhidden,
+            needs_dweight,
+            None,
+            copy_VD,
         )
         ctx.save_for_backward(dhidden_ND, dweight_VD)
         ctx.weight_dtype, ctx.expected_dloss = weight_VD.dtype, expected_dloss
@@ -115,7 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if dhidden_ND is None else (dhidden_ND * factor).to(dhidden_ND.dtype),
             None if dweight_VD is None else (dweight_VD * factor).to(ctx.weight_dtype),
-            *(None,) * 3,
+            *(None,) * 4,
         )
 
 
@@ -125,6 +136,7 @@ def chunked_cross_entropy(
     targets_N: Tensor,
     z_loss: float = 0.0,
     expected_dloss: float = 1.0,
+    copy_VD: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy losses of all rows with a target.
 
@@ -132,7 +144,7 @@ def chunked_cross_entropy(
         hidden_ND: final hidden states (N, D), any floating dtype.
         weight_VD: output projection (V, D), any floating dtype. It is cast to the dtype of `hidden_ND` for
             the products; its gradient has its own dtype.
-        targets_N, z_loss, expected_dloss: as in `linear_cross_entropy`.
+        targets_N, z_loss, expected_dloss, copy_VD: as in `linear_cross_entropy`.
 
     Returns:
         scalar, float32 (float64 for float64 hidden), in nats. Divide by the number of counted targets of the
@@ -144,6 +156,6 @@ def chunked_cross_entropy(
 
     Source: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
     """
-    check_operands(hidden_ND, weight_VD, targets_N)
+    check_operands(hidden_ND, weight_VD, targets_N, copy_VD)
     check_numbers(z_loss, expected_dloss)
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss)
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, copy_VD)

@@ -74,8 +74,11 @@ def linear_cross_entropy_reference(
 # --- what every implementation refuses ---
 
 
-def check_operands(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
-    """Raises ValueError if shapes do not fit or targets are not int64."""
+def check_operands(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, copy_VD: Tensor | None = None
+) -> None:
+    """Raises ValueError if shapes do not fit, targets are not int64, or the copy is of another dtype than
+    hidden."""
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             "hidden and weight must have shapes (N, D) and (V, D), "
@@ -86,11 +89,16 @@ def check_operands(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> N
             f"targets must be int64 of shape ({len(hidden_ND)},), "
             f"got {targets_N.dtype} of shape {tuple(targets_N.shape)}"
         )
+    if copy_VD is not None and (copy_VD.shape, copy_VD.dtype) != (weight_VD.shape, hidden_ND.dtype):
+        raise ValueError(
+            f"copy must be {hidden_ND.dtype} of shape {tuple(weight_VD.shape)}, "
+            f"got {copy_VD.dtype} of shape {tuple(copy_VD.shape)}"
+        )
 
 
-def check(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+def check(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, copy_VD: Tensor | None = None) -> None:
     """Raises ValueError for what the compiled operators do not take."""
-    check_operands(hidden_ND, weight_VD, targets_N)
+    check_operands(hidden_ND, weight_VD, targets_N, copy_VD)
     if len(weight_VD) == 0:
         raise ValueError(f"weight must have at least one row, got shape {tuple(weight_VD.shape)}")
     for name, tensor in (("hidden", hidden_ND), ("weight", weight_VD)):
@@ -237,6 +245,7 @@ def workspace_bytes(
     needs_dhidden: bool = True,
     needs_dweight: bool = True,
     device_type: str = "cuda",
+    has_copy: bool = False,
 ) -> int:
     """The most that `linear_cross_entropy` allocates, in bytes, gradients included.
 
@@ -248,6 +257,7 @@ def workspace_bytes(
         needs_dhidden, needs_dweight: which gradients are wanted.
         device_type: "cuda", or "cpu" for Triton's interpreter. There, dweight of 16-bit products needs
             float32 copies of the factors.
+        has_copy: the caller has the weight in `dtype`.
 
     Returns:
         bytes of one chunk's logits, the cast weight, dhidden, dweight and the losses. The allocator's
@@ -255,7 +265,7 @@ def workspace_bytes(
     """
     size, rows = dtype.itemsize, triton_chunk_rows(N, V, dtype.itemsize)
     total = rows * _padded(V) * size + 4 * N + 4
-    if weight_dtype != dtype:
+    if weight_dtype != dtype and not has_copy:
         total += V * D * size
     if needs_dhidden:
         total += N * D * size
@@ -280,6 +290,7 @@ def linear_cross_entropy_fwd(
     needs_dhidden: bool,
     needs_dweight: bool,
     weights_N: Tensor | None = None,
+    copy_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns losses_N in float32, dhidden_ND in hidden's dtype and dweight_VD in `dweight_dtype`.
 
@@ -287,7 +298,8 @@ def linear_cross_entropy_fwd(
     `weights_N` (float32) are factors of each row's gradient; the losses are without them.
     """
     N, V = len(hidden_ND), len(weight_VD)
-    weight, targets_N = weight_VD.to(hidden_ND.dtype), targets_N.contiguous()
+    weight = weight_VD.to(hidden_ND.dtype) if copy_VD is None else copy_VD
+    targets_N = targets_N.contiguous()
     rows_at_once = triton_chunk_rows(N, V, hidden_ND.element_size())
     logits = torch.empty(rows_at_once, _padded(V), dtype=hidden_ND.dtype, device=hidden_ND.device)
     losses_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
@@ -384,11 +396,14 @@ def native_chunk_rows(N: int, V: int, element_size: int) -> int:
     return max(triton.cdiv(N, triton.cdiv(max(N, 1), rows)), 1)
 
 
-def native_workspace_bytes(N: int, D: int, V: int, dtype: torch.dtype, needs_dweight: bool = True) -> int:
+def native_workspace_bytes(
+    N: int, D: int, V: int, dtype: torch.dtype, needs_dweight: bool = True, has_copy: bool = False
+) -> int:
     """The most that `linear_cross_entropy_native` allocates, in bytes, gradients included. Arguments as
     `workspace_bytes`."""
     size, rows = dtype.itemsize, native_chunk_rows(N, V, dtype.itemsize)
-    casts = 0 if size == 4 else 2 * V * D * size  # of the weight, and of a chunk's dweight
+    # Of the weight, and of a chunk's dweight.
+    casts = 0 if size == 4 else (1 if has_copy else 2) * V * D * size
     return rows * V * size + casts + 2 * N * D * size + (4 * V * D if needs_dweight else 0)
 
 
@@ -401,6 +416,7 @@ def native_linear_cross_entropy_fwd(
     needs_dhidden: bool,
     needs_dweight: bool,
     weights_N: Tensor | None = None,
+    copy_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_cross_entropy_fwd`; dweight_VD is float32. Rows without a target take part in no product."""
     counted = (targets_N != IGNORE_INDEX).nonzero()[:, 0]
@@ -411,7 +427,8 @@ def native_linear_cross_entropy_fwd(
     M, V, dtype = len(hidden_MD), len(weight_VD), hidden_ND.dtype
     weights_M = weights_N if weights_N is None or all_counted else weights_N[counted]
     operators = cpu_operators(dtype)
-    weight, targets_M, losses_M = weight_VD.to(dtype), targets_M.contiguous(), torch.empty(M)
+    weight = weight_VD.to(dtype) if copy_VD is None else copy_VD
+    targets_M, losses_M = targets_M.contiguous(), torch.empty(M)
     dhidden_MD = torch.empty(hidden_MD.shape if needs_dhidden else (0,), dtype=dtype)
     dweight_VD = torch.zeros(weight_VD.shape if needs_dweight else (0,))
     # The transpose of a chunk's logits: at these shapes products with it are a tenth faster.
@@ -453,10 +470,11 @@ def _linear_cross_entropy_op(
     needs_dhidden: bool,
     needs_dweight: bool,
     native: bool = False,
+    copy_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     launch = native_linear_cross_entropy_fwd if native else linear_cross_entropy_fwd
     losses_N, dhidden, dweight = launch(
-        hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, needs_dhidden, needs_dweight
+        hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, needs_dhidden, needs_dweight, None, copy_VD
     )
     return losses_N.sum(), dhidden, dweight
 
@@ -479,6 +497,7 @@ def _(
     needs_dhidden: bool,
     needs_dweight: bool,
     native: bool = False,
+    copy_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dhidden, dweight = _empty_gradients(hidden_ND, weight_VD, needs_dhidden, needs_dweight)
     dweight = dweight.float() if native else dweight
@@ -491,7 +510,7 @@ def _(gradient: Tensor, dloss: Tensor, expected_dloss: float, native: bool = Fal
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight_VD, _, _, ctx.expected_dloss, ctx.needs_dhidden, ctx.needs_dweight, ctx.native = inputs
+    _, weight_VD, _, _, ctx.expected_dloss, ctx.needs_dhidden, ctx.needs_dweight, ctx.native, _ = inputs
     _, dhidden, dweight = output
     ctx.weight_dtype = weight_VD.dtype
     ctx.mark_non_differentiable(dhidden, dweight)
@@ -502,7 +521,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     dhidden, dweight = ctx.saved_tensors
     if dloss is None:
-        return (None,) * 8
+        return (None,) * 9
     if ctx.needs_dhidden:
         _rescale_op(dhidden, dloss, ctx.expected_dloss, ctx.native)
     if ctx.needs_dweight:
@@ -510,7 +529,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     return (
         dhidden if ctx.needs_dhidden else None,
         dweight.to(ctx.weight_dtype) if ctx.needs_dweight else None,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -526,6 +545,7 @@ def linear_cross_entropy(
     targets_N: Tensor,
     z_loss: float = 0.0,
     expected_dloss: float = 1.0,
+    copy_VD: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy losses of all rows with a target. Only one chunk of rows has its logits in
     memory at a time.
@@ -533,7 +553,7 @@ def linear_cross_entropy(
     Args:
         hidden_ND: final hidden states (N, D), float32 / bfloat16 / float16.
         weight_VD: output projection (V, D), one of the same dtypes, 1 <= V. It is cast to the dtype of
-            `hidden_ND` once. Its gradient is summed in float32 and has its own dtype.
+            `hidden_ND` once, unless there is a copy. Its gradient is summed in float32 and has its own dtype.
         targets_N: (N,) int64 in [0, V), or -100 for a row that does not count.
         z_loss: weight of lse^2, at least 0; 0 leaves it out.
         expected_dloss: the gradient that the loss will get in backward: f, if the caller runs `(loss *
@@ -542,6 +562,7 @@ def linear_cross_entropy(
             both gradients: 8 * V * D bytes and 2 * N * D elements. The factor is multiplied in before the
             gradient of the logits is rounded to the dtype of hidden. So with float16 this is the place for
             loss scaling. 2^-100 to 2^100 in size.
+        copy_VD: the weight in the dtype of `hidden_ND`, where the caller has it. It has no gradient.
 
     Returns:
         scalar, float32, in nats, not multiplied by `expected_dloss`. NaN if a target is out of range. Divide
@@ -555,9 +576,9 @@ def linear_cross_entropy(
 
     Source: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
     """
-    check(hidden_ND, weight_VD, targets_N)
+    check(hidden_ND, weight_VD, targets_N, copy_VD)
     check_numbers(z_loss, expected_dloss)
-    return _apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, native=False)
+    return _apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, copy_VD, native=False)
 
 
 def linear_cross_entropy_native(
@@ -566,6 +587,7 @@ def linear_cross_entropy_native(
     targets_N: Tensor,
     z_loss: float = 0.0,
     expected_dloss: float = 1.0,
+    copy_VD: Tensor | None = None,
 ) -> Tensor:
     """As `linear_cross_entropy`, on a CPU: hidden is float32 or bfloat16.
 
@@ -576,9 +598,9 @@ def linear_cross_entropy_native(
         IndexError: if a target is out of range.
     """
     check_taken(hidden_ND)
-    check(hidden_ND, weight_VD, targets_N)
+    check(hidden_ND, weight_VD, targets_N, copy_VD)
     check_numbers(z_loss, expected_dloss)
-    return _apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, native=True)
+    return _apply(hidden_ND, weight_VD, targets_N, z_loss, expected_dloss, copy_VD, native=True)
 
 
 def _apply(
@@ -587,10 +609,11 @@ def _apply(
     targets_N: Tensor,
     z_loss: float,
     expected_dloss: float,
+    copy_VD: Tensor | None,
     native: bool,
 ) -> Tensor:
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden_ND, weight_VD)]
     loss, _, _ = _linear_cross_entropy_op(
-        hidden_ND, weight_VD, targets_N, float(z_loss), float(expected_dloss), *needs, native
+        hidden_ND, weight_VD, targets_N, float(z_loss), float(expected_dloss), *needs, native, copy_VD
     )
     return loss

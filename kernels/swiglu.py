@@ -9,7 +9,7 @@ Shazeer 2020, https://arxiv.org/abs/2002.05202.
 Shape letters: N rows (all leading dims flattened), F mlp dim.
 Precision: float32 inside (the reference keeps float64 as float64), cast once.
 Cost: forward reads gate and up once and writes y once. Backward reads dy, gate and up once and writes dgate
-and dup once. It computes the sigmoid again, so only the inputs are kept.
+and dup once, side by side. It computes the sigmoid again, so only the inputs are kept.
 """
 
 from typing import Any, no_type_check
@@ -107,15 +107,15 @@ def swiglu_fwd(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     return y_NF
 
 
-def swiglu_bwd(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns dgate_NF and dup_NF in gate's dtype. Writes to no input."""
+def swiglu_bwd(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """Returns dgate_NF and dup_NF in gate's dtype, side by side in one tensor. Writes to no input."""
     N, F = gate_NF.shape
-    dgate_NF, dup_NF = (torch.empty(N, F, dtype=gate_NF.dtype, device=gate_NF.device) for _ in range(2))
-    tensors = (dy_NF, gate_NF, up_NF, dgate_NF, dup_NF)
+    both = torch.empty(N, 2 * F, dtype=gate_NF.dtype, device=gate_NF.device)
+    tensors = (dy_NF, gate_NF, up_NF, *both.chunk(2, dim=1))
     config = tile_config(F)
     with torch.cuda.device_of(gate_NF):
         _swiglu_bwd_kernel[_grid(N, F, config)](*tensors, *(t.stride(0) for t in tensors), N, F, **config)
-    return dgate_NF, dup_NF
+    return both
 
 
 # --- C++ for CPUs: the same, by csrc/cpu/swiglu.h ---
@@ -134,17 +134,14 @@ def native_swiglu_fwd(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     return y_NF
 
 
-def native_swiglu_bwd(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
+def native_swiglu_bwd(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     """As `swiglu_bwd`."""
-    dgate_NF, dup_NF = (torch.empty(gate_NF.shape, dtype=gate_NF.dtype) for _ in range(2))
-    inputs = dy_NF, gate_NF, up_NF
+    (N, F), inputs = gate_NF.shape, (dy_NF, gate_NF, up_NF)
+    both = torch.empty(N, 2 * F, dtype=gate_NF.dtype)
     cpu_operators(gate_NF.dtype).swiglu_backward(
-        *map(address, (*inputs, dgate_NF, dup_NF)),
-        *gate_NF.shape,
-        *(t.stride(0) for t in inputs),
-        torch.get_num_threads(),
+        *map(address, (*inputs, both)), N, F, *(t.stride(0) for t in inputs), torch.get_num_threads()
     )
-    return dgate_NF, dup_NF
+    return both
 
 
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
@@ -159,10 +156,11 @@ _swiglu_op = torch.library.custom_op("lumi::swiglu", _swiglu, mutates_args=())
 
 
 @torch.library.custom_op("lumi::swiglu_backward", mutates_args=())
-def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor, native: bool = False) -> tuple[Tensor, Tensor]:
+def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor, native: bool = False) -> Tensor:
+    """Returns [dgate, dup] (..., 2 F). A product that computed gate and up takes it as it is."""
     launch = native_swiglu_bwd if native else swiglu_bwd
-    dgate_NF, dup_NF = launch(strided_rows(dy), strided_rows(gate), strided_rows(up))
-    return dgate_NF.view(gate.shape), dup_NF.view(gate.shape)
+    both = launch(strided_rows(dy), strided_rows(gate), strided_rows(up))
+    return both.view(*gate.shape[:-1], 2 * gate.shape[-1])
 
 
 @_swiglu_op.register_fake
@@ -171,8 +169,8 @@ def _(gate: Tensor, up: Tensor, native: bool = False) -> Tensor:
 
 
 @_swiglu_backward_op.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor, native: bool = False) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+def _(dy: Tensor, gate: Tensor, up: Tensor, native: bool = False) -> Tensor:
+    return gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -181,7 +179,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *_swiglu_backward_op(dy, *ctx.saved_tensors, ctx.native), None
+    return *_swiglu_backward_op(dy, *ctx.saved_tensors, ctx.native).chunk(2, dim=-1), None
 
 
 _swiglu_op.register_autograd(_backward, setup_context=_save)

@@ -48,32 +48,40 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, launch: Callable[..., Any]
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        copy_VD: Tensor | None,
+        launch: Callable[..., Any],
     ) -> Tensor:
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, copy_VD)
         ctx.launch = launch
-        return launch(hidden_ND, weight_VD, targets_N, 0.0, 1.0, False, False)[0]
+        return launch(hidden_ND, weight_VD, targets_N, 0.0, 1.0, False, False, None, copy_VD)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor | None, ...]:
         needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
+        *operands, copy_VD = ctx.saved_tensors
         _, dhidden_ND, dweight_VD = ctx.launch(
-            *ctx.saved_tensors, 0.0, 1.0, needs_dhidden, needs_dweight, dlosses_N.contiguous()
+            *operands, 0.0, 1.0, needs_dhidden, needs_dweight, dlosses_N.contiguous(), copy_VD
         )
         return (
             dhidden_ND if needs_dhidden else None,
-            dweight_VD.to(ctx.saved_tensors[1].dtype) if needs_dweight else None,
-            None,
-            None,
+            dweight_VD.to(operands[1].dtype) if needs_dweight else None,
+            *(None,) * 3,
         )
 
 
-def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def token_losses(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, copy_VD: Tensor | None = None
+) -> Tensor:
     """The cross-entropy loss of each row. Only one chunk of rows has its logits in memory at a time.
 
     Args:
-        hidden_ND, weight_VD, targets_N: as in `lumi.kernels.linear_cross_entropy.linear_cross_entropy`.
+        hidden_ND, weight_VD, targets_N, copy_VD: as in
+            `lumi.kernels.linear_cross_entropy.linear_cross_entropy`.
 
     Returns:
         (N,) float32, in nats; 0 where the target is -100, NaN where it is out of range. Differentiable once,
@@ -82,11 +90,13 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Ten
     Raises:
         ValueError: as `linear_cross_entropy`.
     """
-    check(hidden_ND, weight_VD, targets_N)
-    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, linear_cross_entropy_fwd)
+    check(hidden_ND, weight_VD, targets_N, copy_VD)
+    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, copy_VD, linear_cross_entropy_fwd)
 
 
-def token_losses_native(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def token_losses_native(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, copy_VD: Tensor | None = None
+) -> Tensor:
     """As `token_losses`, on a CPU: hidden is float32 or bfloat16.
 
     Raises:
@@ -94,16 +104,18 @@ def token_losses_native(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor)
         IndexError: if a target is out of range.
     """
     check_taken(hidden_ND)
-    check(hidden_ND, weight_VD, targets_N)
-    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, native_linear_cross_entropy_fwd)
+    check(hidden_ND, weight_VD, targets_N, copy_VD)
+    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, copy_VD, native_linear_cross_entropy_fwd)
 
 
-def token_losses_chunked(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def token_losses_chunked(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, copy_VD: Tensor | None = None
+) -> Tensor:
     """As `token_losses`, in plain torch and any floating dtype; float64 losses for float64 hidden.
 
     Raises:
         ValueError: if the shapes do not fit, or targets are not int64.
         IndexError: on CPU, if a target is out of range; on CUDA, a device-side assertion fails.
     """
-    check_operands(hidden_ND, weight_VD, targets_N)
-    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, chunked_cross_entropy_fwd)
+    check_operands(hidden_ND, weight_VD, targets_N, copy_VD)
+    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, copy_VD, chunked_cross_entropy_fwd)

@@ -33,11 +33,11 @@ struct CpuOperators {
                               Int dtotal_stride, Int x_stride, int threads);
     Int (*rms_norm_pieces)(Int rows, Int dim);
 
-    // y = silu(gate) * up.
+    // y = silu(gate) * up. A row of `both` holds dgate, then dup.
     void (*swiglu)(Address gate, Address up, Address y, Int rows, Int dim, Int gate_stride, Int up_stride,
                    int threads);
-    void (*swiglu_backward)(Address dy, Address gate, Address up, Address dgate, Address dup, Int rows,
-                            Int dim, Int dy_stride, Int gate_stride, Int up_stride, int threads);
+    void (*swiglu_backward)(Address dy, Address gate, Address up, Address both, Int rows, Int dim,
+                            Int dy_stride, Int gate_stride, Int up_stride, int threads);
 
     // Turns `heads` heads of `dim` elements for each token by the angles whose cosines and sines are float
     // (tokens, dim); sign -1 turns them back.

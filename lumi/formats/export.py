@@ -130,7 +130,7 @@ def _write(output_dir: Path, pretrained: Pretrained, form: ExportForm) -> Export
             got = f"{form.precision}, in which {name} is not finite"
             expectation, remedy = "must be able to hold every weight", form.wider
             raise UserError(form.option, expectation, got=got, remedy=remedy)
-    expected = _logits(model)
+    expected = _logits(model.join_weights())
     with atomic_folder(output_dir) as temporary:
         _check_space(temporary, form.num_bytes(model))
         try:
@@ -138,7 +138,7 @@ def _write(output_dir: Path, pretrained: Pretrained, form: ExportForm) -> Export
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{output_dir}: cannot be written: {reason}; nothing was left there") from error
-        reread = form.load(temporary, model, tokenizer)
+        reread = form.load(temporary, model, tokenizer).join_weights()  # the same sums, in the same order
         if not (_same_weights(model, reread) and torch.equal(_logits(reread), expected)):
             fault = "what was read back is not what was written; nothing was left there"
             raise UserError(f"{output_dir}: {fault}", remedy="check the disk")

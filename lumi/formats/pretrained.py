@@ -70,7 +70,7 @@ def load_pretrained(
     if is_gguf(path):
         model, tokenizer = _load_gguf(path, adapter_path, tokenizer_path, chosen, dtype, kernels)
         narrow(model)
-        return Pretrained(model.to(chosen).eval(), tokenizer, Path(path))
+        return Pretrained(model.to(chosen).eval().join_weights(), tokenizer, Path(path))
     folder, adapter = _locate_both(path, adapter_path)
     if tokenizer_path is None:
         tokenizer = _load_tokenizer(folder, adapter)
@@ -87,7 +87,7 @@ def load_pretrained(
         load_adapter(adapter, model, folder, tokenizer)
         settle_rows(model)
     narrow(model)
-    return Pretrained(model.to(chosen).eval(), tokenizer, folder, adapter)
+    return Pretrained(model.to(chosen).eval().join_weights(), tokenizer, folder, adapter)
 
 
 def _remedy(adapter: Path | None) -> str:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lumi.kernels.bundle import DecodeAttention, Ops
 from lumi.kernels.rope import rope_table
+from lumi.model.compute_weights import ComputeWeights, JoinedWeights
 from lumi.model.model_config import ModelConfig
 
 
@@ -39,7 +40,12 @@ class LayerCache(Protocol):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, mostly without b. The float32 masters are cast to the dtype of `x`."""
+    """y = x W^T + b, mostly without b.
+
+    The float32 masters are cast to the dtype of `x`, unless `joined` holds their values in it.
+    """
+
+    joined: JoinedWeights | None = None
 
     def __init__(self, in_features: int, out_features: int, ops: Ops, bias: bool = False):
         super().__init__()
@@ -47,11 +53,16 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.joined is not None and self.joined.holds([self]):
+            return self.joined.apply(x, self.ops.linear)[0]
         return self.ops.linear(x, self.weight, self.bias)
 
 
 def apply_each(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Apply several linears to one input."""
+    """Apply several linears to one input: by one product if their weights are joined."""
+    first = linears[0]
+    if isinstance(first, Linear) and first.joined is not None and first.joined.holds(linears):
+        return first.joined.apply(x, first.ops.linear)
     return [linear(x) for linear in linears]
 
 
@@ -94,8 +105,11 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, context: "Context") -> Tensor:
         projected = self.project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BTHK, k_BTGK, v_BTGK = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
+        if torch.is_grad_enabled() and (self.has_rope or self.q_norm is not None):
+            # Backward keeps it. As columns of a product, it would also keep q and k before their rotation.
+            v_BTGK = v_BTGK.contiguous()
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK.contiguous()), self.k_norm(k_BTGK.contiguous())
         if self.has_rope:
             q_BTHK, k_BTGK = self.ops.rope(q_BTHK, k_BTGK, context.cos, context.sin)
         if context.cache is None:
@@ -177,11 +191,45 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, ops, layer) for layer in range(config.num_layers))
         self.final_norm = RMSNorm(config.model_dim, config, ops)
         self.lm_head = None if config.tied_embeddings else Linear(config.model_dim, config.vocab_size, ops)
+        self.compute_weights: ComputeWeights | None = None
 
     @property
     def output_weight(self) -> Tensor:
         """The (V, D) matrix from hidden states to logits: `lm_head`, or the embedding if they are tied."""
         return self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def join_weights(self) -> "Transformer":
+        """Hold weights as products read them (`lumi.model.compute_weights`): float32 masters under bfloat16
+        products, and all that have the compute dtype.
+
+        To be called when weights are on their device and adapters in place, but not before FSDP2. Frozen
+        masters of another dtype are cast at every use, and so are all under float16.
+        """
+        groups: list[tuple[Linear | nn.Embedding, ...]] = []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            attention, mlp = layer.attention, layer.mlp
+            groups += [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
+            groups += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
+        output = (self.token_embedding if self.lm_head is None else self.lm_head,)
+        joined = {}
+        for modules in (*groups, output):
+            if self._joins(modules):
+                joined[modules] = JoinedWeights(modules, self.compute_dtype)
+            for module in modules:
+                if isinstance(module, Linear):
+                    module.joined = joined.get(modules)
+        self.compute_weights = ComputeWeights(list(joined.values()), joined.get(output))
+        return self
+
+    def _joins(self, modules: Sequence[nn.Module]) -> bool:
+        if not all(type(module) in (Linear, nn.Embedding) for module in modules):
+            return False  # an adapter's, or with trained rows
+        weights = [module.get_parameter("weight") for module in modules]
+        if all(weight.dtype == self.compute_dtype for weight in weights):
+            return len(weights) > 1
+        masters = all(weight.dtype == torch.float32 and weight.requires_grad for weight in weights)
+        return masters and self.compute_dtype == torch.bfloat16
 
     def init_weights(self, seed: int) -> "Transformer":
         """Set every parameter to its value in `initial_weights`."""
@@ -229,6 +277,8 @@ class Transformer(nn.Module):
         batch, length = tokens.shape
         if positions is None:
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
+        if self.compute_weights is not None and not self.compute_weights.refresh():
+            self.join_weights()
         cos, sin = rope_table(
             positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
@@ -271,9 +321,10 @@ class Transformer(nn.Module):
             per_token: for losses that are no sum over the tokens. What is not trained is 0.
         """
         hidden_ND = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
+        copy_VD = None
+        if self.compute_weights is not None and self.compute_weights.output is not None:
+            copy_VD = self.compute_weights.output.values
+        operands = hidden_ND, self.output_weight, targets.flatten()
         if per_token:
-            losses_N = self.ops.token_losses(hidden_ND, self.output_weight, targets.flatten())
-            return losses_N.view_as(targets)
-        return self.ops.linear_cross_entropy(
-            hidden_ND, self.output_weight, targets.flatten(), expected_dloss=expected_dloss
-        )
+            return self.ops.token_losses(*operands, copy_VD=copy_VD).view_as(targets)
+        return self.ops.linear_cross_entropy(*operands, expected_dloss=expected_dloss, copy_VD=copy_VD)

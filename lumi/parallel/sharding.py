@@ -49,7 +49,10 @@ def parallelize(
         for name, value in weights:
             held = piece(model.get_parameter(name))
             held.local.copy_(held.part_of(value))
-    if world.mesh is None or sharded:
+    if sharded:
+        return model
+    model.join_weights()
+    if world.mesh is None:
         return model
     wrapped = DistributedDataParallel(model)
     if narrow:

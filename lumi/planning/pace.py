@@ -166,7 +166,7 @@ def _rehearsed_step(pace: Pace, name: str) -> Callable[[], None]:
     model = Transformer(shape, ops, compute_dtype=dtype).init_weights(0).train()
     if config.lora is not None:
         add_lora(model, config.lora, 0, range(len(config.lora.tokens)))
-    optimizer = Optimizer(model, config.optimizer)
+    optimizer = Optimizer(model.join_weights(), config.optimizer)
     rows, length = config.batches.micro_batch_rows, config.batches.sequence_length
     tokens = torch.randint(shape.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32)

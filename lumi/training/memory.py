@@ -91,11 +91,11 @@ def _held(model: ModelConfig, shard: int, tensor: int) -> tuple[dict[str, int], 
 class MemoryEstimate:
     """Bytes that the fullest process needs to train, by arithmetic; without what torch itself takes.
 
-    Weights, gradients and optimizer state are float32. Backward also keeps a copy of the layers' weights in a
-    narrower compute dtype. For backward, a layer of the reference operators keeps about 4D + 2(H+G)K + 3F
-    values per token in the compute dtype, and 6D + 2(H+G)K + 3F in float32 (norms, rotation, SwiGLU). A layer
-    of the Triton operators keeps the former, and H + 2 in float32 (one sum per head and norm). With gradient
-    checkpointing a layer keeps only its input, D.
+    Weights, gradients and optimizer state are float32. In a narrower compute dtype the matrices of products
+    have a copy; of frozen ones, backward keeps it. For backward, a layer of the reference operators keeps
+    about 4D + 2(H+G)K + 3F values per token in the compute dtype, and 6D + 2(H+G)K + 3F in float32 (norms,
+    rotation, SwiGLU). A layer of the Triton operators keeps the former, and H + 2 in float32 (one sum per
+    head and norm). With gradient checkpointing a layer keeps only its input, D.
 
     The reference loss holds the logits of one chunk of rows three times (the logits, their float32
     log-softmax and their gradient), and the float32 gradient of its matrix twice. The two others state
@@ -144,6 +144,10 @@ class MemoryEstimate:
     def _is_sharded(self) -> bool:
         return self.layout.shard > 1 or self.layout.tensor > 1
 
+    @property
+    def _copies_weights(self) -> bool:
+        return self.compute_bytes < 4 and self.frozen is None and not self._is_sharded
+
     def _weights_and_states(self) -> dict[str, int]:
         """Weights, gradients and states, and the copies of them that exist for a time."""
         adapters, weight_bytes, rows_trained = self.frozen or Frozen(0, 4, True)
@@ -162,7 +166,8 @@ class MemoryEstimate:
         if self._is_sharded:
             return parts | self._gathered(adapters, trained, embeddings)
         if self.compute_bytes < weight_bytes:
-            parts["weights"] += self.compute_bytes * (held - embeddings)
+            output = model.vocab_size * model.model_dim if self._copies_weights else 0
+            parts["weights"] += self.compute_bytes * (held - embeddings + output)
         if layout.replicate > 1:
             parts["buckets"] = 4 * trained
         return parts
@@ -216,11 +221,18 @@ class MemoryEstimate:
                 torch.float32 if size == 4 else torch.bfloat16 for size in (self.compute_bytes, weight_bytes)
             )
             return workspace_bytes(
-                tokens, dim, vocab, dtype, weight_dtype, True, rows_trained, self.device_type
+                tokens,
+                dim,
+                vocab,
+                dtype,
+                weight_dtype,
+                needs_dweight=rows_trained,
+                device_type=self.device_type,
+                has_copy=self._copies_weights,
             )
         if self.kernels == "native":
             dtype = torch.float32 if self.compute_bytes == 4 else torch.bfloat16
-            return native_workspace_bytes(tokens, dim, vocab, dtype, rows_trained)
+            return native_workspace_bytes(tokens, dim, vocab, dtype, rows_trained, self._copies_weights)
         rows = min(tokens, chunk_rows(vocab, self.device_type))
         matrix_gradients = 8 * vocab * dim if rows_trained else 0
         return (4 + 2 * self.compute_bytes) * rows * vocab + matrix_gradients

@@ -16,7 +16,7 @@ element is sent once there and once back.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from lumi.host.devices import fast_bfloat16
+from lumi.model.compute_weights import WeightCopy, written_together
 from lumi.parallel.tensor_pieces import piece
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic
@@ -43,17 +44,19 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float,
         compute_dtype: torch.dtype | None = None,
+        copies: Mapping[Tensor, WeightCopy] | None = None,
     ):
         """
         Args:
             params: at least one matrix, all on one device.
             compute_dtype: the dtype that directions are orthogonalised and sent in. None: bfloat16 where
                 the device multiplies it in hardware, float32 elsewhere.
+            copies: those of `ComputeWeights`, by parameter: written with the parameters.
         """
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         if compute_dtype is None:
             compute_dtype = torch.bfloat16 if fast_bfloat16(params[0].device) else torch.float32
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.copies = compute_dtype, copies or {}
         for parameter in params:  # with the name and the zeros of torch.optim.Muon
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
@@ -81,8 +84,12 @@ class Muon(torch.optim.Optimizer):
         stack = torch.cat([_as_wide(half).to(self.compute_dtype) for half in halves])
         stack = orthogonalize(stack).to(parameters[0].dtype)
         updates = [*stack[:num_wide].unbind(), *stack[num_wide:].mT.contiguous().unbind()]
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"] * _size_of_adamw(parameters[0].shape))
+        copied = [parameter for parameter in parameters if parameter in self.copies]
+        with written_together([self.copies[parameter] for parameter in copied]) as rows:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"] * _size_of_adamw(parameters[0].shape))
+            if rows:
+                torch._foreach_copy_(rows, copied)
 
     def _update_parts(self, parameters: list[DTensor], group: dict[str, Any]) -> None:
         """Update one matrix in parts for each process: process i owns the i-th."""

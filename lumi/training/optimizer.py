@@ -5,7 +5,7 @@ call everything here together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from lumi.kernels.adamw import adamw
 from lumi.kernels.global_norm import global_norm
 from lumi.kernels.native import native_device
+from lumi.model.compute_weights import WeightCopy, written_together
 from lumi.training.muon import Muon
 from lumi.training.schedule import CosineSchedule, WarmupStableDecay
 
@@ -63,10 +64,19 @@ class AdamW(torch.optim.Optimizer):
     """AdamW by `lumi.kernels.adamw`: one operator updates all parameters and clips gradients as it reads.
 
     The states have the names of torch's AdamW. `step` is on the CPU, where the bias corrections are computed.
+    `copies` are those of `ComputeWeights`, which are written with their parameters.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        copies: Mapping[Tensor, WeightCopy],
+    ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.copies = copies
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -91,27 +101,30 @@ class AdamW(torch.optim.Optimizer):
         if not members:
             return
         torch._foreach_add_([state["step"] for _, state, _ in members], 1)
-        by_step: dict[int, list[tuple[Tensor, dict[str, Tensor], float]]] = {}
+        by_step: dict[tuple[int, bool], list[tuple[Tensor, dict[str, Tensor], float]]] = {}
         for member in members:
-            by_step.setdefault(int(member[1]["step"]), []).append(member)
+            by_step.setdefault((int(member[1]["step"]), member[0] in self.copies), []).append(member)
         group = self.param_groups[0]
-        for number, alike in by_step.items():  # one, unless a parameter had no gradient in some step
+        for (number, copied), alike in by_step.items():  # steps differ where a parameter had no gradient
             parameters, states, weight_decays = zip(*alike, strict=True)
-            adamw(
-                _own(parameters),
-                _own([parameter.grad for parameter in parameters]),
-                _own([state["exp_avg"] for state in states]),
-                _own([state["exp_avg_sq"] for state in states]),
-                weight_decays=weight_decays,
-                step=number,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                norm=norm,
-                max_norm=max_norm,
-                loss_scale=loss_scale,
-            )
+            copies = [self.copies[parameter] for parameter in parameters] if copied else []
+            with written_together(copies) as rows:
+                adamw(
+                    _own(parameters),
+                    _own([parameter.grad for parameter in parameters]),
+                    _own([state["exp_avg"] for state in states]),
+                    _own([state["exp_avg_sq"] for state in states]),
+                    weight_decays=weight_decays,
+                    step=number,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    eps=group["eps"],
+                    norm=norm,
+                    max_norm=max_norm,
+                    loss_scale=loss_scale,
+                    copies=rows or None,
+                )
 
 
 @dataclass(frozen=True)
@@ -137,11 +150,14 @@ class Clip:
 class Optimizer:
     """The optimizers of one model behind one `step`.
 
-    Every state tensor has a name, so that a checkpoint needs no pickle.
+    Every state tensor has a name, so that a checkpoint needs no pickle. A model's joined weights are written
+    with their masters.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig):
         self.config = config
+        weights = getattr(model, "compute_weights", None)
+        self.copies: Mapping[Tensor, WeightCopy] = {} if weights is None else weights.copies()
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.named:
             raise ValueError("model must have parameters that require gradients, got none")
@@ -156,7 +172,8 @@ class Optimizer:
             self.optimizers.append(self._adamw([group for group in groups if group["params"]]))
         if in_muon:
             matrices = [p for name, p in self.named.items() if name in in_muon]
-            self.optimizers.append(Muon(matrices, config.peak_lr, config.weight_decay, config.muon_momentum))
+            numbers = config.peak_lr, config.weight_decay, config.muon_momentum
+            self.optimizers.append(Muon(matrices, *numbers, copies=self.copies))
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Our AdamW where compiled code takes all parameters, else torch's fused one; states are allocated.
@@ -165,7 +182,7 @@ class Optimizer:
         """
         lr, betas, eps = self.config.peak_lr, (self.config.beta1, self.config.beta2), self.config.eps
         native = native_device(_own(list(self.named.values()))) is not None
-        make = AdamW if native else partial(torch.optim.AdamW, fused=True)
+        make = partial(AdamW, copies=self.copies) if native else partial(torch.optim.AdamW, fused=True)
         optimizer: torch.optim.Optimizer = make(groups, lr=lr, betas=betas, eps=eps)
         # Zeros, as the first step would make them. They take their memory at once, and a checkpoint of any
         # step has the same tensors.

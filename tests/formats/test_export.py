@@ -111,7 +111,8 @@ def test_narrower_weights_in_shards(run, tmp_path, dtype):
     assert torch.equal(logits(load_model(tmp_path / "out", REFERENCE)), logits(model))
     torch.testing.assert_close(their_logits(tmp_path / "out"), logits(model), rtol=1e-4, atol=1e-4)
     batch = torch.randint(384, (2, 64), generator=torch.Generator().manual_seed(0))
-    original = load_model(run, REFERENCE)
+    original = load_model(run, REFERENCE).join_weights()
+    model.join_weights()
     with torch.no_grad():
         difference = model.logits(model.hidden(batch)) - original.logits(original.hidden(batch))
     expected = difference.abs().max().item()

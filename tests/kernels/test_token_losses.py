@@ -79,6 +79,29 @@ def test_float64_is_the_definition():
 
 @each_bundle
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("operator", ["token_losses", "linear_cross_entropy"])
+def test_a_copy_of_the_weight_changes_no_bit(ops, operator, device):
+    """The operator reads the copy, and the weight has the gradient, in float32."""
+    hidden, weight, targets = placed(ops, device, 40, 97, 32, dtype=torch.bfloat16)
+    weight, results = weight.float() + 1e-4, []
+    for master, copy in (
+        (weight, None),
+        (weight, weight.bfloat16()),
+        (weight.new_zeros(97, 32), weight.bfloat16()),
+    ):
+        leaves = [hidden.clone().requires_grad_(), master.clone().requires_grad_()]
+        losses = getattr(ops, operator)(*leaves, targets, copy_VD=copy)
+        (losses.sum() * 0.7).backward()
+        assert leaves[1].grad.dtype == torch.float32
+        results.append([losses.detach(), *(leaf.grad for leaf in leaves)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    with pytest.raises(ValueError, match="copy must be torch\\.bfloat16 of shape"):
+        getattr(ops, operator)(hidden, weight, targets, copy_VD=weight)
+
+
+@each_bundle
+@pytest.mark.usefixtures("small_chunks")
 def test_the_sum_is_linear_cross_entropy(ops, device):
     hidden, weight, targets = placed(ops, device, 27, 65, 32)
     leaves = [(hidden.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2)]

@@ -33,8 +33,9 @@ KERNELS = pytest.mark.parametrize("ops", [TRITON, NATIVE], ids=lambda ops: ops.n
 
 
 @functools.cache  # several tests need the same steps, and Triton's interpreter takes seconds for each
-def step(shape, ops, dtype, device, lora, seed, how="plain"):
-    """Loss and gradients of one packed batch, all in `dtype`."""
+def step(shape, ops, dtype, device, lora, seed, how="plain", joined=False):
+    """Loss and gradients of one packed batch, all in `dtype`; or products in `dtype` of float32 masters that
+    are joined."""
     sizes = SHAPES[shape]
     config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, mlp_dim=96, **sizes)
     model = Transformer(config, ops, compute_dtype=dtype).init_weights(seed)
@@ -45,7 +46,7 @@ def step(shape, ops, dtype, device, lora, seed, how="plain"):
         # With a B of zero, A has no gradient; with a large one, norms amplify rounding errors.
         for _, module in adapters(model):
             module.lora_B.data = 0.05 * torch.randn(module.lora_B.shape, generator=generator)
-    model = model.to(device, dtype)
+    model = model.to(device).join_weights() if joined else model.to(device, dtype)
     for layer in model.layers if how == "compiled" else ():
         layer.compile(fullgraph=True, backend="aot_eager")
     tokens, targets = (torch.randint(0, 97, (2, 40), generator=generator).to(device) for _ in range(2))
@@ -65,10 +66,11 @@ def test_one_step_under_kernels_is_one_under_the_reference(shape, ops, device):
     device = "cpu" if ops is NATIVE else device
     exact = step(shape, REFERENCE, torch.float64, device, None, 0)
     same_dtype = step(shape, REFERENCE, torch.float32, device, None, 0)
-    actual = step(shape, ops, torch.float32, device, None, 0)
-    assert exact.keys() == actual.keys()
-    for name in exact:
-        assert_parity(name, actual[name], same_dtype[name], exact[name])
+    for joined in (False, True):
+        actual = step(shape, ops, torch.float32, device, None, 0, joined=joined)
+        assert exact.keys() == actual.keys()
+        for name in exact:
+            assert_parity(name, actual[name], same_dtype[name], exact[name])
 
 
 @pytest.mark.soak  # the operators of a step and of adapters have their own parity tests
@@ -112,6 +114,13 @@ def test_compiled_and_checkpointed_it_is_the_same_step(how, lora, ops, device):
         assert torch.equal(plain[name], other[name]), name
 
 
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_joined_weights_give_the_same_step_compiled_and_checkpointed(dtype, how):
+    plain, other = (step("grouped", NATIVE, dtype, "cpu", None, 0, each, True) for each in ("plain", how))
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
 @KERNELS
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=3)], ids=["whole", "adapters"])
 def test_one_graph_serves_all_lengths(lora, ops, device):
@@ -119,12 +128,13 @@ def test_one_graph_serves_all_lengths(lora, ops, device):
     torch.compiler.reset()
     config = ModelConfig(vocab_size=97, num_layers=1, model_dim=32, num_heads=2, mlp_dim=48)
     device = "cpu" if ops is NATIVE else device
-    model = Transformer(config, ops).init_weights(0)
+    model = Transformer(config, ops).init_weights(0).to(device)
     if lora is not None:
         add_lora(model, lora)
+    model.join_weights()
     graphs = []
     count = lambda graph, inputs: graphs.append(graph) or graph.forward
-    model.to(device).layers[0].compile(fullgraph=True, dynamic=True, backend=count)
+    model.layers[0].compile(fullgraph=True, dynamic=True, backend=count)
     for length in (5, 7, 11):
         model.hidden(torch.zeros(2, length, dtype=torch.int64, device=device))
     assert len(graphs) == 1

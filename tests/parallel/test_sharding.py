@@ -349,6 +349,9 @@ def test_bfloat16_computes_on_float32_masters(kind, runs):
     tensor = "Tensor" if kind == "ddp" else "DTensor"
     for process in seen:
         assert process.parameters == process.states == [f"{tensor} float32"]
+        # Of 2 layers and lm_head; FSDP2 gathers in bfloat16 itself.
+        assert process.copies == (2 * 7 + 1 if kind == "ddp" else 0)
+    assert observed(runs / "bfloat16 alone")[0].copies == 2 * 7 + 1
     one, other, wide = (
         records(runs / name, "train", "loss") for name in ("bfloat16 alone", f"bfloat16 {kind}", "alone")
     )

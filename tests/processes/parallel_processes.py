@@ -86,6 +86,7 @@ class ObservedOptimizer(Optimizer):
             )
             observed[f"own_{name}"] = sum(own(t).numel() for t in members)
             observed[f"all_{name}"] = sum(t.numel() for t in members)
+        observed["copies"] = len(self.copies)
         observed["gradients"] = {name: gradient.contiguous() for name, gradient in gradients.items()}
 
 
