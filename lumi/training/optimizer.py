@@ -62,7 +62,7 @@ class OptimizerConfig:
 class AdamW(torch.optim.Optimizer):
     """AdamW by `lumi.kernels.adamw`: one operator updates all parameters and clips gradients as it reads.
 
-    The states have the names of torch's AdamW. `step` is on the CPU, where the bias corrections are computed.
+    The states have the names of torch's AdamW.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
@@ -90,28 +90,23 @@ class AdamW(torch.optim.Optimizer):
         ]
         if not members:
             return
-        torch._foreach_add_([state["step"] for _, state, _ in members], 1)
-        by_step: dict[int, list[tuple[Tensor, dict[str, Tensor], float]]] = {}
-        for member in members:
-            by_step.setdefault(int(member[1]["step"]), []).append(member)
         group = self.param_groups[0]
-        for number, alike in by_step.items():  # one, unless a parameter had no gradient in some step
-            parameters, states, weight_decays = zip(*alike, strict=True)
-            adamw(
-                _own(parameters),
-                _own([parameter.grad for parameter in parameters]),
-                _own([state["exp_avg"] for state in states]),
-                _own([state["exp_avg_sq"] for state in states]),
-                weight_decays=weight_decays,
-                step=number,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                norm=norm,
-                max_norm=max_norm,
-                loss_scale=loss_scale,
-            )
+        parameters, states, weight_decays = zip(*members, strict=True)
+        adamw(
+            _own(parameters),
+            _own([parameter.grad for parameter in parameters]),
+            _own([state["exp_avg"] for state in states]),
+            _own([state["exp_avg_sq"] for state in states]),
+            [state["step"] for state in states],
+            weight_decays=weight_decays,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            norm=norm,
+            max_norm=max_norm,
+            loss_scale=loss_scale,
+        )
 
 
 @dataclass(frozen=True)
@@ -171,7 +166,7 @@ class Optimizer:
         # step has the same tensors.
         for parameter in (parameter for group in groups for parameter in group["params"]):
             state = optimizer.state[parameter]
-            state["step"] = torch.zeros((), device="cpu" if native else parameter.device)
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
         return optimizer
