@@ -1,6 +1,5 @@
 // AdamW on a CUDA device: one launch for each kCapacity tensors, after a small one that counts and scales the
-// step of each tensor. Whether the step is skipped, its number and its learning rate are all read on the
-// device. So a graph that holds these launches can be replayed for every step.
+// step of each tensor. Whether the step is skipped, and which number it has, the device alone knows.
 // Parameters and running means are read once and written once; gradients are read once.
 //
 // The bits do not depend on where the tensors lie: setup.py turns the fusing of multiply and add off. nvcc

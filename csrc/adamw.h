@@ -32,9 +32,7 @@ struct AdamWTensor {
 
 // The numbers of a step as they were given.
 struct AdamWNumbers {
-    double lr;
-    const double* lr_pointer;  // where the learning rate lies, beside the tensors; null: it is `lr`
-    double beta1, beta2, eps;
+    double lr, beta1, beta2, eps;
 };
 
 // What all elements of all steps share, rounded once from double.
@@ -81,9 +79,8 @@ LUMI_HOST_DEVICE inline AdamWScale adamw_begin(float* step, float weight_decay, 
     const float factor = clip_factor(clip);
     if (std::isnan(factor)) return {factor, 0.0f, 0.0f, 0.0f};
     const double count = *step += 1.0f;
-    const double lr = numbers.lr_pointer == nullptr ? numbers.lr : *numbers.lr_pointer;
-    return {factor, static_cast<float>(lr) * weight_decay,
-            static_cast<float>(lr / (1.0 - pow(numbers.beta1, count))),
+    return {factor, static_cast<float>(numbers.lr) * weight_decay,
+            static_cast<float>(numbers.lr / (1.0 - pow(numbers.beta1, count))),
             static_cast<float>(1.0 / sqrt(1.0 - pow(numbers.beta2, count)))};
 }
 
@@ -112,8 +109,7 @@ void adamw(const std::vector<AdamWTensor>& tensors, const AdamWNumbers& numbers,
            int max_threads);
 
 // The same for tensors on a CUDA device: launches on `stream` (a cudaStream_t) and returns without waiting.
-// clip.norm, numbers.lr_pointer and every `step` are on the device too, and so is `scales`, scratch room for
-// one of each tensor.
+// clip.norm and every `step` are on the device too, and so is `scales`, scratch room for one of each tensor.
 void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWNumbers& numbers,
                 const GradientClip& clip, AdamWScale* scales, int device, void* stream);
 

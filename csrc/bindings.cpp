@@ -55,10 +55,9 @@ struct AdamWArguments {
 
     AdamWArguments(const Addresses& params, const Addresses& grads, const Addresses& exp_avgs,
                    const Addresses& exp_avg_sqs, const Addresses& steps, const Addresses& copies,
-                   const Sizes& sizes, const std::vector<float>& weight_decays, double lr,
-                   std::uintptr_t lr_pointer, double beta1, double beta2, double eps, std::uintptr_t norm,
-                   double max_norm, double loss_scale)
-        : numbers{lr, reinterpret_cast<const double*>(lr_pointer), beta1, beta2, eps},
+                   const Sizes& sizes, const std::vector<float>& weight_decays, double lr, double beta1,
+                   double beta2, double eps, std::uintptr_t norm, double max_norm, double loss_scale)
+        : numbers{lr, beta1, beta2, eps},
           clip{reinterpret_cast<const double*>(norm), max_norm, loss_scale} {
         for (const std::size_t length :
              {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), sizes.size(),
@@ -141,10 +140,10 @@ PYBIND11_MODULE(_csrc, m) {
         "The tensors of one AdamW step, as addresses and element counts, and its numbers.")
         .def(py::init<const Addresses&, const Addresses&, const Addresses&, const Addresses&,
                       const Addresses&, const Addresses&, const Sizes&, const std::vector<float>&, double,
-                      std::uintptr_t, double, double, double, std::uintptr_t, double, double>(),
+                      double, double, double, std::uintptr_t, double, double>(),
              py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
              py::arg("steps"), py::arg("copies"), py::arg("sizes"), py::arg("weight_decays"), py::arg("lr"),
-             py::arg("lr_pointer"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("norm"),
+             py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("norm"),
              py::arg("max_norm"), py::arg("loss_scale"));
     m.def("adamw", &adamw, py::arg("arguments"), py::arg("max_threads"),
           "One AdamW step in place, with clipping, on the CPU.");

@@ -37,7 +37,7 @@ def adamw_reference(
     steps: Sequence[Tensor],
     *,
     weight_decays: Sequence[float],
-    lr: float | Tensor,
+    lr: float,
     beta1: float,
     beta2: float,
     eps: float,
@@ -76,7 +76,7 @@ def adamw(
     steps: Sequence[Tensor],
     *,
     weight_decays: Sequence[float],
-    lr: float | Tensor,
+    lr: float,
     beta1: float,
     beta2: float,
     eps: float,
@@ -94,8 +94,7 @@ def adamw(
     step is queued on the current stream, and nothing waits for it.
 
     A CUDA graph keeps the tensors' addresses and every number as they were at capture. A replay reads `norm`,
-    `steps`, an `lr` that is a tensor, and the tensors' values anew. Call this once before a capture: the
-    first call loads the kernels.
+    `steps` and the tensors' values anew. Call this once before a capture: the first call loads the kernels.
 
     Args:
         params: floating tensors of any shapes, all on one device; written. No memory may overlap, here or
@@ -105,7 +104,7 @@ def adamw(
         steps: float32 scalars on the parameters' device, one for each: its updates so far. One more
             afterwards.
         weight_decays: one for each parameter, at least 0.
-        lr: learning rate; or a float64 scalar on the parameters' device, which is not checked.
+        lr: learning rate.
         beta1, beta2: in [0, 1).
         eps: positive.
         norm: float64 scalar on the parameters' device, the L2 norm of all gradients as they are; None: do not
@@ -134,17 +133,22 @@ def adamw(
         _check_tensors(lists if copies is None else {**lists, "copies": copies})
     _check_steps(steps, params)
     if norm is not None:
-        _check_scalar("norm", norm, params)
-    if isinstance(lr, Tensor):
-        _check_scalar("lr", lr, params)
+        _check_norm(norm, params)
     if not params:
         return
     if device is None:
         adamw_reference(
-            *lists.values(), steps, weight_decays=weight_decays, norm=norm, copies=copies, **numbers
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            weight_decays=weight_decays,
+            norm=norm,
+            copies=copies,
+            **numbers,
         )
         return
-    numbers |= {"lr": 0.0, "lr_pointer": lr.data_ptr()} if isinstance(lr, Tensor) else {"lr_pointer": 0}
     arguments = _csrc.AdamWArguments(
         **{name: list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items()},
         steps=list(map(Tensor.data_ptr, steps)),
@@ -185,7 +189,7 @@ def _check_numbers(numbers: dict[str, Any], weight_decays: Sequence[float]) -> N
     for name in ("beta1", "beta2"):
         if not 0 <= numbers[name] < 1:
             raise ValueError(f"{name} must be in [0, 1), got {numbers[name]}")
-    if not isinstance(numbers["lr"], Tensor) and not numbers["lr"] >= 0:
+    if not numbers["lr"] >= 0:
         raise ValueError(f"lr must be at least 0, got {numbers['lr']}")
     for decay in set(weight_decays):  # few, however many parameters there are
         if not decay >= 0:
@@ -226,9 +230,9 @@ def _check_steps(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
             )
 
 
-def _check_scalar(name: str, scalar: Tensor, params: Sequence[Tensor]) -> None:
-    if scalar.ndim or scalar.dtype != torch.float64 or (params and scalar.device != params[0].device):
+def _check_norm(norm: Tensor, params: Sequence[Tensor]) -> None:
+    if norm.ndim or norm.dtype != torch.float64 or (params and norm.device != params[0].device):
         expected = f"a float64 scalar on {params[0].device if params else 'the device of the parameters'}"
         raise ValueError(
-            f"{name} must be {expected}, got {scalar.dtype} of shape {tuple(scalar.shape)} on {scalar.device}"
+            f"norm must be {expected}, got {norm.dtype} of shape {tuple(norm.shape)} on {norm.device}"
         )

@@ -21,7 +21,6 @@ def arguments(**changes):
     lists["steps"] = [ctypes.addressof(COUNT)]
     numbers = {
         "lr": 0.1,
-        "lr_pointer": 0,
         "beta1": 0.9,
         "beta2": 0.95,
         "eps": 1e-8,

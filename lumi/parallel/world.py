@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lumi.config import UserError
@@ -96,6 +97,16 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.patient)
         return tensor.tolist()
+
+    def sum_on_device(self, values: Tensor) -> Tensor:
+        """The sums over all processes of numbers on their devices, for which the host does not wait.
+
+        Args:
+            values: float64; they may be changed.
+        """
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
 
     def _any(self, value: bool) -> bool:
         return self.sum(value)[0] > 0

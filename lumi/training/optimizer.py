@@ -6,7 +6,7 @@ call everything here together.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -113,18 +113,33 @@ class AdamW(torch.optim.Optimizer):
 class Clip:
     """The gradients of one step as `measure_gradients` found them, for the `step` that clips them.
 
+    All tensors are scalars on the gradients' device. Nobody waits for them.
+
     Args:
-        scaled_norm: their joint L2 norm, still times the loss scale; float64 scalar on their device.
+        scaled_norm: their joint L2 norm, still times the loss scale; float64. If it is not finite, the step
+            updates nothing.
         loss_scale: the factor that the loss had in backward.
-        norm: the joint L2 norm without the loss scale; not finite where a gradient is not.
     """
 
     scaled_norm: Tensor
     loss_scale: float
-    norm: float
+
+    @property
+    def norm(self) -> Tensor:
+        """The joint L2 norm without the loss scale, float64; not finite where a gradient is not."""
+        return self.scaled_norm / self.loss_scale
+
+    @property
+    def accepted(self) -> Tensor:
+        """Whether the step updates anything, bool."""
+        return self.scaled_norm.isfinite()
+
+    def only_if(self, condition: Tensor) -> "Clip":
+        """The same, of a step that updates nothing unless the condition, a bool, holds too."""
+        return replace(self, scaled_norm=torch.where(condition, self.scaled_norm, math.nan))
 
     def factor(self, max_norm: float) -> Tensor:
-        """What to multiply the gradients with: a float32 scalar on their device, which nobody waits for."""
+        """What to multiply the gradients with, float32."""
         shrinking = (max_norm / (self.scaled_norm / self.loss_scale)).clamp(max=1.0)
         return (shrinking / self.loss_scale).float()
 
@@ -172,23 +187,22 @@ class Optimizer:
         return optimizer
 
     def measure_gradients(self, loss_scale: float = 1.0) -> Clip:
-        """Measure the joint L2 norm of all gradients, and wait for it. The gradients stay as they are.
+        """Measure the joint L2 norm of all gradients, without waiting for it. They stay as they are.
 
         Args:
             loss_scale: the factor that the loss had in backward.
         """
         norm = _whole_norm([p.grad for p in self.named.values() if p.grad is not None])
-        return Clip(norm, loss_scale, float(norm) / loss_scale)
+        return Clip(norm, loss_scale)
 
     def step(self, lr: float, clip: Clip | None = None) -> None:
         """Make one update with learning rate `lr`.
 
         Args:
             clip: takes the loss scale out of the gradients and limits their norm to `max_grad_norm`. A norm
-                that is not finite updates nothing. None: gradients are used as they are.
+                that is not finite updates nothing; the device sees to that. None: gradients are used as they
+                are.
         """
-        if clip is not None and not math.isfinite(clip.norm):
-            return
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -202,7 +216,12 @@ class Optimizer:
                 gradients = _own([p.grad for p in parameters if p.grad is not None])
                 if gradients:
                     torch._foreach_mul_(gradients, clip.factor(self.config.max_grad_norm))
-            optimizer.step()
+            accepted = None if clip is None else clip.accepted
+            if isinstance(optimizer, Muon):
+                optimizer.step(accepted=accepted)
+            else:  # torch's, which a scaler of gradients tells by this name to skip
+                optimizer.found_inf = None if accepted is None else (~accepted).float()  # type: ignore
+                optimizer.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

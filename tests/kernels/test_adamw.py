@@ -219,17 +219,6 @@ def test_weight_decay_is_each_tensors_own(native):
         torch.testing.assert_close(after, before * factor, rtol=1e-6, atol=1e-7)
 
 
-def test_a_learning_rate_on_the_device(native):
-    """The same bits as of a number."""
-    expected, actual = tensors(SHAPES, native), tensors(SHAPES, native)
-    settings = {**NUMBERS, "weight_decays": decays(SHAPES), "norm": global_norm(actual[1]), "max_norm": 0.5}
-    adamw(*expected, **settings)
-    lr = torch.tensor(NUMBERS["lr"], dtype=torch.float64, device=native)
-    adamw(*actual, **{**settings, "lr": lr})
-    for a, b in zip(actual, expected, strict=True):
-        assert all(map(torch.equal, a, b))
-
-
 def test_each_tensor_has_its_own_count(native):
     """Of a first and a thousandth step, by hand."""
     ones = lambda: [torch.ones(3, device=native) for _ in range(2)]
@@ -318,10 +307,6 @@ def test_nothing(device):
         (
             {"steps": [torch.ones((), dtype=torch.int64)]},
             r"steps\[0\] must be a float32 scalar on cpu, got torch.int64 of shape \(\) on cpu",
-        ),
-        (
-            {"lr": torch.ones(())},
-            r"lr must be a float64 scalar on cpu, got torch.float32 of shape \(\) on cpu",
         ),
         ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
         ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
@@ -467,17 +452,15 @@ def test_queued_on_the_current_stream(native):
 @pytest.mark.gpu
 def test_captured_into_a_graph(native):
     """The addresses travel as arguments, which a graph keeps: a replay works on the same memory with its
-    contents of then, the number of the step and the learning rate too."""
+    contents of then, the number of the step too."""
     lists, others = tensors(SHAPES, native), tensors(SHAPES, native, seed=1)
-    expected, actual = clone(others), clone(lists)
-    settings, lr = {"weight_decays": decays(SHAPES), "max_norm": 0.5}, NUMBERS["lr"]
     others[4][0] += 5
-    expected[4][0] += 5
-    adamw(*expected, norm=global_norm(expected[1]), **settings, **{**NUMBERS, "lr": lr / 2})
-    graph, current_lr = torch.cuda.CUDAGraph(), torch.tensor(lr, dtype=torch.float64, device=native)
+    expected, actual = clone(others), clone(lists)
+    settings = {"weight_decays": decays(SHAPES), "max_norm": 0.5, **NUMBERS}
+    adamw(*expected, norm=global_norm(expected[1]), **settings)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        adamw(*actual, norm=global_norm(actual[1]), **settings, **{**NUMBERS, "lr": current_lr})
-    current_lr /= 2
+        adamw(*actual, norm=global_norm(actual[1]), **settings)
     for target, source in zip(actual, others, strict=True):
         torch._foreach_copy_(target, source)
     graph.replay()
