@@ -24,6 +24,7 @@ from lumi.training.optimizer import Optimizer
 from lumi.training.pending_outcome import PendingOutcome, runs_behind
 from lumi.training.plan import describe_plan
 from lumi.training.preflight import rehearse
+from lumi.training.prepared_batch import prepared
 from lumi.training.resolved_run import ResolvedRun
 from lumi.training.resume import run_identity
 from lumi.training.run_checkpoints import RunCheckpoints
@@ -159,7 +160,7 @@ class Trainer:
         """The steps to do. The log keeps how long the loop waited for their data."""
         steps = range(self.state.step + 1, self.run.config.num_steps + 1)
         rows = [self.run.rows(self.world.data_rank, index) for index in range(self.run.micro_steps)]
-        inputs = self.data.inputs(steps, rows)
+        inputs = self.data.inputs(steps, rows, self.prepared)
         for step in steps:
             self.watchdog.mark(step, "waiting for data")
             with self.log.meter.waiting():
@@ -168,6 +169,10 @@ class Trainer:
             # the earliest.
             self.watchdog.mark(step, "counting targets")
             yield step_input
+
+    def prepared(self, batch: Batch) -> Batch:
+        """A micro-batch with all that the host can do for it before its turn."""
+        return prepared(batch, self.model, self.world.device)
 
     def agree(self, batches: Sequence[Batch]) -> tuple[int, bool]:
         """The targets (or pairs) of a step over all processes, and whether a signal came to any of them."""
@@ -273,7 +278,7 @@ class Trainer:
         """
         config, run, world, step = self.run.config, self.run, self.world, self.state.step
         with world.fail_together():
-            batch = self.data.batches.rows(step + 1, *run.rows(world.data_rank, 0))
+            batch = self.prepared(self.data.batches.rows(step + 1, *run.rows(world.data_rank, 0)))
 
         def micro_step(last: bool) -> None:
             last = (
