@@ -39,7 +39,8 @@ struct Begins {
 };
 
 // The powers are in double. Doing them in every block of the update would cost more than reading the result.
-__global__ void begin_kernel(const __grid_constant__ Begins begins, const __grid_constant__ AdamWNumbers numbers,
+__global__ void begin_kernel(const __grid_constant__ Begins begins,
+                             const __grid_constant__ AdamWNumbers numbers,
                              const __grid_constant__ GradientClip clip, AdamWScale* scales) {
     const int i = threadIdx.x;
     if (i < begins.count) scales[i] = adamw_begin(begins.steps[i], begins.weight_decays[i], numbers, clip);

@@ -11,7 +11,6 @@ import torch
 
 from lumi import _csrc
 
-
 COUNT = ctypes.c_float()
 
 

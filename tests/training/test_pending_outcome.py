@@ -15,7 +15,7 @@ from lumi.config import UserError
 from lumi.data.batches import Batches
 from lumi.training.loss_spikes import LossSpikes
 from lumi.training.metrics import read_metrics
-from lumi.training.pending_outcome import PendingOutcome
+from lumi.training.pending_outcome import PendingOutcome, Reading
 from lumi.training.train_state import TrainState
 
 TIMES = {"tokens_per_second", "step_seconds", "data_wait_seconds", "stall_seconds"}
@@ -152,3 +152,13 @@ def test_sigterm_saves_the_step_that_was_pending(start, late, monkeypatch, tmp_p
     assert json.loads((folder / "status.json").read_text())["step"] == 6
     start(resume="auto")
     assert content(folder)[1:] == expected[1:]
+
+
+@pytest.mark.gpu
+def test_a_reading_waits_for_a_gpu_only_when_it_is_read():
+    numbers = torch.arange(3, dtype=torch.float64, device="cuda")
+    torch.cuda._sleep(1_000_000_000)  # about half a second
+    reading = Reading(numbers * 2)
+    assert not torch.cuda.current_stream().query(), "it came back only after the device was done"
+    numbers.zero_()
+    assert reading.read() == [0.0, 2.0, 4.0]
