@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cpu/*)
 
 # The GPU's targets use PYTHON itself, which must have a CUDA build of torch, and install Lumi there without its dependencies.
 GPU_INSTALLED = build/gpu-installed$(subst /,-,$(shell command -v $(PYTHON)))
-GPU_TESTS = tests/kernels tests/model/test_transformer_bundles.py tests/test_csrc.py tests/training/test_optimizer.py
+GPU_TESTS = tests/kernels tests/model/test_transformer_bundles.py tests/test_csrc.py tests/training/test_optimizer.py tests/training/test_pending_outcome.py
 NOT_ON_A_GPU = tests/kernels/test_machine_code.py  # minutes of a compiler's work on the CPU, the same for one version of Triton
 ONLY ?=
 LIMIT ?= $(if $(filter cpu-bench,$(MAKECMDGOALS)),840,540)

@@ -220,7 +220,6 @@ def _lora_linear() -> Iterator[Case]:
 def _adamw() -> Iterator[Case]:
     shapes = [(17,), (768, 256), (1,), (8193,), (50_000,), (3, 5)]
     numbers = {
-        "step": 3,
         "lr": 1e-2,
         "beta1": 0.9,
         "beta2": 0.95,
@@ -234,8 +233,9 @@ def _adamw() -> Iterator[Case]:
             params, grads, means, squares = ([t.clone() for t in tensors[i::4]] for i in range(4))
             total = norm(grads)
             copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
-            update(params, grads, means, squares, norm=total, copies=copies, **numbers)
-            return [total.float(), *params, *means, *squares, *copies]
+            steps = [torch.full((), 2.0, device=p.device) for p in params]
+            update(params, grads, means, squares, steps, norm=total, copies=copies, **numbers)
+            return [total.float(), *params, *means, *squares, *copies, *steps]
 
         return step
 

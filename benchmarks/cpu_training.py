@@ -63,7 +63,7 @@ def steps(
         positions = positions % DOCUMENT
         documents = {
             "positions": positions,
-            "cu_seqlens": torch.arange(0, TOKENS + 1, DOCUMENT, dtype=torch.int32),
+            "documents": torch.arange(0, TOKENS + 1, DOCUMENT, dtype=torch.int32),
         }
         number = torch.arange(length) // DOCUMENT
         mask = (number[:, None] == number) & torch.ones(length, length, dtype=torch.bool).tril()

@@ -37,10 +37,10 @@ from lumi.host.devices import choose_device
 from lumi.host.interruption import StopSignal
 from lumi.parallel.process_group import process_group
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
+from lumi.training.pending_outcome import PendingOutcome
 from lumi.training.resolved_run import resolve_run
 from lumi.training.run_config import Paths, TrainConfig
 from lumi.training.run_folder import RunFolder
-from lumi.training.train_state import StepOutcome
 from lumi.training.trainer import Trainer
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "tiny.json"
@@ -161,8 +161,8 @@ class TimedTrainer(Trainer):
         """The saves so far, which must have ended."""
         return [Save(*stalled, *written) for stalled, written in zip(self.stalls, self.written, strict=True)]
 
-    def end_step(self, outcome: StepOutcome) -> None:
-        super().end_step(outcome)
+    def end_step(self, pending: PendingOutcome) -> None:
+        super().end_step(pending)
         now = time.perf_counter()
         self.steps.append(Step(self.step_start, now - self.step_start, dict(self.parts)))
         if seconds := self.parts.get("save"):

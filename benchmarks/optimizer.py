@@ -28,7 +28,7 @@ SMALL_GPT2 = ModelConfig(
 MODELS = {"23M": TINY, "124M": SMALL_GPT2}
 OVER_TORCH = 1.5  # what is aimed at
 BYTES = 34
-NUMBERS = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "max_norm": 1.0}
+NUMBERS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "max_norm": 1.0}
 WEIGHT_DECAY = 0.1
 
 
@@ -41,14 +41,15 @@ class State:
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     copies: list[Tensor]
+    steps: list[Tensor]
 
     def to(self, dtype: torch.dtype) -> "State":
-        """Everything copied in `dtype`; the bfloat16 copies are new and empty."""
+        """Everything copied in `dtype`; the bfloat16 copies are new and empty, and no step was made."""
         lists = ([t.detach().to(dtype, copy=True) for t in tensors] for tensors in self.lists()[:4])
-        return State(*lists, [torch.empty_like(t) for t in self.copies])
+        return State(*lists, [torch.empty_like(t) for t in self.copies], _no_steps(self.params))
 
     def lists(self) -> list[list[Tensor]]:
-        """The five lists, in the order of the fields."""
+        """The first five lists, in the order of the fields."""
         return [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies]
 
     def decays(self) -> list[float]:
@@ -56,11 +57,17 @@ class State:
         return [WEIGHT_DECAY if p.ndim > 1 else 0.0 for p in self.params]
 
 
+def _no_steps(params: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros((), device=p.device) for p in params]
+
+
 def fresh_state(shapes: Sequence[torch.Size], device: torch.device) -> State:
     """Random weights and gradients, states of zero."""
     draw = lambda: [torch.randn(shape, device=device) for shape in shapes]
     zeros = lambda dtype: [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-    return State(draw(), draw(), zeros(torch.float32), zeros(torch.float32), zeros(torch.bfloat16))
+    params = draw()
+    states = zeros(torch.float32), zeros(torch.float32), zeros(torch.bfloat16)
+    return State(params, draw(), *states, _no_steps(params))
 
 
 def lumi_step(state: State, norm: Callable = global_norm, update: Callable = adamw) -> None:
@@ -72,6 +79,7 @@ def lumi_step(state: State, norm: Callable = global_norm, update: Callable = ada
         grads,
         exp_avgs,
         exp_avg_sqs,
+        state.steps,
         weight_decays=state.decays(),
         norm=total,
         copies=copies,

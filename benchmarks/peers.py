@@ -99,7 +99,7 @@ def _litgpt_model(shape: ModelConfig) -> nn.Module:
 def lumi_step(
     model: Transformer, tokens_BT: Tensor, targets_BT: Tensor, **documents: Tensor
 ) -> Callable[[], Tensor]:
-    """Lumi's training step, which returns the mean loss. `documents`: positions and cu_seqlens."""
+    """Lumi's training step, which returns the mean loss. `documents`: its positions and documents."""
     optimizer = Optimizer(model.join_weights(), OptimizerConfig(kind="adamw"))
     share = 1 / targets_BT.numel()
 

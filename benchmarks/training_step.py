@@ -141,10 +141,8 @@ def lumi_step(model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Call
     params = [p for p in model.parameters() if p.requires_grad]
     states = [[torch.zeros_like(p) for p in params] for _ in range(2)]
     decays = [0.1 if p.ndim > 1 else 0.0 for p in params]
-    # `step` is a number on the host, which a graph would keep as it was; at this one the corrections of the
-    # means' bias are over.
+    steps = [torch.zeros((), device=p.device) for p in params]
     numbers = {
-        "step": 1000,
         "lr": LR,
         "beta1": 0.9,
         "beta2": 0.95,
@@ -155,7 +153,7 @@ def lumi_step(model: Transformer, tokens_BT: Tensor, targets_BT: Tensor) -> Call
 
     def update() -> None:
         grads = [p.grad for p in params]
-        adamw(params, grads, *states, weight_decays=decays, norm=global_norm(grads), **numbers)
+        adamw(params, grads, *states, steps, weight_decays=decays, norm=global_norm(grads), **numbers)
 
     return step_of(model, lambda: model(tokens_BT, targets_BT), update, targets_BT.numel())
 

@@ -25,25 +25,34 @@ struct AdamWTensor {
     float* exp_avg;
     float* exp_avg_sq;
     std::uint16_t* copy;  // the new parameter in bfloat16, or null
+    float* step;          // one number: the updates so far
     std::size_t size;
     float weight_decay;
 };
 
-// What all elements of a step share, rounded once from double.
-struct AdamWStep {
-    float lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+// The numbers of a step as they were given.
+struct AdamWNumbers {
+    double lr, beta1, beta2, eps;
+};
+
+// What all elements of all steps share, rounded once from double.
+struct AdamWBetas {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+
+    explicit AdamWBetas(const AdamWNumbers& numbers)
+        : beta1(static_cast<float>(numbers.beta1)),
+          one_minus_beta1(static_cast<float>(1.0 - numbers.beta1)),
+          beta2(static_cast<float>(numbers.beta2)),
+          one_minus_beta2(static_cast<float>(1.0 - numbers.beta2)),
+          eps(static_cast<float>(numbers.eps)) {}
+};
+
+// What the elements of one tensor share in a step, rounded once from double.
+struct AdamWScale {
+    float factor;  // of the gradients; NaN: the step is skipped
+    float decay;
     float step_size;   // lr / (1 - beta1^step)
     float root_scale;  // 1 / sqrt(1 - beta2^step)
-
-    AdamWStep(double lr, double beta1, double beta2, double eps, std::int64_t step)
-        : lr(static_cast<float>(lr)),
-          beta1(static_cast<float>(beta1)),
-          one_minus_beta1(static_cast<float>(1.0 - beta1)),
-          beta2(static_cast<float>(beta2)),
-          one_minus_beta2(static_cast<float>(1.0 - beta2)),
-          eps(static_cast<float>(eps)),
-          step_size(static_cast<float>(lr / (1.0 - std::pow(beta1, static_cast<double>(step))))),
-          root_scale(static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(step))))) {}
 };
 
 // How gradients are scaled: their norm, still multiplied by loss_scale, is to be at most max_norm without it.
@@ -64,14 +73,26 @@ LUMI_HOST_DEVICE inline float clip_factor(const GradientClip& clip) {
     return static_cast<float>(factor);
 }
 
+// Counts the step of one tensor, unless it is skipped, and scales it.
+LUMI_HOST_DEVICE inline AdamWScale adamw_begin(float* step, float weight_decay, const AdamWNumbers& numbers,
+                                               const GradientClip& clip) {
+    const float factor = clip_factor(clip);
+    if (std::isnan(factor)) return {factor, 0.0f, 0.0f, 0.0f};
+    const double count = *step += 1.0f;
+    return {factor, static_cast<float>(numbers.lr) * weight_decay,
+            static_cast<float>(numbers.lr / (1.0 - pow(numbers.beta1, count))),
+            static_cast<float>(1.0 / sqrt(1.0 - pow(numbers.beta2, count)))};
+}
+
 // The decay is part of the update, not a factor 1 - decay of the parameter: that factor loses most of the
 // decay's digits.
 LUMI_HOST_DEVICE inline void adamw_update(float& param, float grad, float& exp_avg, float& exp_avg_sq,
-                                          float factor, float decay, const AdamWStep& step) {
-    const float g = grad * factor;
-    exp_avg = step.beta1 * exp_avg + step.one_minus_beta1 * g;
-    exp_avg_sq = step.beta2 * exp_avg_sq + step.one_minus_beta2 * (g * g);
-    param -= decay * param + step.step_size * (exp_avg / (sqrtf(exp_avg_sq) * step.root_scale + step.eps));
+                                          const AdamWBetas& betas, const AdamWScale& scale) {
+    const float g = grad * scale.factor;
+    exp_avg = betas.beta1 * exp_avg + betas.one_minus_beta1 * g;
+    exp_avg_sq = betas.beta2 * exp_avg_sq + betas.one_minus_beta2 * (g * g);
+    param -= scale.decay * param +
+             scale.step_size * (exp_avg / (sqrtf(exp_avg_sq) * scale.root_scale + betas.eps));
 }
 
 // Bits of the nearest bfloat16, ties to even; NaN stays NaN.
@@ -84,12 +105,12 @@ LUMI_HOST_DEVICE inline std::uint16_t to_bfloat16(float x) {
 
 // One step of all tensors, in place. Gradients are read only. If the norm is not finite, nothing is written.
 // The result does not depend on max_threads (>= 1).
-void adamw(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip,
+void adamw(const std::vector<AdamWTensor>& tensors, const AdamWNumbers& numbers, const GradientClip& clip,
            int max_threads);
 
 // The same for tensors on a CUDA device: launches on `stream` (a cudaStream_t) and returns without waiting.
-// clip.norm is on the device too, and so is `factor`, scratch room for one float.
-void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWStep& step, const GradientClip& clip,
-                float* factor, int device, void* stream);
+// clip.norm and every `step` are on the device too, and so is `scales`, scratch room for one of each tensor.
+void adamw_cuda(const std::vector<AdamWTensor>& tensors, const AdamWNumbers& numbers,
+                const GradientClip& clip, AdamWScale* scales, int device, void* stream);
 
 }  // namespace lumi

@@ -50,29 +50,29 @@ double global_norm(const Addresses& pointers, const Sizes& sizes, int max_thread
 // The tables that both devices' AdamW take, as Python hands them over.
 struct AdamWArguments {
     std::vector<lumi::AdamWTensor> tensors;
-    lumi::AdamWStep step;
+    lumi::AdamWNumbers numbers;
     lumi::GradientClip clip;
 
     AdamWArguments(const Addresses& params, const Addresses& grads, const Addresses& exp_avgs,
-                   const Addresses& exp_avg_sqs, const Addresses& copies, const Sizes& sizes,
-                   const std::vector<float>& weight_decays, std::int64_t number, double lr, double beta1,
+                   const Addresses& exp_avg_sqs, const Addresses& steps, const Addresses& copies,
+                   const Sizes& sizes, const std::vector<float>& weight_decays, double lr, double beta1,
                    double beta2, double eps, std::uintptr_t norm, double max_norm, double loss_scale)
-        : step(lr, beta1, beta2, eps, number),
+        : numbers{lr, beta1, beta2, eps},
           clip{reinterpret_cast<const double*>(norm), max_norm, loss_scale} {
         for (const std::size_t length :
-             {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), sizes.size(), weight_decays.size()}) {
+             {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size(), sizes.size(),
+              weight_decays.size()}) {
             if (length != params.size()) throw std::invalid_argument("all lists must have the same length");
         }
         if (!copies.empty() && copies.size() != params.size())
             throw std::invalid_argument("copies must be empty or one for each tensor");
-        if (number < 1) throw std::invalid_argument("step must be at least 1");
         tensors.reserve(params.size());
         for (std::size_t i = 0; i < params.size(); ++i) {
             tensors.push_back({pointer<float>(params[i], sizes[i]), pointer<const float>(grads[i], sizes[i]),
                                pointer<float>(exp_avgs[i], sizes[i]),
                                pointer<float>(exp_avg_sqs[i], sizes[i]),
                                copies.empty() ? nullptr : pointer<std::uint16_t>(copies[i], sizes[i]),
-                               sizes[i], weight_decays[i]});
+                               pointer<float>(steps[i]), sizes[i], weight_decays[i]});
         }
     }
 };
@@ -80,7 +80,7 @@ struct AdamWArguments {
 void adamw(const AdamWArguments& arguments, int max_threads) {
     check_threads(max_threads);
     py::gil_scoped_release release;
-    lumi::adamw(arguments.tensors, arguments.step, arguments.clip, max_threads);
+    lumi::adamw(arguments.tensors, arguments.numbers, arguments.clip, max_threads);
 }
 
 #ifdef LUMI_HAS_CPU
@@ -119,9 +119,10 @@ void global_norm_cuda(const Addresses& pointers, const Sizes& sizes, std::uintpt
     lumi::global_norm_cuda(arrays, pointer<double>(norm), sums, device, reinterpret_cast<void*>(stream));
 }
 
-void adamw_cuda(const AdamWArguments& arguments, std::uintptr_t factor, int device, std::uintptr_t stream) {
+void adamw_cuda(const AdamWArguments& arguments, std::uintptr_t scales, int device, std::uintptr_t stream) {
+    auto* const room = pointer<lumi::AdamWScale>(scales, arguments.tensors.size());
     py::gil_scoped_release release;
-    lumi::adamw_cuda(arguments.tensors, arguments.step, arguments.clip, pointer<float>(factor), device,
+    lumi::adamw_cuda(arguments.tensors, arguments.numbers, arguments.clip, room, device,
                      reinterpret_cast<void*>(stream));
 }
 #endif
@@ -138,12 +139,12 @@ PYBIND11_MODULE(_csrc, m) {
         m, "AdamWArguments",
         "The tensors of one AdamW step, as addresses and element counts, and its numbers.")
         .def(py::init<const Addresses&, const Addresses&, const Addresses&, const Addresses&,
-                      const Addresses&, const Sizes&, const std::vector<float>&, std::int64_t, double, double,
-                      double, double, std::uintptr_t, double, double>(),
+                      const Addresses&, const Addresses&, const Sizes&, const std::vector<float>&, double,
+                      double, double, double, std::uintptr_t, double, double>(),
              py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-             py::arg("copies"), py::arg("sizes"), py::arg("weight_decays"), py::arg("step"), py::arg("lr"),
-             py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("norm"), py::arg("max_norm"),
-             py::arg("loss_scale"));
+             py::arg("steps"), py::arg("copies"), py::arg("sizes"), py::arg("weight_decays"), py::arg("lr"),
+             py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("norm"),
+             py::arg("max_norm"), py::arg("loss_scale"));
     m.def("adamw", &adamw, py::arg("arguments"), py::arg("max_threads"),
           "One AdamW step in place, with clipping, on the CPU.");
     py::list cpu_targets;  // pairs of modules, for float32 and bfloat16; of the best target first
@@ -160,10 +161,10 @@ PYBIND11_MODULE(_csrc, m) {
           "global_norm of arrays on a CUDA device; the double result is left at `norm` there.");
     m.def("global_norm_num_partials", &lumi::global_norm_num_partials, py::arg("sizes"),
           "How many doubles global_norm_cuda's `partials` holds.");
-    m.def("adamw_cuda", &adamw_cuda, py::arg("arguments"), py::arg("factor"), py::arg("device"),
+    m.def("adamw_cuda", &adamw_cuda, py::arg("arguments"), py::arg("scales"), py::arg("device"),
           py::arg("stream"),
-          "One AdamW step in place, with clipping, on a CUDA device; `factor` is the address of one float "
-          "there.");
+          "One AdamW step in place, with clipping, on a CUDA device; at `scales` there is room for four "
+          "floats of each tensor.");
 #else
     m.attr("has_cuda") = false;
 #endif

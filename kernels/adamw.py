@@ -3,10 +3,11 @@
     g = grad * factor,   factor = min(1, max_norm / (norm / loss_scale)) / loss_scale
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g^2
+    step = step + 1
     param = param - lr * weight_decay * param - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
 Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. If `norm` is not finite, nothing changes. The
-device decides that, so that the host need not wait.
+device decides that, and so it counts the steps too: the host need not wait.
 
 Precision: float32 throughout. The factors that all elements share are computed in float64 and rounded once.
 Cost: param, m and v are read and written once, and grad is read once: 28 bytes per element, 30 with the
@@ -33,9 +34,9 @@ def adamw_reference(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
     *,
     weight_decays: Sequence[float],
-    step: int,
     lr: float,
     beta1: float,
     beta2: float,
@@ -52,15 +53,16 @@ def adamw_reference(
         norm = torch.zeros((), dtype=torch.float64, device=params[0].device)
     factor, finite = (max_norm / (norm / loss_scale)).clamp(max=1.0) / loss_scale, norm.isfinite()
     with torch.no_grad():
-        for index, (param, grad, exp_avg, exp_avg_sq) in enumerate(
-            zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+        for index, (param, grad, exp_avg, exp_avg_sq, step) in enumerate(
+            zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
         ):
+            count = step.double() + 1
             g = grad * factor.to(param.dtype)
             m = beta1 * exp_avg + (1 - beta1) * g
             v = beta2 * exp_avg_sq + (1 - beta2) * g * g
-            update = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + eps)
+            update = m / (1 - beta1**count) / ((v / (1 - beta2**count)).sqrt() + eps)
             new = param - lr * weight_decays[index] * param - lr * update
-            for target, value in ((param, new), (exp_avg, m), (exp_avg_sq, v)):
+            for target, value in ((param, new), (exp_avg, m), (exp_avg_sq, v), (step, count)):
                 target.copy_(torch.where(finite, value, target))
             if copies is not None:
                 copies[index].copy_(torch.where(finite, param.to(copies[index].dtype), copies[index]))
@@ -71,9 +73,9 @@ def adamw(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
     *,
     weight_decays: Sequence[float],
-    step: int,
     lr: float,
     beta1: float,
     beta2: float,
@@ -91,17 +93,17 @@ def adamw(
     a GPU without compiled code. An error in either is raised; the other is not tried. On a CUDA device the
     step is queued on the current stream, and nothing waits for it.
 
-    A CUDA graph keeps the tensors' addresses and every number, `step` and `lr` too, as they were at capture.
-    A replay reads only `norm` and the tensors' values anew. Call this once before a capture: the first call
-    loads the kernels.
+    A CUDA graph keeps the tensors' addresses and every number as they were at capture. A replay reads `norm`,
+    `steps` and the tensors' values anew. Call this once before a capture: the first call loads the kernels.
 
     Args:
         params: floating tensors of any shapes, all on one device; written. No memory may overlap, here or
             below.
         grads: gradients, one for each parameter, of its shape and dtype; left alone.
         exp_avgs, exp_avg_sqs: running means of gradients and of their squares, likewise; written.
+        steps: float32 scalars on the parameters' device, one for each: its updates so far. One more
+            afterwards.
         weight_decays: one for each parameter, at least 0.
-        step: the number of this step, counted from 1.
         lr: learning rate.
         beta1, beta2: in [0, 1).
         eps: positive.
@@ -118,7 +120,7 @@ def adamw(
 
     Source: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
-    numbers: dict[str, Any] = {"step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
+    numbers: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
     numbers |= {"max_norm": max_norm, "loss_scale": loss_scale}
     _check_numbers(numbers, weight_decays)
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
@@ -129,15 +131,27 @@ def adamw(
     device = _native_device(lists, copies)
     if device is None:  # tensors for the reference, or tensors that do not fit each other
         _check_tensors(lists if copies is None else {**lists, "copies": copies})
+    _check_steps(steps, params)
     if norm is not None:
         _check_norm(norm, params)
     if not params:
         return
     if device is None:
-        adamw_reference(*lists.values(), weight_decays=weight_decays, norm=norm, copies=copies, **numbers)
+        adamw_reference(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            weight_decays=weight_decays,
+            norm=norm,
+            copies=copies,
+            **numbers,
+        )
         return
     arguments = _csrc.AdamWArguments(
         **{name: list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items()},
+        steps=list(map(Tensor.data_ptr, steps)),
         copies=list(map(Tensor.data_ptr, copies or ())),
         sizes=list(map(Tensor.numel, params)),
         weight_decays=weight_decays,
@@ -148,12 +162,12 @@ def adamw(
         _csrc.adamw(arguments, torch.get_num_threads())
     else:
         with torch.cuda.device(device):
-            factor = torch.empty((), dtype=torch.float32, device=device)
+            scales = torch.empty(len(params), 4, dtype=torch.float32, device=device)
             _csrc.adamw_cuda(
-                arguments, factor.data_ptr(), device.index, torch.cuda.current_stream(device).cuda_stream
+                arguments, scales.data_ptr(), device.index, torch.cuda.current_stream(device).cuda_stream
             )
     # Autograd did not see the writes.
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *(copies or ())])
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *steps, *(copies or ())])
 
 
 def _native_device(
@@ -177,8 +191,6 @@ def _check_numbers(numbers: dict[str, Any], weight_decays: Sequence[float]) -> N
             raise ValueError(f"{name} must be in [0, 1), got {numbers[name]}")
     if not numbers["lr"] >= 0:
         raise ValueError(f"lr must be at least 0, got {numbers['lr']}")
-    if numbers["step"] < 1:
-        raise ValueError(f"step must be at least 1, got {numbers['step']}")
     for decay in set(weight_decays):  # few, however many parameters there are
         if not decay >= 0:
             raise ValueError(
@@ -205,6 +217,17 @@ def _check_tensors(lists: dict[str, Sequence[Tensor]]) -> None:
                     f"{name}[{index}] must be {dtype} of shape {tuple(param.shape)} on {param.device}, "
                     f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
                 )
+
+
+def _check_steps(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    if len(steps) != len(params):
+        raise ValueError(f"steps must be one for each of {len(params)} parameters, got {len(steps)}")
+    for index, step in enumerate(steps):
+        if step.shape != () or step.dtype != torch.float32 or step.device != params[0].device:
+            raise ValueError(
+                f"steps[{index}] must be a float32 scalar on {params[0].device}, "
+                f"got {step.dtype} of shape {tuple(step.shape)} on {step.device}"
+            )
 
 
 def _check_norm(norm: Tensor, params: Sequence[Tensor]) -> None:

@@ -11,12 +11,14 @@ import torch
 
 from lumi import _csrc
 
+COUNT = ctypes.c_float()
+
 
 def arguments(**changes):
     """AdamW arguments for one tensor without elements."""
     lists = {name: [0] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "sizes")}
+    lists["steps"] = [ctypes.addressof(COUNT)]
     numbers = {
-        "step": 1,
         "lr": 0.1,
         "beta1": 0.9,
         "beta2": 0.95,
@@ -63,9 +65,11 @@ def test_adamw_of_plain_memory():
     )
     copy = (ctypes.c_uint16 * 2)()
     lists = {"params": param, "grads": grad, "exp_avgs": exp_avg, "exp_avg_sqs": exp_avg_sq, "copies": copy}
+    lists["steps"] = count = ctypes.c_float(0)
     addresses = {name: [ctypes.addressof(memory)] for name, memory in lists.items()}
     _csrc.adamw(arguments(**addresses, sizes=[2], lr=0.5), 1)
     assert list(param) == pytest.approx([0.5, 2.5], rel=1e-4)
+    assert count.value == 1
     assert list(exp_avg) == pytest.approx([1e-4, -1e2])
     assert list(copy) == [0x3F00, 0x4020]
     assert list(grad) == pytest.approx([1e-3, -1e3])
@@ -82,7 +86,8 @@ def test_adamw_of_nothing():
         ({"sizes": [0, 0]}, "all lists must have the same length"),
         ({"weight_decays": []}, "all lists must have the same length"),
         ({"copies": [0, 0]}, "copies must be empty or one for each tensor"),
-        ({"step": 0}, "step must be at least 1"),
+        ({"steps": []}, "all lists must have the same length"),
+        ({"steps": [0]}, "a null pointer must have size 0"),
         ({"sizes": [1]}, "a null pointer must have size 0"),
     ],
     ids=str,

@@ -13,7 +13,7 @@ from lumi import _csrc
 
 ROOT = Path(__file__).parent.parent
 ARCHES = {"sm_80", "sm_89", "sm_90", "sm_100"}
-KERNELS = {"partial_norm_kernel", "finish_norm_kernel", "adamw_kernel", "clip_factor_kernel"}
+KERNELS = {"partial_norm_kernel", "finish_norm_kernel", "adamw_kernel", "begin_kernel"}
 FLOAT64 = re.compile(r"(DADD|DMUL|DFMA|DSETP|DMNMX)|.*\.F64|MUFU\.\w+64")
 
 

@@ -8,9 +8,9 @@ Documents in a row never see each other: `cu_seqlens` marks where each begins, p
 target crosses the mark.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -25,7 +25,6 @@ IGNORE = -100  # a target that is not trained: `ignore_index` in torch and in th
 # Mixing weights are rounded to millionths, so that interleaving is exact integer arithmetic.
 _WEIGHT_UNITS = 1_000_000
 
-Held = TypeVar("Held", "Batch", "PairIndex")
 Result = TypeVar("Result")
 
 
@@ -112,6 +111,8 @@ class Batch:
         cu_seqlens: (documents + 1,) int32, offsets of the documents in the B*T flattened tokens, from 0 to
             B*T. Every row begins a document.
         pairs: None where the documents are no pairs.
+        plans: what a model's attention needs to know of the documents, by its windows
+            (`Transformer.attention_plans`); None: the model makes it of `cu_seqlens`.
     """
 
     tokens: Tensor
@@ -119,6 +120,12 @@ class Batch:
     positions: Tensor
     cu_seqlens: Tensor
     pairs: PairIndex | None = None
+    plans: Mapping[int | None, Any] | None = None
+
+    @property
+    def documents(self) -> Tensor | Mapping[int | None, Any]:
+        """What a model takes: `plans`, or else `cu_seqlens`."""
+        return self.cu_seqlens if self.plans is None else self.plans
 
     @property
     def num_targets(self) -> int:
@@ -126,8 +133,12 @@ class Batch:
         return int((self.targets != IGNORE).sum()) if self.pairs is None else len(self.pairs.documents) // 2
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
-        return _moved(self, device)
+        """The same batch on `device`. Where its memory is pinned, nothing waits for the copy."""
+        return _mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch in pinned memory, which a GPU reads by itself."""
+        return _mapped(self, Tensor.pin_memory)
 
 
 class Batches:
@@ -287,14 +298,15 @@ def collate(rows: Sequence[TokenRow], documents_before: Sequence[int] | None = N
     )
 
 
-def _moved(held: Held, device: torch.device) -> Held:
-    """A dataclass of tensors, and of others like it, on `device`."""
-    moved: dict[str, Any] = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else _moved(value, device)
-        for name, value in vars(held).items()
-        if value is not None
-    }
-    return replace(held, **moved)
+def _mapped(held: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same with every tensor mapped, in dataclasses and dictionaries too."""
+    if isinstance(held, Tensor):
+        return function(held)
+    if isinstance(held, dict):
+        return {name: _mapped(value, function) for name, value in held.items()}
+    if is_dataclass(held) and not isinstance(held, type):
+        return replace(held, **_mapped(vars(held), function))
+    return held
 
 
 def _index_pairs(

@@ -9,7 +9,7 @@ mlp_dim, V vocab, N = B*T rows.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ from lumi.kernels.bundle import DecodeAttention, Ops
 from lumi.kernels.rope import rope_table
 from lumi.model.compute_weights import ComputeWeights, JoinedWeights
 from lumi.model.model_config import ModelConfig
+
+Plans = Mapping[int | None, Any]  # plans of `ops.attention_plan`, by the windows of the layers
 
 
 class LayerCache(Protocol):
@@ -255,11 +257,23 @@ class Transformer(nn.Module):
                 std /= math.sqrt(2 * self.config.num_layers)
             yield name, torch.randn(parameter.shape, generator=generator) * std
 
+    def attention_plans(
+        self, cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device | str
+    ) -> Plans:
+        """What attention needs to know of the documents of a batch, for each of the layers' windows.
+
+        Arguments and errors as of `kernels.attention_plan`. The plans may be moved to another device.
+        """
+        return {
+            window: self.ops.attention_plan(cu_seqlens, batch, length, device, window)
+            for window in set(self.windows)
+        }
+
     def hidden(
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        documents: Tensor | Plans | None = None,
         cache: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """The last layer's hidden states, normalised.
@@ -267,9 +281,9 @@ class Transformer(nn.Module):
         Args:
             tokens: (B, T) int64.
             positions: (B, T) int64, of each token in its document; None: 0 .. T-1 in every row.
-            cu_seqlens: (documents + 1,) int32, the offsets of the packed documents in the B*T tokens; None:
-                each row is one document.
-            cache: one `LayerCache` per layer, which attention then reads; `cu_seqlens` must be None.
+            documents: (documents + 1,) int32, the offsets of the packed documents in the B*T tokens; or what
+                `attention_plans` made of them; None: each row is one document.
+            cache: one `LayerCache` per layer, which attention then reads; `documents` must be None.
 
         Returns:
             (B, T, D) in `compute_dtype`.
@@ -282,12 +296,11 @@ class Transformer(nn.Module):
         cos, sin = rope_table(
             positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling
         )
-        contexts = {}
-        for window in set(self.windows):
-            plan = None
-            if cache is None:
-                plan = self.ops.attention_plan(cu_seqlens, batch, length, tokens.device, window)
-            contexts[window] = Context(positions, cos, sin, plan, None)
+        if cache is not None:
+            documents = dict.fromkeys(self.windows)
+        elif documents is None or isinstance(documents, Tensor):
+            documents = self.attention_plans(documents, batch, length, tokens.device)
+        contexts = {window: Context(positions, cos, sin, plan, None) for window, plan in documents.items()}
         x_BTD = self.token_embedding(tokens).to(self.compute_dtype)
         for index, layer in enumerate(self.layers):
             context = contexts[self.windows[index]]
@@ -308,19 +321,19 @@ class Transformer(nn.Module):
         tokens: Tensor,
         targets: Tensor,
         positions: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        documents: Tensor | Plans | None = None,
         expected_dloss: float = 1.0,
         per_token: bool = False,
     ) -> Tensor:
         """The summed next-token loss of a batch, in nats, float32; or (B, T), that of each token.
 
         Args:
-            tokens, positions, cu_seqlens: as for `hidden`.
+            tokens, positions, documents: as for `hidden`.
             targets: (B, T) int64, already shifted; -100 is not trained.
             expected_dloss: the summed loss's gradient that makes backward cheapest.
             per_token: for losses that are no sum over the tokens. What is not trained is 0.
         """
-        hidden_ND = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
+        hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
         copy_VD = None
         if self.compute_weights is not None and self.compute_weights.output is not None:
             copy_VD = self.compute_weights.output.values

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lumi.config import UserError
@@ -21,7 +22,8 @@ class World:
     """This process among the others. All processes call its methods together.
 
     Attributes:
-        patient: a group on the CPU without the time limit of a step, for what takes one process hours.
+        patient: a group on the CPU without the time limit of a step, for what takes one process hours, and
+            for numbers that are on the host.
         saving: another one, for the threads that write checkpoints.
         mesh: of the layout's sides, by their names; None for one process.
     """
@@ -81,16 +83,30 @@ class World:
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, by rank. They may be any objects that pickle."""
         values = [value] * self.size
-        dist.all_gather_object(values, value, group=self.patient)
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.patient)
         return values
 
     def sum(self, *values: float) -> list[float]:
-        """The sums over all processes, as float64: exact for counts below 2^53."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        """The sums over all processes, as float64: exact for counts below 2^53.
+
+        They never come near a GPU, so nothing waits for its work.
+        """
+        if self.size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.patient)
         return tensor.tolist()
 
+    def sum_on_device(self, values: Tensor) -> Tensor:
+        """The sums over all processes of numbers on their devices, for which the host does not wait.
+
+        Args:
+            values: float64; they may be changed.
+        """
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
     def _any(self, value: bool) -> bool:
-        count = torch.tensor([int(value)])
-        dist.all_reduce(count, group=self.patient)
-        return bool(count.item())
+        return self.sum(value)[0] > 0

@@ -61,45 +61,56 @@ class Muon(torch.optim.Optimizer):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. It never waits for the device."""
+    def step(  # type: ignore[override]
+        self, closure: None = None, *, accepted: Tensor | None = None
+    ) -> None:
+        """Update every parameter that has a gradient. It never waits for the device.
+
+        Args:
+            accepted: bool scalar on the device; where it is False, nothing changes. None: it is True.
+        """
+        if accepted is None:
+            accepted = torch.ones((), dtype=torch.bool, device=self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
+            one = accepted.double()  # or zero
+            decay = (1 - one * (group["lr"] * group["weight_decay"])).float()
+            settings = group | {"accepted": accepted, "decay": decay}
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for stack in _stacks([p for p in parameters if not isinstance(p, DTensor)]):
-                self._update_whole(stack, group)
+                self._update_whole(stack, settings)
             in_parts = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
             size = dist.get_world_size() if in_parts else 1
             for first in range(0, len(in_parts), size):
-                self._update_parts(in_parts[first : first + size], group)
+                self._update_parts(in_parts[first : first + size], settings)
 
-    def _update_whole(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _update_whole(self, parameters: list[Tensor], settings: dict[str, Any]) -> None:
         """Update the matrices of one stack."""
         gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
         means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, means, group["momentum"])
         num_wide = sum(not _is_tall(parameter) for parameter in parameters)  # they come first
-        halves = [torch.stack(half) for half in (directions[:num_wide], directions[num_wide:]) if half]
-        del directions
-        stack = torch.cat([_as_wide(half).to(self.compute_dtype) for half in halves])
-        stack = orthogonalize(stack).to(parameters[0].dtype)
-        updates = [*stack[:num_wide].unbind(), *stack[num_wide:].mT.contiguous().unbind()]
+        mean = _stacked(means, num_wide)
+        gradient = _taken_in(mean, _stacked(gradients, num_wide), settings)
+        torch._foreach_copy_(means, _apart(mean, num_wide))
+        stack = gradient.lerp_(mean, settings["momentum"]).to(self.compute_dtype)
+        del mean, gradient
+        stack = orthogonalize(stack).to(parameters[0].dtype).mul_(settings["accepted"])
+        size = _size_of_adamw(parameters[0].shape)
         copied = [parameter for parameter in parameters if parameter in self.copies]
         with written_together([self.copies[parameter] for parameter in copied]) as rows:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, updates, alpha=-group["lr"] * _size_of_adamw(parameters[0].shape))
+            torch._foreach_mul_(parameters, settings["decay"])
+            torch._foreach_add_(parameters, _apart(stack, num_wide), alpha=-settings["lr"] * size)
             if rows:
                 torch._foreach_copy_(rows, copied)
 
-    def _update_parts(self, parameters: list[DTensor], group: dict[str, Any]) -> None:
+    def _update_parts(self, parameters: list[DTensor], settings: dict[str, Any]) -> None:
         """Update one matrix in parts for each process: process i owns the i-th."""
         own = None
         for owner, parameter in enumerate(parameters):
-            whole = gathered(self._direction(parameter, group["momentum"]))
+            whole = gathered(self._direction(parameter, settings))
             if owner == dist.get_rank():
                 own = whole
         if own is not None:  # only now, after the last gather, so that nobody waits for another's products
-            own = orthogonalize(own[None])[0].contiguous()
+            own = orthogonalize(own[None])[0].mul(settings["accepted"]).contiguous()
         for owner, parameter in enumerate(parameters):
             if owner == dist.get_rank() and own is not None:
                 whole = own
@@ -107,17 +118,26 @@ class Muon(torch.optim.Optimizer):
                 whole = torch.empty(parameter.shape, dtype=self.compute_dtype, device=parameter.device)
             dist.broadcast(whole, src=owner)
             held = piece(parameter)
-            held.local.mul_(1 - group["lr"] * group["weight_decay"])
-            held.local.add_(held.part_of(whole), alpha=-group["lr"] * _size_of_adamw(whole.shape))
+            held.local.mul_(settings["decay"])
+            held.local.add_(held.part_of(whole), alpha=-settings["lr"] * _size_of_adamw(whole.shape))
 
-    def _direction(self, parameter: DTensor, momentum: float) -> DTensor:
+    def _direction(self, parameter: DTensor, settings: dict[str, Any]) -> DTensor:
         """Nesterov's direction in the compute dtype, after the momentum has taken in the gradient."""
         mean, gradient = self.state[parameter]["momentum_buffer"], parameter.grad
-        assert gradient is not None
-        mean.lerp_(gradient, 1 - momentum)
-        direction = gradient.lerp(mean, momentum).to(self.compute_dtype)
+        assert isinstance(gradient, DTensor)
+        own_mean, own = mean.to_local(), gradient.to_local()
+        own.copy_(_taken_in(own_mean, own, settings))
+        direction = gradient.lerp(mean, settings["momentum"]).to(self.compute_dtype)
         assert isinstance(direction, DTensor)
         return direction
+
+
+def _taken_in(mean: Tensor, gradient: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Take a gradient into the mean, in place. Returns the gradient; the mean itself where the step is
+    skipped, for a mean that takes in itself stays as it is."""
+    gradient = torch.where(settings["accepted"], gradient, mean)
+    mean.lerp_(gradient, 1 - settings["momentum"])
+    return gradient
 
 
 def gathered(tensor: DTensor) -> Tensor:
@@ -160,6 +180,17 @@ def _stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     for shape, members in alike.items():
         count = max(1, _STACK_ELEMENTS // math.prod(shape))
         yield from (members[first : first + count] for first in range(0, len(members), count))
+
+
+def _stacked(matrices: Sequence[Tensor], num_wide: int) -> Tensor:
+    """Matrices of one shape up to transposition, the tall ones last, as one stack of wide ones."""
+    halves = [torch.stack(list(half)) for half in (matrices[:num_wide], matrices[num_wide:]) if half]
+    return halves[0] if num_wide == len(matrices) else torch.cat([_as_wide(half) for half in halves])
+
+
+def _apart(stack: Tensor, num_wide: int) -> list[Tensor]:
+    """The matrices of `_stacked`."""
+    return [*stack[:num_wide].unbind(), *stack[num_wide:].mT.contiguous().unbind()]
 
 
 def _is_tall(matrix: Tensor) -> bool:

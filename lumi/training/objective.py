@@ -76,7 +76,7 @@ class NextToken:
         self.batches, self.token_bytes, self.world = config.batches, data.tokenizer.token_bytes, world
 
     def __call__(self, model: nn.Module, batch: Batch, dloss: float) -> tuple[Tensor, Tensor]:
-        loss = model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, dloss)
+        loss = model(batch.tokens, batch.targets, batch.positions, batch.documents, dloss)
         return loss, loss.detach()[None]
 
     def held_out(
@@ -125,7 +125,7 @@ class Preference:
 
     def _losses(self, model: nn.Module, batch: Batch, reference: Tensor) -> tuple[Tensor, Tensor]:
         assert batch.pairs is not None
-        losses_BT = model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, 1.0, True)
+        losses_BT = model(batch.tokens, batch.targets, batch.positions, batch.documents, 1.0, True)
         log_ratios_S = answer_log_probabilities(losses_BT, batch) - reference[batch.pairs.documents]
         loss, measures = pair_losses(log_ratios_S, batch, self.dpo)
         # The processes of one tensor-parallel group compute the same.

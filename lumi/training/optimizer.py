@@ -6,7 +6,7 @@ call everything here together.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -63,8 +63,8 @@ class OptimizerConfig:
 class AdamW(torch.optim.Optimizer):
     """AdamW by `lumi.kernels.adamw`: one operator updates all parameters and clips gradients as it reads.
 
-    The states have the names of torch's AdamW. `step` is on the CPU, where the bias corrections are computed.
-    `copies` are those of `ComputeWeights`, which are written with their parameters.
+    The states have the names of torch's AdamW. `copies` are those of `ComputeWeights`, which are written with
+    their parameters.
     """
 
     def __init__(
@@ -100,12 +100,11 @@ class AdamW(torch.optim.Optimizer):
         ]
         if not members:
             return
-        torch._foreach_add_([state["step"] for _, state, _ in members], 1)
-        by_step: dict[tuple[int, bool], list[tuple[Tensor, dict[str, Tensor], float]]] = {}
-        for member in members:
-            by_step.setdefault((int(member[1]["step"]), member[0] in self.copies), []).append(member)
         group = self.param_groups[0]
-        for (number, copied), alike in by_step.items():  # steps differ where a parameter had no gradient
+        for copied in (True, False):
+            alike = [member for member in members if (member[0] in self.copies) == copied]
+            if not alike:
+                continue
             parameters, states, weight_decays = zip(*alike, strict=True)
             copies = [self.copies[parameter] for parameter in parameters] if copied else []
             with written_together(copies) as rows:
@@ -114,8 +113,8 @@ class AdamW(torch.optim.Optimizer):
                     _own([parameter.grad for parameter in parameters]),
                     _own([state["exp_avg"] for state in states]),
                     _own([state["exp_avg_sq"] for state in states]),
+                    [state["step"] for state in states],
                     weight_decays=weight_decays,
-                    step=number,
                     lr=group["lr"],
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],
@@ -131,18 +130,33 @@ class AdamW(torch.optim.Optimizer):
 class Clip:
     """The gradients of one step as `measure_gradients` found them, for the `step` that clips them.
 
+    All tensors are scalars on the gradients' device. Nobody waits for them.
+
     Args:
-        scaled_norm: their joint L2 norm, still times the loss scale; float64 scalar on their device.
+        scaled_norm: their joint L2 norm, still times the loss scale; float64. If it is not finite, the step
+            updates nothing.
         loss_scale: the factor that the loss had in backward.
-        norm: the joint L2 norm without the loss scale; not finite where a gradient is not.
     """
 
     scaled_norm: Tensor
     loss_scale: float
-    norm: float
+
+    @property
+    def norm(self) -> Tensor:
+        """The joint L2 norm without the loss scale, float64; not finite where a gradient is not."""
+        return self.scaled_norm / self.loss_scale
+
+    @property
+    def accepted(self) -> Tensor:
+        """Whether the step updates anything, bool."""
+        return self.scaled_norm.isfinite()
+
+    def only_if(self, condition: Tensor) -> "Clip":
+        """The same, of a step that updates nothing unless the condition, a bool, holds too."""
+        return replace(self, scaled_norm=torch.where(condition, self.scaled_norm, math.nan))
 
     def factor(self, max_norm: float) -> Tensor:
-        """What to multiply the gradients with: a float32 scalar on their device, which nobody waits for."""
+        """What to multiply the gradients with, float32."""
         shrinking = (max_norm / (self.scaled_norm / self.loss_scale)).clamp(max=1.0)
         return (shrinking / self.loss_scale).float()
 
@@ -188,29 +202,28 @@ class Optimizer:
         # step has the same tensors.
         for parameter in (parameter for group in groups for parameter in group["params"]):
             state = optimizer.state[parameter]
-            state["step"] = torch.zeros((), device="cpu" if native else parameter.device)
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
         return optimizer
 
     def measure_gradients(self, loss_scale: float = 1.0) -> Clip:
-        """Measure the joint L2 norm of all gradients, and wait for it. The gradients stay as they are.
+        """Measure the joint L2 norm of all gradients, without waiting for it. They stay as they are.
 
         Args:
             loss_scale: the factor that the loss had in backward.
         """
         norm = _whole_norm([p.grad for p in self.named.values() if p.grad is not None])
-        return Clip(norm, loss_scale, float(norm) / loss_scale)
+        return Clip(norm, loss_scale)
 
     def step(self, lr: float, clip: Clip | None = None) -> None:
         """Make one update with learning rate `lr`.
 
         Args:
             clip: takes the loss scale out of the gradients and limits their norm to `max_grad_norm`. A norm
-                that is not finite updates nothing. None: gradients are used as they are.
+                that is not finite updates nothing; the device sees to that. None: gradients are used as they
+                are.
         """
-        if clip is not None and not math.isfinite(clip.norm):
-            return
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -224,7 +237,12 @@ class Optimizer:
                 gradients = _own([p.grad for p in parameters if p.grad is not None])
                 if gradients:
                     torch._foreach_mul_(gradients, clip.factor(self.config.max_grad_norm))
-            optimizer.step()
+            accepted = None if clip is None else clip.accepted
+            if isinstance(optimizer, Muon):
+                optimizer.step(accepted=accepted)
+            else:  # torch's, which a scaler of gradients tells by this name to skip
+                optimizer.found_inf = None if accepted is None else (~accepted).float()  # type: ignore
+                optimizer.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -79,11 +79,18 @@ def rehearse(
 
 def _seconds(work: Callable[[], None], world: World) -> float:
     """Seconds until the slowest process has done it."""
-    world.sum(0)
+    _wait(world)
     start = time.perf_counter()
     work()
-    world.sum(0)  # waits for all, and for the GPU
+    _wait(world)
     return time.perf_counter() - start
+
+
+def _wait(world: World) -> None:
+    """Wait for this process's GPU, and then for all processes."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    world.sum(0)
 
 
 def _peak_bytes(device: torch.device) -> int | None:

@@ -1,6 +1,6 @@
 """The data of a run: token stores, batches, and the tokenizer with the template of the conversations."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,16 +80,19 @@ class RunData:
                 'config.final must be "last" where no data folder has a validation split, got "best"'
             )
 
-    def inputs(self, steps: Iterable[int], rows: Sequence[tuple[int, int]]) -> Iterator[StepInput]:
+    def inputs(
+        self, steps: Iterable[int], rows: Sequence[tuple[int, int]], prepare: Callable[[Batch], Batch]
+    ) -> Iterator[StepInput]:
         """The inputs of steps. A thread reads the next one while the loop computes this one.
 
         Args:
             rows: [start, stop) of each micro-batch within a step.
+            prepare: done to each micro-batch, in that thread.
         """
 
         def read(step: int) -> tuple[list[Batch], UserError | OSError | None]:
             try:
-                return [self.batches.rows(step, *span) for span in rows], None
+                return [prepare(self.batches.rows(step, *span)) for span in rows], None
             except (UserError, OSError) as error:
                 return [], error
 

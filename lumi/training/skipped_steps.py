@@ -18,14 +18,14 @@ def report_skipped(outcome: StepOutcome, run: ResolvedRun, data: RunData, world:
     step, spike = outcome.step, ", a spike" if outcome.is_finite else ""
     log.say(f"step {step} skipped: loss {outcome.loss}, gradient norm {outcome.gradient_norm}{spike}")
     for index, loss in enumerate(outcome.micro_losses):
-        if not math.isfinite(outcome.loss) and loss.isfinite():
+        if not math.isfinite(outcome.loss) and math.isfinite(loss):
             # another micro-batch spoilt the loss; for a spike, or a gradient, nobody knows which one did
             continue
         try:
             named = data.name_documents(step, *run.rows(world.data_rank, index))
         except (UserError, OSError) as error:
             named = str(error)
-        tqdm.write(f"step {step}: loss {loss.item()} in a micro-batch of {named}")
+        tqdm.write(f"step {step}: loss {loss} in a micro-batch of {named}")
 
 
 def too_many_skipped(outcome: StepOutcome, skipped_in_a_row: int, checkpoint: Path) -> UserError:

@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
-from torch import Tensor
-
 from lumi.training.loss_scale import LossScale
 from lumi.training.loss_spikes import LossSpikes
 
@@ -28,7 +26,7 @@ class StepOutcome:
         gradient_norm: L2 norm of all gradients before clipping.
         lr: the step's learning rate.
         num_targets: of all processes; or pairs.
-        micro_losses: this process's losses, one a micro-batch, in nats summed over its targets.
+        micro_losses: this process's losses, one a micro-batch, each the sum over its targets.
         accepted: whether the weights were updated.
         measures: other means, by name.
     """
@@ -38,7 +36,7 @@ class StepOutcome:
     gradient_norm: float
     lr: float
     num_targets: int
-    micro_losses: Sequence[Tensor]
+    micro_losses: Sequence[float]
     accepted: bool
     measures: Mapping[str, float] = field(default_factory=dict)
 
@@ -76,6 +74,14 @@ class TrainState:
         if outcome.is_finite:
             self.spikes.record(outcome.loss)
         self.loss_scale.update(outcome.is_finite)
+
+    def needs_outcome(self, max_skipped_steps: int) -> bool:
+        """Whether the step after the next one depends on what becomes of that.
+
+        It does by the loss scale, by the limit on losses, or where the run could end.
+        """
+        could_end = self.skipped_in_a_row + 1 >= max_skipped_steps
+        return self.loss_scale.enabled or self.spikes.max_sigmas is not None or could_end
 
     def end_validation(self, loss: float | None) -> None:
         """Take in the validation loss of the present step; None: it was cut short."""

@@ -1,6 +1,5 @@
 """One training run on one process: its parts, and the one loop."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumi.checkpoint.saver import Saver
-from lumi.config import to_dict, write_json
+from lumi.config import UserError, to_dict, write_json
 from lumi.data.batches import Batch
 from lumi.formats.hf_config import save_tokenizer
 from lumi.host.devices import peak_flops
@@ -22,8 +21,10 @@ from lumi.training.loss_scale import LossScale
 from lumi.training.loss_spikes import LossSpikes
 from lumi.training.objective import make_objective
 from lumi.training.optimizer import Optimizer
+from lumi.training.pending_outcome import PendingOutcome, runs_behind
 from lumi.training.plan import describe_plan
 from lumi.training.preflight import rehearse
+from lumi.training.prepared_batch import prepared
 from lumi.training.resolved_run import ResolvedRun
 from lumi.training.resume import run_identity
 from lumi.training.run_checkpoints import RunCheckpoints
@@ -61,6 +62,7 @@ class Trainer:
             loss_scale=LossScale(config.dtype),
             spikes=LossSpikes(config.max_loss_sigmas),
         )
+        self.pending: PendingOutcome | None = None
         self.objective = make_objective(
             run, identity["start"], self.data, self.model, world, folder, self.log
         )
@@ -88,7 +90,11 @@ class Trainer:
             if self.world.is_main:
                 self.log.begin(step, self.run.config.trackers, to_dict(self.run.config))
         with self.log.progress(step, num_steps), self.checkpoints, self.watchdog:
-            finished = self.train()
+            try:
+                finished = self.train()
+            except (UserError, SystemExit):  # no fault of the device's: the log ends with the last step
+                self.settle()
+                raise
             with self.watchdog.patience("saving"):
                 self.checkpoints.finish()
         self.log.draw()
@@ -115,6 +121,7 @@ class Trainer:
                 self.checkpoints.check()
             num_targets, stopping = self.agree(batches)
             if stopping:
+                self.settle()
                 self.save()
                 return False
             _seed(config.seed, step, world)  # what a step draws depends on nothing before it
@@ -126,25 +133,23 @@ class Trainer:
                 self.watchdog.mark(step, f"micro-step {index} of {len(batches)}")
                 sums.append(self.forward_backward(batch, dloss, last=index == len(batches)))
             self.watchdog.mark(step, "optimizer")
-            totals = world.sum(*torch.stack(sums).sum(dim=0).tolist())
-            loss, *measures = (total / num_targets for total in totals)
+            means = world.sum_on_device(torch.stack(sums).sum(dim=0).double()) / num_targets
             clip = self.optimizer.measure_gradients(state.loss_scale.value)
+            # The device judges the step, and the host hears of it later.
+            judged = clip.only_if(means[0].isfinite() & (means[0] <= state.spikes.limit))
             lr = lr_at(step, config.num_steps, config.optimizer.peak_lr, config.optimizer.schedule)
-            finite = math.isfinite(loss) and math.isfinite(clip.norm)
-            accepted = finite and not state.spikes.is_spike(loss)
-            if accepted:
-                self.optimizer.step(lr, clip)
+            self.optimizer.step(lr, judged)
             self.optimizer.zero_grad()
             self.end_step(
-                StepOutcome(
+                PendingOutcome(
                     step=step,
-                    loss=loss,
-                    gradient_norm=clip.norm,
                     lr=lr,
                     num_targets=num_targets,
-                    micro_losses=[each[0] for each in sums],
-                    accepted=accepted,
-                    measures=dict(zip(self.objective.measures, measures, strict=True)),
+                    measures=self.objective.measures,
+                    means=means,
+                    gradient_norm=clip.norm,
+                    accepted=judged.accepted,
+                    micro_losses=torch.stack(sums)[:, 0],
                 )
             )
         if self.checkpoints.saved_step is None:
@@ -155,7 +160,7 @@ class Trainer:
         """The steps to do. The log keeps how long the loop waited for their data."""
         steps = range(self.state.step + 1, self.run.config.num_steps + 1)
         rows = [self.run.rows(self.world.data_rank, index) for index in range(self.run.micro_steps)]
-        inputs = self.data.inputs(steps, rows)
+        inputs = self.data.inputs(steps, rows, self.prepared)
         for step in steps:
             self.watchdog.mark(step, "waiting for data")
             with self.log.meter.waiting():
@@ -164,6 +169,10 @@ class Trainer:
             # the earliest.
             self.watchdog.mark(step, "counting targets")
             yield step_input
+
+    def prepared(self, batch: Batch) -> Batch:
+        """A micro-batch with all that the host can do for it before its turn."""
+        return prepared(batch, self.model, self.world.device)
 
     def agree(self, batches: Sequence[Batch]) -> tuple[int, bool]:
         """The targets (or pairs) of a step over all processes, and whether a signal came to any of them."""
@@ -182,10 +191,28 @@ class Trainer:
             (loss * dloss).backward()
         return sums
 
-    def end_step(self, outcome: StepOutcome) -> None:
-        """Take in and log a step; validate and save where that is due."""
-        config, state, step = self.run.config, self.state, outcome.step
+    def end_step(self, pending: PendingOutcome) -> None:
+        """Take in and log the step before; this one too where something waits for it, such as a save."""
+        config, step = self.run.config, pending.step
         self.watchdog.mark(step, "logging")
+        self.settle()
+        self.pending = pending
+        saving = step % config.save_every == 0 or step == config.num_steps
+        validating = self.data.validation and (saving or step % config.validate_every == 0)
+        at_once = not runs_behind(self.world.device) or self.state.needs_outcome(config.max_skipped_steps)
+        if at_once or saving or validating:
+            self.settle()
+        if validating:
+            self.validate()
+        if saving:
+            self.save()
+
+    def settle(self) -> None:
+        """Take in and log the step that is pending, if one is."""
+        if self.pending is None:
+            return
+        outcome, self.pending = self.pending.read(), None
+        config, state, step = self.run.config, self.state, outcome.step
         state.end_step(outcome)
         mix = self.data.batches.mix(step) if len(self.data.stores) > 1 else None
         self.log.step(outcome, state.skipped_steps, mix, config.batches.batch_tokens, self.flops_share)
@@ -193,11 +220,6 @@ class Trainer:
             report_skipped(outcome, self.run, self.data, self.world, self.log)
             if state.skipped_in_a_row >= config.max_skipped_steps:
                 self._give_up(outcome)
-        saving = step % config.save_every == 0 or step == config.num_steps
-        if self.data.validation and (saving or step % config.validate_every == 0):
-            self.validate()
-        if saving:
-            self.save()
 
     def validate(self) -> None:
         """The held-out loss of now. A signal cuts it short: it is due again when the run goes on."""
@@ -256,7 +278,7 @@ class Trainer:
         """
         config, run, world, step = self.run.config, self.run, self.world, self.state.step
         with world.fail_together():
-            batch = self.data.batches.rows(step + 1, *run.rows(world.data_rank, 0))
+            batch = self.prepared(self.data.batches.rows(step + 1, *run.rows(world.data_rank, 0)))
 
         def micro_step(last: bool) -> None:
             last = (

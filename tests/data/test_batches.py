@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from splits import make_conversations, make_pairs, make_split
 
 from lumi.config import UserError
-from lumi.data.batches import IGNORE, BatchConfig, Batches, collate, interleave, validation_batches
+from lumi.data.batches import IGNORE, BatchConfig, Batches, PairIndex, collate, interleave, validation_batches
 from lumi.data.rows import TokenRow
+from lumi.kernels.attention_plan import IntervalPlan
 
 CONFIG = BatchConfig(sequence_length=4, batch_tokens=16, micro_batch_size=2)
 
@@ -28,6 +31,27 @@ def test_collate_by_hand():
     assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert batch.cu_seqlens.tolist() == [0, 4, 6, 8]
     assert batch.num_targets == 5
+
+
+def test_a_batch_moves_with_all_that_it_holds():
+    """Tensors in parts of it and in its plans too; the rest stays. "meta" stands for a device."""
+    plan = IntervalPlan(
+        batch=2,
+        length=4,
+        **{name: torch.zeros(8, dtype=torch.int32) for name in ("first_key", "last_query")},
+        **{name: torch.zeros(1, dtype=torch.int32) for name in ("query_order", "key_order")},
+    )
+    pairs = PairIndex(torch.tensor([0, 1]), torch.tensor([0, 1]))
+    batch = Batches([make_split([7, 3])], None, CONFIG, seed=1).rows(1, 0, 2)
+    assert batch.documents is batch.cu_seqlens
+    batch = replace(batch, pairs=pairs, plans={None: plan, 3: plan})
+    assert batch.documents is batch.plans
+    moved = batch.to(torch.device("meta"))
+    assert moved.plans.keys() == {None, 3}
+    assert (moved.plans[3].batch, moved.plans[3].length) == (2, 4)
+    found = [moved.tokens, moved.cu_seqlens, moved.pairs.segments, moved.plans[3].key_order]
+    assert all(tensor.device.type == "meta" for tensor in found)
+    assert batch.plans[3].key_order.device.type == "cpu"
 
 
 def test_batches_are_pure_functions_of_the_step():

@@ -12,16 +12,18 @@ from lumi.kernels.global_norm import global_norm
 from lumi.kernels.native import has_native, native_device
 
 SHAPES = [(1,), (), (17,), (63,), (64, 3), (65,), (129, 5), (0,), (8191,), (8192,), (8193,), (65_537,)]
-NUMBERS = {"step": 7, "lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+STEP = 7  # the number of the step that is made
+NUMBERS = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 
 
 def tensors(shapes, device, dtype=torch.float32, seed=0):
-    """Parameters, gradients, and states as some steps leave them: float32 values, in any dtype."""
+    """Parameters, gradients, and states as six steps leave them: float32 values, in any dtype."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda scale: [
         (torch.randn(shape, generator=generator) * scale).to(device, dtype) for shape in shapes
     ]
-    return draw(1.0), draw(0.1), draw(0.05), [t.square() for t in draw(0.1)]
+    steps = [torch.tensor(STEP - 1.0, device=device) for _ in shapes]
+    return draw(1.0), draw(0.1), draw(0.05), [t.square() for t in draw(0.1)], steps
 
 
 def clone(lists):
@@ -35,11 +37,12 @@ def decays(shapes):
 def truth(lists, weight_decays, factor=1.0):
     """AdamW by the paper's Algorithm 2, in float64, element by element (its schedule multiplier times alpha
     is our lr)."""
-    lr, beta1, beta2, eps, step = (NUMBERS[name] for name in ("lr", "beta1", "beta2", "eps", "step"))
+    lr, beta1, beta2, eps = (NUMBERS[name] for name in ("lr", "beta1", "beta2", "eps"))
     results = []
-    for param, grad, m, v, decay in zip(
+    for param, grad, m, v, before, decay in zip(
         *([t.double().cpu() for t in items] for items in lists), weight_decays, strict=True
     ):
+        step = before.item() + 1
         g = grad * factor
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
@@ -58,6 +61,7 @@ def assert_is_a_step(lists, actual, factor=1.0, copies=None, **clip):
     for index, exact in enumerate(expected):
         for which, name, value in zip((0, 2, 3), ("param", "exp_avg", "exp_avg_sq"), exact, strict=True):
             assert_parity(f"{name}[{index}]", actual[which][index].cpu(), same[which][index].cpu(), value)
+        assert actual[4][index] == lists[4][index] + 1
         if copies is not None:
             assert torch.equal(copies[index], actual[0][index].to(torch.bfloat16))
 
@@ -158,6 +162,7 @@ def test_copies_round_to_nearest_even_and_keep_nan(native):
         [zeros[0]],
         [zeros[1]],
         [zeros[2]],
+        [torch.zeros((), device=native)],
         weight_decays=[0.0],
         copies=[copy],
         **{**NUMBERS, "lr": 0.0},
@@ -180,13 +185,13 @@ def test_addresses_of_any_alignment(native, offset, which):
     expected, expected_copy = clone(lists), torch.empty_like(copy)
     settings = {"weight_decays": [0.1], **NUMBERS}
     adamw(*expected, copies=[expected_copy], **settings)
-    shifted = [*(items[0] for items in lists), copy]
+    shifted = [*(items[0] for items in lists[:4]), copy]
     memory = torch.zeros(size + 8, dtype=shifted[which].dtype, device=native)
     view = memory[offset : offset + size]
     view.copy_(shifted[which])
     shifted[which] = view
-    adamw(*([t] for t in shifted[:4]), copies=[shifted[4]], **settings)
-    for a, b in zip(shifted, [*(items[0] for items in expected), expected_copy], strict=True):
+    adamw(*([t] for t in shifted[:4]), lists[4], copies=[shifted[4]], **settings)
+    for a, b in zip(shifted, [*(items[0] for items in expected[:4]), expected_copy], strict=True):
         assert torch.equal(a, b)
     assert (memory[:offset] == 0).all()
     assert (memory[offset + size :] == 0).all()
@@ -199,7 +204,8 @@ def test_more_tensors_than_one_launch_holds(native):
     actual = clone(lists)
     copies = [torch.empty(shape, dtype=torch.bfloat16, device=native) for shape in shapes]
     adamw(*actual, weight_decays=decays(shapes), copies=copies, **NUMBERS)
-    joined = lambda lists: tuple([torch.cat(items)] for items in lists)
+    joined = lambda lists: (*([torch.cat(items)] for items in lists[:4]), lists[4][:1])
+    assert len({step.item() for step in actual[4]}) == 1  # of empty tensors too
     assert_is_a_step(joined(lists), joined(actual), copies=[torch.cat(copies)])
 
 
@@ -208,9 +214,21 @@ def test_weight_decay_is_each_tensors_own(native):
     lists = tensors(shapes, native)
     params = [t.clone() for t in lists[0]]
     zeros = lambda: [torch.zeros(3, device=native) for _ in shapes]
-    adamw(params, zeros(), zeros(), zeros(), weight_decays=[0.0, 0.5, 1.0, 100.0], **NUMBERS)
+    adamw(params, zeros(), zeros(), zeros(), lists[4], weight_decays=[0.0, 0.5, 1.0, 100.0], **NUMBERS)
     for before, after, factor in zip(lists[0], params, (1.0, 0.995, 0.99, 0.0), strict=True):
         torch.testing.assert_close(after, before * factor, rtol=1e-6, atol=1e-7)
+
+
+def test_each_tensor_has_its_own_count(native):
+    """Of a first and a thousandth step, by hand."""
+    ones = lambda: [torch.ones(3, device=native) for _ in range(2)]
+    zeros = lambda: [torch.zeros(3, device=native) for _ in range(2)]
+    params, steps = zeros(), [torch.tensor(count, device=native) for count in (0.0, 999.0)]
+    adamw(params, ones(), zeros(), zeros(), steps, weight_decays=[0.0, 0.0], **NUMBERS)
+    later = 0.01 * 0.1 / (1 - 0.9**1000) / math.sqrt(0.05 / (1 - 0.95**1000))
+    for param, expected in zip(params, (0.01, later), strict=True):
+        torch.testing.assert_close(param.cpu(), torch.full((3,), -expected), rtol=1e-6, atol=0)
+    assert [step.item() for step in steps] == [1.0, 1000.0]
 
 
 def test_twice_the_same(native):
@@ -246,7 +264,13 @@ def test_autograd_notices(native, implementation):
     loss = (weight * x).sum()
     zeros = [torch.zeros(3, device=native) for _ in range(2)]
     implementation(
-        [weight], [torch.ones(3, device=native)], [zeros[0]], [zeros[1]], weight_decays=[0.0], **NUMBERS
+        [weight],
+        [torch.ones(3, device=native)],
+        [zeros[0]],
+        [zeros[1]],
+        [torch.zeros((), device=native)],
+        weight_decays=[0.0],
+        **NUMBERS,
     )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -259,8 +283,8 @@ def test_compiled_code_is_for_plain_contiguous_float32_only(native, calls):
     subclass = type("Subclass", (torch.Tensor,), {})
     others = {
         "float64": tensors([(6, 4)], native, torch.float64),
-        "strides": tuple([t[0].T] for t in tensors([(4, 6)], native)),
-        "subclass": tuple([t[0].as_subclass(subclass)] for t in plain()),
+        "strides": (*([t[0].T] for t in tensors([(4, 6)], native)[:4]), plain()[4]),
+        "subclass": (*([t[0].as_subclass(subclass)] for t in plain()[:4]), plain()[4]),
         "bfloat16": tensors([(6, 4)], native, torch.bfloat16),
     }
     for name, lists in others.items():
@@ -272,14 +296,18 @@ def test_compiled_code_is_for_plain_contiguous_float32_only(native, calls):
 
 
 def test_nothing(device):
-    adamw([], [], [], [], weight_decays=[], **NUMBERS)
-    adamw_reference([], [], [], [], weight_decays=[], **NUMBERS)
+    adamw([], [], [], [], [], weight_decays=[], **NUMBERS)
+    adamw_reference([], [], [], [], [], weight_decays=[], **NUMBERS)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": 0}, "step must be at least 1, got 0"),
+        ({"steps": []}, "steps must be one for each of 1 parameters, got 0"),
+        (
+            {"steps": [torch.ones((), dtype=torch.int64)]},
+            r"steps\[0\] must be a float32 scalar on cpu, got torch.int64 of shape \(\) on cpu",
+        ),
         ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
         ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
         ({"beta2": -0.1}, r"beta2 must be in \[0, 1\), got -0.1"),
@@ -327,7 +355,7 @@ def test_nothing(device):
 )
 def test_refuses(change, message):
     lists = {name: [torch.ones(3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
-    settings = {**lists, "weight_decays": [0.0], **NUMBERS, **change}
+    settings = {**lists, "steps": [torch.zeros(())], "weight_decays": [0.0], **NUMBERS, **change}
     with pytest.raises(ValueError, match=f"^{message}$"):
         adamw(**settings)
 
@@ -409,7 +437,13 @@ def test_queued_on_the_current_stream(native):
         late.copy_(lists[1][0])
         norm = global_norm([late])
         adamw(
-            actual[0], [late], actual[2], actual[3], weight_decays=[0.0], norm=norm, max_norm=1.0, **NUMBERS
+            actual[0],
+            [late],
+            *actual[2:],
+            weight_decays=[0.0],
+            norm=norm,
+            max_norm=1.0,
+            **NUMBERS,
         )
         norm = norm.item()
     assert_is_a_step(lists, actual, min(1.0, 1.0 / norm), norm=global_norm(lists[1]), max_norm=1.0)
@@ -418,13 +452,11 @@ def test_queued_on_the_current_stream(native):
 @pytest.mark.gpu
 def test_captured_into_a_graph(native):
     """The addresses travel as arguments, which a graph keeps: a replay works on the same memory with its
-    contents of then."""
+    contents of then, the number of the step too."""
     lists, others = tensors(SHAPES, native), tensors(SHAPES, native, seed=1)
-    expected, actual, settings = (
-        clone(others),
-        clone(lists),
-        {"weight_decays": decays(SHAPES), "max_norm": 0.5, **NUMBERS},
-    )
+    others[4][0] += 5
+    expected, actual = clone(others), clone(lists)
+    settings = {"weight_decays": decays(SHAPES), "max_norm": 0.5, **NUMBERS}
     adamw(*expected, norm=global_norm(expected[1]), **settings)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

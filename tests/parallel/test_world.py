@@ -24,6 +24,16 @@ def test_one_process_is_a_world(world):
     assert world.gather({"a": 1}) == [{"a": 1}]
 
 
+def test_one_process_exchanges_nothing(monkeypatch, world):
+    for name in ("all_reduce", "all_gather_object"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *_, **__: pytest.fail("an exchange"))
+    monkeypatch.setattr("torch.tensor", lambda *_, **__: pytest.fail("a tensor"))
+    assert world.sum(3, world.stop.received) == [3.0, 0.0]
+    assert world.gather("a") == ["a"]
+    with world.fail_together():
+        pass
+
+
 def test_work_that_fails_raises_a_user_error(world):
     with world.fail_together():
         value = 1

@@ -70,7 +70,7 @@ class ObservedOptimizer(Optimizer):
             exact = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
             if not observed["norms"]:
                 self._describe(gradients)
-            observed["norms"].append((clip.norm, exact / loss_scale))
+            observed["norms"].append((clip.norm.item(), exact / loss_scale))
         return clip
 
     def _describe(self, gradients):

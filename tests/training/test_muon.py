@@ -143,7 +143,7 @@ def test_a_step_makes_few_calls_and_never_waits():
     optimizer = Muon(params, **SETTINGS, compute_dtype=torch.bfloat16)
     with Calls() as ours:
         optimizer.step()
-    assert sum(ours.counts.values()) <= 60
+    assert sum(ours.counts.values()) <= 71
     assert not {"aten._local_scalar_dense", "aten.item", "aten.nonzero"} & ours.counts.keys()
     with Calls() as theirs:
         torchs_muon(params).step()

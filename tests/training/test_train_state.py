@@ -46,6 +46,21 @@ def test_it_survives_json():
     assert again.spikes.limit == state.spikes.limit < math.inf
 
 
+def test_what_the_next_step_depends_on():
+    make = lambda dtype="bfloat16", sigmas=None: TrainState(
+        loss_scale=LossScale(dtype), spikes=LossSpikes(sigmas)
+    )
+    assert not make().needs_outcome(2)
+    assert make("float16").needs_outcome(2)
+    assert make(sigmas=4.0).needs_outcome(2)
+    assert make().needs_outcome(1)  # every skipped step ends the run
+    state = make()
+    state.end_step(outcome(1, accepted=False))
+    assert state.needs_outcome(2)
+    state.end_step(outcome(2))
+    assert not state.needs_outcome(2)
+
+
 def test_best_is_a_saved_step():
     state = TrainState(loss_scale=LossScale("float32"), spikes=LossSpikes(None))
     for step, loss, saved in ((1, 3.0, 1), (2, 1.0, 1), (3, 2.0, 3), (4, 2.5, 4)):
