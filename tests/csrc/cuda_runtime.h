@@ -61,8 +61,8 @@ namespace cuda_on_cpu {
 // Runs kernel() once for each thread of each block and returns when all are done.
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 
-// The bits that the warp's lane `source` gave to the same call; its own where there is no such lane. All lanes
-// of the warp must call.
+// The bits that the warp's lane `source` gave to the same call; its own where there is no such lane. All
+// lanes of the warp must call.
 std::uint64_t exchange(unsigned mask, std::uint64_t bits, unsigned source);
 
 unsigned lane();

@@ -17,8 +17,8 @@ enum Fault {
     kMisaligned, kBlocksCollide, kBlockTooLarge
 };
 
-// Each block reverses its part of the source. To each element comes the one of the lane above, itself if there
-// is none.
+// Each block reverses its part of the source, and adds to each element that of the next lane, or itself where
+// there is none.
 __global__ void __launch_bounds__(kThreads)
     reverse_kernel(const float* source, float* target, int count, const __grid_constant__ Fault fault) {
     __shared__ float part[kThreads];
@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void copy_kernel(const float* source, float* target) {
     const float4 four = reinterpret_cast<const float4*>(source)[threadIdx.x];
-    reinterpret_cast<float4*>(target)[threadIdx.x] =
-        make_float4(four.x, four.y, four.z, four.w);
+    reinterpret_cast<float4*>(target)[threadIdx.x] = make_float4(four.x, four.y, four.z, four.w);
 }
 
 bool is_right(const std::vector<float>& source, const std::vector<float>& target) {

@@ -1,13 +1,14 @@
-// A CUDA device of fibers, one for each thread of a block. A fiber runs until it waits for others, so a launch
-// is the same each time. Blocks, and the threads of a block, come in a random order of a fixed seed.
+// A CUDA device of fibers, one for each thread of a block. A fiber runs until it waits for others, so a
+// launch is the same each time. Blocks, and the threads of a block, come in a random order of a fixed seed.
 //
 // This file is compiled without a sanitizer, which would take the switching for the kernels' work. It tells
-// the one that is linked in of every switch. ThreadSanitizer sees a thread in every fiber and knows of no order
-// between them but that of __syncthreads and of launches: it reports races that never happen here. A shuffle
-// gives no such order, as on the device.
+// the one that is linked in of every switch. ThreadSanitizer sees a thread in every fiber and knows of no
+// order between them but that of __syncthreads and of launches: it reports races that never happen here. A
+// shuffle gives no such order, as on the device.
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -122,7 +123,7 @@ void run_threads() {
 
 void make_fiber(Thread& thread) {
     void* const stack =
-        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for a stack");
     thread.stack = stack;
     thread.stack_bytes = kStackBytes;
@@ -160,7 +161,8 @@ void schedule(std::vector<Thread*> order) {
             goes_on = true;
             current = thread;
             const unsigned number = thread->number;
-            threadIdx = {number % blockDim.x, number / blockDim.x % blockDim.y, number / blockDim.x / blockDim.y};
+            threadIdx = {number % blockDim.x, number / blockDim.x % blockDim.y,
+                         number / blockDim.x / blockDim.y};
             switch_fiber(scheduler, *thread);
         }
     }
