@@ -8,28 +8,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from sanitizers import ADDRESS, ROOT, need, run_tests
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ("csrc", "kernels", "configs", "lumi", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
+FLAGS = f"-fsanitize={ADDRESS} -fno-sanitize-recover=undefined -g"
 TESTS = ("test_native_operators.py", "test_adamw.py", "test_global_norm.py")
-RUN = """
-import importlib.util, sys
-import torch  # first: it must find its own libraries
-spec = importlib.util.spec_from_file_location("lumi._csrc", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-sys.modules["lumi._csrc"] = module
-import lumi
-lumi._csrc = module
-import pytest
-sys.exit(pytest.main(sys.argv[2:]))
-"""
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """`lumi._csrc`, built with the sanitizers from a copy of the sources."""
+    need(ADDRESS)
     folder = tmp_path_factory.mktemp("sanitized")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -48,23 +37,8 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs Linux and gcc")
 @pytest.mark.parametrize("file", TESTS)
 def test_nothing_is_read_or_written_out_of_bounds(file, library):
-    # Before libstdc++, or the sanitizer does not find what throws exceptions.
-    libraries = [
-        os.path.realpath(
-            subprocess.run(
-                ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-            ).stdout.strip()
-        )
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
-    }
-    command = [sys.executable, "-c", RUN, library, "-x", "-s", str(ROOT / "tests" / "kernels" / file)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+    result = run_tests(library, ADDRESS, ROOT / "tests" / "kernels" / file)
+    assert result.returncode == 0, result.stdout[-5000:]
     assert " passed" in result.stdout
