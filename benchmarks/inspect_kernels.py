@@ -40,7 +40,7 @@ from kernel_entries import Entry, entries
 from machine_code import PRODUCT, Code, count, is_float64, parse, thread_bytes, widths
 from machine_code_gates import COPIES, narrow_products, overwritten_operands, unordered_copies
 from machine_code_tables import print_tables
-from roofline import Estimate, Walk, estimate
+from roofline import Estimate, Walk, estimate, time_before_copies
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -165,7 +165,7 @@ def _estimate(entry: Entry, code: Code, row_bytes: int, blocks: int) -> Estimate
     main = code.main
     products = [step for step in main if step.is_a("HGMMA")]
     loaded, stored = thread_bytes(main, "LDG", "LDGSTS"), thread_bytes(main, "STG")
-    copies = [place for place, step in enumerate(main) if step.is_a(*COPIES)]
+    copies = count(main, *COPIES)
     memory_bytes = entry.covers * row_bytes
     walk = Walk(
         num_warps=entry.num_warps,
@@ -177,7 +177,7 @@ def _estimate(entry: Entry, code: Code, row_bytes: int, blocks: int) -> Estimate
         loaded_bytes=memory_bytes * loaded / (loaded + stored) if memory_bytes else 0,
         stored_bytes=memory_bytes * stored / (loaded + stored) if memory_bytes else 0,
         cache_bytes=entry.copied * 2,
-        ahead=entry.num_stages - 1 - copies[0] / len(main) if copies else 0,
+        ahead=entry.num_stages - 1 - time_before_copies(main, entry.num_warps) if copies else 0,
         in_step=count(main, "BAR") > 0,
         blocks=blocks,
     )

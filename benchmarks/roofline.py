@@ -15,7 +15,7 @@ What is assumed:
   a walk takes an n-th of that at least (the asymptotic bound of a closed queueing network). Without barriers
   the same holds for each warp.
 - A load takes its latency, and its bytes come at 64 a clock. What a copy is ahead it is not waited for: with
-  num_stages tiles, num_stages - 1 walks, less the part of a walk that goes by before the copy is asked for.
+  num_stages tiles, num_stages - 1 walks, less the part of a walk's time before the copy is asked for.
   What is stored is not waited for.
 - A byte of a row comes from memory once, or goes there. Tiles that all programs read come from the L2 cache.
 - All blocks that fit are there, all of them with work: no tail, no masked tiles, no launch. Padding is work.
@@ -27,6 +27,9 @@ arXiv 2402.13499).
 
 from collections import Counter
 from dataclasses import dataclass, field
+
+from machine_code import Instruction
+from machine_code_gates import COPIES
 
 SMS = 132
 CLOCK = 1.755e9  # per second
@@ -98,8 +101,8 @@ class Estimate:
 def estimate(walk: Walk) -> Estimate:
     """The clocks of each unit, and what that allows at best."""
     per_quarter = walk.num_warps / QUARTERS
-    hgmma = sum(number * _clocks(N, 2048) for N, number in walk.shared_products.items())
-    hgmma += sum(number * _clocks(N, 0) for N, number in walk.register_products.items())
+    hgmma = sum(number * hgmma_clocks(N) for N, number in walk.shared_products.items())
+    hgmma += sum(number * hgmma_clocks(N, a_bytes=0) for N, number in walk.register_products.items())
     products = per_quarter * (hgmma + 8 * walk.hmma)
     mufu, issue = per_quarter * MUFU_CLOCKS * walk.mufu, per_quarter * walk.instructions
     rows = (walk.loaded_bytes + walk.stored_bytes) / MEMORY
@@ -119,9 +122,19 @@ def estimate(walk: Walk) -> Estimate:
     return Estimate(products, mufu, issue, memory, alone, least / clocks, rows / clocks)
 
 
-def _clocks(N: int, a_bytes: int) -> float:
-    """Of one m64nNk16 on an otherwise idle multiprocessor."""
+def hgmma_clocks(N: int, a_bytes: int = 2048) -> float:
+    """Of one m64nNk16 on an otherwise idle multiprocessor; `a_bytes` of A are in shared memory."""
     return max(N / 2, (a_bytes + 32 * N) / 128, 16)
+
+
+def time_before_copies(main: list[Instruction], num_warps: int) -> float:
+    """Which part of a walk's time goes by before the first copy, of one that has copies."""
+    spent = []
+    for step in main:
+        clocks = hgmma_clocks(step.width, 0 if step.product_registers else 2048) if step.is_a("HGMMA") else 1
+        spent.append(max(clocks * num_warps / QUARTERS, DEPENDENT))
+    first = next(place for place, step in enumerate(main) if step.is_a(*COPIES))
+    return sum(spent[:first]) / sum(spent)
 
 
 def backward_of_products(of_dkdv: float, of_dq: float) -> float:

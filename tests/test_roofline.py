@@ -89,6 +89,15 @@ def test_a_copy_behind_the_last_product_is_not_ahead(roofline):
     assert alone == {0: 200 + 360, 0.5: 200 + 260, 1: 360, 2: 200}
 
 
+def test_the_part_of_a_walk_before_its_copies(roofline):
+    """Eight warps: 2 x 32 clocks of HGMMA, 2 of FADD, then 2 of the copy and 64 + 2 behind it: 66 of 134."""
+    product = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT"
+    lines = (product, "FADD R4, R4, R5", "@UP3 UTMALDG.3D [UR16], [UR34]", product, "@P0 BRA 0x0")
+    sass = "\n".join(f"  /*{16 * place:04x}*/  {line} ;" for place, line in enumerate(lines))
+    main = importlib.import_module("machine_code").parse(sass).main
+    assert roofline.time_before_copies(main, num_warps=8) == pytest.approx(66 / 134)
+
+
 def test_rows_are_bound_by_memory(roofline):
     """20.7 bytes a clock and multiprocessor are 4.8 TB/s of 132 at 1.755 GHz."""
     walk = roofline.Walk(num_warps=4, instructions=100, loaded_bytes=2 * 1024, stored_bytes=1024, blocks=8)
