@@ -2,11 +2,17 @@
 code.
 
     python benchmarks/inspect_kernels.py [--arch 90] [--dtype bf16] [--kernel rms_norm] [--largest] [--json]
+        [--triton 3.6.0]
 
 One line per kernel, dtype, size and architecture: registers, shared memory, spills, 16-byte accesses (bulk
 tensor copies included), tensor-core instructions, float64 instructions, the share of a multiprocessor's
 threads that can be resident, and the fewest bytes that a row must move (of attention: a token and head).
-`tests/kernels/test_machine_code.py` asserts on the same figures.
+
+The second table is of the main loop (`machine_code.Code.main`): the instructions of an iteration, and among
+them copies by threads (LDGSTS) and of tiles (UTMALDG), MUFU, and HGMMAs with their N. Last come the lengths
+of all loops. The third says what that allows at best on an H200 (`roofline.py`), for sm_90 in 16 bits. At the
+end stands what the gates found (`machine_code_gates.py`). `tests/kernels/test_machine_code.py` asserts on the
+same figures.
 
 Spills are counted as instructions (LDL, STL) and as stack: the LOCAL field of the resource report reads 0
 even when a kernel spills.
@@ -24,13 +30,17 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("TRITON_INTERPRET must be unset or 0 to compile kernels, got 1")
 
 import triton
+import triton_wheels
 from kernel_entries import Entry, entries
+from machine_code import PRODUCT, Code, count, is_float64, parse, thread_bytes, widths
+from machine_code_gates import COPIES, narrow_products, overwritten_operands, unordered_copies
+from machine_code_tables import print_tables
+from roofline import Estimate, Walk, estimate, time_before_copies
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -45,8 +55,9 @@ REGISTERS_PER_SM = 65_536
 @dataclass(frozen=True)
 class Report:
     """The figures of one compilation. `occupancy` is an upper bound from registers, shared memory and
-    threads."""
+    threads; `instructions`, `ldgsts`, `utmaldg`, `mufu` and `hgmma` (N -> how many) are of the main loop."""
 
+    triton: str
     kernel: str
     dtype: str
     arch: int
@@ -63,6 +74,16 @@ class Report:
     occupancy: float
     row_bytes: int
     missing: tuple[str, ...]
+    loops: tuple[int, ...]
+    instructions: int
+    ldgsts: int
+    utmaldg: int
+    mufu: int
+    hgmma: dict[int, int]
+    narrow_products: list[str]
+    unordered_copies: list[str]
+    overwritten_operands: list[str]
+    estimate: Estimate | None
 
 
 def inspect(entry: Entry, dtype: str, arch: int) -> Report:
@@ -82,22 +103,31 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
     source = ASTSource(function, signature, entry.constexprs, attrs)
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-    sass = _disassemble(compiled.asm["cubin"])
-    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", sass)}
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
-    if not opcodes or resources.keys() != {"REG", "STACK", "SHARED"}:
-        raise RuntimeError(f"{entry.name}: could not read the disassembler's output")
-    counts = {
-        "LDG.128": sum((op.startswith("LDG") and ".128" in op) or op.startswith("UTMALDG") for op in opcodes),
-        "STG.128": sum((op.startswith("STG") and ".128" in op) or op.startswith("UTMASTG") for op in opcodes),
-        "MMA": sum(bool(re.match(r"(HMMA|HGMMA|UTC\w*MMA)", op)) for op in opcodes),
-        "HGMMA": sum(op.startswith("HGMMA") for op in opcodes),
-        "UTCMMA": sum(bool(re.match(r"UTC\w*MMA", op)) for op in opcodes),
-    }
     # Dynamic shared memory is not in the resource report.
-    shared = max(resources["SHARED"], compiled.metadata.shared)
+    return report(entry, dtype, arch, _disassemble(compiled.asm["cubin"]), compiled.metadata.shared)
+
+
+def report(entry: Entry, dtype: str, arch: int, sass: str, dynamic_shared: int) -> Report:
+    """What the disassembler's output says."""
+    code = parse(sass)
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", sass)}
+    if resources.keys() != {"REG", "STACK", "SHARED"}:
+        raise RuntimeError(f"{entry.name}: could not read the disassembler's output")
+    steps, main = code.instructions, code.main
+    counts = {
+        "LDG.128": sum(step.is_a("LDG", "LDGSTS") and ".128" in step.opcode for step in steps)
+        + count(steps, "UTMALDG"),
+        "STG.128": sum(step.is_a("STG") and ".128" in step.opcode for step in steps)
+        + count(steps, "UTMASTG"),
+        "MMA": sum(bool(PRODUCT.match(step.opcode)) for step in steps),
+        "HGMMA": count(steps, "HGMMA"),
+        "UTCMMA": sum(bool(re.match(r"UTC\w*MMA", step.opcode)) for step in steps),
+    }
+    shared = max(resources["SHARED"], dynamic_shared)
+    row_bytes = entry.moved[0] * (4 if dtype == "fp32" else 2) + entry.moved[1] * 4
+    blocks = _resident_blocks(entry.num_warps, resources["REG"], shared, arch)
     return Report(
+        triton=triton.__version__,
         kernel=entry.name,
         dtype=dtype,
         arch=arch,
@@ -106,19 +136,52 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
         shared_bytes=shared,
         shared_limit=SHARED_LIMIT[arch],
         stack_bytes=resources["STACK"],
-        spill_instructions=sum(bool(re.match(r"(LDL|STL)(\.|$)", op)) for op in opcodes),
+        spill_instructions=count(steps, "LDL", "STL"),
         ldg_128=counts["LDG.128"],
         stg_128=counts["STG.128"],
-        fp64_instructions=sum(_is_float64(op) for op in opcodes),
+        fp64_instructions=sum(is_float64(step) for step in steps),
         mma_instructions=counts["MMA"],
-        occupancy=_occupancy(resources["REG"], shared, 32 * entry.num_warps, arch),
-        row_bytes=entry.moved[0] * (4 if dtype == "fp32" else 2) + entry.moved[1] * 4,
+        occupancy=round(blocks * 32 * entry.num_warps / THREADS_PER_SM[arch], 3),
+        row_bytes=row_bytes,
         missing=tuple(
             name
             for name in entry.expects
             if not counts[name] and not (name.endswith("MMA") and dtype == "fp32")
         ),
+        loops=tuple(map(len, code.loops)),
+        instructions=len(main),
+        ldgsts=count(main, "LDGSTS"),
+        utmaldg=count(main, "UTMALDG"),
+        mufu=count(main, "MUFU"),
+        hgmma=dict(widths(main)),
+        narrow_products=narrow_products(code),
+        unordered_copies=unordered_copies(code),
+        overwritten_operands=overwritten_operands(code),
+        estimate=_estimate(entry, code, row_bytes, blocks) if arch == 90 and dtype != "fp32" else None,
     )
+
+
+def _estimate(entry: Entry, code: Code, row_bytes: int, blocks: int) -> Estimate:
+    main = code.main
+    products = [step for step in main if step.is_a("HGMMA")]
+    loaded, stored = thread_bytes(main, "LDG", "LDGSTS"), thread_bytes(main, "STG")
+    copies = count(main, *COPIES)
+    memory_bytes = entry.covers * row_bytes
+    walk = Walk(
+        num_warps=entry.num_warps,
+        instructions=len(main),
+        mufu=count(main, "MUFU"),
+        hmma=count(main, "HMMA"),
+        shared_products=widths([step for step in products if not step.product_registers]),
+        register_products=widths([step for step in products if step.product_registers]),
+        loaded_bytes=memory_bytes * loaded / (loaded + stored) if memory_bytes else 0,
+        stored_bytes=memory_bytes * stored / (loaded + stored) if memory_bytes else 0,
+        cache_bytes=entry.copied * 2,
+        ahead=entry.num_stages - 1 - time_before_copies(main, entry.num_warps) if copies else 0,
+        in_step=count(main, "BAR") > 0,
+        blocks=blocks,
+    )
+    return estimate(walk)
 
 
 def _typed(kind: str | tuple[str, ...], dtype: str) -> str | tuple[str, ...]:
@@ -131,11 +194,10 @@ def _typed(kind: str | tuple[str, ...], dtype: str) -> str | tuple[str, ...]:
 
 def _disassemble(cubin: bytes) -> str:
     """The resource report and the machine code, from the tools inside Triton's wheel."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [cuobjdump, "-res-usage", "-sass", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -143,23 +205,15 @@ def _largest(found: list[Entry]) -> list[Entry]:
     return list({entry.name.split()[0]: entry for entry in found}.values())
 
 
-def _is_float64(opcode: str) -> bool:
-    return (
-        bool(re.match(r"(DADD|DMUL|DFMA|DSETP|DMNMX|DMMA)", opcode))
-        or ".F64" in opcode
-        or opcode.startswith("MUFU.RCP64")
-    )
-
-
-def _occupancy(registers: int, shared_bytes: int, threads: int, arch: int) -> float:
+def _resident_blocks(num_warps: int, registers: int, shared_bytes: int, arch: int) -> int:
+    """How many blocks a multiprocessor holds at once."""
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed to warps in units of 256
-    blocks = min(
-        REGISTERS_PER_SM // (per_warp * threads // 32),
-        THREADS_PER_SM[arch] // threads,
+    return min(
+        REGISTERS_PER_SM // (per_warp * num_warps),
+        THREADS_PER_SM[arch] // (32 * num_warps),
         32 if arch in (80, 90, 100) else 24,
+        SHARED_PER_SM[arch] // (shared_bytes + 1024),  # the driver keeps 1 KiB per block
     )
-    blocks = min(blocks, SHARED_PER_SM[arch] // (shared_bytes + 1024))  # the driver keeps 1 KiB per block
-    return round(blocks * threads / THREADS_PER_SM[arch], 3)
 
 
 def main() -> None:
@@ -171,7 +225,11 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="only entries whose name contains this")
     parser.add_argument("--largest", action="store_true", help="only the largest size of each kernel")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--triton", metavar="VERSION", help="compile with this one (default: the installed)")
     args = parser.parse_args()
+    if args.triton not in (None, triton.__version__):
+        environment = os.environ | {"PYTHONPATH": str(triton_wheels.folder(args.triton))}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
     pairs = itertools.product(args.dtype, args.arch)
     jobs = [
@@ -188,17 +246,9 @@ def main() -> None:
         reports = list(pool.map(inspect, *zip(*jobs, strict=True)))
     if args.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
-        return
-    print(
-        f"{'kernel':<30} {'dtype':<5} sm  {'warps':>5} {'regs':>4} {'shared':>6} {'stack':>5} {'spills':>6} "
-        f"LDG.128 STG.128  MMA fp64 occupancy {'bytes/row':>9}"
-    )
-    for r in reports:
-        print(
-            f"{r.kernel:<30} {r.dtype:<5} {r.arch:<3} {r.num_warps:>5} {r.registers:>4} {r.shared_bytes:>6} "
-            f"{r.stack_bytes:>5} {r.spill_instructions:>6} {r.ldg_128:>7} {r.stg_128:>7} "
-            f"{r.mma_instructions:>4} {r.fp64_instructions:>4} {r.occupancy:>9.0%} {r.row_bytes:>9}"
-        )
+    else:
+        print(f"Triton {triton.__version__}, ptxas {triton.knobs.nvidia.ptxas.version}\n")
+        print_tables(reports)
 
 
 if __name__ == "__main__":

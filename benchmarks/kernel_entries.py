@@ -26,6 +26,9 @@ class Entry:
         moved: how many elements of T and how many of 4 bytes a row (token) must move between the GPU's memory
             and its processors. Each input is read once and each output written once. Weights are not counted:
             all rows share them.
+        covers: how many rows one walk through `machine_code.Code.main` deals with; 0 if other programs read
+            the same rows too, so that the caches serve most of them.
+        copied: how many elements of T such a walk then copies from the caches.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Entry:
     aligned: tuple[str, ...] = ()
     expects: tuple[str, ...] = ("LDG.128", "STG.128")
     moved: tuple[int, int] = (0, 0)
+    covers: float = 0.0
+    copied: int = 0
 
 
 def entries(dtype: str, arch: int) -> list[Entry]:
@@ -86,7 +91,9 @@ def _rms_norm_entries() -> Iterator[Entry]:
             ):
                 config |= {argument: None for argument in left_out if argument in signature}
                 name, counts = f"{operator}_{direction} D={D}", (moved, 1)
-                yield _entry(name, "lumi.kernels.rms_norm", kernel, signature, config, "D", moved=counts)
+                covers = config.get("BLOCK_N", config["BLOCK_D"] / D)
+                module = "lumi.kernels.rms_norm"
+                yield _entry(name, module, kernel, signature, config, "D", moved=counts, covers=covers)
 
 
 def _rope_entries() -> Iterator[Entry]:
@@ -113,6 +120,7 @@ def _rope_entries() -> Iterator[Entry]:
             signature,
             config,
             moved=(2 * heads * K, 2 * K),
+            covers=config["BLOCK_N"] * config["HEADS"] / heads,
         )
 
 
@@ -135,6 +143,7 @@ def _swiglu_entries() -> Iterator[Entry]:
                 config,
                 "F",
                 moved=moved,
+                covers=config["BLOCK_N"] / -(-F // config["BLOCK_F"]),
             )
 
 
@@ -171,8 +180,13 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
                 **tile_config(K, rows, element),
             }
             config |= dict.fromkeys(absent)  # what the launcher passes None for
-            moved = (2 * K, 0)  # of a key slot and kv head
-            yield _entry(f"{name} K={K}", module, kernel, signature | out, config, expects=mma, moved=moved)
+            more = {"moved": (2 * K, 0)}  # of a key slot and kv head
+            more |= (
+                {"copied": 2 * config["BLOCK_S"] * config["BLOCK_K"]}
+                if name.endswith("prompt")
+                else {"covers": config["BLOCK_S"]}
+            )
+            yield _entry(f"{name} K={K}", module, kernel, signature | out, config, expects=mma, **more)
     signature = {
         "partial_ptr": "*fp32",
         "max_ptr": "*fp32",
@@ -193,6 +207,7 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
         config,
         expects=loads,
         moved=moved,
+        covers=config["BLOCK_I"],
     )
 
 
@@ -208,14 +223,15 @@ def _linear_cross_entropy_entries(dtype: str) -> Iterator[Entry]:
         flags = {"weights_ptr": None, "IGNORE_INDEX": IGNORE_INDEX, "GRADIENT": True}
         config = flags | tile_config(V, 4 if dtype == "fp32" else 2)
         name, width = f"linear_cross_entropy V={V}", "V" if V % 16 == 0 else ""
-        yield _entry(
-            name, module, "_cross_entropy_kernel", signature, config, width, moved=(2 * V, 3)
-        )  # the target is 8 bytes
+        more = {
+            "moved": (2 * V, 3),
+            "covers": config["LANES"] * config["VECTOR"] / V,
+        }  # the target is 8 bytes
+        yield _entry(name, module, "_cross_entropy_kernel", signature, config, width, **more)
     weighted = signature | {"weights_ptr": "*fp32"}
     config = {key: value for key, value in config.items() if key != "weights_ptr"}
-    yield _entry(
-        f"token_losses V={V}", module, "_cross_entropy_kernel", weighted, config, width, moved=(2 * V, 4)
-    )
+    more |= {"moved": (2 * V, 4)}
+    yield _entry(f"token_losses V={V}", module, "_cross_entropy_kernel", weighted, config, width, **more)
     rescale = {"gradient_ptr": "*T", "dloss_ptr": "*fp32", "expected_dloss": "fp32", "num_elements": "i32"}
     yield _entry(
         "linear_cross_entropy_rescale",
@@ -225,6 +241,7 @@ def _linear_cross_entropy_entries(dtype: str) -> Iterator[Entry]:
         rescale_config(),
         "num_elements",
         moved=(2, 0),
+        covers=rescale_config()["BLOCK"],
     )
 
 
@@ -278,6 +295,11 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
             if kernel in ("dkdv", "dq"):
                 signature |= {"dscore": "fp32"}
             products = {90: "HGMMA", 100: "UTCMMA"}.get(arch, "MMA")
+            reads = (
+                {"covers": config["BLOCK_M"]}
+                if kernel == "delta"
+                else {"copied": 2 * walked * config["BLOCK_K"]}
+            )
             yield _entry(
                 f"attention_{kernel} K={K}",
                 "lumi.kernels.attention",
@@ -286,4 +308,5 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
                 {"HEAD_DIM": K, **config},
                 moved=(len(tensors) * K, len(set(rows) - set(plan))),
                 expects=("LDG.128",) if kernel == "delta" else ("LDG.128", "STG.128", products),
+                **reads,
             )
