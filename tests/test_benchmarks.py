@@ -384,6 +384,69 @@ def test_the_models_that_are_trained_have_the_sizes_they_are_named_after():
         assert sum(p.numel() for p in gpt.parameters()) == pytest.approx(case.config.num_parameters, rel=0.02)
 
 
+# --- counting ---
+
+
+def test_what_a_stand_in_for_a_gpu_counts(on_the_path):
+    """A product with a cast weight: the cast reads 4 bytes and writes 2, the products of forward and of both
+    gradients read or write 2 each, the gradient's cast reads 2 and writes 4."""
+    stand_in_gpu = importlib.import_module("stand_in_gpu")
+    gpu = stand_in_gpu.StandInGpu({(96, 32)}, (2, 8))
+    with gpu.entered() as tally:
+        weight = torch.nn.Parameter(torch.empty(96, 32, device="cuda"))
+        x = torch.empty(16, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        assert weight.device == x.device == torch.device("cuda", 0)
+        before = tally.copy()
+        y = torch.nn.functional.linear(x, weight.bfloat16())
+        y.backward(torch.empty_like(y))
+        step = tally - before
+        assert (step.operators, step.launches, step.waits, step.copies) == (5, 5, 0, 0)
+        assert step.by_name == {"aten::_to_copy": 2, "aten::mm": 3}
+        assert step.weight_bytes == (6 + 2 + 2 + 2 + 6) * 96 * 32
+        assert step.cast_bytes == 12 * 96 * 32
+        assert step.bytes == step.weight_bytes + (2 * (32 + 96) + 2 * (96 + 32) + 2 * (96 + 32)) * 16
+        assert torch.zeros(3).to("cuda").tolist() == [1.0, 1.0, 1.0]
+        assert float(y.sum()) == 1.0
+        torch.empty(96).copy_(y[0], non_blocking=True)
+        assert (tally.waits, tally.late, tally.copies) == (2, 1, 1)
+    assert weight.device.type == "meta"
+
+
+def test_the_stand_in_knows_how_many_tensors_the_optimizer_launches_take(on_the_path):
+    stand_in_gpu = importlib.import_module("stand_in_gpu")
+    for name, capacity in (
+        ("adamw", stand_in_gpu.ADAMW_CAPACITY),
+        ("global_norm", stand_in_gpu.NORM_CAPACITY),
+    ):
+        source = (FOLDER.parent / "csrc" / f"{name}.cu").read_text(encoding="utf-8")
+        assert f"constexpr int kCapacity = {capacity};" in source
+        assert source.count("<<<") == 2  # one for each table of tensors, one beside them
+
+
+def test_launches(data, tmp_path, monkeypatch):
+    """Of Lumi's operators a layer has 10: two norms, SwiGLU, attention and RoPE, forward and backward;
+    the rest has 5: a norm, the loss, and a factor for both of its gradients."""
+    launches = importlib.import_module("launches")
+    monkeypatch.setattr(launches, "LENGTH", 40)
+    counts = {}
+    for layers in (1, 2):
+        model = {"vocab_size": 512, "num_layers": layers, "model_dim": 64, "num_heads": 1, "mlp_dim": 128}
+        config = {"model": model, "optimizer": {"kind": "adamw", "schedule": {"kind": "cosine"}}}
+        (tmp_path / "tiny.json").write_text(json.dumps(config))
+        counts[layers] = launches.count(tmp_path / "tiny.json", data, tmp_path / str(layers))
+        assert counts[layers]["micro-step"]["custom"] == 10 * layers + 5
+        assert counts[layers]["parameters"] == ModelConfig(**model).num_parameters
+        assert counts[layers]["step"]["waits"] > 0
+    one, two = (counts[layers]["micro-step"] for layers in (1, 2))
+    matrices = 4 * 64 * 64 + 3 * 64 * 128  # of a layer
+    # The sum of gradients reads both and writes one of 4 bytes; the rest as in the test above.
+    assert two["weight_bytes"] - one["weight_bytes"] == (18 + 12) * matrices
+    text = launches.table({"before": {"tiny": counts[2]}, "now": {"tiny": counts[1]}})
+    share = one["operators"] / two["operators"]
+    assert f"tiny, now beside before: {share:.0%} of the micro-step's operators" in text
+    assert len(re.findall(r"^\| tiny \| (?:before|now) \|", text, re.MULTILINE)) == 4
+
+
 # --- the loop, and several processes ---
 
 
