@@ -19,8 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from results import PACKAGES, RESULTS, slug
@@ -47,17 +48,23 @@ LEAST_SECONDS = 15  # with less left a benchmark is not begun
 
 
 def run_one(
-    command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
+    output: IO[bytes] | None = None,
 ) -> str | None:
-    """Run a program, in `environment` instead of this one's; None, or what went wrong."""
+    """Run a program, in `environment` instead of this one's, and print into `output`; None, or what went
+    wrong. Nothing that it started outlives the call."""
     # In its own session, so that it can be ended with all of its processes.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return f"not done after {seconds:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):  # there is none left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     return None if code == 0 else f"exit code {code}"
 
 

@@ -798,6 +798,174 @@ def test_table(results):
     assert [row.partition(":")[0] for row in rest[3:]] == ["subject", "attention"]
 
 
+# --- the first quarter of an hour on a GPU ---
+
+
+@pytest.fixture
+def first(on_the_path):
+    return importlib.import_module("gpu_first")
+
+
+def python_job(first, name, program, **environment):
+    return first.Job(name, ("-S", "-c", program), tuple(environment.items()))
+
+
+def test_a_stage_goes_on_when_a_job_fails_or_hangs(first, tmp_path):
+    write_pid = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
+    child = f"import os, pathlib, time; {write_pid}; time.sleep(60)"
+    begin = "import subprocess, sys; print('begun', flush=True)"
+    hangs = f"{begin}; subprocess.run([sys.executable, '-S', '-c', {child!r}])"
+    stage = first.Stage(
+        [
+            python_job(first, "fails", "print('one'); print('two'); raise SystemExit(3)"),
+            python_job(
+                first, "works", "import os; raise SystemExit(os.environ['WORD'] != 'given')", WORD="given"
+            ),
+            python_job(first, "hangs", hangs),
+            python_job(first, "late", ""),
+        ],
+        workers=1,
+        seconds=4,
+    )
+    outcomes = first.run_stage("stage", stage, tmp_path, time.monotonic() + 60, dict(os.environ))
+    assert [outcome.job for outcome in outcomes] == ["fails", "works", "hangs", "late"]
+    fails, works, hung, late = outcomes
+    assert (fails.problem, fails.last_lines) == ("exit code 3", ["one", "two"])
+    assert (works.problem, works.last_lines) == (None, [])
+    assert hung.problem.startswith("not done after ")
+    assert hung.last_lines == ["begun"]
+    assert late.problem == "not begun: no time was left"
+    assert (tmp_path / "stage-fails.txt").read_text() == "one\ntwo\n"
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_for(lambda: not alive(pid))
+
+
+def test_what_a_job_leaves_behind_is_ended(tmp_path):
+    """A program that ends by itself, while one that it started goes on."""
+    run_all = importlib.import_module("run_all")
+    child = "import time; time.sleep(60)"
+    program = (
+        "import pathlib, subprocess, sys; "
+        f"child = subprocess.Popen([sys.executable, '-S', '-c', {child!r}]); "
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))"
+    )
+    assert run_all.run_one([sys.executable, "-S", "-c", program], 60) is None
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_for(lambda: not alive(pid))
+
+
+def wait_for(condition):
+    """Whether it holds within five seconds."""
+    return any(condition() or time.sleep(0.1) for _ in range(50))
+
+
+@pytest.mark.parametrize(
+    ("broken", "seconds", "done", "missing"),
+    [
+        ("", 60, ["build", "smoke"], []),
+        ("smoke", 60, ["build", "smoke"], []),
+        ("build", 60, ["build"], ["smoke"]),
+        ("", 1, [], ["build", "smoke"]),
+    ],
+)
+def test_only_a_build_that_fails_stops_the_stages(broken, seconds, done, missing, first, tmp_path):
+    wanted = {
+        name: first.Stage(
+            [python_job(first, name, f"print('{name} says'); raise SystemExit({name == broken})")], 2, 30
+        )
+        for name in ("build", "smoke")
+    }
+    state = first.first(wanted, tmp_path, "a GPU", seconds, dict(os.environ))
+    assert (list(state["stages"]), state["missing"]) == (done, missing)
+    if done:
+        assert json.loads((tmp_path / "gpu_first.json").read_text()) == state
+        text = (tmp_path / "gpu_first.md").read_text()
+        assert f"| {done[-1]} |" in text
+        assert (f"{broken} says" in text) == bool(broken)
+        assert all(f"| {name} | | | not begun |" in text for name in missing)
+
+
+def test_figures_of_another_day_are_not_reported(first, results, tmp_path):
+    results.claim("fast", 1.3)
+    state = {"device": "a GPU", "date": "a day", "stages": {}, "missing": []}
+    assert "| fast | 1.300 |" in first.write(state, tmp_path, results.path.stat().st_mtime - 1)
+    assert "fast" not in first.write(state, tmp_path, results.path.stat().st_mtime + 1)
+
+
+def test_the_stages_fit_into_twelve_minutes_and_check_every_operator(first, tmp_path, monkeypatch):
+    correctness = importlib.import_module("correctness")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    stages = first.stages(tmp_path, rehearse=False)
+    assert sum(stage.seconds for stage in stages.values()) <= 720
+    assert stages["build"].jobs[0].environment[0] == ("LUMI_CUDA_ARCHES", "90")
+    assert set(first.OPERATORS) == set(correctness.OPERATORS)
+    for name, stage in stages.items():
+        assert name == "build" or all(Path(job.words[0]).exists() for job in stage.jobs)
+        assert len({job.name for job in stage.jobs}) == len(stage.jobs)
+        if name in ("training_step", "tuning", "training", "figures"):
+            assert stage.workers == 1  # what is timed has the GPU to itself
+
+
+def test_every_operator_has_a_case_of_a_real_models_size(on_the_path):
+    correctness = importlib.import_module("correctness")
+    for operator, cases in correctness.OPERATORS.items():
+        assert any(case.production for case in cases()), operator
+
+
+def test_a_part_of_the_cases(on_the_path, monkeypatch, device):
+    correctness = importlib.import_module("correctness")
+    names = []
+    monkeypatch.setattr(correctness, "check", lambda case, *_: names.append(case.name))
+    for part in range(3):
+        dtypes = [torch.float32]
+        assert correctness.run("swiglu", dtypes, torch.device(device), part=(part, 3)) == 0
+    assert sorted(names) == sorted(case.name for case in correctness.OPERATORS["swiglu"]())
+
+
+def test_the_nearest_tiles_differ_least(on_the_path):
+    tuner = importlib.import_module("tune_attention")
+    rows = tuner.candidates(90)
+    near = tuner.nearest(rows, rows[7], 6)
+    changed = [sum(row[name] != rows[7][name] for name in row) for row in near]
+    assert changed == [1] * 6
+
+
+def test_without_a_gpu_the_first_quarter_of_an_hour_is_not_begun(first, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert first.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_the_jobs_of_the_first_quarter_of_an_hour(results, tmp_path, monkeypatch):
+    """The comparison of losses; `make soak` rehearses all jobs."""
+    jobs = importlib.import_module("gpu_first_jobs")
+    curves = {
+        "train_16": [5.0, 4.0],
+        "train_128": [5.0, 4.5],
+        "losses_cpu": [5.0, 4.0],
+        "losses_gpu": [5.0, 4.25],
+    }
+    for name, losses in curves.items():
+        (tmp_path / name).mkdir()
+        record = {"kind": "train", "tokens_per_second": 100.0}
+        lines = [json.dumps({"step": step, "loss": loss} | record) for step, loss in enumerate(losses, 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    jobs.judge_training(results, rehearse=True)
+    claims = {claim["claim"]: claim for claim in read(results)["claims"]}
+    assert [claim["met"] for claim in claims.values() if "apart" in claim["claim"]] == [False]
+    assert claims["train.py, tiny, 128 rows at a time: loss"]["measured"] == 4.5
+    assert claims["train.py, tiny, 16 rows at a time: tokens_per_second"]["measured"] == 100.0
+
+
+@pytest.mark.soak
+def test_the_first_quarter_of_an_hour_is_rehearsed(first, tmp_path, monkeypatch):
+    code = first.main(["--rehearse", "--output-dir", str(tmp_path)])
+    state = json.loads((tmp_path / "gpu_first.json").read_text())
+    problems = [job for stage in state["stages"].values() for job in stage["jobs"] if job["problem"]]
+    assert (problems, state["missing"], code) == ([], [], 0)
+    assert "self_cpu" in (tmp_path / "profile.txt").read_text().lower().replace(" ", "_")
+
+
 def make(*arguments, **environment):
     """A make of its own, which knows nothing of the one that may have started these tests, nor of its
     flags."""
