@@ -1,18 +1,20 @@
 """The first quarter of an hour on a GPU: is it right, how fast is it, and does it train.
 
-    python benchmarks/gpu_first.py [--stages build smoke ...] [--seconds 720] [--output-dir DIR] [--rehearse]
+    python benchmarks/gpu_first.py [--stages build smoke ...] [--seconds 720] [--output-dir DIR]
+                                   [--data DIR] [--rehearse]
 
 Stages follow each other; the jobs of a stage are processes of their own, each with a limit, that free workers
 take from one queue. What is timed has the GPU to itself. After each stage `gpu_first.json` and `gpu_first.md`
 are written, with the last lines of what failed. A failure stops nothing but the build's own. No stage begins
 without time for it, and none outlasts its share. The files go to $OUT, or to `results/gpu_first-<device>`;
-the whole output of each job is in `logs`. `--rehearse` runs every stage here, on the CPU and in Triton's
-interpreter, at tiny sizes.
+the whole output of each job is in `logs`. Where the packages that prepare text are missing, `--data` brings
+it. `--rehearse` runs every stage here, on the CPU and in Triton's interpreter, at tiny sizes.
 """
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # before the build, lumi may not be installed: its plain Python does for this
 
 from results import RESULTS, slug  # noqa: E402
-from run_all import SUBJECTS, run_one, table  # noqa: E402
+from run_all import SUBJECTS, end_with_me, run_one, table  # noqa: E402
 
 OPERATORS = "attention linear_cross_entropy rms_norm add_rms_norm swiglu rope decode_attention".split()
 OPERATORS += ["lora_linear", "adamw"]
@@ -78,20 +80,22 @@ def script(name: str, *words: str) -> tuple[str, ...]:
 def stages(output_dir: Path, rehearse: bool) -> dict[str, Stage]:
     """All stages in their order. Their seconds add up to twelve minutes; a CPU gets more."""
     mode = ("--rehearse",) if rehearse else ()
-    special = lambda *names: [
-        Job(name, script("gpu_first_jobs", name, "--output-dir", str(output_dir), *mode)) for name in names
-    ]
+    words = lambda job: (job, "--output-dir", str(output_dir), *mode)
+    measured = lambda *jobs: [Job(job, script("gpu_first_figures", *words(job))) for job in jobs]
+    trained = lambda *jobs: [Job(job, script("gpu_first_training", *words(job))) for job in jobs]
+    data = [] if (output_dir / "data").exists() else trained("data")
+    cpu = [] if (output_dir / "losses_cpu").exists() else trained("losses cpu")
     build = [Job("build", ("-c", "import lumi._csrc")) if rehearse else _build()]
     workers = min(WORKERS, max((os.cpu_count() or 2) - 2, 1))
     all_stages = {
         "build": Stage(build, 1, 90),
-        "smoke": Stage([*_smoke(rehearse), *special("data")], workers, 75),
-        "correctness": Stage([*_correctness(rehearse), *special("losses cpu")], workers, 165),
-        "training_step": Stage(special("training_step", "profile"), 1, 75),
+        "smoke": Stage([*_smoke(rehearse), *data], workers, 75),
+        "correctness": Stage([*_correctness(rehearse), *cpu], workers, 165),
+        "training_step": Stage(measured("training_step", "profile"), 1, 75),
         "tiles": Stage(_tiles(output_dir, rehearse, "--only-check"), workers, 75),
         "tuning": Stage(_tiles(output_dir, rehearse), 1, 60),
-        "training": Stage(special("losses gpu", "train 128", "train 16", "training"), 1, 90),
-        "figures": Stage(special("optimizer", "linear_cross_entropy", "row_kernels"), 1, 90),
+        "training": Stage(trained("losses gpu", "train 128", "train 16", "training"), 1, 90),
+        "figures": Stage(measured("optimizer", "linear_cross_entropy", "row_kernels"), 1, 90),
     }
     if not rehearse:
         return all_stages
@@ -254,6 +258,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--stages", nargs="+", choices=names, default=names)
     parser.add_argument("--seconds", type=float, help="limit of all together; 720, or for a rehearsal 3600")
     parser.add_argument("--output-dir", type=Path, help="$OUT, or results/gpu_first-<device>, if not given")
+    parser.add_argument(
+        "--data", type=Path, help="where gpu_first_training.py put data, and the CPU's losses"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
     args = parser.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
@@ -265,11 +272,14 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device("cpu") if args.rehearse else torch.device("cuda", torch.cuda.current_device())
     place = os.environ.get("OUT") or RESULTS / f"gpu_first-{slug(device)}"
     output_dir = (args.output_dir or Path(place)).absolute()
+    if args.data:
+        shutil.copytree(args.data, output_dir, dirs_exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "2"}  # of the jobs: so many run at the same time
     if args.rehearse:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     wanted = {name: stage for name, stage in stages(output_dir, args.rehearse).items() if name in args.stages}
     seconds = args.seconds or (3600 if args.rehearse else 720)
+    end_with_me()
     state = first(wanted, output_dir, slug(device), seconds, environment)
     failed = any(job["problem"] for found in state["stages"].values() for job in found["jobs"])
     return 1 if failed or state["missing"] else 0

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -854,9 +855,33 @@ def test_what_a_job_leaves_behind_is_ended(tmp_path):
     assert wait_for(lambda: not alive(pid))
 
 
-def wait_for(condition):
-    """Whether it holds within five seconds."""
-    return any(condition() or time.sleep(0.1) for _ in range(50))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_every_job(number, tmp_path):
+    """Jobs are sessions of their own, which a signal to the program does not reach."""
+    child = (
+        f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); "
+    )
+    job = f"first.Job('sleeps', ('-S', '-c', {child + 'time.sleep(60)'!r}))"
+    program = (
+        f"import os, sys, time; sys.path.insert(0, {str(FOLDER)!r}); import gpu_first as first; "
+        "from pathlib import Path; first.end_with_me(); "
+        f"first.run_stage('stage', first.Stage([{job}], 1, 60), Path({str(tmp_path)!r}), "
+        "time.monotonic() + 60, dict(os.environ))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        assert wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds=5):
+    """Whether it holds within so many seconds."""
+    return any(condition() or time.sleep(0.1) for _ in range(10 * seconds))
 
 
 @pytest.mark.parametrize(
@@ -930,15 +955,26 @@ def test_the_nearest_tiles_differ_least(on_the_path):
     assert changed == [1] * 6
 
 
+def test_data_of_another_machine_is_not_made_again(first, tmp_path):
+    name_jobs = lambda: {
+        job.name for stage in first.stages(tmp_path, rehearse=True).values() for job in stage.jobs
+    }
+    before = name_jobs()
+    for folder, job in (("data", "data"), ("losses_cpu", "losses cpu")):
+        assert job in name_jobs()
+        (tmp_path / folder).mkdir()
+        assert job not in name_jobs()
+    assert before - name_jobs() == {"data", "losses cpu"}
+
+
 def test_without_a_gpu_the_first_quarter_of_an_hour_is_not_begun(first, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert first.main([]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
-def test_the_jobs_of_the_first_quarter_of_an_hour(results, tmp_path, monkeypatch):
-    """The comparison of losses; `make soak` rehearses all jobs."""
-    jobs = importlib.import_module("gpu_first_jobs")
+def test_losses_of_the_gpu_and_the_cpu_are_compared(results, tmp_path):
+    training = importlib.import_module("gpu_first_training")
     curves = {
         "train_16": [5.0, 4.0],
         "train_128": [5.0, 4.5],
@@ -950,7 +986,7 @@ def test_the_jobs_of_the_first_quarter_of_an_hour(results, tmp_path, monkeypatch
         record = {"kind": "train", "tokens_per_second": 100.0}
         lines = [json.dumps({"step": step, "loss": loss} | record) for step, loss in enumerate(losses, 1)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    jobs.judge_training(results, rehearse=True)
+    training.judge_training(results)
     claims = {claim["claim"]: claim for claim in read(results)["claims"]}
     assert [claim["met"] for claim in claims.values() if "apart" in claim["claim"]] == [False]
     assert claims["train.py, tiny, 128 rows at a time: loss"]["measured"] == 4.5

@@ -1,7 +1,10 @@
-"""Jobs of `gpu_first.py` that no other benchmark does as they are: each a process of its own.
+"""The jobs of `gpu_first.py` that train: `train.py` on the documentation inside this Python.
 
-    python benchmarks/gpu_first_jobs.py JOB --output-dir DIR [--rehearse]
+    python benchmarks/gpu_first_training.py JOB --output-dir DIR [--rehearse]
 
+"data" makes the token store, "train 16" and "train 128" train on it with so many rows at a time, "losses cpu"
+and "losses gpu" do the same few steps on both, and "training" judges. The text differs from one Python to the
+next. `gpu_first.py --data DIR` takes the data, and the CPU's losses, of another machine.
 `--rehearse` walks the same code on the CPU at tiny sizes, without meaning.
 """
 
@@ -9,82 +12,24 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import linear_cross_entropy
-import measure
-import optimizer
-import row_kernels
 import torch
-import training_step
 from loop import CONFIG, QUICK
 from results import Results
 
-from lumi.config import from_dict
 from lumi.corpus import DeduplicationConfig, PrepareConfig, prepare
 from lumi.corpus.sources import PythonDocsSource
 from lumi.data.tokenization import tokenize
-from lumi.host.devices import choose_device
-from lumi.kernels.bundle import REFERENCE, TRITON
-from lumi.model.transformer import ModelConfig, Transformer
 from lumi.tokenizer.training import TokenizerConfig, train_tokenizer
 from lumi.train import main as train
 from lumi.training.metrics import final_figures, read_metrics
-from lumi.training.run_config import TrainConfig
 
-TINY = ModelConfig(vocab_size=64, num_layers=1, model_dim=32, num_heads=2, mlp_dim=64)
-REHEARSED: dict[str, tuple[Any, ...]] = {  # arguments of each benchmark's `run`
-    "optimizer": ({"tiny": TINY},),
-    "linear_cross_entropy": ([(9, 16, 97)], torch.float16, 64),
-    "row_kernels": (
-        {"swiglu": replace(row_kernels.OPERATORS["swiglu"], large=[(5, 64)], small=[(5, 64)])},
-        torch.float16,
-    ),
-}
-FIGURES = {"optimizer": optimizer, "linear_cross_entropy": linear_cross_entropy, "row_kernels": row_kernels}
 MICRO_BATCHES = (16, 128)  # rows of 1,024 tokens
 # The losses that are compared: few steps, as a CPU takes seconds for each.
 COMPARED = {"sequence_length": 1024, "batch_tokens": 2048, "micro_batch_size": 2}
 COMPARED_STEPS, MOST_DIFFERENCE = 20, 0.1  # nats: bfloat16 rounds; a wrong gradient is soon further away
-
-
-def figures(job: str, results: Results, rehearse: bool) -> None:
-    """A benchmark with few rounds."""
-    FIGURES[job].run(results, *(REHEARSED[job] if rehearse else ()))
-
-
-def steps(results: Results, rehearse: bool) -> None:
-    """The training step without its peers, captured and launched from Python."""
-    cases = {name: replace(case, peers=()) for name, case in training_step.CASES.items()}
-    if rehearse:
-        cases = {"23M": training_step.Case(TINY, 3, 16, ())}
-    training_step.run(results, cases, _ops(results), rounds=3)
-
-
-def profile(results: Results, rehearse: bool) -> None:
-    """Where the time of five steps goes, launched from Python: `profile.txt`."""
-    case = training_step.Case(TINY, 3, 16, ()) if rehearse else training_step.CASES["23M"]
-    device = results.device
-    shape = (case.batch, case.length)
-    tokens, targets = (torch.randint(0, case.config.vocab_size, shape, device=device) for _ in range(2))
-    model = Transformer(case.config, _ops(results), compute_dtype=torch.bfloat16).init_weights(0).to(device)
-    step = training_step.lumi_step(model, tokens, targets)
-    for _ in range(3):
-        step()
-    with torch.profiler.profile() as profiler:
-        for _ in range(5):
-            step()
-        step().item()
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    text = profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=60)
-    (results.path.parent / "profile.txt").write_text(text, encoding="utf-8")
-    print(text)
-
-
-def _ops(results: Results) -> Any:
-    return TRITON if results.device.type == "cuda" else REFERENCE
 
 
 def data(folder: Path, rehearse: bool) -> None:
@@ -120,7 +65,6 @@ def run_training(job: str, folder: Path, rehearse: bool) -> int:
     """The command line of a training on the stored text; the CPU trains where the job's name or a rehearsal
     says so."""
     config = training_config(job, rehearse)
-    from_dict(TrainConfig, config)
     run = folder / job.replace(" ", "_")
     run.with_suffix(".json").write_text(json.dumps(config), encoding="utf-8")
     device = "cpu" if rehearse or job.endswith("cpu") else "cuda"
@@ -130,7 +74,7 @@ def run_training(job: str, folder: Path, rehearse: bool) -> int:
     return train([*options, "--device", device])
 
 
-def judge_training(results: Results, rehearse: bool) -> None:
+def judge_training(results: Results) -> None:
     """The figures of the trainings, and the GPU's losses beside the CPU's."""
     folder = results.path.parent
     for rows in MICRO_BATCHES:
@@ -156,8 +100,7 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     trainings = [*(f"train {rows}" for rows in MICRO_BATCHES), "losses cpu", "losses gpu"]
-    measured = {"training_step": steps, "profile": profile, "training": judge_training}
-    parser.add_argument("job", choices=["data", *trainings, *measured, *FIGURES])
+    parser.add_argument("job", choices=["data", *trainings, "training"])
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args(argv)
@@ -166,14 +109,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.job in trainings:
         return run_training(args.job, args.output_dir, args.rehearse)
-    device = torch.device(choose_device("cpu" if args.rehearse else "cuda"))
-    device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
-    results = Results(args.job, device, args.output_dir, rounds=1 if args.rehearse else 5)
-    with measure.ready(device), results.case(args.job):
-        if args.job in measured:
-            measured[args.job](results, args.rehearse)
-        else:
-            figures(args.job, results, args.rehearse)
+    results = Results("training", torch.device("cpu" if args.rehearse else "cuda:0"), args.output_dir)
+    judge_training(results)
     results.finish()
     return 1 if results.data["failures"] else 0
 
