@@ -13,7 +13,7 @@ LIMIT ?= $(if $(filter cpu-bench,$(MAKECMDGOALS)),840,540)
 SOAK ?= all
 PYTEST = $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test soak check docs bench cpu-bench clean gpu gpu-there gpu-check gpu-sanitize gpu-bench
+.PHONY: demo test soak check docs bench cpu-bench clean gpu gpu-first gpu-installed gpu-there gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
@@ -37,6 +37,12 @@ docs: $(VENV)/installed-docs
 gpu:
 	$(MAKE) gpu-check
 	$(MAKE) gpu-sanitize; code=$$?; $(MAKE) gpu-bench && exit $$code
+
+# The first quarter of an hour on a GPU: the most important of all that, and training.
+gpu-first: gpu-there
+	$(PYTHON) benchmarks/gpu_first.py
+
+gpu-installed: $(GPU_INSTALLED)
 
 # The GPU's figures where PYTHON's torch sees one, else the CPU's, beside its peers in an environment of their own.
 bench:

@@ -1,7 +1,8 @@
 """Builds `lumi._csrc` from csrc/ and installs kernels/ and configs/ as `lumi.kernels` and `lumi.configs`.
 
 The CUDA files are compiled if there is an nvcc in $CUDA_HOME/bin or, without that variable, on PATH.
-LUMI_CUDA=0 leaves them out. LUMI_CUDA=1 makes a missing nvcc an error.
+LUMI_CUDA=0 leaves them out. LUMI_CUDA=1 makes a missing nvcc an error. LUMI_CUDA_ARCHES="90" compiles for
+these architectures alone.
 """
 
 import os
@@ -70,8 +71,9 @@ class BuildExtension(build_ext):
     def _add_cuda(self, extension: Pybind11Extension, nvcc: str, library_dir: str) -> None:
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHES]
-        targets.append(f"arch=compute_{CUDA_ARCHES[-1]},code=compute_{CUDA_ARCHES[-1]}")
+        arches = os.environ.get("LUMI_CUDA_ARCHES", "").split() or CUDA_ARCHES
+        targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in arches]
+        targets.append(f"arch=compute_{arches[-1]},code=compute_{arches[-1]}")
         # Without -fmad=false, nvcc fuses products path by path: results would depend on where tensors lie.
         flags = "-std=c++17 -O3 -fmad=false --threads 2 -Xcompiler -fPIC,-fvisibility=hidden".split()
         flags += [flag for target in targets for flag in ("-gencode", target)]

@@ -1,12 +1,15 @@
 """Every operator on the GPU at the sizes that its tiles depend on, against float64, twice for equality.
 
-    python benchmarks/correctness.py [--small] [--operators rms_norm swiglu ...]
+    python benchmarks/correctness.py [--small | --production] [--operators rms_norm swiglu ...]
+                                     [--dtypes bfloat16 ...] [--part 1/3] [--device cuda]
 
 The tests of tests/kernels probe edges at small sizes. This walks widths and options, from one choice of tile
 and warps to the next, in every dtype. Values and gradients of an operator may be at most twice as far from
 float64 as those of the plain formula in the same dtype. An operator must leave its inputs alone and give the
 same bits again. `--small` is for compute-sanitizer (`sanitize.py`): it takes the riskiest of the small cases,
-and the references run on the CPU, so that few kernels run beside those under test.
+and the references run on the CPU, so that few kernels run beside those under test. `--production` takes one
+case of each operator, of the size of a real model. `--part K/N` is every N-th case from the K-th on, counted
+from 0. With `--device cpu` Triton's interpreter runs the kernels (TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -54,6 +57,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = DTYPES
     terms: int = 1
     small: bool = False
+    production: bool = False
 
 
 def _draw(*shape: int, scale: float = 1.0) -> Callable[[torch.dtype], Tensor]:
@@ -72,18 +76,17 @@ def _master(draw: Callable[[torch.dtype], Tensor]) -> Callable[[torch.dtype], Te
 
 def _rms_norm() -> Iterator[Case]:
     sizes = [(517, D) for D in (64, 128, 256, 512, 768, 2048, 4096, 8192, 12_288, 16_384)]
-    small = [(67, 96), (19, 12_288), (5, 16_384)]
-    for rows, D in sizes + small:
+    small, large = [(67, 96), (19, 12_288), (5, 16_384)], [(8192, 768)]
+    for rows, D in sizes + small + large:
         make = _operands([_draw(rows, D), _master(_draw(D))], [_draw(rows, D)])
-        yield Case(
-            f"rms_norm rows={rows} D={D}", rms_norm, rms_norm_reference, make, small=(rows, D) in small
-        )
+        kinds = {"small": (rows, D) in small, "production": (rows, D) in large}
+        yield Case(f"rms_norm rows={rows} D={D}", rms_norm, rms_norm_reference, make, **kinds)
 
 
 def _add_rms_norm() -> Iterator[Case]:
     sizes = [(517, D) for D in (64, 256, 768, 2048, 4096, 8192, 16_384)]
-    small = [(67, 96), (19, 12_288), (5, 16_384)]
-    for rows, D in sizes + small:
+    small, large = [(67, 96), (19, 12_288), (5, 16_384)], [(8192, 768)]
+    for rows, D in sizes + small + large:
         make = _operands(
             [_draw(rows, D), _draw(rows, D), _master(_draw(D))], [_draw(rows, D), _draw(rows, D)]
         )
@@ -93,27 +96,31 @@ def _add_rms_norm() -> Iterator[Case]:
             add_rms_norm_reference,
             make,
             small=(rows, D) in small,
+            production=(rows, D) in large,
         )
 
 
 def _swiglu() -> Iterator[Case]:
     sizes, small = [(517, F) for F in (64, 96, 1024, 1536, 11_008)], [(67, 96), (3, 11_008)]
-    for rows, F in sizes + small:
+    large = [(8192, 2048)]
+    for rows, F in sizes + small + large:
         make = _operands([_draw(rows, F), _draw(rows, F)], [_draw(rows, F)])
-        yield Case(f"swiglu rows={rows} F={F}", swiglu, swiglu_reference, make, small=(rows, F) in small)
+        kinds = {"small": (rows, F) in small, "production": (rows, F) in large}
+        yield Case(f"swiglu rows={rows} F={F}", swiglu, swiglu_reference, make, **kinds)
 
 
 def _rope() -> Iterator[Case]:
     sizes = list(itertools.product((173,), (32, 64, 96, 128, 256), ((4, 4), (12, 3))))
-    small = [(19, 96, (12, 3)), (19, 256, (4, 4))]
-    for T, K, (H, G) in sizes + small:
+    small, large = [(19, 96, (12, 3)), (19, 256, (4, 4))], [(2048, 64, (12, 12))]
+    for T, K, (H, G) in sizes + small + large:
         table = rope_table(torch.arange(T).expand(3, T), K, 10_000.0)
         make = _operands([_draw(3, T, H, K), _draw(3, T, G, K)], [_draw(3, T, H, K), _draw(3, T, G, K)])
         with_table = lambda function, table=table: (
             lambda q, k: function(q, k, *(t.to(q.device) for t in table))
         )
-        name, is_small = f"rope T={T} K={K} H={H} G={G}", (T, K, (H, G)) in small
-        yield Case(name, with_table(rope), with_table(rope_reference), make, small=is_small)
+        name, size = f"rope T={T} K={K} H={H} G={G}", (T, K, (H, G))
+        kinds = {"small": size in small, "production": size in large}
+        yield Case(name, with_table(rope), with_table(rope_reference), make, **kinds)
 
 
 def _attention() -> Iterator[Case]:
@@ -127,14 +134,21 @@ def _attention() -> Iterator[Case]:
         (2, 400, 6, 2, None, 100),
     ]
     small = [(96, (1, 97, 4, 2, few, 30)), (64, (1, 97, 2, 1, few, 30))]
-    for K, (B, T, H, G, cu_seqlens, window) in [*itertools.product((64, 96, 128), variants), *small]:
+    many = torch.tensor([0, 1, 900, 2048, 2049, 4096], dtype=torch.int32)  # two rows of 2048
+    large = [*itertools.product((64, 128), [(2, 2048, 8, 4, many, None)])]
+    for K, (B, T, H, G, cu_seqlens, window) in [
+        *itertools.product((64, 96, 128), variants),
+        *small,
+        *large,
+    ]:
         plan = lambda q, make, c=cu_seqlens, w=window: make(c, *q.shape[:2], q.device, w)
         ours = lambda q, k, v, plan=plan: attention(q, k, v, plan(q, attention_plan))
         reference = lambda q, k, v, plan=plan: attention_reference(q, k, v, plan(q, attention_plan_reference))
         make = _operands([_draw(B, T, heads, K) for heads in (H, G, G)], [_draw(B, T, H, K)])
         what = "causal" if cu_seqlens is None else "documents"
         name = f"attention B={B} T={T} K={K} H={H} G={G} {what} window={window}"
-        yield Case(name, ours, reference, make, small=cu_seqlens is few)
+        kinds = {"small": cu_seqlens is few, "production": cu_seqlens is many}
+        yield Case(name, ours, reference, make, **kinds)
 
 
 def _decode_attention() -> Iterator[Case]:
@@ -171,6 +185,7 @@ def _decode_attention() -> Iterator[Case]:
             *map(bind, (decode_attention, decode_attention_reference)),
             make,
             small=(K, (T, S), (H, G), page_size, window) in small,
+            production=S == 4096,
         )
 
 
@@ -186,7 +201,8 @@ def _linear_cross_entropy() -> Iterator[Case]:
         ((5000, 64, 128_256), 1e-4, master),
     ]
     small = [((70, 64, 333), 1e-4, plain), ((5, 64, 32_769), 0.0, master)]
-    for (N, D, V), z_loss, draw in sizes + small:
+    large = [((8192, 768, 32_768), 0.0, master)]
+    for (N, D, V), z_loss, draw in sizes + small + large:
         targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(0))
         targets[::7] = -100
         bind = lambda f, t=targets, z=z_loss: lambda h, w: f(h, w, t.to(h.device), z)
@@ -198,12 +214,14 @@ def _linear_cross_entropy() -> Iterator[Case]:
             make,
             terms=N,
             small=((N, D, V), z_loss, draw) in small,
+            production=((N, D, V), z_loss, draw) in large,
         )
 
 
 def _lora_linear() -> Iterator[Case]:
     sizes, small = [(517, 64, 96, 8), (517, 1024, 768, 16)], [(67, 64, 96, 8), (33, 256, 64, 16)]
-    for rows, D, width, rank in sizes + small:
+    large = [(8192, 1024, 1024, 16)]
+    for rows, D, width, rank in sizes + small + large:
         weights = [
             torch.randn(width, D, generator=torch.Generator().manual_seed(index)) / D**0.5
             for index in range(2)
@@ -213,8 +231,9 @@ def _lora_linear() -> Iterator[Case]:
         )
         adapters = [_master(_draw(rank, D, scale=D**-0.5))] * 2 + [_master(_draw(width, rank))] * 2
         make = _operands([_draw(rows, D), *adapters], [_draw(rows, width)] * 2)
-        name, is_small = f"lora_linear rows={rows} D={D} O={width} R={rank}", (rows, D, width, rank) in small
-        yield Case(name, bind(lora_linear), bind(lora_linear_reference), make, small=is_small)
+        name, size = f"lora_linear rows={rows} D={D} O={width} R={rank}", (rows, D, width, rank)
+        kinds = {"small": size in small, "production": size in large}
+        yield Case(name, bind(lora_linear), bind(lora_linear_reference), make, **kinds)
 
 
 def _adamw() -> Iterator[Case]:
@@ -249,6 +268,7 @@ def _adamw() -> Iterator[Case]:
         make,
         dtypes=(torch.float32,),
         small=True,
+        production=True,
     )
 
 
@@ -281,10 +301,28 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, reference_device
     measure.check(f"{case.name} {dtype}", actual, same_dtype, exact, terms=case.terms)
 
 
-def run(operator: str, dtypes: Sequence[torch.dtype], device: torch.device, *, small: bool) -> int:
-    """Every case of an operator in these dtypes, or the small ones; returns how many are wrong."""
+def run(
+    operator: str,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    *,
+    small: bool = False,
+    production: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> int:
+    """Every case of an operator in these dtypes, or the small ones, or that of a real model's size; of them
+    those of `part`. Returns how many are wrong.
+
+    What exists in one dtype alone is a production case whatever the dtypes.
+    """
     cases = [case for case in OPERATORS[operator]() if case.small or not small]
-    pairs = [(case, dtype) for case in cases for dtype in dtypes if dtype in case.dtypes]
+    cases = [case for case in cases if case.production or not production][part[0] :: part[1]]
+    pairs = [
+        (case, dtype)
+        for case in cases
+        for dtype in (case.dtypes if production and len(case.dtypes) == 1 else dtypes)
+        if dtype in case.dtypes
+    ]
     wrong = 0
     for case, dtype in pairs:
         try:
@@ -301,23 +339,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--small", action="store_true")
+    kind.add_argument("--production", action="store_true")
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
+    parser.add_argument("--part", metavar="K/N")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks/correctness.py needs a CUDA device, and there is none here", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    if args.small:
-        wrong = sum(run(operator, DTYPES, device, small=True) for operator in args.operators)
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
+    )
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    if args.small or args.production or args.part:
+        first, count = map(int, (args.part or "0/1").split("/"))
+        kinds = {"small": args.small, "production": args.production, "part": (first, count)}
+        wrong = sum(run(operator, dtypes, device, **kinds) for operator in args.operators)
     else:  # most of the time goes into compiling, so every operator and dtype is a process of its own
-        jobs = list(itertools.product(args.operators, DTYPES))
+        jobs = list(itertools.product(args.operators, dtypes))
         with ProcessPoolExecutor(
             max_workers=min(8, os.cpu_count() or 1), mp_context=get_context("spawn")
         ) as pool:
             wrong = sum(
                 future.result()
-                for future in [pool.submit(run, name, (dtype,), device, small=False) for name, dtype in jobs]
+                for future in [pool.submit(run, name, (dtype,), device) for name, dtype in jobs]
             )
     print("all right" if wrong == 0 else f"{wrong} cases are wrong")
     return 1 if wrong else 0

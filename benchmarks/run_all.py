@@ -19,8 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from results import PACKAGES, RESULTS, slug
@@ -43,22 +44,47 @@ CPU_SUBJECTS = {
     "cpu_operators": 95,
 }
 SUBJECTS = GPU_SUBJECTS if torch.cuda.is_available() else CPU_SUBJECTS
+_running: set[int] = set()  # the sessions of the programs that `run_one` has begun
 LEAST_SECONDS = 15  # with less left a benchmark is not begun
 
 
 def run_one(
-    command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
+    output: IO[bytes] | None = None,
 ) -> str | None:
-    """Run a program, in `environment` instead of this one's; None, or what went wrong."""
+    """Run a program, in `environment` instead of this one's, and print into `output`; None, or what went
+    wrong. Nothing that it started outlives the call."""
     # In its own session, so that it can be ended with all of its processes.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    _running.add(process.pid)
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return f"not done after {seconds:.0f} s"
+    finally:
+        _end(process.pid)
+        process.wait()
     return None if code == 0 else f"exit code {code}"
+
+
+def end_with_me() -> None:
+    """From now on, SIGTERM and SIGINT end this program with all that `run_one` has begun, in any thread."""
+
+    def end(number: int, frame: Any) -> None:
+        for session in [*_running]:
+            _end(session)
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+
+
+def _end(session: int) -> None:
+    with suppress(ProcessLookupError):  # there is nothing left of it
+        os.killpg(session, signal.SIGKILL)
+    _running.discard(session)
 
 
 def table(records: Sequence[dict[str, Any]], problems: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """NVIDIA's compute-sanitizer over small launches of every operator: out-of-bounds accesses, shared-memory
 races.
 
-    python benchmarks/sanitize.py [--seconds 240]
+    python benchmarks/sanitize.py [--seconds 240] [--checks memcheck racecheck] [--operators attention ...]
 
 Run it after `correctness.py`, which leaves the compiled kernels in Triton's cache. Every tensor is a separate
 allocation here, so that a read past its end does not land in a neighbour.
@@ -59,15 +59,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=240, help="limit of each check")
-    limit = parser.parse_args().seconds
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--operators", nargs="+", choices=CHECKS["memcheck"], default=CHECKS["memcheck"])
+    args = parser.parse_args()
     tool = find_tool()
     if tool is None:
         print("compute-sanitizer: left out, there is none here")
         return 0
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     failed = False
-    for check, operators in CHECKS.items():
-        problem = run_one(command(tool, check, operators), limit, environment)
+    for check in args.checks:
+        operators = [operator for operator in CHECKS[check] if operator in args.operators]
+        problem = run_one(command(tool, check, operators), args.seconds, environment)
         found = problem == f"exit code {FOUND}"
         passed = problem is None or (found and check in FALSE_FINDINGS)
         outcome = "found something" if found else problem or "clean"

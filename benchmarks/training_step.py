@@ -275,7 +275,9 @@ def measure_case(results: Results, name: str, case: Case, ops: Ops, rounds: int)
         "gpt": gpt,
         "llama": llama,
     }
-    makers = {key: cache(make) for key, make in makers.items() if key.startswith("lumi") or key in case.peers}
+    # torch's compiler is a peer, too: without any, nothing waits for it.
+    wanted = {"lumi", *case.peers, *(["lumi layers compiled"] if case.peers else [])}
+    makers = {key: cache(make) for key, make in makers.items() if key in wanted}
     candidates = {
         f"{key}{', captured' * capture}": candidate(key, capture)
         for key in makers

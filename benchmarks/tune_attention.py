@@ -2,10 +2,12 @@
 
     python benchmarks/tune_attention.py [--head-dim 64 128] [--kernel fwd dkdv dq]
                                         [--table kernels/attention_tiles.json]
+                                        [--nearest 6] [--only-check]
 
 bfloat16, causal rows of 4096 tokens. Every candidate that compiles and fits is first checked against float64.
 Then all of them are timed in turn; backward is timed whole, with one of its kernels changing. Afterwards run
-`inspect_kernels.py` to see that no tile spills.
+`inspect_kernels.py` to see that no tile spills. `--nearest` takes the candidates most like the present tile
+alone; `--only-check` compiles and checks them, which leaves them in Triton's cache, and times nothing.
 """
 
 import argparse
@@ -36,6 +38,14 @@ def candidates(arch: int) -> list[attention_tiles.Row]:
     grid = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), (arch >= 90,))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DESCRIPTORS")
     return [dict(zip(names, values, strict=True)) for values in grid]
+
+
+def nearest(
+    rows: Sequence[attention_tiles.Row], present: attention_tiles.Row, count: int
+) -> list[attention_tiles.Row]:
+    """The `count` rows that differ least from the present one, in how many of its values."""
+    others = [row for row in rows if row != present]
+    return sorted(others, key=lambda row: sum(row.get(name) != present[name] for name in present))[:count]
 
 
 def operands(shape: Shape, K: int, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -73,7 +83,8 @@ def tune(
 ) -> attention_tiles.Row:
     """Put the fastest of `rows` and of the present row into the table of this process, and return it.
 
-    Rows that do not run are named and left out.
+    Rows that do not run are named and left out. `rounds` 0: they are checked, and nothing is timed or
+    changed.
     """
     table = attention_tiles.table()
     arch = attention_tiles.architecture(device)
@@ -88,6 +99,8 @@ def tune(
         kernels[kernel] = row
         try:
             check(K, dtype, device)
+            if not rounds:
+                continue
             sets = measure.buffer_sets(lambda: operands(shape, K, dtype, device), 2**27, device)
             ready[name] = measure.prepared(measure.DIRECTIONS[direction](function, sets), device, graph=True)
             named[name] = row
@@ -95,6 +108,8 @@ def tune(
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
             print(f"{kernel} K={K} {name}: left out, {reason}", flush=True)
     kernels[kernel] = before
+    if not rounds:
+        return before
     if not named:
         raise RuntimeError(f"{kernel} K={K}: no tile runs")
     samples = measure.interleaved(ready, device, rounds)
@@ -125,18 +140,27 @@ def main() -> int:
     parser.add_argument(
         "--table", type=Path, default=attention_tiles.TABLE, help="where the table is written"
     )
+    parser.add_argument("--nearest", type=int, metavar="COUNT", help="try so many candidates; all by default")
+    parser.add_argument("--only-check", action="store_true")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not args.rehearse and not torch.cuda.is_available():
         print("benchmarks/tune_attention.py needs a CUDA device, and there is none here", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if args.rehearse else torch.device("cuda", torch.cuda.current_device())
+    dtype, shape = (torch.float16, CHECKED) if args.rehearse else (torch.bfloat16, SHAPE)
     with measure.ready(device):
         for K, kernel in itertools.product(args.head_dim, args.kernel):
             rows = candidates(attention_tiles.architecture(device))
-            print(
-                f"{kernel} K={K}: {tune(kernel, K, rows, device, torch.bfloat16, SHAPE, rounds=7)}",
-                flush=True,
-            )
+            if args.nearest:
+                arch = attention_tiles.rows_of(attention_tiles.architecture(device))
+                present = attention_tiles.table()[arch]["64" if K <= 64 else "128"][kernel]
+                rows = nearest(rows, present, args.nearest)
+            rounds = 0 if args.only_check else 7
+            found = tune(kernel, K, rows, device, dtype, shape, rounds)
+            if args.only_check:
+                continue
+            print(f"{kernel} K={K}: {found}", flush=True)
             write(args.table)  # after each, so that an end in the middle loses nothing
     return 0
 

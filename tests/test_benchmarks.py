@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -384,6 +385,69 @@ def test_the_models_that_are_trained_have_the_sizes_they_are_named_after():
         assert sum(p.numel() for p in gpt.parameters()) == pytest.approx(case.config.num_parameters, rel=0.02)
 
 
+# --- counting ---
+
+
+def test_what_a_stand_in_for_a_gpu_counts(on_the_path):
+    """A product with a cast weight: the cast reads 4 bytes and writes 2, the products of forward and of both
+    gradients read or write 2 each, the gradient's cast reads 2 and writes 4."""
+    stand_in_gpu = importlib.import_module("stand_in_gpu")
+    gpu = stand_in_gpu.StandInGpu({(96, 32)}, (2, 8))
+    with gpu.entered() as tally:
+        weight = torch.nn.Parameter(torch.empty(96, 32, device="cuda"))
+        x = torch.empty(16, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        assert weight.device == x.device == torch.device("cuda", 0)
+        before = tally.copy()
+        y = torch.nn.functional.linear(x, weight.bfloat16())
+        y.backward(torch.empty_like(y))
+        step = tally - before
+        assert (step.operators, step.launches, step.waits, step.copies) == (5, 5, 0, 0)
+        assert step.by_name == {"aten::_to_copy": 2, "aten::mm": 3}
+        assert step.weight_bytes == (6 + 2 + 2 + 2 + 6) * 96 * 32
+        assert step.cast_bytes == 12 * 96 * 32
+        assert step.bytes == step.weight_bytes + (2 * (32 + 96) + 2 * (96 + 32) + 2 * (96 + 32)) * 16
+        assert torch.zeros(3).to("cuda").tolist() == [1.0, 1.0, 1.0]
+        assert float(y.sum()) == 1.0
+        torch.empty(96).copy_(y[0], non_blocking=True)
+        assert (tally.waits, tally.late, tally.copies) == (2, 1, 1)
+    assert weight.device.type == "meta"
+
+
+def test_the_stand_in_knows_how_many_tensors_the_optimizer_launches_take(on_the_path):
+    stand_in_gpu = importlib.import_module("stand_in_gpu")
+    for name, capacity in (
+        ("adamw", stand_in_gpu.ADAMW_CAPACITY),
+        ("global_norm", stand_in_gpu.NORM_CAPACITY),
+    ):
+        source = (FOLDER.parent / "csrc" / f"{name}.cu").read_text(encoding="utf-8")
+        assert f"constexpr int kCapacity = {capacity};" in source
+        assert source.count("<<<") == 2  # one for each table of tensors, one beside them
+
+
+def test_launches(data, tmp_path, monkeypatch):
+    """Of Lumi's operators a layer has 10: two norms, SwiGLU, attention and RoPE, forward and backward;
+    the rest has 5: a norm, the loss, and a factor for both of its gradients."""
+    launches = importlib.import_module("launches")
+    monkeypatch.setattr(launches, "LENGTH", 40)
+    counts = {}
+    for layers in (1, 2):
+        model = {"vocab_size": 512, "num_layers": layers, "model_dim": 64, "num_heads": 1, "mlp_dim": 128}
+        config = {"model": model, "optimizer": {"kind": "adamw", "schedule": {"kind": "cosine"}}}
+        (tmp_path / "tiny.json").write_text(json.dumps(config))
+        counts[layers] = launches.count(tmp_path / "tiny.json", data, tmp_path / str(layers))
+        assert counts[layers]["micro-step"]["custom"] == 10 * layers + 5
+        assert counts[layers]["parameters"] == ModelConfig(**model).num_parameters
+        assert counts[layers]["step"]["waits"] > 0
+    one, two = (counts[layers]["micro-step"] for layers in (1, 2))
+    matrices = 4 * 64 * 64 + 3 * 64 * 128  # of a layer
+    # The sum of gradients reads both and writes one of 4 bytes; the rest as in the test above.
+    assert two["weight_bytes"] - one["weight_bytes"] == (18 + 12) * matrices
+    text = launches.table({"before": {"tiny": counts[2]}, "now": {"tiny": counts[1]}})
+    share = one["operators"] / two["operators"]
+    assert f"tiny, now beside before: {share:.0%} of the micro-step's operators" in text
+    assert len(re.findall(r"^\| tiny \| (?:before|now) \|", text, re.MULTILINE)) == 4
+
+
 # --- the loop, and several processes ---
 
 
@@ -733,6 +797,209 @@ def test_table(results):
     assert rest[0] == "subject: it was ended before it was done, so cases and claims are missing"
     assert rest[1:3] == [f"{name}, failed: case: RuntimeError: it broke" for name in ("subject", "attention")]
     assert [row.partition(":")[0] for row in rest[3:]] == ["subject", "attention"]
+
+
+# --- the first quarter of an hour on a GPU ---
+
+
+@pytest.fixture
+def first(on_the_path):
+    return importlib.import_module("gpu_first")
+
+
+def python_job(first, name, program, **environment):
+    return first.Job(name, ("-S", "-c", program), tuple(environment.items()))
+
+
+def test_a_stage_goes_on_when_a_job_fails_or_hangs(first, tmp_path):
+    write_pid = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
+    child = f"import os, pathlib, time; {write_pid}; time.sleep(60)"
+    begin = "import subprocess, sys; print('begun', flush=True)"
+    hangs = f"{begin}; subprocess.run([sys.executable, '-S', '-c', {child!r}])"
+    stage = first.Stage(
+        [
+            python_job(first, "fails", "print('one'); print('two'); raise SystemExit(3)"),
+            python_job(
+                first, "works", "import os; raise SystemExit(os.environ['WORD'] != 'given')", WORD="given"
+            ),
+            python_job(first, "hangs", hangs),
+            python_job(first, "late", ""),
+        ],
+        workers=1,
+        seconds=4,
+    )
+    outcomes = first.run_stage("stage", stage, tmp_path, time.monotonic() + 60, dict(os.environ))
+    assert [outcome.job for outcome in outcomes] == ["fails", "works", "hangs", "late"]
+    fails, works, hung, late = outcomes
+    assert (fails.problem, fails.last_lines) == ("exit code 3", ["one", "two"])
+    assert (works.problem, works.last_lines) == (None, [])
+    assert hung.problem.startswith("not done after ")
+    assert hung.last_lines == ["begun"]
+    assert late.problem == "not begun: no time was left"
+    assert (tmp_path / "stage-fails.txt").read_text() == "one\ntwo\n"
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_for(lambda: not alive(pid))
+
+
+def test_what_a_job_leaves_behind_is_ended(tmp_path):
+    """A program that ends by itself, while one that it started goes on."""
+    run_all = importlib.import_module("run_all")
+    child = "import time; time.sleep(60)"
+    program = (
+        "import pathlib, subprocess, sys; "
+        f"child = subprocess.Popen([sys.executable, '-S', '-c', {child!r}]); "
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))"
+    )
+    assert run_all.run_one([sys.executable, "-S", "-c", program], 60) is None
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_for(lambda: not alive(pid))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_every_job(number, tmp_path):
+    """Jobs are sessions of their own, which a signal to the program does not reach."""
+    child = (
+        f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); "
+    )
+    job = f"first.Job('sleeps', ('-S', '-c', {child + 'time.sleep(60)'!r}))"
+    program = (
+        f"import os, sys, time; sys.path.insert(0, {str(FOLDER)!r}); import gpu_first as first; "
+        "from pathlib import Path; first.end_with_me(); "
+        f"first.run_stage('stage', first.Stage([{job}], 1, 60), Path({str(tmp_path)!r}), "
+        "time.monotonic() + 60, dict(os.environ))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        assert wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds=5):
+    """Whether it holds within so many seconds."""
+    return any(condition() or time.sleep(0.1) for _ in range(10 * seconds))
+
+
+@pytest.mark.parametrize(
+    ("broken", "seconds", "done", "missing"),
+    [
+        ("", 60, ["build", "smoke"], []),
+        ("smoke", 60, ["build", "smoke"], []),
+        ("build", 60, ["build"], ["smoke"]),
+        ("", 1, [], ["build", "smoke"]),
+    ],
+)
+def test_only_a_build_that_fails_stops_the_stages(broken, seconds, done, missing, first, tmp_path):
+    wanted = {
+        name: first.Stage(
+            [python_job(first, name, f"print('{name} says'); raise SystemExit({name == broken})")], 2, 30
+        )
+        for name in ("build", "smoke")
+    }
+    state = first.first(wanted, tmp_path, "a GPU", seconds, dict(os.environ))
+    assert (list(state["stages"]), state["missing"]) == (done, missing)
+    if done:
+        assert json.loads((tmp_path / "gpu_first.json").read_text()) == state
+        text = (tmp_path / "gpu_first.md").read_text()
+        assert f"| {done[-1]} |" in text
+        assert (f"{broken} says" in text) == bool(broken)
+        assert all(f"| {name} | | | not begun |" in text for name in missing)
+
+
+def test_figures_of_another_day_are_not_reported(first, results, tmp_path):
+    results.claim("fast", 1.3)
+    state = {"device": "a GPU", "date": "a day", "stages": {}, "missing": []}
+    assert "| fast | 1.300 |" in first.write(state, tmp_path, results.path.stat().st_mtime - 1)
+    assert "fast" not in first.write(state, tmp_path, results.path.stat().st_mtime + 1)
+
+
+def test_the_stages_fit_into_twelve_minutes_and_check_every_operator(first, tmp_path, monkeypatch):
+    correctness = importlib.import_module("correctness")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    stages = first.stages(tmp_path, rehearse=False)
+    assert sum(stage.seconds for stage in stages.values()) <= 720
+    assert stages["build"].jobs[0].environment[0] == ("LUMI_CUDA_ARCHES", "90")
+    assert set(first.OPERATORS) == set(correctness.OPERATORS)
+    for name, stage in stages.items():
+        assert name == "build" or all(Path(job.words[0]).exists() for job in stage.jobs)
+        assert len({job.name for job in stage.jobs}) == len(stage.jobs)
+        if name in ("training_step", "tuning", "training", "figures"):
+            assert stage.workers == 1  # what is timed has the GPU to itself
+
+
+def test_every_operator_has_a_case_of_a_real_models_size(on_the_path):
+    correctness = importlib.import_module("correctness")
+    for operator, cases in correctness.OPERATORS.items():
+        assert any(case.production for case in cases()), operator
+
+
+def test_a_part_of_the_cases(on_the_path, monkeypatch, device):
+    correctness = importlib.import_module("correctness")
+    names = []
+    monkeypatch.setattr(correctness, "check", lambda case, *_: names.append(case.name))
+    for part in range(3):
+        dtypes = [torch.float32]
+        assert correctness.run("swiglu", dtypes, torch.device(device), part=(part, 3)) == 0
+    assert sorted(names) == sorted(case.name for case in correctness.OPERATORS["swiglu"]())
+
+
+def test_the_nearest_tiles_differ_least(on_the_path):
+    tuner = importlib.import_module("tune_attention")
+    rows = tuner.candidates(90)
+    near = tuner.nearest(rows, rows[7], 6)
+    changed = [sum(row[name] != rows[7][name] for name in row) for row in near]
+    assert changed == [1] * 6
+
+
+def test_data_of_another_machine_is_not_made_again(first, tmp_path):
+    name_jobs = lambda: {
+        job.name for stage in first.stages(tmp_path, rehearse=True).values() for job in stage.jobs
+    }
+    before = name_jobs()
+    for folder, job in (("data", "data"), ("losses_cpu", "losses cpu")):
+        assert job in name_jobs()
+        (tmp_path / folder).mkdir()
+        assert job not in name_jobs()
+    assert before - name_jobs() == {"data", "losses cpu"}
+
+
+def test_without_a_gpu_the_first_quarter_of_an_hour_is_not_begun(first, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert first.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_losses_of_the_gpu_and_the_cpu_are_compared(results, tmp_path):
+    training = importlib.import_module("gpu_first_training")
+    curves = {
+        "train_16": [5.0, 4.0],
+        "train_128": [5.0, 4.5],
+        "losses_cpu": [5.0, 4.0],
+        "losses_gpu": [5.0, 4.25],
+    }
+    for name, losses in curves.items():
+        (tmp_path / name).mkdir()
+        record = {"kind": "train", "tokens_per_second": 100.0}
+        lines = [json.dumps({"step": step, "loss": loss} | record) for step, loss in enumerate(losses, 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    training.judge_training(results)
+    claims = {claim["claim"]: claim for claim in read(results)["claims"]}
+    assert [claim["met"] for claim in claims.values() if "apart" in claim["claim"]] == [False]
+    assert claims["train.py, tiny, 128 rows at a time: loss"]["measured"] == 4.5
+    assert claims["train.py, tiny, 16 rows at a time: tokens_per_second"]["measured"] == 100.0
+
+
+@pytest.mark.soak
+def test_the_first_quarter_of_an_hour_is_rehearsed(first, tmp_path, monkeypatch):
+    code = first.main(["--rehearse", "--output-dir", str(tmp_path)])
+    state = json.loads((tmp_path / "gpu_first.json").read_text())
+    problems = [job for stage in state["stages"].values() for job in stage["jobs"] if job["problem"]]
+    assert (problems, state["missing"], code) == ([], [], 0)
+    assert "self_cpu" in (tmp_path / "profile.txt").read_text().lower().replace(" ", "_")
 
 
 def make(*arguments, **environment):
