@@ -208,6 +208,7 @@ class StandInGpu(TorchDispatchMode):
             *(mock.patch.object(kind, "__getitem__", kernel) for kind in (JITFunction, InterpretedFunction)),
             *(mock.patch.object(module, "_csrc", csrc) for module in (adamw, global_norm)),
             mock.patch.object(_csrc, "has_cuda", True),
+            mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
             *(mock.patch.object(torch.cuda, name, value) for name, value in cuda.items()),
             mock.patch.object(torch.distributed, "all_reduce"),
         ]
@@ -231,8 +232,7 @@ class _SeenAsCuda(TorchFunctionMode):
         on_gpu = isinstance(first, Tensor) and first.is_meta
         if name == "__get__" and func.__self__ is Tensor.device:
             return CUDA if on_gpu else func(*args)
-        if name == "pin_memory":
-            return first
+        kwargs.pop("pin_memory", None)
         if func is torch.device:
             return func(*args, **kwargs)
         if on_gpu and name in READS:
