@@ -272,9 +272,9 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
             signature |= {f"{name}_ptr": "*T" for name in tensors if name not in walks[kernel]}
             signature |= {f"{name}_ptr": plan.get(name, "*fp32") for name in rows}
             signature |= {f"{name}_strides": ("i32", "i32") for name in tensors} | {"N": "i32"}
+            config |= {"ORDER": ORDER_BLOCK}
             if kernel != "delta":
                 signature |= {"G" if kernel == "dkdv" else "H": "i32", "group": "i32", "scale": "fp32"}
-                config |= {"ORDER": ORDER_BLOCK}
             if kernel in ("dkdv", "dq"):
                 signature |= {"dscore": "fp32"}
             products = {90: "HGMMA", 100: "UTCMMA"}.get(arch, "MMA")
