@@ -20,7 +20,8 @@ class Entry:
         module, kernel: where it is.
         signature: the type of every run-time argument, T for the dtype.
         constexprs: the others; None is a pointer that the launcher leaves out.
-        num_warps, num_stages: as launched.
+        num_warps, num_stages, maxnreg: as launched; maxnreg, the most registers of a thread, is None where
+            the compiler is free.
         aligned: integer arguments that are multiples of 16, as Triton finds at launch. Pointers always are.
         expects: instructions that must be there; those of tensor cores in 16 bits only.
         moved: how many elements of T and how many of 4 bytes a row (token) must move between the GPU's memory
@@ -35,6 +36,7 @@ class Entry:
     constexprs: dict[str, int | None]
     num_warps: int
     num_stages: int = 3
+    maxnreg: int | None = None
     aligned: tuple[str, ...] = ()
     expects: tuple[str, ...] = ("LDG.128", "STG.128")
     moved: tuple[int, int] = (0, 0)
@@ -241,11 +243,9 @@ def _entry(
     aligned = tuple(
         name for name in signature if name == width or name.startswith("stride_") or name.endswith("_strides")
     )
-    blocks = {key: value for key, value in config.items() if key not in ("num_warps", "num_stages")}
-    stages = {"num_stages": config["num_stages"]} if "num_stages" in config else {}
-    return Entry(
-        name, module, kernel, signature, blocks, config["num_warps"], aligned=aligned, **stages, **more
-    )
+    options = {key: config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in config}
+    blocks = {key: value for key, value in config.items() if key not in options}
+    return Entry(name, module, kernel, signature, blocks, aligned=aligned, **options, **more)
 
 
 def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:

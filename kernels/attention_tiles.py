@@ -62,7 +62,8 @@ def tile(kernel: str, K: int, dtype: torch.dtype, arch: int) -> Row:
         arch: from `architecture`.
 
     Returns:
-        keyword arguments of the launch; BLOCK_K is K's next power of two, at least 16.
+        keyword arguments of the launch, `maxnreg` among them where a row limits a thread's registers. BLOCK_K
+        is K's next power of two, at least 16.
     """
     block_k = max(1 << (K - 1).bit_length(), 16)
     if kernel == "delta":
