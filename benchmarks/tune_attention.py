@@ -29,13 +29,22 @@ Shape = tuple[int, int, int, int]  # B, T, H, G
 SHAPE: Shape = (4, 4096, 16, 16)
 CHECKED: Shape = (1, 300, 2, 1)
 KERNELS = ("fwd", "dkdv", "dq")
+LIMITS = {
+    4: 168,
+    8: 128,
+}  # registers a thread, by warps: three blocks of 4 or two of 8 share a multiprocessor
 
 
-def candidates(arch: int) -> list[attention_tiles.Row]:
-    """Every tile worth compiling; with descriptors if the architecture has the bulk tensor copy engine."""
+def candidates(arch: int, K: int) -> list[attention_tiles.Row]:
+    """Every tile worth compiling; with descriptors if the architecture has the bulk tensor copy engine. At
+    head dim 64, where tiles want little more than a third or a half of the registers, also with a limit."""
     grid = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), (arch >= 90,))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DESCRIPTORS")
-    return [dict(zip(names, values, strict=True)) for values in grid]
+    rows = [dict(zip(names, values, strict=True)) for values in grid]
+    if K > 64:
+        return rows
+    tall = [row for row in rows if (row["BLOCK_M"], row["BLOCK_N"]) == (128, 64)]
+    return [*rows, *({**row, "maxnreg": LIMITS[row["num_warps"]]} for row in tall)]
 
 
 def operands(shape: Shape, K: int, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -132,7 +141,7 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     with measure.ready(device):
         for K, kernel in itertools.product(args.head_dim, args.kernel):
-            rows = candidates(attention_tiles.architecture(device))
+            rows = candidates(attention_tiles.architecture(device), K)
             print(
                 f"{kernel} K={K}: {tune(kernel, K, rows, device, torch.bfloat16, SHAPE, rounds=7)}",
                 flush=True,
