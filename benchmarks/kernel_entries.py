@@ -151,11 +151,11 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
     signature |= {f"{tensor}_strides": ("i32", "i32", "i32") for tensor in ("q", "k", "v")}
     signature |= dict.fromkeys(("stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"), "i32")
     signature |= {"scale": "fp32"}
-    split: Signature = {"out_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32"}
+    split: Signature = {"out_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "shares_ptr": "*i32"}
     whole: Signature = {"out_ptr": "*T"}  # y itself
     element = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     group, mma = 4, ("LDG.128", "STG.128", "MMA")
-    alone, not_split = ("page_table_ptr",), ("page_table_ptr", "max_ptr", "sum_ptr")
+    alone, not_split = ("page_table_ptr",), ("page_table_ptr", "max_ptr", "sum_ptr", "shares_ptr")
     for name, rows, out, absent, window, sizes in (
         ("decode_attention", group, split, alone, 0, (64, 96, 128)),
         ("decode_attention_paged", group, split, (), 0, (64, 96, 128)),
@@ -179,6 +179,7 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
         "partial_ptr": "*fp32",
         "max_ptr": "*fp32",
         "sum_ptr": "*fp32",
+        "shares_ptr": "*i32",
         "y_ptr": "*T",
         "num_splits": "i32",
     }
