@@ -101,7 +101,7 @@ def inspect(entry: Entry, dtype: str, arch: int) -> Report:
             )
             attrs |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(function, signature, entry.constexprs, attrs)
-    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages, "maxnreg": entry.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     # Dynamic shared memory is not in the resource report.
     return report(entry, dtype, arch, _disassemble(compiled.asm["cubin"]), compiled.metadata.shared)

@@ -20,7 +20,8 @@ class Entry:
         module, kernel: where it is.
         signature: the type of every run-time argument, T for the dtype.
         constexprs: the others; None is a pointer that the launcher leaves out.
-        num_warps, num_stages: as launched.
+        num_warps, num_stages, maxnreg: as launched; maxnreg, the most registers of a thread, is None where
+            the compiler is free.
         aligned: integer arguments that are multiples of 16, as Triton finds at launch. Pointers always are.
         expects: instructions that must be there; those of tensor cores in 16 bits only.
         moved: how many elements of T and how many of 4 bytes a row (token) must move between the GPU's memory
@@ -38,6 +39,7 @@ class Entry:
     constexprs: dict[str, int | None]
     num_warps: int
     num_stages: int = 3
+    maxnreg: int | None = None
     aligned: tuple[str, ...] = ()
     expects: tuple[str, ...] = ("LDG.128", "STG.128")
     moved: tuple[int, int] = (0, 0)
@@ -158,11 +160,11 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
     signature |= {f"{tensor}_strides": ("i32", "i32", "i32") for tensor in ("q", "k", "v")}
     signature |= dict.fromkeys(("stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"), "i32")
     signature |= {"scale": "fp32"}
-    split: Signature = {"out_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32"}
+    split: Signature = {"out_ptr": "*fp32", "max_ptr": "*fp32", "sum_ptr": "*fp32", "shares_ptr": "*i32"}
     whole: Signature = {"out_ptr": "*T"}  # y itself
     element = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     group, mma = 4, ("LDG.128", "STG.128", "MMA")
-    alone, not_split = ("page_table_ptr",), ("page_table_ptr", "max_ptr", "sum_ptr")
+    alone, not_split = ("page_table_ptr",), ("page_table_ptr", "max_ptr", "sum_ptr", "shares_ptr")
     for name, rows, out, absent, window, sizes in (
         ("decode_attention", group, split, alone, 0, (64, 96, 128)),
         ("decode_attention_paged", group, split, (), 0, (64, 96, 128)),
@@ -191,6 +193,7 @@ def _decode_attention_entries(dtype: str) -> Iterator[Entry]:
         "partial_ptr": "*fp32",
         "max_ptr": "*fp32",
         "sum_ptr": "*fp32",
+        "shares_ptr": "*i32",
         "y_ptr": "*T",
         "num_splits": "i32",
     }
@@ -258,11 +261,9 @@ def _entry(
     aligned = tuple(
         name for name in signature if name == width or name.startswith("stride_") or name.endswith("_strides")
     )
-    blocks = {key: value for key, value in config.items() if key not in ("num_warps", "num_stages")}
-    stages = {"num_stages": config["num_stages"]} if "num_stages" in config else {}
-    return Entry(
-        name, module, kernel, signature, blocks, config["num_warps"], aligned=aligned, **stages, **more
-    )
+    options = {key: config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in config}
+    blocks = {key: value for key, value in config.items() if key not in options}
+    return Entry(name, module, kernel, signature, blocks, aligned=aligned, **options, **more)
 
 
 def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
@@ -289,9 +290,9 @@ def _attention_entries(dtype: str, arch: int) -> Iterator[Entry]:
             signature |= {f"{name}_ptr": "*T" for name in tensors if name not in walks[kernel]}
             signature |= {f"{name}_ptr": plan.get(name, "*fp32") for name in rows}
             signature |= {f"{name}_strides": ("i32", "i32") for name in tensors} | {"N": "i32"}
+            config |= {"ORDER": ORDER_BLOCK}
             if kernel != "delta":
                 signature |= {"G" if kernel == "dkdv" else "H": "i32", "group": "i32", "scale": "fp32"}
-                config |= {"ORDER": ORDER_BLOCK}
             if kernel in ("dkdv", "dq"):
                 signature |= {"dscore": "fp32"}
             products = {90: "HGMMA", 100: "UTCMMA"}.get(arch, "MMA")

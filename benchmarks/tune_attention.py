@@ -31,13 +31,22 @@ Shape = tuple[int, int, int, int]  # B, T, H, G
 SHAPE: Shape = (4, 4096, 16, 16)
 CHECKED: Shape = (1, 300, 2, 1)
 KERNELS = ("fwd", "dkdv", "dq")
+LIMITS = {
+    4: 168,
+    8: 128,
+}  # registers a thread, by warps: three blocks of 4 or two of 8 share a multiprocessor
 
 
-def candidates(arch: int) -> list[attention_tiles.Row]:
-    """Every tile worth compiling; with descriptors if the architecture has the bulk tensor copy engine."""
+def candidates(arch: int, K: int) -> list[attention_tiles.Row]:
+    """Every tile worth compiling; with descriptors if the architecture has the bulk tensor copy engine. At
+    head dim 64, where tiles want little more than a third or a half of the registers, also with a limit."""
     grid = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), (arch >= 90,))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DESCRIPTORS")
-    return [dict(zip(names, values, strict=True)) for values in grid]
+    rows = [dict(zip(names, values, strict=True)) for values in grid]
+    if K > 64:
+        return rows
+    tall = [row for row in rows if (row["BLOCK_M"], row["BLOCK_N"]) == (128, 64)]
+    return [*rows, *({**row, "maxnreg": LIMITS[row["num_warps"]]} for row in tall)]
 
 
 def nearest(
@@ -45,7 +54,7 @@ def nearest(
 ) -> list[attention_tiles.Row]:
     """The `count` rows that differ least from the present one, in how many of its values."""
     others = [row for row in rows if row != present]
-    return sorted(others, key=lambda row: sum(row.get(name) != present[name] for name in present))[:count]
+    return sorted(others, key=lambda row: sum(row.get(name) != present.get(name) for name in row | present))[:count]
 
 
 def operands(shape: Shape, K: int, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -151,7 +160,7 @@ def main() -> int:
     dtype, shape = (torch.float16, CHECKED) if args.rehearse else (torch.bfloat16, SHAPE)
     with measure.ready(device):
         for K, kernel in itertools.product(args.head_dim, args.kernel):
-            rows = candidates(attention_tiles.architecture(device))
+            rows = candidates(attention_tiles.architecture(device), K)
             if args.nearest:
                 arch = attention_tiles.rows_of(attention_tiles.architecture(device))
                 present = attention_tiles.table()[arch]["64" if K <= 64 else "128"][kernel]

@@ -9,7 +9,7 @@ Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; without whole rows of sco
 https://arxiv.org/abs/2307.08691; grouped queries: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245.
 
 Shape letters: B batch rows, T tokens per row, N = B*T tokens, H query heads, G kv heads (H a multiple of G),
-K head dim. Query head h reads kv head h // (H / G).
+K head dim, L = N padded to whole tiles of ORDER_BLOCK tokens. Query head h reads kv head h // (H / G).
 Precision: products in the dtype of q, summed in float32. Softmax in float32 and in powers of two: log2 e is
 folded into the scale. p and dz are rounded to the dtype of q for the second products. Every output is cast
 once. The reference keeps float64 as float64.
@@ -114,6 +114,14 @@ def _store_tile(
 
 @triton.jit
 @no_type_check
+def _row_of_head(head, N, ORDER: tl.constexpr):
+    """Where a head begins in lse and delta, whose heads are padded to whole tiles of ORDER tokens. So every
+    tile of them is aligned and whole, and its loads need no mask."""
+    return tl.cast(head, tl.int64) * (tl.cdiv(N, ORDER) * ORDER)
+
+
+@triton.jit
+@no_type_check
 def _first_token(pid, num_heads, order_ptr, ORDER: tl.constexpr, BLOCK: tl.constexpr):
     """The first token and the head of a program: heads side by side, tiles with the most work first."""
     parts: tl.constexpr = ORDER // BLOCK
@@ -184,8 +192,8 @@ def _fwd_walk(
         )
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            keys = start + tl.arange(0, BLOCK_N)
-            seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None])
+            offset = tl.arange(0, BLOCK_N)[None, :]
+            seen = (offset <= (rows - start)[:, None]) & (offset >= (first_key - start)[:, None])
             score = tl.where(seen, score, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(score, axis=1) * scale)
         # In a masked tile a row may have seen no key yet, and -inf - -inf would be NaN. Full tiles come after
@@ -212,11 +220,13 @@ def _attention_fwd_kernel(
     ORDER: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     first, head = _first_token(tl.program_id(0), H, order_ptr, ORDER, BLOCK_M)
-    if first >= N:
+    rows = first + tl.arange(0, BLOCK_M)
+    lse_ptrs = lse_ptr + _row_of_head(head, N, ORDER) + rows
+    if first >= N:  # the padding is read, and dropped: any finite number will do
+        tl.store(lse_ptrs, tl.zeros((BLOCK_M,), dtype=tl.float32))
         return
     last = tl.minimum(first + BLOCK_M, N) - 1
     span = _span_of_keys(first, last, first_key_ptr, BLOCK_N)
-    rows = first + tl.arange(0, BLOCK_M)
     first_key = tl.load(first_key_ptr + rows, mask=rows < N, other=0)
     q = _load_tile(q_ptr, q_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
     kv_head = head // group
@@ -234,8 +244,7 @@ def _attention_fwd_kernel(
     )  # fmt: skip
 
     _store_tile(y_ptr, y_strides, first, head, N, y / row_sum[:, None], HEAD_DIM, BLOCK_M, BLOCK_K)
-    lse = row_max + tl.log2(row_sum)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * N + rows, lse, mask=rows < N)
+    tl.store(lse_ptrs, row_max + tl.log2(row_sum))
 
 
 # --- Triton: backward. delta, then dk and dv by tiles of keys, then dq by tiles of queries ---
@@ -247,14 +256,14 @@ def _attention_delta_kernel(
     dy_ptr, y_ptr, delta_ptr,
     dy_strides, y_strides,
     N,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    first, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
+    first, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     dy = _load_tile(dy_ptr, dy_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
     y = _load_tile(y_ptr, y_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
-    rows = first + tl.arange(0, BLOCK_M)
-    tl.store(delta_ptr + head * N + rows, delta, mask=rows < N)
+    # Past N dy and y were loaded as zeros: so is delta, and dz of the padding is zero.
+    tl.store(delta_ptr + _row_of_head(head, N, ORDER) + first + tl.arange(0, BLOCK_M), delta)
 
 
 @triton.jit
@@ -271,19 +280,23 @@ def _dkdv_walk(
     """
     low, high = _bounds(span, MASKED)
     for count in range(low, high, BLOCK_M):
-        start = _tile_start(count, span, MASKED)
+        start = tl.multiple_of(_tile_start(count, span, MASKED), BLOCK_M)
         rows = start + tl.arange(0, BLOCK_M)
         q = _load_tile(q_source, q_strides, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED)
-        lse = tl.load(lse_head + rows, mask=rows < N, other=0.0)
+        lse = tl.load(lse_head + rows)
         score = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = tl.exp2(score * scale - lse[None, :])
         if MASKED:
-            p = tl.where((rows[None, :] >= keys[:, None]) & (rows[None, :] <= last_query[:, None]), p, 0.0)
+            # Against a column's own number: rows[None, :] would be a register for each column.
+            offset = tl.arange(0, BLOCK_M)[None, :]
+            p = tl.where(
+                (offset >= (keys - start)[:, None]) & (offset <= (last_query - start)[:, None]), p, 0.0
+            )
         dy = _load_tile(
             dy_source, dy_strides, start, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, DESCRIPTORS, MASKED
         )
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
-        delta = tl.load(delta_head + rows, mask=rows < N, other=0.0)
+        delta = tl.load(delta_head + rows)
         dz = p * (tl.dot(v, tl.trans(dy), input_precision="ieee") - delta[None, :])
         dk = tl.dot(dz.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -312,7 +325,7 @@ def _attention_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for member in range(group):  # every query head that reads this kv head, in order: no atomics
         head = kv_head * group + member
-        row_of_head = tl.cast(head, tl.int64) * N
+        row_of_head = _row_of_head(head, N, ORDER)
         lse_head, delta_head = lse_ptr + row_of_head, delta_ptr + row_of_head
         dk, dv = _dkdv_walk(
             dk, dv, k, v, q_source, dy_source, q_strides, dy_strides, lse_head, delta_head, head, keys,
@@ -344,8 +357,10 @@ def _dq_walk(
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.exp2(score * scale - lse[:, None])
         if MASKED:
-            keys = start + tl.arange(0, BLOCK_N)
-            p = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] >= first_key[:, None]), p, 0.0)
+            offset = tl.arange(0, BLOCK_N)[None, :]
+            p = tl.where(
+                (offset <= (rows - start)[:, None]) & (offset >= (first_key - start)[:, None]), p, 0.0
+            )
         v = _load_tile(
             v_source, v_strides, start, kv_head, N, HEAD_DIM, BLOCK_N, BLOCK_K, DESCRIPTORS, MASKED
         )
@@ -373,9 +388,8 @@ def _attention_dq_kernel(
     kv_head = head // group
     q = _load_tile(q_ptr, q_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
     dy = _load_tile(dy_ptr, dy_strides, first, head, N, HEAD_DIM, BLOCK_M, BLOCK_K, False, True)
-    row_of_head = tl.cast(head, tl.int64) * N
-    lse = tl.load(lse_ptr + row_of_head + rows, mask=rows < N, other=0.0)
-    delta = tl.load(delta_ptr + row_of_head + rows, mask=rows < N, other=0.0)
+    row_of_head = _row_of_head(head, N, ORDER)
+    lse, delta = tl.load(lse_ptr + row_of_head + rows), tl.load(delta_ptr + row_of_head + rows)
 
     dq = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     dq = _dq_walk(
@@ -440,26 +454,26 @@ def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
 def attention_fwd(
     q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, first_key_N: Tensor, order_C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns y_NHK in q's dtype and lse_HN in float32, the log2 of every row's sum.
+    """Returns y_NHK in q's dtype and lse_HL in float32, the log2 of every row's sum.
 
     Inputs may have any strides, except that the stride inside a head is 1.
     """
     (N, H, K), G = q_NHK.shape, k_NGK.shape[1]
     y_NHK = torch.empty(N, H, K, dtype=q_NHK.dtype, device=q_NHK.device)
-    lse_HN = torch.empty(H, N, dtype=torch.float32, device=q_NHK.device)
+    lse_HL = torch.empty(H, len(order_C) * ORDER_BLOCK, dtype=torch.float32, device=q_NHK.device)
     config = tile("fwd", K, q_NHK.dtype, architecture(q_NHK.device))
     config, (k, v) = _sources(config, config["BLOCK_N"], k_NGK, v_NGK)
     scale, _ = _scales(K)
     with torch.cuda.device_of(q_NHK):  # Triton launches on the current device, which need not be q's
         _attention_fwd_kernel[_grid(N, H, config["BLOCK_M"])](
-            q_NHK, k, v, y_NHK, lse_HN, first_key_N, order_C, *_strides(q_NHK, k_NGK, v_NGK, y_NHK),
+            q_NHK, k, v, y_NHK, lse_HL, first_key_N, order_C, *_strides(q_NHK, k_NGK, v_NGK, y_NHK),
             N, H, H // G, scale, HEAD_DIM=K, ORDER=ORDER_BLOCK, **config,
         )  # fmt: skip
-    return y_NHK, lse_HN
+    return y_NHK, lse_HL
 
 
 def attention_bwd(
-    dy_NHK: Tensor, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, y_NHK: Tensor, lse_HN: Tensor,
+    dy_NHK: Tensor, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, y_NHK: Tensor, lse_HL: Tensor,
     first_key_N: Tensor, last_query_N: Tensor, query_order_C: Tensor, key_order_C: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns dq_NHK, dk_NGK and dv_NGK in q's dtype. Writes to no input."""
@@ -467,23 +481,23 @@ def attention_bwd(
     dq_NHK, dk_NGK, dv_NGK = (
         torch.empty(N, heads, K, dtype=q_NHK.dtype, device=q_NHK.device) for heads in (H, G, G)
     )
-    delta_HN = torch.empty(H, N, dtype=torch.float32, device=q_NHK.device)
+    delta_HL = torch.empty_like(lse_HL)
     arch = architecture(q_NHK.device)
     delta, dkdv, dq = (tile(name, K, q_NHK.dtype, arch) for name in ("delta", "dkdv", "dq"))
     dkdv, (q, dy) = _sources(dkdv, dkdv["BLOCK_M"], q_NHK, dy_NHK)
     dq, (k, v) = _sources(dq, dq["BLOCK_N"], k_NGK, v_NGK)
     strides = _strides(q_NHK, k_NGK, v_NGK, dy_NHK)
     with torch.cuda.device_of(q_NHK):
-        _attention_delta_kernel[(triton.cdiv(N, delta["BLOCK_M"]), H)](
-            dy_NHK, y_NHK, delta_HN, *_strides(dy_NHK, y_NHK), N, HEAD_DIM=K, **delta
+        _attention_delta_kernel[(lse_HL.shape[1] // delta["BLOCK_M"], H)](
+            dy_NHK, y_NHK, delta_HL, *_strides(dy_NHK, y_NHK), N, HEAD_DIM=K, ORDER=ORDER_BLOCK, **delta
         )
         _attention_dkdv_kernel[_grid(N, G, dkdv["BLOCK_N"])](
-            q, k_NGK, v_NGK, dy, lse_HN, delta_HN, dk_NGK, dv_NGK, last_query_N, key_order_C,
+            q, k_NGK, v_NGK, dy, lse_HL, delta_HL, dk_NGK, dv_NGK, last_query_N, key_order_C,
             *strides, *_strides(dk_NGK, dv_NGK),
             N, G, H // G, *_scales(K), HEAD_DIM=K, ORDER=ORDER_BLOCK, **dkdv,
         )  # fmt: skip
         _attention_dq_kernel[_grid(N, H, dq["BLOCK_M"])](
-            q_NHK, k, v, dy_NHK, lse_HN, delta_HN, dq_NHK, first_key_N, query_order_C,
+            q_NHK, k, v, dy_NHK, lse_HL, delta_HL, dq_NHK, first_key_N, query_order_C,
             *strides, *_strides(dq_NHK),
             N, H, H // G, *_scales(K), HEAD_DIM=K, ORDER=ORDER_BLOCK, **dq,
         )  # fmt: skip
@@ -496,7 +510,7 @@ def attention_bwd(
 def native_attention_fwd(
     q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, first_key_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `attention_fwd`, but lse_HN is the natural logarithm."""
+    """As `attention_fwd`, but the second result is lse_HN, not padded, and the natural logarithm."""
     (N, H, K), G, operators = q_NHK.shape, k_NGK.shape[1], cpu_operators(q_NHK.dtype)
     y_NHK, lse_HN = torch.empty(q_NHK.shape, dtype=q_NHK.dtype), torch.empty(H, N)
     starts, *scratch = _spans(first_key_N, K, q_NHK.dtype, backward=False)
@@ -569,9 +583,12 @@ def _attention_backward_op(
 
 
 @_attention_op.register_fake
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(H, B * T, dtype=torch.float32)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, last_query: Tensor,
+    query_order: Tensor, key_order: Tensor, native: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = len(first_key) if native else len(query_order) * ORDER_BLOCK
+    return q.new_empty(q.shape), q.new_empty(q.shape[2], rows, dtype=torch.float32)
 
 
 @_attention_backward_op.register_fake

@@ -18,7 +18,7 @@ from lumi.kernels.native import capability
 TABLE = Path(__file__).with_suffix(".json")
 _FLOAT32 = {
     "fwd": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
-    "dkdv": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "DESCRIPTORS": False},
+    "dkdv": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "DESCRIPTORS": False},
     "dq": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "DESCRIPTORS": False},
 }
 _DELTA_TILE = 1024  # elements of a program of the delta kernel: 8 for each of its 128 threads
@@ -62,7 +62,8 @@ def tile(kernel: str, K: int, dtype: torch.dtype, arch: int) -> Row:
         arch: from `architecture`.
 
     Returns:
-        keyword arguments of the launch; BLOCK_K is K's next power of two, at least 16.
+        keyword arguments of the launch, `maxnreg` among them where a row limits a thread's registers. BLOCK_K
+        is K's next power of two, at least 16.
     """
     block_k = max(1 << (K - 1).bit_length(), 16)
     if kernel == "delta":

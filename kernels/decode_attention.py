@@ -126,16 +126,16 @@ def _check_shapes(
 @triton.jit(do_not_specialize=["stride_pb", "stride_pt", "stride_tb", "T", "S", "G", "num_tiles"])
 @no_type_check
 def _decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, page_table_ptr, out_ptr, max_ptr, sum_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, page_table_ptr, out_ptr, max_ptr, sum_ptr, shares_ptr,
     q_strides, k_strides, v_strides, stride_pb, stride_pt, stride_tb,
     T, S, G, num_tiles, scale,
     K: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, MIN_SHARE: tl.constexpr,
 ):  # fmt: skip
     # `strides` are of (row, token, head); in pages (PAGE_SIZE > 0) those of k and v are of (page, slot,
     # head). `scale` holds log2(e): the softmax is one of powers of two. Without SPLIT out is y (N, K), with
-    # it out are partial sums (N, I, K) beside max and sum (N, I). A prompt's last queries see the most keys,
-    # so they start first. WINDOW is 0 where there is none.
+    # it out are partial sums (N, I, K) beside max and sum (N, I), of which the first shares (N) are written.
+    # A prompt's last queries see the most keys, so they start first. WINDOW is 0 where there is none.
     row_tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     batch_head = tl.program_id(0) // num_tiles
     # int64: sizes of caches can exceed 2**31.
@@ -153,17 +153,20 @@ def _decode_attention_kernel(
     positions = tl.maximum(tl.minimum(positions, S - 1), -1).to(tl.int32)
     end = tl.max(positions, axis=0) + 1
 
-    # Shared out in the kernel: the host does not know how many slots are in use.
-    num_blocks = tl.cdiv(end, BLOCK_S)
+    # Shared out in the kernel: the host does not know how many slots are in use. No share is smaller than
+    # MIN_SHARE blocks but the last, whatever the cache could hold; programs that are left over do nothing.
+    num_blocks, first_block = tl.cdiv(end, BLOCK_S), 0
     if WINDOW > 0:
         # The first slot that a query sees; queries that see nothing do not count.
         least = tl.min(tl.where(positions < 0, S, positions), axis=0)
         begin = tl.minimum(tl.maximum(least - WINDOW + 1, 0), end)
-        share = tl.cdiv(num_blocks - begin // BLOCK_S, tl.num_programs(1))
-        first = begin // BLOCK_S + tl.program_id(1) * share
-    else:
-        share = tl.cdiv(num_blocks, tl.num_programs(1))
-        first = tl.program_id(1) * share
+        first_block = begin // BLOCK_S
+    wanted = tl.minimum(tl.cdiv(num_blocks - first_block, MIN_SHARE), tl.num_programs(1))
+    share = tl.maximum(tl.cdiv(num_blocks - first_block, tl.maximum(wanted, 1)), 1)
+    shares = tl.maximum(tl.cdiv(num_blocks - first_block, share), 1)  # one of nothing: it stores zeros
+    if tl.program_id(1) >= shares:
+        return
+    first = first_block + tl.program_id(1) * share
 
     # Not -inf: the difference of two would be NaN where nothing is visible.
     largest = tl.full((BLOCK_M,), -3.4e38, dtype=tl.float32)
@@ -206,6 +209,8 @@ def _decode_attention_kernel(
 
     n = (b * T + t) * (G * GROUP) + head
     if SPLIT:
+        if tl.program_id(1) == 0:
+            tl.store(shares_ptr + n, shares, mask=inside)
         n = n * tl.num_programs(1) + tl.program_id(1)
         tl.store(max_ptr + n, largest, mask=inside)
         tl.store(sum_ptr + n, total, mask=inside)
@@ -217,25 +222,26 @@ def _decode_attention_kernel(
 @triton.jit(do_not_specialize=["num_splits"])
 @no_type_check
 def _combine_kernel(
-    partial_ptr, max_ptr, sum_ptr, y_ptr,
+    partial_ptr, max_ptr, sum_ptr, shares_ptr, y_ptr,
     num_splits,
     K: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
+    shares = tl.load(shares_ptr + n)  # of the num_splits that there is room for
     every = tl.arange(0, MAX_SPLITS)
-    maxima = tl.load(max_ptr + n * num_splits + every, mask=every < num_splits, other=float("-inf"))
-    sums = tl.load(sum_ptr + n * num_splits + every, mask=every < num_splits, other=0.0)
+    maxima = tl.load(max_ptr + n * num_splits + every, mask=every < shares, other=float("-inf"))
+    sums = tl.load(sum_ptr + n * num_splits + every, mask=every < shares, other=0.0)
     # Finite: a share in which a row sees nothing has the lowest number and a sum of zero.
     largest = tl.max(maxima, axis=0)
     total = tl.sum(tl.exp2(maxima - largest) * sums, axis=0)
 
     cols = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_I, BLOCK_K), dtype=tl.float32)  # summed over BLOCK_I once, after the loop
-    for start in range(0, num_splits, BLOCK_I):
+    for start in range(0, shares, BLOCK_I):
         splits = start + tl.arange(0, BLOCK_I)
-        some = tl.load(max_ptr + n * num_splits + splits, mask=splits < num_splits, other=float("-inf"))
+        some = tl.load(max_ptr + n * num_splits + splits, mask=splits < shares, other=float("-inf"))
         weights = tl.exp2(some - largest)
-        mask = (splits < num_splits)[:, None] & (cols < K)[None, :]
+        mask = (splits < shares)[:, None] & (cols < K)[None, :]
         partial_ptrs = partial_ptr + (n * num_splits + splits)[:, None] * K + cols[None, :]
         acc += weights[:, None] * tl.load(partial_ptrs, mask=mask, other=0.0)
     y = tl.sum(acc, axis=0) / tl.where(total == 0.0, 1.0, total)
@@ -246,13 +252,17 @@ def _combine_kernel(
 
 
 def tile_config(K: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_M, BLOCK_S, BLOCK_K, num_warps and num_stages for `rows` (query, head) pairs per kv head."""
+    """Blocks, MIN_SHARE, num_warps and num_stages for `rows` (query, head) pairs per kv head.
+
+    A share of fewer than MIN_SHARE blocks of keys would gain less than its partial result costs.
+    """
     block_k = max(triton.next_power_of_2(K), _MIN_BLOCK)
     block_m = min(max(triton.next_power_of_2(rows), _MIN_BLOCK), _MAX_BLOCK_M, _TILE // block_k)
     block_s = min(_TILE // block_k, _SCORES // block_m, 4 * block_k)
     if dtype.itemsize == 4:  # no tensor cores: operands stand in registers, which larger tiles exhaust
         block_m = block_s = _MIN_BLOCK
     return {
+        "MIN_SHARE": max(2, 4 * block_m // block_s),
         "BLOCK_M": block_m,
         "BLOCK_S": block_s,
         "BLOCK_K": block_k,
@@ -279,13 +289,13 @@ def _wanted_programs(device: torch.device) -> int:
 
 
 def num_splits(programs: int, S: int, config: dict[str, int], device: torch.device) -> int:
-    """Shares of the keys: enough to fill the GPU, but no share so small that its partial result costs more
-    than a part of its keys.
+    """The most shares of the keys: enough to fill the GPU, and no more than S slots can use.
 
-    It depends on sizes alone. Reading positions from device memory would cost more than it could bring.
+    It depends on sizes alone: reading positions from device memory would make the host wait. How many shares
+    a row has, the kernel finds from its own positions. So a row's result is the same in a cache of any S.
     """
-    slots_per_share = max(2 * config["BLOCK_S"], 4 * config["BLOCK_M"])
-    wanted, most = triton.cdiv(_wanted_programs(device), programs), triton.cdiv(S, slots_per_share)
+    wanted = triton.cdiv(_wanted_programs(device), programs)
+    most = triton.cdiv(S, config["MIN_SHARE"] * config["BLOCK_S"])
     return max(min(wanted, most, MAX_SPLITS), 1)
 
 
@@ -300,8 +310,8 @@ def decode_attention_launch(
 ) -> Tensor:
     """Returns y_BTHK, contiguous, in q's dtype.
 
-    The last stride of q, the caches and the table is 1; all others are free. `splits` is the number of shares
-    of the keys, at most MAX_SPLITS; None leaves it to `num_splits`.
+    The last stride of q, the caches and the table is 1; all others are free. `splits` is the most shares
+    of the keys, up to MAX_SPLITS; None leaves it to `num_splits`.
     """
     B, T, H, K = q_BTHK.shape
     G = k_cache.shape[2]
@@ -317,23 +327,24 @@ def decode_attention_launch(
         seen = S if window is None else min(S, window + config["BLOCK_S"] - 1)  # of a query, in whole blocks
         splits = num_splits(num_tiles * B * G, seen, config, q_BTHK.device)
 
-    out, maxima, sums = y_BTHK, None, None
+    out, maxima, sums, shares = y_BTHK, None, None, None
     if splits > 1:
         out = torch.empty(B * T * H, splits, K, dtype=torch.float32, device=q_BTHK.device)
         maxima, sums = (
             torch.empty(B * T * H, splits, dtype=torch.float32, device=q_BTHK.device) for _ in range(2)
         )
+        shares = torch.empty(B * T * H, dtype=torch.int32, device=q_BTHK.device)
     strides = [t.stride()[:3] for t in (q_BTHK, k_cache, v_cache)]
     table_stride = 0 if page_table is None else page_table.stride(0)
     with torch.cuda.device_of(q_BTHK):  # Triton launches on the current device, which need not be q's
         _decode_attention_kernel[(num_tiles * B * G, splits)](
-            q_BTHK, k_cache, v_cache, positions_BT, page_table, out, maxima, sums,
+            q_BTHK, k_cache, v_cache, positions_BT, page_table, out, maxima, sums, shares,
             *strides, *positions_BT.stride(), table_stride,
             T, S, G, num_tiles, K**-0.5 * 1.4426950408889634,
             K=K, GROUP=group, PAGE_SIZE=page_size, WINDOW=window or 0, SPLIT=splits > 1, **config,
         )  # fmt: skip
         if splits > 1:
-            _combine_kernel[(B * T * H,)](out, maxima, sums, y_BTHK, splits, K=K, **combine_config(K))
+            _combine_kernel[(B * T * H,)](out, maxima, sums, shares, y_BTHK, splits, K=K, **combine_config(K))
     return y_BTHK
 
 

@@ -27,6 +27,7 @@ from lumi.kernels.strided_rows import strided_rows
 MAX_D = 16_384  # the forward holds a row in registers
 _WIDE_D = 8192  # above this the backward's row does not fit in registers, and it walks the row in pieces
 _WIDE_BLOCK_D = 4096
+_PREFETCHED_D = 4096
 _TILE = 2048  # elements that a program should at least have to do: narrow rows share a program
 _INTERPRETER_PROGRAMS = 3  # few: in the interpreter's tests a program of the backward takes several tiles
 
@@ -81,18 +82,20 @@ def _rms_norm_bwd_kernel(
     dy_ptr, dtotal_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_partial_ptr,
     stride_dyn, stride_dtotaln, stride_xn, stride_dxn,
     N, D, num_tiles,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)  # and with it `tile` and `rows`
+    program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)  # summed over BLOCK_N once, after the loop
 
-    for tile in range(program, num_tiles, tl.num_programs(0)):
+    # With STAGES > 1 the next tile is copied to shared memory while this one is worked on.
+    for tile in tl.range(program, num_tiles, tl.num_programs(0), num_stages=STAGES):
         rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (rows < N)[:, None] & (cols < D)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + rows[:, None] * stride_dyn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        wide = rows.to(tl.int64)[:, None]  # N * D can exceed 2**31
+        x = tl.load(x_ptr + wide * stride_xn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + wide * stride_dyn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=rows < N, other=0.0)[:, None]
 
         x_hat = x * rstd
@@ -100,11 +103,11 @@ def _rms_norm_bwd_kernel(
         dx = rstd * (dx_hat - x_hat * (tl.sum(dx_hat * x_hat, axis=1) / D)[:, None])
         dweight += dy * x_hat
         if dtotal_ptr is not None:
-            dtotal_ptrs = dtotal_ptr + rows[:, None] * stride_dtotaln + cols[None, :]
+            dtotal_ptrs = dtotal_ptr + wide * stride_dtotaln + cols[None, :]
             dx += tl.load(dtotal_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + rows[:, None] * stride_dxn + cols[None, :], dx, mask=mask)
+        tl.store(dx_ptr + wide * stride_dxn + cols[None, :], dx, mask=mask)
 
-    tl.store(dweight_partial_ptr + program * D + cols, tl.sum(dweight, axis=0), mask=cols < D)
+    tl.store(dweight_partial_ptr + program.to(tl.int64) * D + cols, tl.sum(dweight, axis=0), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -156,22 +159,26 @@ def forward_config(D: int) -> dict[str, int]:
 
 
 def backward_config(D: int) -> dict[str, int]:
-    """As `forward_config`. Rows wider than _WIDE_D have no BLOCK_N: `_rms_norm_bwd_wide_kernel` takes
-    them."""
-    return forward_config(D) if D <= _WIDE_D else {"BLOCK_D": _WIDE_BLOCK_D, "num_warps": 8}
+    """As `forward_config`, with 8 elements per thread, so that it needs 64 to 80 registers, and STAGES: two
+    tiles of three tensors stand in shared memory where they fit on every GPU, in float32 too. Rows wider than
+    _WIDE_D have no BLOCK_N: `_rms_norm_bwd_wide_kernel` takes them."""
+    if D > _WIDE_D:
+        return {"BLOCK_D": _WIDE_BLOCK_D, "num_warps": _WIDE_BLOCK_D // 256}
+    config = forward_config(D)
+    return {**config, "num_warps": 2 * config["num_warps"], "STAGES": 3 if D <= _PREFETCHED_D else 1}
 
 
 @cache
 def _max_programs(device: torch.device, num_warps: int) -> int:
-    """The most programs of the backward: 16 warps on every SM, which are resident together at the 128
-    registers that a thread may take.
+    """The most programs of the backward: about 24 warps on every SM. They are resident together: a thread has
+    at most 80 registers in programs of 8 warps, and 64 in larger ones.
 
     Each program writes one row of dweight. More programs would lengthen the second stage's sum and gain
     nothing.
     """
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count * max(16 // num_warps, 1)
+    return torch.cuda.get_device_properties(device).multi_processor_count * triton.cdiv(24, num_warps)
 
 
 def rms_norm_fwd(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

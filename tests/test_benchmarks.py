@@ -1098,6 +1098,19 @@ def test_tuning_takes_a_tile_that_runs_and_writes_the_table(measure, device, tmp
         tuner.tune("dq", 32, [bad], torch.device(device), DTYPE, (1, 20, 1, 1), rounds=1)
 
 
+def test_tuning_tries_limits_of_registers_where_another_block_would_fit(on_the_path):
+    """65,536 registers for three blocks of 4 warps or two of 8; two stages of forward too."""
+    tuner = importlib.import_module("tune_attention")
+    limited = [row for row in tuner.candidates(90, 64) if "maxnreg" in row]
+    blocks = {4: 3, 8: 2}
+    for row in limited:
+        block = row["maxnreg"] * 32 * row["num_warps"]
+        assert block * blocks[row["num_warps"]] <= 65_536 < block * (blocks[row["num_warps"]] + 1)
+    tall = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "DESCRIPTORS": True}
+    assert {**tall, "maxnreg": 168} in limited
+    assert not [row for row in tuner.candidates(90, 128) if "maxnreg" in row]
+
+
 def test_the_table_is_written_as_it_was_read(on_the_path, tmp_path):
     tuner = importlib.import_module("tune_attention")
     tuner.write(tmp_path / "table.json")

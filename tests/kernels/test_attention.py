@@ -328,6 +328,20 @@ def test_twice_the_same(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("T", [1, 127, 128, 129])
+def test_what_is_kept_of_a_row_is_padded_with_numbers(T, device):
+    """The kernels read the padding and drop it; a NaN would not be dropped from a product with zero."""
+    q, k, v, _ = (t.to(device) for t in inputs(1, T, 2, 1, 16, torch.float32))
+    plan = attention_plan(None, 1, T, device)
+    _, lse = _attention_op(q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order)
+    assert lse.shape == (2, 256 if T == 129 else 128)
+    assert lse.isfinite().all()
+    scores = torch.einsum("thk,shk->hts", q.double()[0], k.double()[0].expand(-1, 2, -1)) / math.sqrt(16)
+    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    expected = scores.masked_fill(~seen, -torch.inf).logsumexp(-1) / math.log(2)
+    torch.testing.assert_close(lse[:, :T], expected.float(), rtol=1e-5, atol=1e-5)
+
+
 def operator_inputs(device, requires_grad):
     plan = attention_plan(None, 2, 9, device, 4)
     q, k, v, _ = (t.to(device).requires_grad_(requires_grad) for t in inputs(2, 9, 2, 1, 16, torch.float32))

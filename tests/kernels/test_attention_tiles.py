@@ -47,3 +47,13 @@ def test_a_tile_holds_a_whole_head(K, block_k, dtype):
             assert found.items() >= table()["90"]["64" if block_k <= 64 else "128"][kernel].items()
     delta = tile("delta", K, dtype, 90)
     assert delta["BLOCK_M"] * delta["BLOCK_K"] == 8 * 32 * delta["num_warps"]  # 8 elements a thread
+
+
+def test_a_row_of_the_table_is_what_a_kernel_is_launched_with():
+    """Block sizes, descriptors and options of the compiler; dQ at head dim 64 may take 128 registers, so that
+    two blocks of 8 warps share a multiprocessor."""
+    names = {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DESCRIPTORS"}
+    for by_width in table().values():
+        for rows in by_width.values():
+            assert all(names <= row.keys() <= names | {"maxnreg"} for row in rows.values())
+    assert tile("dq", 64, torch.bfloat16, 90)["maxnreg"] * 2 * 8 * 32 <= 65_536

@@ -168,7 +168,8 @@ def test_any_number_of_shares_gives_the_same(splits, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_shares_than_the_second_kernel_holds_at_a_time(dtype, device):
-    slots = 19 * tile_config(16, 1, dtype)["BLOCK_S"]
+    config = tile_config(16, 1, dtype)
+    slots = 19 * config["MIN_SHARE"] * config["BLOCK_S"]
     q, k, v, _ = case(1, 1, 1, 1, 16, slots, device, dtype)
     positions = torch.full((1, 1), slots - 1, device=device)
     assert_all_parity(q, k, v, positions, decode_attention_launch(q, k, v, positions, None, 19))
@@ -228,6 +229,37 @@ def test_keys_are_split_in_these_tests(device):
     assert num_splits(1, 10**6, config, cpu) == 12
     assert num_splits(10_000, 10**6, config, cpu) == 1
     assert num_splits(1, 0, config, cpu) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 70])
+def test_the_capacity_of_a_cache_and_the_rows_beside_change_no_bit(window, dtype, device):
+    """Shares follow the slots in use. What is not used is NaN, and pages for it lead nowhere."""
+    q, k, v, _ = case(2, 1, 4, 1, 64, 300, device, dtype)
+    positions = torch.tensor([[5], [299]], device=device)
+    pages = in_pages(k, v, positions, 16, window)
+    small = decode_attention(q, *pages[:2], positions, pages[2], window)
+    assert_all_parity(q, k, v, positions, small, window=window)
+    unused = torch.full((2, 300), -1, dtype=torch.int32, device=device)
+    assert torch.equal(
+        decode_attention(q, *pages[:2], positions, torch.cat((pages[2], unused), dim=1), window), small
+    )
+    large = [torch.cat((t, t.new_full((2, 4800, 1, 64), torch.nan)), dim=1) for t in (k, v)]
+    assert torch.equal(
+        decode_attention(q, *large, positions, None, window),
+        decode_attention(q, k, v, positions, None, window),
+    )
+    both_short = torch.tensor([[5], [0]], device=device)
+    assert torch.equal(decode_attention(q, *large, both_short, None, window)[0], small[0])
+
+
+def test_shares_that_no_key_is_left_for_are_neither_written_nor_read(device):
+    """Twelve programs for a row of one block of keys: the partial results of eleven stay NaN."""
+    q, k, v, _ = case(2, 1, 2, 1, 16, 5000, device)
+    positions = torch.tensor([[3], [-1]], device=device)
+    y = decode_attention_launch(q, k, v, positions, None, 12)
+    assert_all_parity(q[:1], k[:1, :4], v[:1, :4], positions[:1], y[:1])
+    assert not y[1].any()
 
 
 def test_no_more_shares_than_the_second_kernel_takes(monkeypatch, device):

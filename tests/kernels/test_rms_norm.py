@@ -7,6 +7,7 @@ from parity import assert_parity
 from lumi.kernels.rms_norm import (
     _rms_norm_backward_op,
     _rms_norm_op,
+    backward_config,
     rms_norm,
     rms_norm_bwd,
     rms_norm_reference,
@@ -252,3 +253,15 @@ def test_rows_past_two_to_the_31_elements():
     x[-1] = 1
     y = rms_norm(x, torch.ones(1024, device="cuda"), 0.0)
     assert torch.equal(y[-1], torch.ones_like(y[-1]))
+
+
+@pytest.mark.parametrize("D", [1, 64, 768, 1024, 4096, 4097, 8192, 8193, 16_384])
+def test_a_program_of_the_backward_fits_a_multiprocessor(D):
+    """8 elements a thread, at most 1,024 threads. What is copied ahead, two tiles of three float32 tensors,
+    fits the least shared memory of all GPUs, that of sm_89."""
+    config = backward_config(D)
+    elements = config.get("BLOCK_N", 1) * config["BLOCK_D"]
+    assert elements == 8 * 32 * config["num_warps"]
+    assert config["num_warps"] <= 32
+    assert (config.get("STAGES", 1) - 1) * 3 * 4 * elements <= 101_376
+    assert D > 4096 or config["STAGES"] > 2  # one tile alone would be waited for as soon as it is asked for
