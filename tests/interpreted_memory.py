@@ -1,8 +1,8 @@
 """Triton's interpreter with memory that notices wrong accesses.
 
 A kernel gets addresses that exist nowhere, 16 TiB apart, one for each tensor. So each address says which
-tensor it is of. Every access is judged against the elements of that tensor (of a view those of the view) before
-it is carried out at the real address. That is what guard bands around each tensor would show, and exact.
+tensor it is of. Every access is judged against the elements of that tensor (of a view those of the view), and
+then carried out at the real address. That shows all that guard bands around each tensor would, and exactly.
 """
 
 import inspect

@@ -1,9 +1,9 @@
 """Triton's interpreter with bfloat16 as GPUs have it, and with their approximate instructions.
 
-The interpreter keeps bfloat16 as uint16: its arithmetic is one of integers, and it casts to bfloat16 by cutting
-bits off. `ml_dtypes.bfloat16` makes a type of numpy's of it: every operation is computed in float32 and rounded
-to the nearest, ties to even. A product of matrices widens its factors, which is exact, and sums in float32, as
-tensor cores do.
+The interpreter keeps bfloat16 as uint16: its arithmetic is one of integers, and it casts to bfloat16 by
+cutting bits off. `ml_dtypes.bfloat16` makes a type of numpy's of it: every operation is computed in float32
+and rounded to the nearest, ties to even. A product of matrices widens its factors, which is exact, and sums
+in float32, as tensor cores do.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def install_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def install_approximations(monkeypatch: pytest.MonkeyPatch, seed: int, ulps: int = 2) -> None:
-    """Until `monkeypatch` is undone, float32 powers, logarithms, quotients and roots are up to `ulps` ulps off.
+    """Until `monkeypatch` is undone, float32 powers, logarithms, quotients and roots are some `ulps` off.
 
     That is what GPUs promise of the instructions that Triton emits: ex2.approx, div.full, sqrt.approx and
     rsqrt.approx. exp(x) is 2^(x log2 e), its argument rounded, and 2^0 is 1 exactly. Logarithms are computed

@@ -1,7 +1,7 @@
 """Launchers as on a GPU without one: they run on fake tensors of any size, and every launch is judged.
 
-The tensors are of the CPU (torch without CUDA cannot run backward on fake tensors of CUDA), but what launchers
-ask about their device is answered as an H200 would.
+The tensors are of the CPU: torch without CUDA cannot run backward on fake tensors of CUDA. What launchers ask
+about their device is answered as for an H200.
 
 - Triton's own binder takes the arguments, so what a GPU would refuse is refused here.
 - CUDA's limits of grids, and the rules of `cuTensorMapEncodeTiled` that `TensorDescriptor` does not check.
@@ -11,7 +11,9 @@ ask about their device is answered as an H200 would.
 
 import importlib
 import inspect
+import operator
 import pkgutil
+from collections.abc import Iterable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ import interpreted_memory
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from interpreted_memory import Memory, bound_arguments, tensors_in
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
@@ -27,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterOptions
+from triton.runtime.interpreter import InterpretedFunction, InterpreterOptions, TensorHandle
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -41,6 +44,7 @@ ASK_THE_DEVICE = (
     ("attention", "architecture"),
 )
 H200 = SimpleNamespace(multi_processor_count=132)
+REACH = 300
 _LIMITS = (2**31 - 1, 65_535, 65_535)  # of a grid, by dimension
 
 
@@ -71,7 +75,7 @@ class Launches:
         self.memory = Unbacked("", {})
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Until `monkeypatch` is undone, operators on fake CUDA tensors launch here."""
+        """Until `monkeypatch` is undone, operators on fake tensors launch here."""
         monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H200)
         monkeypatch.setattr("lumi.kernels.native._capability", lambda _: (9, 0))
@@ -80,13 +84,17 @@ class Launches:
             answer = lambda _, *rest, ask=ask: ask(torch.device("cuda", 0), *rest)
             monkeypatch.setattr(f"lumi.kernels.{module}.{name}", answer)
         monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size())
-        for operator in custom_operators():  # their fakes allocate, their launchers also launch
-            monkeypatch.setattr(operator, "_abstract_fn", operator._init_fn)
+        for op in custom_operators():  # their fakes allocate, their launchers also launch
+            monkeypatch.setattr(op, "_abstract_fn", op._init_fn)
         monkeypatch.setattr(interpreter.interpreter_builder, "options", InterpreterOptions(debug=True))
-        monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *args, **kwargs: self.launch(kernel, args, **kwargs))
+        monkeypatch.setattr(
+            InterpretedFunction, "run", lambda kernel, *args, **kwargs: self.launch(kernel, args, **kwargs)
+        )
         interpreted_memory.replace_accesses(monkeypatch, lambda: self.memory)
 
-    def launch(self, kernel: InterpretedFunction, args: tuple, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+    def launch(
+        self, kernel: InterpretedFunction, args: tuple, grid: tuple[int, ...], warmup: bool, **kwargs: Any
+    ) -> None:
         name, grid = kernel.__name__, (*grid, *(1,) * (3 - len(grid)))
         self.made.append((name, grid))
         check_grid(name, grid)
@@ -108,9 +116,11 @@ class Launches:
                 for name, value in arguments.items()
             }
             builder.set_grid_dim(*grid)
-            for index in {(0, 0, 0), tuple(n - 1 for n in grid), tuple(n * 2 // 3 for n in grid)}:
-                builder.set_grid_idx(*index)
-                kernel.rewrite()(**converted)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(kernel.fn.__globals__, "range", typed_range)
+                for index in {(0, 0, 0), tuple(n - 1 for n in grid), tuple(n * 2 // 3 for n in grid)}:
+                    builder.set_grid_idx(*index)
+                    kernel.rewrite()(**converted)
         finally:
             scope.restore()
 
@@ -129,6 +139,20 @@ class Launches:
             return with_address(value)
 
 
+def typed_range(*bounds: Any) -> Iterable[Any]:
+    """`range` as the compiler reads it: the counter has the widest type of the bounds.
+
+    The interpreter counts in Python's numbers, and an int64 counter would look like one of 32 bits.
+    """
+    numbers = range(*map(operator.index, bounds))
+    types = {bound.dtype for bound in bounds if isinstance(bound, tl.tensor)}
+    if not types:
+        return numbers
+    kind = tl.int64 if tl.int64 in types else tl.int32
+    dtype = interpreter._get_np_dtype(kind)
+    return (tl.tensor(TensorHandle(np.array([n], dtype), kind), kind) for n in numbers)
+
+
 def custom_operators() -> list[CustomOpDef]:
     """All that are registered in `lumi.kernels`."""
     modules = [
@@ -139,8 +163,8 @@ def custom_operators() -> list[CustomOpDef]:
 
 
 def check_grid(kernel: str, grid: tuple[int, ...]) -> None:
-    """CUDA's limits. Triton's launcher multiplies the dimensions as 32-bit integers and launches nothing unless
-    the product is positive, so that has a limit too."""
+    """CUDA's limits. The product has one too: Triton's launcher multiplies the dimensions as 32-bit integers
+    and launches nothing, without a word, unless that is positive."""
     assert all(1 <= n <= most for n, most in zip(grid, _LIMITS, strict=True)), f"{kernel}: grid {grid}"
     assert np.prod(grid, dtype=object) <= _LIMITS[0], f"{kernel}: grid {grid} has too many programs"
 
@@ -157,8 +181,10 @@ def bind(kernel: InterpretedFunction, args: tuple, kwargs: dict[str, Any]) -> tu
 
 
 def check_descriptor(name: str, descriptor: TensorDescriptor) -> None:
-    """The rules of cuTensorMapEncodeTiled that `TensorDescriptor` leaves to the driver. (It skips the alignment of
-    a fake tensor's memory.)"""
+    """The rules of cuTensorMapEncodeTiled that `TensorDescriptor` leaves to the driver.
+
+    It checks a base's alignment itself, but not that of a fake tensor.
+    """
     size = descriptor.base.dtype.itemsize
     assert descriptor.base.data_ptr() % 16 == 0, f"{name}: the base is not aligned"
     assert all(0 < n <= 2**32 for n in descriptor.shape), f"{name}: shape {descriptor.shape}"
@@ -168,11 +194,19 @@ def check_descriptor(name: str, descriptor: TensorDescriptor) -> None:
 
 
 def most(arguments: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The integers that lead a kernel furthest: one document of all tokens, the last page, a full cache."""
+    """The integers that lead a kernel furthest: the last page, a full cache, the last logit.
+
+    A token sees REACH others: more lead a program over more tiles, but no further.
+    """
     tensors = {name: tensor for name, value in arguments.items() for tensor in tensors_in(value)}
-    values = {"positions_ptr": np.array([2**31 - 1]), "first_key_ptr": np.zeros(1)}
+    values = {"positions_ptr": np.array([2**31 - 1])}
     if "order_ptr" in tensors:
-        values |= {"order_ptr": np.arange(len(tensors["order_ptr"])), "last_query_ptr": np.array([arguments["N"] - 1])}
+        tokens = np.arange(arguments["N"])
+        values |= {
+            "order_ptr": np.arange(len(tensors["order_ptr"])),
+            "first_key_ptr": np.maximum(tokens - REACH, 0),
+            "last_query_ptr": np.minimum(tokens + REACH, len(tokens) - 1),
+        }
     if "page_table_ptr" in tensors:
         values["page_table_ptr"] = np.array([len(tensors["k_ptr"]) - 1])
     if "targets_ptr" in tensors:

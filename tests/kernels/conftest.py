@@ -23,8 +23,8 @@ with torch.device("cpu"):  # torch lists its constructors once: not while one of
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
-    """Fill new tensors with NaN (of integers: numbers that lead nowhere), so that a kernel that leaves part of
-    its output unwritten fails."""
+    """Fill new tensors with NaN (of integers: numbers that lead nowhere), so that a kernel that leaves part
+    of its output unwritten fails."""
 
     def poisoned(tensor):
         if tensor.is_floating_point() and not tensor.requires_grad:

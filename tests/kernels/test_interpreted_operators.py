@@ -1,5 +1,5 @@
-"""Every Triton operator in the patched interpreter: on memory that notices wrong accesses, and with instructions
-as inexact as a GPU's. The cases are the small ones that `benchmarks/sanitize.py` runs on a GPU."""
+"""Every Triton operator in the patched interpreter: on memory that notices wrong accesses, and with
+instructions as inexact as a GPU's. The cases are those of `benchmarks/correctness.py`."""
 
 import importlib
 from pathlib import Path
@@ -27,11 +27,11 @@ WITHOUT_TRITON = {"lora_linear", "adamw"}
 # float32 results may be so many ulps further off with approximate instructions, each 2 ulps off. That is not
 # little beside the references', which is an ulp or so; beside a rounding to bfloat16 it is nothing.
 # - RMSNorm: rstd = 1 / sqrt(sum / D + eps). The first quotient counts half (under the root): 1 + 2 + 2 = 5.
-#   y has one factor rstd. In dx the projection rstd x_hat mean(dx_hat x_hat) has three, and a quotient: 17. For
-#   random gradients over 96 elements and more it is at most an eighth of dx: 5 + 17 / 8 = 7.
-# - SwiGLU: sigmoid = 1 / (1 + exp(-gate)): 2 of the quotient and 2 of the power, which 1 - sigmoid < 1 weighs.
+#   y has one factor rstd. In dx the projection rstd x_hat mean(dx_hat x_hat) has three, and a quotient: 17.
+#   For random gradients over 96 elements and more it is at most an eighth of dx: 5 + 17 / 8 = 7.
+# - SwiGLU: sigmoid = 1 / (1 + exp(-gate)): 2 of the quotient, and 2 of the power, weighed by 1 - sigmoid < 1.
 #   y and dup have one: 4. dgate has another in 1 + gate (1 - sigmoid), of which at most half counts: 6.
-# - Softmax takes quotients of powers that differ by 2 ulps and are summed: less than the references' sums lose.
+# - Softmax needs nothing: quotients of summed powers, 2 ulps off each, lose less than the references' sums.
 MORE_ULPS = {"rms_norm": 7, "add_rms_norm": 7, "swiglu": 6}
 
 
@@ -88,7 +88,7 @@ def test_no_operator_is_left_out(correctness):
 
 @dtypes(torch.bfloat16)
 def test_accesses(operator, dtype, correctness, monkeypatch):
-    """Each access is inside its tensor, no program needs another one's result, and nothing unwritten counts."""
+    """Each access is inside its tensor, no program needs another's result, and nothing unwritten counts."""
     interpreted_memory.install_checks(monkeypatch, seed=0)
     check_all(correctness, operator, dtype)
 

@@ -1,5 +1,5 @@
-"""Every launch of every Triton operator, at the sizes of tests and benchmarks and past 2^31 elements: what a GPU
-would be asked to do."""
+"""Every launch of every Triton operator as a GPU would get it, at the sizes of tests and benchmarks and past
+2^31 elements."""
 
 import importlib
 from functools import partial
@@ -51,7 +51,9 @@ def forward_and_backward(function, *shapes, dtype=BFLOAT16):
 def run_rows(name, shape):
     row_kernels = module("row_kernels")
     operator = row_kernels.OPERATORS[name]
-    module("measure").results_and_gradients(operator.ours, operator.make(shape, BFLOAT16, torch.device("cpu")))
+    module("measure").results_and_gradients(
+        operator.ours, operator.make(shape, BFLOAT16, torch.device("cpu"))
+    )
 
 
 def run_attention(shape):
@@ -75,6 +77,12 @@ def run_loss(shape, function=linear_cross_entropy, weight_dtype=BFLOAT16):
     weight = torch.empty(V, D, dtype=weight_dtype, requires_grad=True)
     loss = function(hidden, weight, torch.empty(N, dtype=torch.int64))
     torch.autograd.grad(loss, (hidden, weight), torch.empty_like(loss))
+
+
+def run_one_chunk(shape):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lumi.kernels.linear_cross_entropy.LOGITS_BYTES", 2**33)
+        run_loss(shape)
 
 
 def benchmarks():
@@ -109,12 +117,16 @@ MAXIMAL = {
     "decode": lambda: run_decode((65, 2**15, 32, 8, 128)),
     "decode paged": lambda: run_decode((65, 2**15, 32, 8, 128), 64),
     "prompt": lambda: run_decode((65, 2**15, 32, 8, 128), tokens=2**14),
-    "loss": lambda: run_loss((2**15, 4096, 262_144)),
+    "logits": lambda: run_one_chunk((2**14 + 128, 16, 2**17)),
+    "dweight": lambda: run_loss((2048, 8200, 262_144)),
 }
 
 
+# With that many processors a program has one tile, and the last program the last one.
+@pytest.mark.parametrize("processors", [2**20, pytest.param(132, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", MAXIMAL)
-def test_addresses_past_two_to_the_31_elements(name, launches):
+def test_addresses_past_two_to_the_31_elements(name, processors, launches, monkeypatch):
+    monkeypatch.setattr(launches_without_gpu.H200, "multi_processor_count", processors)
     MAXIMAL[name]()
     assert launches.made
 
@@ -220,7 +232,7 @@ def test_every_launch_that_is_made_is_made_here(launches):
     run_decode((1, 4096, 8, 2, 64))
     run_loss((9, 64, 333))
     kernels = {
-        f"{value.__name__}"
+        value.__name__
         for name in ("rms_norm", "swiglu", "rope", "attention", "decode_attention", "linear_cross_entropy")
         for value in vars(module(f"lumi.kernels.{name}")).values()
         if getattr(value, "__name__", "").endswith("_kernel")
