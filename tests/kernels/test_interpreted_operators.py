@@ -93,7 +93,7 @@ def test_accesses(operator, dtype, correctness, monkeypatch):
     check_all(correctness, operator, dtype)
 
 
-@dtypes(torch.bfloat16, torch.float32)
+@dtypes(torch.float32)
 def test_approximate_instructions(operator, dtype, correctness, monkeypatch):
     interpreted_numbers.install_approximations(monkeypatch, seed=0)
     monkeypatch.setattr(correctness.measure, "check", judge(MORE_ULPS.get(operator, 0)))
