@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 MODEL = ModelConfig(vocab_size=64, num_layers=1, model_dim=32, num_heads=2, mlp_dim=64)
-DTYPE = torch.float16  # the interpreter's bfloat16 is wrong
+DTYPE = torch.float16  # the interpreter's own bfloat16 is wrong
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from parity import assert_parity
+from parity import DTYPES, assert_parity
 
 from lumi.kernels.attention import _attention_backward_op, _attention_op, attention, attention_reference
 from lumi.kernels.attention_plan import attention_plan, attention_plan_reference
@@ -145,8 +145,6 @@ def test_rejects_shapes_that_do_not_fit():
 
 # --- the Triton kernels ---
 
-# The interpreter's bfloat16 is broken.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 NAMES = ("y", "dq", "dk", "dv")
 
 

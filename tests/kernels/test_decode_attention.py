@@ -1,6 +1,6 @@
 import pytest
 import torch
-from parity import assert_parity
+from parity import DTYPES, assert_parity
 
 from lumi.kernels.attention import attention_reference
 from lumi.kernels.attention_plan import attention_plan_reference
@@ -68,9 +68,6 @@ def test_rejects_shapes_that_do_not_fit():
 
 
 # --- pages, and the Triton kernels ---
-
-# The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
 def truth(q, k_cache, v_cache, positions, window=None):

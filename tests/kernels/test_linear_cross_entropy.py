@@ -1,7 +1,7 @@
 import pytest
 import torch
 from losses import NAMES, OPTIONS, inputs, run
-from parity import assert_parity
+from parity import DTYPES, assert_parity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,8 +18,6 @@ from lumi.kernels.linear_cross_entropy import (
     workspace_bytes,
 )
 
-# The interpreter's bfloat16 arithmetic is broken; a GPU tests it as well.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 # The interpreter's numpy warns about what nothing reads: the logits' buffer between V and its row's end.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 

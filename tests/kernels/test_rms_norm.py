@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from parity import assert_parity
+from parity import DTYPES, assert_parity
 
 from lumi.kernels.rms_norm import (
     _rms_norm_backward_op,
@@ -14,8 +14,6 @@ from lumi.kernels.rms_norm import (
 )
 
 EPS = 1e-5
-# The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
 def truth(x, weight):

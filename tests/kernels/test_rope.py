@@ -1,6 +1,6 @@
 import pytest
 import torch
-from parity import assert_parity
+from parity import DTYPES, assert_parity
 
 from lumi.kernels.rope import _rope_op, rope, rope_reference, rope_table
 
@@ -95,9 +95,6 @@ def test_rejects(positions, head_dim, message):
 
 
 # --- the Triton kernel ---
-
-# The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
 def turned(q, k, cos, sin):

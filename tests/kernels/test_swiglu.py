@@ -1,11 +1,8 @@
 import pytest
 import torch
-from parity import assert_parity
+from parity import DTYPES, assert_parity
 
 from lumi.kernels.swiglu import _swiglu_backward_op, _swiglu_op, swiglu, swiglu_reference
-
-# The interpreter's bfloat16 arithmetic is broken; on a GPU it is tested as well.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 
 def written_out(gate, up):

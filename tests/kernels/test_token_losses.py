@@ -15,7 +15,8 @@ CASES = [
     (REFERENCE, torch.float32),
     (REFERENCE, torch.bfloat16),
     (TRITON, torch.float32),
-    (TRITON, torch.float16),
+    (TRITON, torch.bfloat16),
+    pytest.param(TRITON, torch.float16, marks=pytest.mark.soak),
 ]
 each_bundle = pytest.mark.parametrize("ops", BUNDLES, ids=lambda ops: ops.name)
 
