@@ -54,7 +54,9 @@ def nearest(
 ) -> list[attention_tiles.Row]:
     """The `count` rows that differ least from the present one, in how many of its values."""
     others = [row for row in rows if row != present]
-    return sorted(others, key=lambda row: sum(row.get(name) != present.get(name) for name in row | present))[:count]
+    return sorted(others, key=lambda row: sum(row.get(name) != present.get(name) for name in row | present))[
+        :count
+    ]
 
 
 def operands(shape: Shape, K: int, dtype: torch.dtype, device: torch.device) -> Operands:
