@@ -28,9 +28,14 @@ def take_cuda(module):
     adamw_cuda, global_norm_cuda = module.adamw_cuda, module.global_norm_cuda
     unwritten = lambda size, dtype: torch.full((size,), torch.nan, dtype=dtype)
 
+    class CountedArguments(module.AdamWArguments):
+        def __init__(self, **given):
+            super().__init__(**given)
+            self.count = len(given["sizes"])
+
     def adamw(arguments, max_threads):
-        factor = unwritten(1, torch.float32)
-        adamw_cuda(arguments, factor.data_ptr(), 0, 0)
+        scales = unwritten(4 * arguments.count, torch.float32)
+        adamw_cuda(arguments, scales.data_ptr(), 0, 0)
 
     def global_norm(pointers, sizes, max_threads):
         partials = unwritten(module.global_norm_num_partials(sizes), torch.float64)
@@ -38,7 +43,7 @@ def take_cuda(module):
         global_norm_cuda(pointers, sizes, norm.data_ptr(), partials.data_ptr(), 0, 0)
         return norm.item()
 
-    module.adamw, module.global_norm = adamw, global_norm
+    module.AdamWArguments, module.adamw, module.global_norm = CountedArguments, adamw, global_norm
 
 
 if __name__ == "__main__":
