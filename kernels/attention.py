@@ -587,7 +587,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, last_query: Tensor,
     query_order: Tensor, key_order: Tensor, native: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows = len(first_key) if native else len(query_order) * ORDER_BLOCK
+    rows = first_key.shape[0] if native else query_order.shape[0] * ORDER_BLOCK  # `len` would fix a length
     return q.new_empty(q.shape), q.new_empty(q.shape[2], rows, dtype=torch.float32)
 
 

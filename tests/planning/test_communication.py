@@ -59,7 +59,8 @@ def test_processes_say_what_is_estimated(name, measured):
 @pytest.mark.parametrize("side", ["shard", "tensor"])
 def test_backward_finds_what_is_estimated(side, measured):
     layout = Layout(1, 1, 1)._replace(**{side: 2})
-    batches = BatchConfig(sequence_length=10, batch_tokens=40, micro_batch_size=2)
+    # Micro-batches of 128 tokens, the multiple that attention's statistics are padded to.
+    batches = BatchConfig(sequence_length=64, batch_tokens=256, micro_batch_size=2)
     estimate = MemoryEstimate(
         model=scale_processes.FOR_TRITON,
         batches=batches,
