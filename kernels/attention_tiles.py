@@ -17,8 +17,8 @@ from lumi.kernels.native import capability
 
 TABLE = Path(__file__).with_suffix(".json")
 _FLOAT32 = {
-    "fwd": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
-    "dkdv": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "DESCRIPTORS": False},
+    "fwd": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
+    "dkdv": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "DESCRIPTORS": False},
     "dq": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2, "DESCRIPTORS": False},
 }
 _DELTA_TILE = 1024  # elements of a program of the delta kernel: 8 for each of its 128 threads
