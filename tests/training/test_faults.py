@@ -160,15 +160,20 @@ def error_lines(*logs):
 
 @pytest.mark.parametrize(("kills", "num_steps", "least_in_a_save"), [(10, 40, 1), more(50, 150, 5)])
 def test_killed_at_many_moments_of_one_run(kills, num_steps, least_in_a_save, runs, uninterrupted):
-    """Half of the moments are drawn in time, half among what the run does to files. All hit the same run."""
+    """Half of the moments are drawn in time, a quarter among what a run does to files from its start, a
+    quarter among what its first save does to them. All hit the same run.
+    """
     changes = {"num_steps": num_steps, "save_every": 1}
     folder, rng = runs.folder / "run", random.Random(0)
     checkpoints, litter, kills_in_a_save = folder / "checkpoints", set(), 0
     for moment in range(kills):
         before = losses(folder) if (folder / "metrics.jsonl").exists() else []
         if moment % 2:
-            operation = 5 * (moment // 2) + rng.randrange(5) if moment > 1 else 0
-            (process,) = runs.begin("run", faults=[(0, "kill_at_file_operation", operation)], **changes)
+            if moment % 4 == 3:
+                where = (rng.randrange(1, 18), "lumi.checkpoint.saver:Saver._write")
+            else:
+                where = (5 * (moment // 2) + rng.randrange(5) if moment > 1 else 0,)
+            (process,) = runs.begin("run", faults=[(0, "kill_at_file_operation", *where)], **changes)
         else:
             (process,) = runs.begin("run", **changes)
             if moment % 10:

@@ -1,5 +1,7 @@
 """The data of a run."""
 
+import shutil
+
 import pytest
 
 from lumi.config import UserError
@@ -18,10 +20,11 @@ def test_several_stores_are_mixed_by_weight(start, store_dir, tmp_path):
     assert records[-1]["mix"] == [0.75, 0.25]
 
 
-def test_a_corpus_folder_is_tokenized_once(start, corpus_dir, capfd):
-    start("first", data_dirs=(corpus_dir,), num_steps=2)
+def test_a_corpus_folder_is_tokenized_once(start, corpus_dir, capfd, tmp_path):
+    folder = shutil.copytree(corpus_dir, tmp_path / "corpus", ignore=shutil.ignore_patterns(".tokens"))
+    start("first", data_dirs=(folder,), num_steps=2)
     assert "tokenizing" in capfd.readouterr().err
-    start("second", data_dirs=(corpus_dir,), num_steps=2)
+    start("second", data_dirs=(folder,), num_steps=2)
     assert "tokenizing" not in capfd.readouterr().err
 
 
