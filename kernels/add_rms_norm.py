@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumi.kernels.native import check_taken, runs_directly
+from lumi.kernels.custom_operator import custom_operator
+from lumi.kernels.native import check_taken
 from lumi.kernels.optional_triton import triton
 from lumi.kernels.rms_norm import (
     _rms_norm_backward_op,
@@ -73,7 +74,8 @@ def add_rms_norm_fwd(
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-def _add_rms_norm(
+@custom_operator("lumi::add_rms_norm")
+def _add_rms_norm_op(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, native: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     x_ND, residual_ND, weight = strided_rows(x), strided_rows(residual), weight.contiguous()
@@ -84,10 +86,7 @@ def _add_rms_norm(
     return y_ND.view(x.shape), total_ND.view(x.shape), rstd_N
 
 
-_add_rms_norm_op = torch.library.custom_op("lumi::add_rms_norm", _add_rms_norm, mutates_args=())
-
-
-@torch.library.custom_op("lumi::add_rms_norm_backward", mutates_args=())
+@custom_operator("lumi::add_rms_norm_backward")
 def _add_rms_norm_backward_op(
     dy: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, rstd: Tensor, native: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -171,7 +170,7 @@ def add_rms_norm_native(
     """As `add_rms_norm`, in C++: float32 or bfloat16 on a CPU."""
     check_taken(x, residual)
     _check(x, residual, weight)
-    y, total, _ = (_add_rms_norm if runs_directly(x) else _add_rms_norm_op)(x, residual, weight, eps, True)
+    y, total, _ = _add_rms_norm_op(x, residual, weight, eps, True)
     return y, total
 
 

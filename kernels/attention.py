@@ -28,7 +28,8 @@ from torch import Tensor
 
 from lumi.kernels.attention_plan import ORDER_BLOCK, IntervalPlan, MaskPlan
 from lumi.kernels.attention_tiles import architecture, tile
-from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
+from lumi.kernels.custom_operator import custom_operator
+from lumi.kernels.native import address, check_taken, cpu_operators
 from lumi.kernels.optional_triton import HAS_TRITON, tl, triton
 
 if HAS_TRITON:
@@ -551,7 +552,8 @@ def _spans(first_key_N: Tensor, K: int, dtype: torch.dtype, backward: bool) -> t
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-def _attention(
+@custom_operator("lumi::attention")
+def _attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -566,10 +568,7 @@ def _attention(
     return y_NHK.view(q.shape), lse_HN
 
 
-_attention_op = torch.library.custom_op("lumi::attention", _attention, mutates_args=())
-
-
-@torch.library.custom_op("lumi::attention_backward", mutates_args=())
+@custom_operator("lumi::attention_backward")
 def _attention_backward_op(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
     first_key: Tensor, last_query: Tensor, query_order: Tensor, key_order: Tensor, native: bool = False,
@@ -650,8 +649,8 @@ def attention_native(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> Ten
     check_taken(q, k, v)
     _check(q, k, v, plan)
     _check_kind(q, k, v, plan)
-    native = _attention if runs_directly(q) else _attention_op
-    return native(q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order, True)[0]
+    y, _ = _attention_op(q, k, v, plan.first_key, plan.last_query, plan.query_order, plan.key_order, True)
+    return y
 
 
 def _check_kind(q: Tensor, k: Tensor, v: Tensor, plan: IntervalPlan) -> None:

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
+from lumi.kernels.custom_operator import custom_operator
+from lumi.kernels.native import address, check_taken, cpu_operators
 from lumi.kernels.optional_triton import tl, triton
 
 MAX_K = 256  # a tile's accumulator is held in registers
@@ -381,7 +382,8 @@ def native_decode_attention(
 # --- registration: torch.compile sees one opaque operator with a known shape; it has no gradient ---
 
 
-def _decode_attention(
+@custom_operator("lumi::decode_attention")
+def _decode_attention_op(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -396,9 +398,6 @@ def _decode_attention(
     if native:
         return native_decode_attention(q, k_cache, v_cache, positions, page_table, window)
     return decode_attention_launch(q, k_cache, v_cache, positions, page_table, window=window)
-
-
-_decode_attention_op = torch.library.custom_op("lumi::decode_attention", _decode_attention, mutates_args=())
 
 
 @_decode_attention_op.register_fake
@@ -463,8 +462,7 @@ def decode_attention_native(
     """As `decode_attention`, in C++, with any K: float32 or bfloat16 on a CPU."""
     check_taken(q, k_cache, v_cache)
     _check(q, k_cache, v_cache, positions, page_table, window)
-    native = _decode_attention if runs_directly(q) else _decode_attention_op
-    return native(q, k_cache, v_cache, positions, page_table, window, True)
+    return _decode_attention_op(q, k_cache, v_cache, positions, page_table, window, True)
 
 
 def _check(

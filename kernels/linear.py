@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumi.kernels.native import cpu_operators, runs_directly
+from lumi.kernels.custom_operator import runs_directly
+from lumi.kernels.native import cpu_operators
 
 # Rows up to which the operator for CPUs beats torch's product, by element size: torch multiplies bfloat16 by
 # instructions of its own.

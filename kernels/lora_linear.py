@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumi.kernels.custom_operator import custom_operator
+
 # --- reference: the definition. Slow, obvious, any device, any dtype. ---
 
 
@@ -99,7 +101,7 @@ def _rows(t: Tensor) -> Tensor:
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-@torch.library.custom_op("lumi::lora_linear", mutates_args=())
+@custom_operator("lumi::lora_linear")
 def _lora_linear_op(
     x: Tensor, weights: Sequence[Tensor], A: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]
 ) -> tuple[list[Tensor], Tensor]:
@@ -107,10 +109,10 @@ def _lora_linear_op(
     return [y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in ys_NO], xa_NR
 
 
-@torch.library.custom_op("lumi::lora_linear_backward", mutates_args=())
+@custom_operator("lumi::lora_linear_backward")
 def _lora_linear_backward_op(
-    dys: Sequence[Tensor],
     x: Tensor,
+    dys: Sequence[Tensor],
     xa: Tensor,
     weights: Sequence[Tensor],
     A: Tensor,
@@ -132,8 +134,8 @@ def _(
 
 @_lora_linear_backward_op.register_fake
 def _(
-    dys: Sequence[Tensor],
     x: Tensor,
+    dys: Sequence[Tensor],
     xa: Tensor,
     weights: Sequence[Tensor],
     A: Tensor,
@@ -166,7 +168,7 @@ def _backward(
         x.new_zeros(*x.shape[:-1], B.shape[0]) if dy is None else dy for dy, B in zip(dys, Bs, strict=True)
     ]
     dx, dA, dBs = _lora_linear_backward_op(
-        present, x, xa, weights, A, Bs, ctx.scales, ctx.needs_input_grad[0]
+        x, present, xa, weights, A, Bs, ctx.scales, ctx.needs_input_grad[0]
     )
     return dx[0] if dx else None, [None] * len(weights), dA, dBs, None
 

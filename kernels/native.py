@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import lumi._csrc as _csrc
+from lumi.kernels.custom_operator import PLAIN_TYPES
 
 OLDEST_CAPABILITY = (8, 0)  # the oldest that setup.py compiles for and that the Triton kernels have tiles for
-PLAIN_TYPES = {Tensor, torch.nn.Parameter}  # any other type may keep its elements elsewhere, as DTensor does
 
 _device, _dtype = attrgetter("device"), attrgetter("dtype")
 
@@ -71,16 +71,6 @@ def cpu_operators(dtype: torch.dtype) -> Any:
     """The operators of csrc/cpu on activations of this type: `operators.h` says what they
     take."""
     return _operators[dtype]
-
-
-def runs_directly(*tensors: Tensor) -> bool:
-    """Whether nothing watches an operator, so that it need not be one of torch's.
-
-    torch's own calls cost as much as a small operator's work. Nothing watches without gradients and outside
-    of `torch.compile`, if the tensors are ones of memory.
-    """
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not watched and PLAIN_TYPES.issuperset(map(type, tensors))
 
 
 def address(tensor: Tensor | None) -> int:

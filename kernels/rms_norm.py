@@ -20,7 +20,8 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
-from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
+from lumi.kernels.custom_operator import custom_operator
+from lumi.kernels.native import address, check_taken, cpu_operators
 from lumi.kernels.optional_triton import tl, triton
 from lumi.kernels.strided_rows import strided_rows
 
@@ -259,7 +260,8 @@ def native_rms_norm_bwd(
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, native: bool = False) -> tuple[Tensor, Tensor]:
+@custom_operator("lumi::rms_norm")
+def _rms_norm_op(x: Tensor, weight: Tensor, eps: float, native: bool = False) -> tuple[Tensor, Tensor]:
     if native:
         y_ND, _, rstd_N = native_rms_norm_fwd(strided_rows(x), weight.contiguous(), eps)
     else:
@@ -267,10 +269,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, native: bool = False) -> tu
     return y_ND.view(x.shape), rstd_N
 
 
-_rms_norm_op = torch.library.custom_op("lumi::rms_norm", _rms_norm, mutates_args=())
-
-
-@torch.library.custom_op("lumi::rms_norm_backward", mutates_args=())
+@custom_operator("lumi::rms_norm_backward")
 def _rms_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, native: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -335,7 +334,8 @@ def rms_norm_native(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """As `rms_norm`, in C++: float32 or bfloat16 on a CPU."""
     check_taken(x)
     check_operands(x, weight)
-    return (_rms_norm if runs_directly(x) else _rms_norm_op)(x, weight, eps, True)[0]
+    y, _ = _rms_norm_op(x, weight, eps, True)
+    return y
 
 
 def check_operands(x: Tensor, weight: Tensor) -> None:

@@ -18,7 +18,8 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
-from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
+from lumi.kernels.custom_operator import custom_operator
+from lumi.kernels.native import address, check_taken, cpu_operators
 from lumi.kernels.optional_triton import tl, triton
 from lumi.kernels.rope_scaling import RopeScaling
 
@@ -183,15 +184,13 @@ def native_rope(
 # --- registration: torch.compile, checkpointing and FSDP2 see one opaque operator with known shapes ---
 
 
-def _rope(
+@custom_operator("lumi::rope")
+def _rope_op(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int, native: bool = False
 ) -> tuple[Tensor, Tensor]:
     cos_NK, sin_NK = (t.reshape(-1, t.shape[-1]).contiguous() for t in (cos, sin))
     q_out, k_out = (native_rope if native else rope_launch)(_tokens(q), _tokens(k), cos_NK, sin_NK, sign)
     return q_out.view(q.shape), k_out.view(k.shape)
-
-
-_rope_op = torch.library.custom_op("lumi::rope", _rope, mutates_args=())
 
 
 @_rope_op.register_fake
@@ -241,7 +240,7 @@ def rope_native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     """As `rope`, in C++: float32 or bfloat16 on a CPU."""
     check_taken(q, k)
     _check(q, k, cos, sin)
-    return (_rope if runs_directly(q) else _rope_op)(q, k, cos, sin, 1, True)
+    return _rope_op(q, k, cos, sin, 1, True)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from lumi.kernels.native import address, check_taken, cpu_operators, runs_directly
+from lumi.kernels.custom_operator import custom_operator
+from lumi.kernels.native import address, check_taken, cpu_operators
 from lumi.kernels.optional_triton import tl, triton
 from lumi.kernels.strided_rows import strided_rows
 
@@ -147,15 +148,13 @@ def native_swiglu_bwd(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 # --- registration: torch.compile, checkpointing and FSDP2 see two opaque operators with known shapes ---
 
 
-def _swiglu(gate: Tensor, up: Tensor, native: bool = False) -> Tensor:
+@custom_operator("lumi::swiglu")
+def _swiglu_op(gate: Tensor, up: Tensor, native: bool = False) -> Tensor:
     launch = native_swiglu_fwd if native else swiglu_fwd
     return launch(strided_rows(gate), strided_rows(up)).view(gate.shape)
 
 
-_swiglu_op = torch.library.custom_op("lumi::swiglu", _swiglu, mutates_args=())
-
-
-@torch.library.custom_op("lumi::swiglu_backward", mutates_args=())
+@custom_operator("lumi::swiglu_backward")
 def _swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor, native: bool = False) -> Tensor:
     """Returns [dgate, dup] (..., 2 F). A product that computed gate and up takes it as it is."""
     launch = native_swiglu_bwd if native else swiglu_bwd
@@ -213,7 +212,7 @@ def swiglu_native(gate: Tensor, up: Tensor) -> Tensor:
     """As `swiglu`, in C++: float32 or bfloat16 on a CPU."""
     check_taken(gate, up)
     _check(gate, up)
-    return (_swiglu if runs_directly(gate) else _swiglu_op)(gate, up, True)
+    return _swiglu_op(gate, up, True)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:

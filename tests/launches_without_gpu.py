@@ -159,7 +159,8 @@ def custom_operators() -> list[CustomOpDef]:
         importlib.import_module(f"lumi.kernels.{found.name}")
         for found in pkgutil.iter_modules(lumi.kernels.__path__)
     ]
-    return [value for module in modules for value in vars(module).values() if isinstance(value, CustomOpDef)]
+    values = (getattr(value, "opaque", value) for module in modules for value in vars(module).values())
+    return [value for value in values if isinstance(value, CustomOpDef)]
 
 
 def check_grid(kernel: str, grid: tuple[int, ...]) -> None:

@@ -348,10 +348,10 @@ def operator_inputs(device, requires_grad):
 
 def test_operator_is_registered_whole(device):
     """Schema, fake tensors, autograd and AOT dispatch agree with what the kernels do."""
-    torch.library.opcheck(_attention_op, operator_inputs(device, True))
+    torch.library.opcheck(_attention_op.opaque, operator_inputs(device, True))
     q, k, v, *plan = operator_inputs(device, False)
     y, lse = _attention_op(q, k, v, *plan)
-    torch.library.opcheck(_attention_backward_op, (torch.randn_like(y), q, k, v, y, lse, *plan))
+    torch.library.opcheck(_attention_backward_op.opaque, (torch.randn_like(y), q, k, v, y, lse, *plan))
 
 
 @pytest.mark.parametrize("how", ["checkpointed", "compiled"])

@@ -374,9 +374,9 @@ def test_no_queries_give_no_results(device):
 
 def test_operator_is_registered_whole(device):
     q, k, v, positions = case(2, 3, 4, 2, 32, 40, device)
-    torch.library.opcheck(_decode_attention_op, (q, k, v, positions, None))
+    torch.library.opcheck(_decode_attention_op.opaque, (q, k, v, positions, None))
     k_pages, v_pages, page_table = (t.nan_to_num() for t in in_pages(k, v, positions))
-    torch.library.opcheck(_decode_attention_op, (q, k_pages, v_pages, positions, page_table, 7))
+    torch.library.opcheck(_decode_attention_op.opaque, (q, k_pages, v_pages, positions, page_table, 7))
 
 
 def test_compiles_without_a_graph_break(device):

@@ -226,11 +226,13 @@ def test_operators_are_registered_whole(dtype, needs_dx, device):
     x, weights, As, Bs, scales, dys = draw((2, 5), 16, (8, 12), device, dtype)
     A = torch.cat(As).requires_grad_()
     Bs = [B.requires_grad_() for B in Bs]
-    torch.library.opcheck(_lora_linear_op, (x.detach().requires_grad_(needs_dx), weights, A, Bs, scales))
+    torch.library.opcheck(
+        _lora_linear_op.opaque, (x.detach().requires_grad_(needs_dx), weights, A, Bs, scales)
+    )
     xa = torch.randn(10, 8, device=device).to(dtype)
     torch.library.opcheck(
-        _lora_linear_backward_op,
-        (dys, x, xa, weights, A.detach(), [B.detach() for B in Bs], scales, needs_dx),
+        _lora_linear_backward_op.opaque,
+        (x, dys, xa, weights, A.detach(), [B.detach() for B in Bs], scales, needs_dx),
     )
 
 

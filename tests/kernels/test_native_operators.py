@@ -208,26 +208,26 @@ def test_operators_are_registered_whole():
     check = torch.library.opcheck
     x, y = (torch.randn(2, 3, 40, requires_grad=True) for _ in range(2))
     weight, rstd = torch.randn(40, requires_grad=True), torch.rand(6)
-    check(_rms_norm_op, (x, weight, 1e-5, True))
-    check(_add_rms_norm_op, (x, y, weight, 1e-5, True))
-    check(_swiglu_op, (x, y, True))
+    check(_rms_norm_op.opaque, (x, weight, 1e-5, True))
+    check(_add_rms_norm_op.opaque, (x, y, weight, 1e-5, True))
+    check(_swiglu_op.opaque, (x, y, True))
     q, k = torch.randn(2, 9, 4, 16, requires_grad=True), torch.randn(2, 9, 2, 16, requires_grad=True)
-    check(_rope_op, (q, k, *rope_table(torch.arange(9).expand(2, 9), 16, 1e4), 1, True))
+    check(_rope_op.opaque, (q, k, *rope_table(torch.arange(9).expand(2, 9), 16, 1e4), 1, True))
     plan = NATIVE.attention_plan(None, 2, 9, "cpu")
     plan = (plan.first_key, plan.last_query, plan.query_order, plan.key_order)
-    check(_attention_op, (q, k, k.detach().clone().requires_grad_(), *plan, True))
+    check(_attention_op.opaque, (q, k, k.detach().clone().requires_grad_(), *plan, True))
     targets = torch.tensor([3, -100, 0, 5, 1, 1])
     case = (x.flatten(0, 1), y.flatten(0, 1), targets, 0.0, 1.0, True, True, True)
     # The rest is left to the test under torch.compile, as in test_linear_cross_entropy.py.
     check(_linear_cross_entropy_op, case, test_utils=("test_schema", "test_faketensor"))
     plain = [t.detach() for t in (x, y, weight, q, k)]
     x, y, weight, q, k = plain
-    check(_rms_norm_backward_op, (y, x, weight, rstd, True))
-    check(_add_rms_norm_backward_op, (y, y, x, weight, rstd, True))
-    check(_swiglu_backward_op, (x, x, y, True))
+    check(_rms_norm_backward_op.opaque, (y, x, weight, rstd, True))
+    check(_add_rms_norm_backward_op.opaque, (y, y, x, weight, rstd, True))
+    check(_swiglu_backward_op.opaque, (x, x, y, True))
     lse = torch.zeros(4, 18)
-    check(_attention_backward_op, (q, q, k, k, q, lse, *plan, True))
-    check(_decode_attention_op, (q, k, k, torch.arange(9).expand(2, 9), None, 4, True))
+    check(_attention_backward_op.opaque, (q, q, k, k, q, lse, *plan, True))
+    check(_decode_attention_op.opaque, (q, k, k, torch.arange(9).expand(2, 9), None, 4, True))
 
 
 @pytest.mark.parametrize("name", ["norm", "sum and norm", "swiglu", "rope", "attention", "loss"])

@@ -161,9 +161,11 @@ def test_operator_is_registered_whole(shape, dtype, device):
     """Schema, fake tensors, autograd and AOT dispatch agree with what the kernel does."""
     x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(shape[-1], device=device, requires_grad=True)
-    torch.library.opcheck(_rms_norm_op, (x, weight, EPS))
+    torch.library.opcheck(_rms_norm_op.opaque, (x, weight, EPS))
     rstd = torch.rand(math.prod(shape[:-1]), device=device)
-    torch.library.opcheck(_rms_norm_backward_op, (torch.randn_like(x), x.detach(), weight.detach(), rstd))
+    torch.library.opcheck(
+        _rms_norm_backward_op.opaque, (torch.randn_like(x), x.detach(), weight.detach(), rstd)
+    )
 
 
 def test_fake_tensors_have_the_real_shapes(device):

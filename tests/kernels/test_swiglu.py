@@ -123,9 +123,9 @@ def test_no_rows(device):
 def test_operator_is_registered_whole(device):
     """Schema, fake tensors, autograd and AOT dispatch agree with what the kernel does."""
     gate, up = (torch.randn(2, 3, 40, device=device, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(_swiglu_op, (gate, up))
+    torch.library.opcheck(_swiglu_op.opaque, (gate, up))
     torch.library.opcheck(
-        _swiglu_backward_op, (torch.randn(2, 3, 40, device=device), gate.detach(), up.detach())
+        _swiglu_backward_op.opaque, (torch.randn(2, 3, 40, device=device), gate.detach(), up.detach())
     )
 
 
