@@ -15,6 +15,7 @@ from lumi.model.lora import add_lora
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.tokenizer.sentencepiece_bpe import SPECIAL_PIECES
 from lumi.tokenizer.training import TokenizerConfig
+from lumi.training.micro_batch import with_micro_batch
 from lumi.training.run_config import TrainConfig
 
 FOLDER = Path(lumi.configs.__file__).parent
@@ -64,11 +65,9 @@ def test_the_five_sizes_have_chinchilla_budgets(size):
     assert config.model.num_parameters == PARAMETERS[size]
     budget = 20 * PARAMETERS[size]
     assert budget <= config.num_tokens < budget + config.batches.batch_tokens
+    assert config.batches.micro_batch_size == "auto"
     for processes in (1, 2, 4, 8):
-        assert (
-            config.batches.micro_steps(processes) * processes * config.batches.micro_batch_size
-            == config.batches.rows
-        )
+        assert with_micro_batch(config, 1).batches.micro_steps(processes) * processes == config.batches.rows
     corpus = load_config(PrepareConfig, FOLDER / "corpus" / f"{size}.json")
     assert sum(source.max_tokens for source in corpus.sources) >= config.num_tokens
     names = {source.dataset for source in corpus.sources}

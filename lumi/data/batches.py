@@ -35,12 +35,13 @@ class BatchConfig:
     Args:
         sequence_length: tokens of a row, at least 2.
         batch_tokens: tokens of one optimizer step, over all processes.
-        micro_batch_size: rows that one process holds at a time; "auto": as many as fit into memory.
+        micro_batch_size: rows that one process holds at a time; "auto": as many as fit into memory, on a CPU
+            up to 16,384 tokens.
     """
 
     sequence_length: int = 1024
     batch_tokens: int = 65_536
-    # Rows that one process holds at a time; "auto": as many as fit into memory.
+    # Rows that one process holds at a time; "auto": as many as fit into memory, on a CPU up to 16,384 tokens.
     micro_batch_size: int | Literal["auto"] = 8
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """The largest micro-batch that fits, by the memory estimate."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from lumi.host.memory import USABLE
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import Layout
 from lumi.training.memory import memory_of
-from lumi.training.micro_batch import choose_micro_batch, with_micro_batch
+from lumi.training.micro_batch import CPU_TOKENS, choose_micro_batch, with_micro_batch
 from lumi.training.run_config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -22,8 +23,8 @@ CONFIG = TrainConfig(
 )
 
 
-def choose(free, data=1, before=None):
-    return choose_micro_batch(CONFIG, Layout(data, 1, 1), "cpu", "reference", free, None, before)
+def choose(free, data=1, before=None, device_type="cpu", config=CONFIG):
+    return choose_micro_batch(config, Layout(data, 1, 1), device_type, "reference", free, None, before)
 
 
 def chosen(free, data=1, before=None):
@@ -57,6 +58,16 @@ def test_a_resumed_run_keeps_its_micro_batch_where_it_fits():
     assert chosen(2**40, before=4) == 4
     assert chosen(2**40, before=5) == 24  # the run had another batch then
     assert chosen(int(needed(4) / USABLE) + 1, before=8) == 4
+
+
+def test_a_cpu_gains_nothing_from_more_than_some_tokens():
+    model = dataclasses.replace(CONFIG.model, max_positions=CPU_TOKENS)
+    for length, rows in ((1024, CPU_TOKENS // 1024), (CPU_TOKENS, 1)):
+        batches = BatchConfig(sequence_length=length, batch_tokens=64 * length, micro_batch_size="auto")
+        config = TrainConfig(model=model, batches=batches, num_steps=1000)
+        assert choose(2**50, config=config).batches.micro_batch_size == rows
+        assert choose(2**50, device_type="cuda", config=config).batches.micro_batch_size == 64
+        assert choose(2**50, before=64, config=config).batches.micro_batch_size == 64
 
 
 def test_the_message_is_about_one_row_whatever_the_run_had_before():
