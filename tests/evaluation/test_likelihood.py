@@ -15,7 +15,7 @@ ROUNDING = 1e-4
 
 
 def by_definition(model, context, continuation):
-    """Sum of log_softmax over the continuation, and whether argmax gives it, from one pass over everything."""
+    """Sum of log_softmax over the continuation, and whether argmax gives it, from one pass."""
     window = (context + continuation)[-(model.config.max_positions + 1) :]
     with torch.no_grad():
         logits = model.logits(model.hidden(torch.tensor([window[:-1]])))[0, -len(continuation) :]
