@@ -1,8 +1,9 @@
 """Results of an evaluation: a table for the terminal, and Markdown with the protocol of every figure."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lumi.config import UserError
 from lumi.evaluation.tasks import TASKS
 
 
@@ -18,7 +19,10 @@ class Figure(NamedTuple):
 
 
 def figures(results: Mapping[str, Any]) -> list[Figure]:
-    """Every figure of the results."""
+    """Every figure of the results. Raises UserError where an earlier version of Lumi wrote them."""
+    if "centred_mean" not in results:
+        got, remedy = "those of an earlier version", "evaluate again"
+        raise UserError("evaluation results", "must be of this version of Lumi", got=got, remedy=remedy)
     return [
         *_task_figures(results["tasks"]),
         *_centred_figures(results),
@@ -80,15 +84,15 @@ def _task_figures(tasks: Mapping[str, Any]) -> Iterator[Figure]:
         if task["majority"] is not None:
             guessing = f"majority {task['majority']:.2%}, {guessing}"
         metrics = (
-            ("bits_per_byte", "", ".4f"),
-            ("margin", "chance 0", "+.4f"),
-            ("perplexity", "", ",.2f"),
-            ("acc", guessing, ".2%"),
-            ("acc_norm", guessing, ".2%"),
+            ("bits_per_byte", "", "{:.4f}".format),
+            ("margin", "chance 0", "{:+.4f}".format),
+            ("perplexity", "", _number),
+            ("acc", guessing, "{:.2%}".format),
+            ("acc_norm", guessing, "{:.2%}".format),
         )
-        for metric, baseline, form in metrics:
+        for metric, baseline, show in metrics:
             if task[metric] is not None:
-                value = _with_error(task[metric], task[f"{metric}_stderr"], form)
+                value = _with_error(task[metric], task[f"{metric}_stderr"], show)
                 yield Figure(name, metric.replace("_per_", " per "), value, baseline, number, protocol)
 
 
@@ -119,7 +123,7 @@ def _centred_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
         f"mean of (acc - chance) / (1 - chance) over {', '.join(centred['tasks'])}, as DataComp-LM's CORE is"
         " over its own tasks; it compares with the same tasks alone"
     )
-    value = _with_error(centred["value"], centred["stderr"], ".4f")
+    value = _with_error(centred["value"], centred["stderr"], "{:.4f}".format)
     number = _count(len(centred["tasks"]), "task")
     yield Figure("all tasks", "centred acc", value, "chance 0", number, protocol)
 
@@ -190,8 +194,8 @@ def _count(number: int, unit: str) -> str:
     return f"{number:,} {unit}" + ("" if number == 1 else "s")
 
 
-def _with_error(value: float, error: float | None, form: str) -> str:
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+def _with_error(value: float, error: float | None, show: Callable[[float], str]) -> str:
+    return show(value) + ("" if error is None else f" ± {show(error).lstrip('+')}")
 
 
 def _number(value: float | None) -> str:

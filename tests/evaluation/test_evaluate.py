@@ -112,6 +112,7 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     assert results["tasks"]["piqa"]["acc_stderr"] is None
     assert (boolq["few_shot"], results["centred_mean"]["tasks"]) == (None, ["boolq", "piqa"])
     examples = [json.loads(line) for line in (place / "out" / "evaluation_examples.jsonl").open()]
+    assert "evaluation_examples.jsonl" in json.loads((place / "out" / "provenance.json").read_text())["files"]
     assert [row["task"] for row in examples] == ["boolq"] * 9 + ["piqa"]
     for metric, key in (("acc", "right"), ("bits_per_byte", "bits_per_byte"), ("margin", "margin")):
         assert boolq[metric] == pytest.approx(sum(row[key] for row in examples[:9]) / 9)
