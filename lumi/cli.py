@@ -7,7 +7,7 @@ from lumi import __version__
 from lumi.command_line import run, summary
 from lumi.commands.data import prepare, tokenize, tokenizer
 from lumi.commands.inference import chat, generate, serve
-from lumi.commands.models import evaluate, export, merge, push, verify
+from lumi.commands.models import compare, evaluate, export, merge, push, verify
 from lumi.commands.runs import demo, finetune, plan, report
 from lumi.config import UserError
 
@@ -22,6 +22,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         chat,
         serve,
         evaluate,
+        compare,
         export,
         merge,
         verify,

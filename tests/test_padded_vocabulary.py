@@ -70,7 +70,7 @@ def test_scores_are_theirs(folder, theirs):
                     0, len(request.context) - 1 : -1
                 ]
             expected = log_softmax(logits.double(), -1)[torch.arange(len(ids)), ids].sum().item()
-            assert found == pytest.approx(expected, abs=1e-3)
+            assert found.nats == pytest.approx(expected, abs=1e-3)
 
 
 def test_export_keeps_the_rows(folder, theirs, tmp_path):

@@ -1,4 +1,4 @@
-"""A model is judged and passed on: `lumi evaluate`, `export`, `merge`, `verify` and `push`."""
+"""A model is judged and passed on: `lumi evaluate`, `compare`, `export`, `merge`, `verify` and `push`."""
 
 import argparse
 import sys
@@ -47,6 +47,22 @@ def evaluate(argv: list[str]) -> int:
         cache_dir=options.cache_dir,
         limit=options.limit,
     )
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    """two evaluations of the same tasks -> is the difference more than luck?"""
+    from lumi.evaluation import comparison
+
+    more = "Less is better in bits per byte, more in the others; p: how often luck alone gives as much."
+    arguments = parser("lumi compare", f"{summary(compare)} {more}")
+    for name in ("a", "b"):
+        arguments.add_argument(name, type=given_path, metavar=f"EVALUATION_{name.upper()}", help="a folder")
+    options = arguments.parse_args(argv)
+    differences, notes = comparison.compare(options.a, options.b)
+    print(f"A: {options.a}\nB: {options.b}\n\n{comparison.format_differences(differences)}")
+    for note in notes:
+        print(note, file=sys.stderr)
     return 0
 
 

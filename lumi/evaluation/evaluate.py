@@ -19,7 +19,15 @@ from lumi.config import UserError, to_dict, write_json
 from lumi.corpus.sources import describe
 from lumi.data.token_cache import check_cache_dir, open_or_tokenize
 from lumi.data.token_store import Split
-from lumi.evaluation.multiple_choice import accuracy, read_questions, score_questions
+from lumi.evaluation.centred_mean import centred_mean
+from lumi.evaluation.examples import EXAMPLES_FILE, example_rows, write_examples
+from lumi.evaluation.multiple_choice import (
+    Outcome,
+    outcomes,
+    read_questions,
+    result_of,
+    score_questions,
+)
 from lumi.evaluation.perplexity import (
     ScoredDocument,
     TextConfig,
@@ -91,9 +99,9 @@ def evaluate(
     cache_dir: str | Path | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Measure a model; write the results and a report into `output_dir`, and print them as a table.
+    """Measure a model; write results, a report and examples into `output_dir`, and print a table.
 
-    All data is read before the model is run, so that what is missing shows at once. Both files are written
+    All data is read before the model is run, so that what is missing shows at once. The files are written
     after each task and text, with `finished` false until the end. An error or Ctrl-C before the end prints
     what they hold to stderr.
 
@@ -129,14 +137,17 @@ def evaluate(
     output_dir.mkdir(parents=True, exist_ok=True)
 
     results = _facts(pretrained) | {"limit": limit, "config": to_dict(config)}
-    results |= {"finished": False, "tasks": {}, "perplexity": {}, "smoke_tests": None}
+    results |= {"finished": False, "tasks": {}, "centred_mean": None, "perplexity": {}, "smoke_tests": None}
+    examples: list[dict[str, Any]] = []
     try:
         for task, asked in zip(config.tasks, questions, strict=True):
-            results["tasks"][task.name] = _run_task(task, asked, pretrained, batch_tokens, limit)
-            _save(results, parents, output_dir, started)
+            results["tasks"][task.name], found = _run_task(task, asked, pretrained, batch_tokens, limit)
+            results["centred_mean"] = centred_mean(results["tasks"])
+            examples += example_rows(task.name, asked, found)
+            _save(results, examples, parents, output_dir, started)
         for text in texts:
             results["perplexity"][text.name] = _run_text(text, config.windows, pretrained, batch_tokens)
-            _save(results, parents, output_dir, started)
+            _save(results, examples, parents, output_dir, started)
         if smoke is not None and tests is not None:
             source = f"prompts of {smoke.path or 'the shipped ' + SHIPPED.name}"
             measured = dataclasses.asdict(run_smoke_tests(smoke, tests, model, tokenizer))
@@ -145,7 +156,7 @@ def evaluate(
         print(_kept(results, output_dir), file=sys.stderr)
         raise
     results["finished"] = True
-    _save(results, parents, output_dir, started)
+    _save(results, examples, parents, output_dir, started)
     print(format_table(results))
     print(f"{output_dir / REPORT_FILE} has the protocol of each figure, {RESULTS_FILE} everything")
     return results
@@ -197,11 +208,19 @@ def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path]
         raise UserError("--output-dir", "must be a folder for results", got=got, remedy="choose another")
 
 
-def _save(results: dict[str, Any], parents: Sequence[Parent], output_dir: Path, started: float) -> None:
+def _save(
+    results: dict[str, Any],
+    examples: Sequence[dict[str, Any]],
+    parents: Sequence[Parent],
+    output_dir: Path,
+    started: float,
+) -> None:
     results["seconds"] = _seconds(started)
     write_json(output_dir / RESULTS_FILE, results)
     (output_dir / REPORT_FILE).write_text(report(results), encoding="utf-8")
-    files = {name: file_record(output_dir / name) for name in (RESULTS_FILE, REPORT_FILE)}
+    write_examples(output_dir, examples)
+    names = [RESULTS_FILE, REPORT_FILE, *[EXAMPLES_FILE] * bool(examples)]
+    files = {name: file_record(output_dir / name) for name in names}
     write_provenance(output_dir, "evaluation", parents, files)
 
 
@@ -219,12 +238,18 @@ def _run_task(
     pretrained: Pretrained,
     batch_tokens: int,
     limit: int | None,
-) -> dict[str, Any]:
-    begun = time.monotonic()
+) -> tuple[dict[str, Any], list[Outcome]]:
+    begun, kind = time.monotonic(), TASKS[task.kind]
     scores = score_questions(questions, pretrained.model, pretrained.tokenizer, batch_tokens, task.name)
-    result = dataclasses.asdict(accuracy(questions, scores.nats, TASKS[task.kind].normalised))
-    data = {"source": describe(task.source), "limit": tightest(task.limit, limit)}
-    return {"kind": task.kind, **data, **result, "cut_contexts": scores.num_cut, "seconds": _seconds(begun)}
+    found = outcomes(questions, scores.scored, kind.normalised)
+    shots = task.few_shot
+    data = {
+        "source": describe(task.source),
+        "limit": tightest(task.limit, limit),
+        "few_shot": None if shots is None else to_dict(shots) | {"source": describe(shots.source)},
+    }
+    more = {"cut_contexts": scores.num_cut, "seconds": _seconds(begun)}
+    return {"kind": task.kind, **data, **result_of(kind, questions, found).to_plain(), **more}, found
 
 
 def _run_text(

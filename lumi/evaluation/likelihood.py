@@ -37,6 +37,13 @@ class ScoringRequest(NamedTuple):
         return len(self.context) + max(map(len, self.continuations)) - 1 > max_positions
 
 
+class Scored(NamedTuple):
+    """The log-likelihood of a continuation, in nats, and whether greedy decoding would give it."""
+
+    nats: float
+    is_greedy: bool
+
+
 def encode_request(tokenizer: Tokenizer, context: str, continuations: Sequence[str]) -> ScoringRequest:
     """Texts to tokens, as the module says. Raises UserError for a continuation of no tokens."""
     kept = context.rstrip()
@@ -62,8 +69,8 @@ def score(
     *,
     batch_tokens: int,
     on_done: Callable[[int], object] | None = None,
-) -> list[list[float]]:
-    """The log-likelihood, in nats, of every continuation of every request, in order.
+) -> list[list[Scored]]:
+    """How likely every continuation of every request is, in order.
 
     Args:
         model: in evaluation mode, on its device.
@@ -78,7 +85,7 @@ def score(
     jobs = list(_jobs(requests, model.config.max_positions))
     # The largest first, so that a lack of memory shows early.
     jobs.sort(key=lambda job: (len(job.context), max(map(len, job.continuations))), reverse=True)
-    results = [[0.0] * len(request.continuations) for request in requests]
+    results = [[Scored(0.0, True)] * len(request.continuations) for request in requests]
     for batch in _batches(jobs, batch_tokens):
         done = 0
         for job, scores in zip(batch, _score_batch(model, batch, batch_tokens), strict=True):
@@ -122,7 +129,7 @@ def _batches(jobs: Sequence[_Job], batch_tokens: int) -> Iterator[list[_Job]]:
         start += rows
 
 
-def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) -> list[list[float]]:
+def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) -> list[list[Scored]]:
     device = model.output_weight.device
     context_BT = _pad([job.context for job in jobs]).to(device)
     last_B = torch.tensor([len(job.context) - 1 for job in jobs], device=device)
@@ -138,7 +145,8 @@ def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) ->
         cache = [LayerCache(len(jobs), context_BT.shape[1], model, device) for _ in model.layers]
     hidden_BD = model.hidden(context_BT, cache=cache)[torch.arange(len(jobs), device=device), last_B]
     first_C = torch.tensor([ids[0] for ids in continuations]).to(device)
-    sums = token_log_probabilities(model.logits(hidden_BD), first_C, row_C).tolist()
+    nats_C, is_greedy_C = _token_scores(model.logits(hidden_BD), first_C, row_C)
+    found = list(map(Scored, nats_C.tolist(), is_greedy_C.tolist()))
     while longer:
         assert cache is not None
         # The last is the longest: take as many as fit with its length.
@@ -146,9 +154,9 @@ def _score_batch(model: Transformer, jobs: Sequence[_Job], batch_tokens: int) ->
         chosen, longer = longer[-count:], longer[:-count]
         rows = row_C[chosen]
         rest = _score_rest(model, cache, rows, last_B[rows] + 1, [continuations[index] for index in chosen])
-        for index, more in zip(chosen, rest, strict=True):
-            sums[index] += more
-    scores = iter(sums)
+        for index, (nats, is_greedy) in zip(chosen, rest, strict=True):
+            found[index] = Scored(found[index].nats + nats, found[index].is_greedy and is_greedy)
+    scores = iter(found)
     return [[next(scores) for _ in job.continuations] for job in jobs]
 
 
@@ -158,8 +166,8 @@ def _score_rest(
     row_C: Tensor,
     start_C: Tensor,
     continuations: Sequence[list[int]],
-) -> list[float]:
-    """Sums over continuations without their first tokens.
+) -> list[Scored]:
+    """Scores of continuations without their first tokens.
 
     Continuation number c begins at position `start_C[c]` of row `row_C[c]` of the cache.
     """
@@ -174,8 +182,10 @@ def _score_rest(
     )
     lengths = [len(ids) - 1 for ids in continuations]
     is_real_CT = torch.arange(length, device=device) < torch.tensor(lengths, device=device)[:, None]
-    found_N = log_probabilities_of(model, hidden_CTD[is_real_CT], targets_CT[is_real_CT])
-    return [float(part.sum()) for part in found_N.cpu().split(lengths)]
+    parts = _logits_in_parts(model, hidden_CTD[is_real_CT], targets_CT[is_real_CT])
+    nats, is_greedy = zip(*(_token_scores(*part) for part in parts), strict=True)
+    nats_C, is_greedy_C = (torch.cat(column).cpu().split(lengths) for column in (nats, is_greedy))
+    return [Scored(float(n.sum()), bool(g.all())) for n, g in zip(nats_C, is_greedy_C, strict=True)]
 
 
 def _copy(layer: LayerCache, row_C: Tensor, capacity: int, model: Transformer) -> LayerCache:
@@ -192,10 +202,23 @@ def log_probabilities_of(model: Transformer, hidden_ND: Tensor, targets_N: Tenso
     Raises:
         UserError: the model's output is not finite.
     """
-    rows = torch.arange(len(targets_N), device=targets_N.device).split(_LOGIT_ROWS)
     return torch.cat(
-        [token_log_probabilities(model.logits(hidden_ND[part]), targets_N[part]) for part in rows]
+        [token_log_probabilities(*part) for part in _logits_in_parts(model, hidden_ND, targets_N)]
     )
+
+
+def _logits_in_parts(
+    model: Transformer, hidden_ND: Tensor, targets_N: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for hidden, targets in zip(hidden_ND.split(_LOGIT_ROWS), targets_N.split(_LOGIT_ROWS), strict=True):
+        yield model.logits(hidden), targets
+
+
+def _token_scores(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, and whether a target is the likeliest id; arguments of `token_log_probabilities`."""
+    best_N = logits_NV.argmax(dim=-1)
+    is_greedy_N = (best_N if row_N is None else best_N[row_N]) == targets_N
+    return token_log_probabilities(logits_NV, targets_N, row_N), is_greedy_N
 
 
 def token_log_probabilities(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> Tensor:

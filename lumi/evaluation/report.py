@@ -1,8 +1,9 @@
 """Results of an evaluation: a table for the terminal, and Markdown with the protocol of every figure."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lumi.config import UserError
 from lumi.evaluation.tasks import TASKS
 
 
@@ -18,9 +19,13 @@ class Figure(NamedTuple):
 
 
 def figures(results: Mapping[str, Any]) -> list[Figure]:
-    """Every figure of the results."""
+    """Every figure of the results. Raises UserError where an earlier version of Lumi wrote them."""
+    if "centred_mean" not in results:
+        got, remedy = "those of an earlier version", "evaluate again"
+        raise UserError("evaluation results", "must be of this version of Lumi", got=got, remedy=remedy)
     return [
         *_task_figures(results["tasks"]),
+        *_centred_figures(results),
         *_perplexity_figures(results["perplexity"]),
         *_smoke_figures(results),
     ]
@@ -28,8 +33,12 @@ def figures(results: Mapping[str, Any]) -> list[Figure]:
 
 def format_table(results: Mapping[str, Any]) -> str:
     """Columns for a terminal, without the protocols."""
-    rows = [("", "metric", "value", "baseline", "of"), *(figure[:5] for figure in figures(results))]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return columns([("", "metric", "value", "baseline", "of"), *(figure[:5] for figure in figures(results))])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows for a terminal, in columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
@@ -66,17 +75,57 @@ def report(results: Mapping[str, Any]) -> str:
 
 def _task_figures(tasks: Mapping[str, Any]) -> Iterator[Figure]:
     for name, task in tasks.items():
-        how = f"zero-shot, without chat template, {TASKS[task['kind']].protocol}; highest log-likelihood"
-        protocol = f"{_data(task, 'example')}; {how}"
-        baseline = f"majority {task['majority']:.2%}, chance {task['chance']:.2%}"
+        protocol = _task_protocol(task)
         number = _count(task["examples"], "example")
         if cut := task["cut_contexts"]:
             number += f", {cut:,} cut"
             protocol += f"; {_count(cut, 'context')} cut from the left to the model's positions"
-        yield Figure(name, "acc", _share(task["acc"], task["acc_stderr"]), baseline, number, protocol)
-        if task["acc_norm"] is not None:
-            value = _share(task["acc_norm"], task["acc_norm_stderr"])
-            yield Figure(name, "acc_norm", value, baseline, number, f"{protocol} per character of the choice")
+        guessing = f"chance {task['chance']:.2%}" if task["chance"] else ""
+        if task["majority"] is not None:
+            guessing = f"majority {task['majority']:.2%}, {guessing}"
+        metrics = (
+            ("bits_per_byte", "", "{:.4f}".format),
+            ("margin", "chance 0", "{:+.4f}".format),
+            ("perplexity", "", _number),
+            ("acc", guessing, "{:.2%}".format),
+            ("acc_norm", guessing, "{:.2%}".format),
+        )
+        for metric, baseline, show in metrics:
+            if task[metric] is not None:
+                value = _with_error(task[metric], task[f"{metric}_stderr"], show)
+                yield Figure(name, metric.replace("_per_", " per "), value, baseline, number, protocol)
+
+
+def _task_protocol(task: Mapping[str, Any]) -> str:
+    shots = "zero-shot"
+    if task["few_shot"] is not None:
+        how = "drawn from" if task["few_shot"]["sampler"] == "random" else "the first of"
+        shots = f"{task['few_shot']['num_fewshot']}-shot, {how} {task['few_shot']['source']}"
+    parts = [_data(task, "example"), f"{shots}, without chat template, {TASKS[task['kind']].protocol}"]
+    if task["margin"] is None:
+        parts += ["bits per byte and perplexity: of the answer", "acc: greedy decoding gives the answer"]
+    else:
+        parts += [
+            "bits per byte: of the right choice",
+            "margin: mean of the wrong choices' minus the right one's",
+        ]
+        parts += ["acc: highest log-likelihood"]
+    if task["acc_norm"] is not None:
+        parts += ["acc_norm: the same per character of the choice"]
+    return "; ".join(parts)
+
+
+def _centred_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
+    centred = results["centred_mean"]
+    if centred is None:
+        return
+    protocol = (
+        f"mean of (acc - chance) / (1 - chance) over {', '.join(centred['tasks'])}, as DataComp-LM's CORE is"
+        " over its own tasks; it compares with the same tasks alone"
+    )
+    value = _with_error(centred["value"], centred["stderr"], "{:.4f}".format)
+    number = _count(len(centred["tasks"]), "task")
+    yield Figure("all tasks", "centred acc", value, "chance 0", number, protocol)
 
 
 def _perplexity_figures(texts: Mapping[str, Any]) -> Iterator[Figure]:
@@ -145,8 +194,8 @@ def _count(number: int, unit: str) -> str:
     return f"{number:,} {unit}" + ("" if number == 1 else "s")
 
 
-def _share(value: float, error: float | None) -> str:
-    return f"{value:.2%}" + ("" if error is None else f" ± {error:.2%}")
+def _with_error(value: float, error: float | None, show: Callable[[float], str]) -> str:
+    return show(value) + ("" if error is None else f" ± {show(error).lstrip('+')}")
 
 
 def _number(value: float | None) -> str:

@@ -13,6 +13,7 @@ from lumi.command_line import run
 from lumi.config import UserError, load_config
 from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig, evaluate
 from lumi.evaluation.likelihood import encode_request, score
+from lumi.evaluation.tasks import TASKS
 from lumi.formats.adapter_format import save_adapter
 from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import save_model
@@ -99,7 +100,7 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
         [[no, yes]] = score(
             opinionated_model, [encode_request(tokenizer, prompt, [" no", " yes"])], batch_tokens=1
         )
-        right += (yes > no) == record["answer"]
+        right += (yes.nats > no.nats) == record["answer"]
         answer = max(len(tokenizer.encode(prompt + text)) for text in (" no", " yes"))
         cut += answer > opinionated_model.config.max_positions  # BOS is read, the last token is not
     boolq = results["tasks"]["boolq"]
@@ -109,6 +110,12 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     assert f"9 examples, {cut} cut" in table
     assert (boolq["majority"], boolq["chance"]) == (6 / 9, 0.5)
     assert results["tasks"]["piqa"]["acc_stderr"] is None
+    assert (boolq["few_shot"], results["centred_mean"]["tasks"]) == (None, ["boolq", "piqa"])
+    examples = [json.loads(line) for line in (place / "out" / "evaluation_examples.jsonl").open()]
+    assert "evaluation_examples.jsonl" in json.loads((place / "out" / "provenance.json").read_text())["files"]
+    assert [row["task"] for row in examples] == ["boolq"] * 9 + ["piqa"]
+    for metric, key in (("acc", "right"), ("bits_per_byte", "bits_per_byte"), ("margin", "margin")):
+        assert boolq[metric] == pytest.approx(sum(row[key] for row in examples[:9]) / 9)
     river = results["perplexity"]["river"]
     assert (river["words"], river["window_tokens"], river["stride_tokens"]) == (141, 64, 32)
     assert results["perplexity"][str(store_dir)]["format"] == "store"
@@ -119,6 +126,9 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     for figure in (
         f"{right / 9:.2%}",
         "majority 66.67%, chance 50.00%",
+        f"{boolq['bits_per_byte']:.4f} ± {boolq['bits_per_byte_stderr']:.4f}",
+        f"{boolq['margin']:+.4f} ± {boolq['margin_stderr']:.4f}",
+        "over boolq, piqa, as DataComp-LM's CORE",
         f"{river['bits_per_byte']:,.4g}",
         "stride 32",
         f"{cut} contexts cut from the left to the model's positions",
@@ -151,6 +161,35 @@ def test_limits_and_overrides(place, monkeypatch, capsys):
     assert ". the first 4 examples of jsonl: piqa.jsonl; zero-shot" in report
     assert ". the first 4 documents of text: river.txt; windows" in report
     assert "| 1 example |" in report
+
+
+def test_examples_of_another_file(place, monkeypatch, capsys):
+    """They stand before each question, so that other figures come out, and the report says so."""
+    arguments = ("--model-path", "model", "--config", "config.json", "--output-dir")
+    less = ("texts=[]", "smoke_tests=null", "--limit", "1")
+    few_shot = {"num_fewshot": 1, "source": {"kind": "jsonl", "paths": ["boolq.jsonl"]}}
+    assert call(place, monkeypatch, *arguments, "bare", *less) == 0
+    assert (
+        call(place, monkeypatch, *arguments, "shot", *less, f"tasks.0.few_shot={json.dumps(few_shot)}") == 0
+    )
+    bare, shot = (
+        json.loads((place / name / "evaluation_results.json").read_text())["tasks"]
+        for name in ("bare", "shot")
+    )
+    assert shot["boolq"]["bits_per_byte"] != pytest.approx(bare["boolq"]["bits_per_byte"], rel=1e-3)
+    assert shot["piqa"]["bits_per_byte"] == bare["piqa"]["bits_per_byte"]
+    expected = {"num_fewshot": 1, "source": "jsonl: boolq.jsonl", "sampler": "random"}
+    assert shot["boolq"]["few_shot"] == expected
+    report = (place / "shot" / "evaluation_report.md").read_text()
+    assert "1-shot, drawn from jsonl: boolq.jsonl, without chat template" in report
+
+
+def test_examples_of_an_earlier_evaluation_do_not_stay(place, monkeypatch, capsys):
+    arguments = ("--model-path", "model", "--config", "config.json", "--output-dir", "again", "texts=[]")
+    assert call(place, monkeypatch, *arguments) == 0
+    assert (place / "again" / "evaluation_examples.jsonl").exists()
+    assert call(place, monkeypatch, *arguments, "tasks=[]") == 0
+    assert not (place / "again" / "evaluation_examples.jsonl").exists()
 
 
 def test_pairs_are_refused(place, monkeypatch, capsys, pairs_dir):
@@ -227,7 +266,7 @@ def test_quick_is_the_standard_with_limits():
     ]
     assert {task.limit for task in standard.tasks} | {text.limit for text in standard.texts} == {None}
     assert all(part.limit for part in (*quick.tasks, *quick.texts))
-    assert {task.kind for task in standard.tasks} == {"boolq", "hellaswag", "arc", "piqa", "winogrande"}
+    assert {task.kind for task in standard.tasks} == set(TASKS) - {"blimp"}  # which has 67 subsets
 
 
 def test_one_batch_size_or_another(place, monkeypatch, opinionated_model, tokenizer, capsys):

@@ -15,12 +15,12 @@ ROUNDING = 1e-4
 
 
 def by_definition(model, context, continuation):
-    """Sum of log_softmax over the continuation, from one pass over everything."""
+    """Sum of log_softmax over the continuation, and whether argmax gives it, from one pass."""
     window = (context + continuation)[-(model.config.max_positions + 1) :]
     with torch.no_grad():
         logits = model.logits(model.hidden(torch.tensor([window[:-1]])))[0, -len(continuation) :]
     found = logits.double().log_softmax(-1)[torch.arange(len(continuation)), torch.tensor(continuation)]
-    return float(found.sum())
+    return float(found.sum()), logits.argmax(-1).tolist() == continuation
 
 
 def some_requests(vocab_size, seed=0, longest=60):
@@ -40,7 +40,27 @@ def some_requests(vocab_size, seed=0, longest=60):
 def assert_same(got, expected):
     assert len(got) == len(expected)
     for row, wanted in zip(got, expected, strict=True):
-        assert row == pytest.approx(wanted, abs=ROUNDING)
+        assert [nats for nats, _ in row] == pytest.approx([nats for nats, _ in wanted], abs=ROUNDING)
+        assert [is_greedy for _, is_greedy in row] == [is_greedy for _, is_greedy in wanted]
+
+
+def greedy(model, context, count):
+    """What greedy decoding says after a context, one pass for each token."""
+    ids = list(context)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model.logits(model.hidden(torch.tensor([ids])))[0, -1].argmax()))
+    return ids[len(context) :]
+
+
+def test_greedy_continuations_are_known(opinionated_model):
+    """All tokens must be the likeliest: one other at the beginning or the end makes a difference."""
+    context = [1, 9, 8]
+    said = greedy(opinionated_model, context, 4)
+    others = [[said[0] + 1, *said[1:]], [*said[:-1], said[-1] + 1]]
+    request = ScoringRequest(context, [said, said[:1], *others, [said[0] + 1]])
+    [found] = score(opinionated_model, [request], batch_tokens=100)
+    assert [scored.is_greedy for scored in found] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
@@ -112,8 +132,9 @@ def test_it_is_what_transformers_says(opinionated_model, tokenizer, tmp_path):
             expected.append(
                 float(logits.double().log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum())
             )
-        assert scores == pytest.approx(expected, abs=ROUNDING)
-        assert max(range(3), key=expected.__getitem__) == max(range(3), key=scores.__getitem__)
+        nats = [scored.nats for scored in scores]
+        assert nats == pytest.approx(expected, abs=ROUNDING)
+        assert max(range(3), key=expected.__getitem__) == max(range(3), key=nats.__getitem__)
 
 
 def test_white_space_at_the_end_goes_to_the_continuation(tokenizer):

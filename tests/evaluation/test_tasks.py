@@ -25,6 +25,19 @@ WINOGRANDE = {
     "option2": "Bea",
     "answer": "2",
 }
+OPENBOOKQA = {
+    "question_stem": "Ice melts in",
+    "choices": {"text": ["heat", "cold"], "label": ["A", "B"]},
+    "answerKey": " A",
+}
+COMMONSENSE_QA = {
+    "question": " Where is light? ",
+    "choices": {"text": ["a cave", "a box", "the sun", "a sack", "ink"], "label": list("ABCDE")},
+    "answerKey": "C",
+}
+SCIQ = {"support": "  Ice melts.", "question": "What melts?", "correct_answer": "ice"}
+SCIQ |= {"distractor1": "sand", "distractor2": "air", "distractor3": "wood"}
+BLIMP = {"sentence_good": "She sees herself.", "sentence_bad": "She sees itself."}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +65,29 @@ WINOGRANDE = {
             WINOGRANDE,
             Question(("Ann met Bea because Ann", "Ann met Bea because Bea"), ("was in town.",) * 2, 1),
         ),
+        ("openbookqa", OPENBOOKQA, Question(("Ice melts in",) * 2, ("heat", "cold"), 0)),
+        (
+            "commonsense_qa",
+            COMMONSENSE_QA,
+            Question(
+                ("Question: Where is light?\nA. a cave\nB. a box\nC. the sun\nD. a sack\nE. ink\nAnswer:",)
+                * 5,
+                ("A", "B", "C", "D", "E"),
+                2,
+            ),
+        ),
+        (
+            "sciq",
+            SCIQ,
+            Question(("Ice melts.\nQuestion: What melts?\nAnswer:",) * 4, ("sand", "air", "wood", "ice"), 3),
+        ),
+        (
+            "lambada",
+            {"text": "She saw a  river and, at last, the sea"},
+            Question(("She saw a  river and, at last, the",), ("sea",), 0),
+        ),
+        ("lambada", {"text": "alone"}, Question(("",), ("alone",), 0)),
+        ("blimp", BLIMP, Question(("",) * 2, ("She sees herself.", "She sees itself."), 0)),
     ],
 )
 def test_prompts(kind, record, question):
@@ -118,6 +154,28 @@ def test_hellaswag_is_cleaned():
             {**WINOGRANDE, "sentence": "No blank."},
             "here: 'sentence' must hold the blank '_', got none",
         ),
+        ("openbookqa", {**OPENBOOKQA, "answerKey": "C"}, "here: 'answerKey' must be one of A, B, got 'C'"),
+        (
+            "commonsense_qa",
+            {**COMMONSENSE_QA, "choices": {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}},
+            "here: 'choices' must be five with the labels A, B, C, D, E, got 3 with C as number 3",
+        ),
+        (
+            "commonsense_qa",
+            {**COMMONSENSE_QA, "choices": {"text": list("abcde"), "label": list("CABDE")}},
+            "here: 'choices' must be five with the labels A, B, C, D, E, got 5 with C as number 1",
+        ),
+        ("sciq", {**SCIQ, "distractor2": None}, "here: 'distractor2' must be a string, got NoneType"),
+        (
+            "lambada",
+            {"text": "the sea "},
+            "here: 'text' must end with a word, got a space at the end, or nothing",
+        ),
+        (
+            "blimp",
+            {"sentence_good": "x"},
+            "here: 'sentence_bad' must be a string, got no such field (it has sentence_good)",
+        ),
         ("winogrande", {**WINOGRANDE, "answer": "3"}, "here: 'answer' must be 1 or 2, got 3"),
     ],
 )
@@ -132,10 +190,19 @@ def test_bad_records(kind, record, message):
     [
         (
             {"kind": "mmlu"},
-            'kind must be one of "boolq", "hellaswag", "arc", "piqa", "winogrande", got "mmlu"',
+            'kind must be one of "boolq", "hellaswag", "arc", "piqa", "winogrande", "openbookqa", '
+            '"commonsense_qa", "sciq", "lambada", "blimp", got "mmlu"',
         ),
         ({"limit": 0}, "limit must be at least 1, or null for all, got 0"),
         ({"name": ""}, 'name must be a name for the results, got ""'),
+        (
+            {"kind": "blimp", "few_shot": {"num_fewshot": 1, "source": {"kind": "jsonl", "paths": ["x"]}}},
+            "few_shot must be null for blimp, whose sentences have no context, got examples",
+        ),
+        (
+            {"few_shot": {"num_fewshot": 0, "source": {"kind": "jsonl", "paths": ["x"]}}},
+            "few_shot num_fewshot must be at least 1, got 0",
+        ),
         ({"sauce": 1}, "sauce unknown key (value 1); did you mean 'source'?"),
         (
             {"source": {"kind": "text", "paths": ["x"]}},

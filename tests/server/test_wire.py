@@ -224,7 +224,9 @@ class TestEcho:
         prompts = [[*request.context, *ids] for ids in request.continuations]
         answer = client.completions.create(model=NAME, prompt=prompts, max_tokens=0, echo=True, logprobs=0)
         found = [choice.logprobs.token_logprobs for choice in answer.choices]
-        assert [sum(logs[len(request.context) :]) for logs in found] == close(expected)
+        assert [sum(logs[len(request.context) :]) for logs in found] == close(
+            [scored.nats for scored in expected]
+        )
         assert [logs[0] for logs in found] == [None] * 3
         assert [choice.text for choice in answer.choices] == [context + text for text in continuations]
         assert [choice.finish_reason for choice in answer.choices] == ["length"] * 3
