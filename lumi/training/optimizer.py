@@ -5,6 +5,7 @@ call everything here together.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lumi.config import UserError
 from lumi.kernels.adamw import adamw
 from lumi.kernels.global_norm import global_norm
 from lumi.kernels.native import native_device
@@ -35,8 +37,16 @@ class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"
     # The highest learning rate, reached after warm-up.
     peak_lr: float = 1e-3
-    # Weight decay of matrices; norms and biases have none.
+    # The embedding's rate as a multiple of the others'; tied embeddings are the output head too.
+    embedding_lr_ratio: float = 1.0
+    # Likewise that of the output head (`lm_head`), where it is not tied.
+    head_lr_ratio: float = 1.0
+    # Likewise that of norms and biases.
+    norm_lr_ratio: float = 1.0
+    # Weight decay of matrices, times their rate; norms and biases have none.
     weight_decay: float = 0.1
+    # Whether the embedding decays too.
+    decay_embedding: bool = True
     # AdamW: decay of the mean of the gradients.
     beta1: float = 0.9
     # AdamW: decay of the mean of their squares.
@@ -50,7 +60,8 @@ class OptimizerConfig:
     schedule: CosineSchedule | WarmupStableDecay = field(default_factory=CosineSchedule)
 
     def __post_init__(self) -> None:
-        for name in ("peak_lr", "eps", "max_grad_norm"):
+        ratios = "embedding_lr_ratio", "head_lr_ratio", "norm_lr_ratio"
+        for name in ("peak_lr", "eps", "max_grad_norm", *ratios):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.weight_decay < 0:
@@ -87,25 +98,21 @@ class AdamW(torch.optim.Optimizer):
         max_norm: float = math.inf,
         loss_scale: float = 1.0,
     ) -> None:
-        """Update every parameter that has a gradient. Groups may differ in nothing but weight decay.
+        """Update every parameter that has a gradient. Groups may differ in learning rate and weight decay.
 
         Args:
             norm, max_norm, loss_scale: what clips the gradients, as in `lumi.kernels.adamw`.
         """
-        members = [
-            (p, self.state[p], group["weight_decay"])
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        if not members:
-            return
+        alike: defaultdict[tuple[float, bool], list[tuple[Tensor, dict[str, Tensor], float]]]
+        alike = defaultdict(list)  # one operator has one rate, and copies of all parameters or of none
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    member = p, self.state[p], group["weight_decay"]
+                    alike[group["lr"], p in self.copies].append(member)
         group = self.param_groups[0]
-        for copied in (True, False):
-            alike = [member for member in members if (member[0] in self.copies) == copied]
-            if not alike:
-                continue
-            parameters, states, weight_decays = zip(*alike, strict=True)
+        for (lr, copied), members in alike.items():
+            parameters, states, weight_decays = zip(*members, strict=True)
             copies = [self.copies[parameter] for parameter in parameters] if copied else []
             with written_together(copies) as rows:
                 adamw(
@@ -115,7 +122,7 @@ class AdamW(torch.optim.Optimizer):
                     _own([state["exp_avg_sq"] for state in states]),
                     [state["step"] for state in states],
                     weight_decays=weight_decays,
-                    lr=group["lr"],
+                    lr=lr,
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],
                     eps=group["eps"],
@@ -169,6 +176,7 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig):
+        """Raises UserError where the config gives a rate or decay to a part that is not trained."""
         self.config = config
         weights = getattr(model, "compute_weights", None)
         self.copies: Mapping[Tensor, WeightCopy] = {} if weights is None else weights.copies()
@@ -176,14 +184,11 @@ class Optimizer:
         if not self.named:
             raise ValueError("model must have parameters that require gradients, got none")
         in_muon = {name for name, p in self.named.items() if config.kind == "muon" and _is_hidden(name, p)}
-        rest = [p for name, p in self.named.items() if name not in in_muon]
-        groups = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        rest = {name: p for name, p in self.named.items() if name not in in_muon}
         self.optimizers: list[torch.optim.Optimizer] = []
-        if rest:
-            self.optimizers.append(self._adamw([group for group in groups if group["params"]]))
+        groups = _groups(rest, config)
+        if groups:
+            self.optimizers.append(self._adamw(groups))
         if in_muon:
             matrices = [p for name, p in self.named.items() if name in in_muon]
             numbers = config.peak_lr, config.weight_decay, config.muon_momentum
@@ -217,7 +222,7 @@ class Optimizer:
         return Clip(norm, loss_scale)
 
     def step(self, lr: float, clip: Clip | None = None) -> None:
-        """Make one update with learning rate `lr`.
+        """Make one update with learning rate `lr`, of some parameters times their ratio.
 
         Args:
             clip: takes the loss scale out of the gradients and limits their norm to `max_grad_norm`. A norm
@@ -226,7 +231,7 @@ class Optimizer:
         """
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_ratio", 1.0)
             if isinstance(optimizer, AdamW) and clip is not None:
                 optimizer.step(
                     norm=clip.scaled_norm, max_norm=self.config.max_grad_norm, loss_scale=clip.loss_scale
@@ -257,6 +262,35 @@ class Optimizer:
             for optimizer in self.optimizers
             for key, value in optimizer.state.get(parameter, {}).items()
         }
+
+
+def _groups(named: Mapping[str, Tensor], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """AdamW's parameters, grouped by what the config says of their rate and their decay.
+
+    Raises UserError where the config says it of a part that is not trained.
+    """
+    ratios = {part: getattr(config, f"{part}_lr_ratio") for part in ("embedding", "head", "norm")}
+    of_part = {name: _part(name, parameter) for name, parameter in named.items()}
+    for part, ratio in ratios.items():
+        if ratio != 1 and part not in of_part.values():
+            raise UserError(f"optimizer.{part}_lr_ratio", f"must be 1 where no {part} is trained", got=ratio)
+    if not config.decay_embedding and "embedding" not in of_part.values():
+        raise UserError("optimizer.decay_embedding must be true where no embedding is trained, got false")
+    alike: defaultdict[tuple[float, float], list[Tensor]] = defaultdict(list)
+    for name, part in of_part.items():
+        decays = part != "norm" and (part != "embedding" or config.decay_embedding)
+        alike[ratios.get(part, 1.0), config.weight_decay if decays else 0.0].append(named[name])
+    return [
+        {"params": parameters, "lr_ratio": lr_ratio, "weight_decay": weight_decay}
+        for (lr_ratio, weight_decay), parameters in alike.items()
+    ]
+
+
+def _part(name: str, parameter: Tensor) -> str:
+    """The part of a model whose rate and decay a parameter has."""
+    if parameter.ndim < 2:
+        return "norm"  # or a bias
+    return {"token_embedding": "embedding", "lm_head": "head"}.get(name.partition(".")[0], "layers")
 
 
 def _is_hidden(name: str, parameter: Tensor) -> bool:

@@ -56,7 +56,8 @@ class Trainer:
             layer.compile()
         weights = self.model.initial_weights(config.seed) if start is None else None
         self.parallel_model = parallelize(self.model, world, config.parallel.reduce_dtype, weights)
-        self.optimizer = Optimizer(self.model, config.optimizer)
+        with world.fail_together():
+            self.optimizer = Optimizer(self.model, config.optimizer)
         self.state = TrainState(
             validation_due=start is not None and bool(self.data.validation),  # what fine-tuning begins at
             loss_scale=LossScale(config.dtype),

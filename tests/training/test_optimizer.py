@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lumi.config import UserError
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import LoraConfig, add_lora
 from lumi.model.transformer import ModelConfig, Transformer
@@ -86,6 +87,55 @@ def test_muon_takes_the_matrices_of_the_layers_and_makes_them_orthogonal():
     )
     assert singular.min() > 0.5  # five Newton-Schulz steps bring them to about 0.7 - 1.2
     assert singular.max() < 1.3
+
+
+RATIOS = {"embedding_lr_ratio": 4.0, "head_lr_ratio": 0.5, "norm_lr_ratio": 0.25}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "torch's adamw"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parts_have_rates_and_decay_of_their_own(kind, tied, monkeypatch):
+    """Against float64. Of Muon those that AdamW trains; they alone have rates of their own."""
+    if kind == "torch's adamw":
+        monkeypatch.setattr("lumi.kernels.native.has_native", lambda device: False)
+    ratios = {key: value for key, value in RATIOS.items() if not (tied and key == "head_lr_ratio")}
+    settings = {"weight_decay": 0.5, "beta1": 0.5, "beta2": 0.75, "eps": 1e-3, "decay_embedding": False}
+    shape = replace(MODEL, qkv_bias=True, tied_embeddings=tied)
+    model, optimizer = build(shape, kind=kind.removeprefix("torch's "), **settings, **ratios)
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    means, squares = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
+    for step, lr in ((1, 0.1), (2, 0.03)):
+        fill_gradients(model, step)
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad.double()
+            ratio, decay = 1.0, 0.5
+            if "norm" in name or name.endswith("bias"):
+                ratio, decay = 0.25, 0.0
+            elif "embedding" in name:
+                ratio, decay = 4.0, 0.0
+            elif name == "lm_head.weight":
+                ratio = 0.5
+            means[name] = 0.5 * means[name] + 0.5 * gradient
+            squares[name] = 0.75 * squares[name] + 0.25 * gradient**2
+            mean, square = means[name] / (1 - 0.5**step), squares[name] / (1 - 0.75**step)
+            update = mean / (square.sqrt() + 1e-3) + decay * weights[name]
+            weights[name] = weights[name] - lr * ratio * update
+        optimizer.step(lr)
+    for name, parameter in model.named_parameters():
+        if kind != "muon" or "proj.weight" not in name:
+            torch.testing.assert_close(
+                parameter.detach().double(), weights[name], rtol=1e-5, atol=1e-6, msg=name
+            )
+
+
+def test_a_rate_for_what_is_not_trained_is_refused():
+    with pytest.raises(UserError, match=r"^optimizer.head_lr_ratio must be 1 where no head is trained, got"):
+        build(replace(MODEL, tied_embeddings=True), head_lr_ratio=0.5)
+    model = Transformer(MODEL, REFERENCE).init_weights(0)
+    add_lora(model, LoraConfig(rank=2))
+    for changes in ({"embedding_lr_ratio": 2.0}, {"norm_lr_ratio": 2.0}, {"decay_embedding": False}):
+        with pytest.raises(UserError, match=rf"^optimizer.{next(iter(changes))} must be .* is trained, got "):
+            Optimizer(model, OptimizerConfig(kind="muon", **changes))
 
 
 def gradient_norm(model):
@@ -387,6 +437,7 @@ def test_states_are_there_from_the_start():
     ("build_it", "message"),
     [
         (lambda: OptimizerConfig(peak_lr=0.0), "peak_lr must be positive, got 0.0"),
+        (lambda: OptimizerConfig(head_lr_ratio=0.0), "head_lr_ratio must be positive, got 0.0"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "weight_decay must be at least 0, got -1.0"),
         (lambda: OptimizerConfig(beta2=1.0), r"beta2 must be in \[0, 1\), got 1.0"),
     ],
