@@ -23,7 +23,7 @@ from lumi.planning.communication import (
     collectives,
     matrices_of_layers,
 )
-from lumi.training.memory import parameters_held
+from lumi.training.memory import num_rows_of_matrices, parameters_held
 from lumi.training.run_config import TrainConfig
 
 
@@ -84,5 +84,6 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     """Size of a checkpoint: float32 weights, and two states of each; one state where Muon trains it."""
     model = config.model
     assert model is not None
+    rows = num_rows_of_matrices(model) if config.optimizer.muon_beta2 is not None else 0
     of_muon = sum(rows * columns * count for (rows, columns), count in matrices_of_layers(model).items())
-    return 12 * model.num_parameters - (4 * of_muon if config.optimizer.kind == "muon" else 0)
+    return 12 * model.num_parameters + 4 * rows - (4 * of_muon if config.optimizer.kind == "muon" else 0)

@@ -48,6 +48,7 @@ def memory_of(
         model=config.model,
         batches=config.batches,
         optimizer=config.optimizer.kind,
+        has_row_means=config.optimizer.muon_beta2 is not None,
         compute_bytes=compute_bytes,
         reduce_bytes=reduce_bytes,
         checkpointing=config.gradient_checkpointing,
@@ -67,6 +68,13 @@ def parameters_held(model: ModelConfig, shard: int = 1, tensor: int = 1) -> tupl
     """
     layer, root = _held(model, shard, tensor)
     return sum(layer.values()), sum(root.values())
+
+
+def num_rows_of_matrices(model: ModelConfig) -> int:
+    """Rows of all matrices of the layers."""
+    with torch.device("meta"):
+        layer = Transformer(model.one_layer, REFERENCE).layers
+    return model.num_layers * sum(len(p) for p in layer.parameters() if p.ndim == 2)
 
 
 def _held(model: ModelConfig, shard: int, tensor: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -115,6 +123,7 @@ class MemoryEstimate:
 
     Args:
         optimizer: "adamw" or "muon".
+        has_row_means: whether Muon keeps a number for each row of its matrices, whole on every process.
         compute_bytes: of a number in the compute dtype.
         reduce_bytes: of a number that processes send each other to be summed.
         kernels: the name of the operators in use.
@@ -126,6 +135,7 @@ class MemoryEstimate:
     optimizer: str
     compute_bytes: int
     device_type: str
+    has_row_means: bool = False
     checkpointing: bool = False
     reduce_bytes: int = 4
     kernels: str = "reference"
@@ -180,7 +190,8 @@ class MemoryEstimate:
             return trained
         layer, _ = _held(self.model, self.layout.shard, self.layout.tensor)
         matrices = sum(held for name, held in layer.items() if name.endswith("proj.weight"))
-        return 2 * trained - self.model.num_layers * matrices
+        rows = num_rows_of_matrices(self.model) if self.has_row_means else 0
+        return 2 * trained - self.model.num_layers * matrices + rows
 
     def _gathered(self, adapters: int, trained: int, embeddings: int) -> dict[str, int]:
         """What FSDP2 and tensor parallelism gather, and what waits to be summed."""

@@ -21,7 +21,7 @@ from lumi.kernels.adamw import adamw
 from lumi.kernels.global_norm import global_norm
 from lumi.kernels.native import native_device
 from lumi.model.compute_weights import WeightCopy, written_together
-from lumi.training.muon import Muon
+from lumi.training.muon import Muon, num_copies
 from lumi.training.schedule import CosineSchedule, WarmupStableDecay
 
 
@@ -37,7 +37,7 @@ class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"
     # The highest learning rate, reached after warm-up.
     peak_lr: float = 1e-3
-    # The embedding's rate as a multiple of the others'; tied embeddings are the output head too.
+    # The embedding's rate as a multiple of `peak_lr`; tied, it is the output head's too.
     embedding_lr_ratio: float = 1.0
     # Likewise that of the output head (`lm_head`), where it is not tied.
     head_lr_ratio: float = 1.0
@@ -55,6 +55,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     # Muon: decay of the mean of the gradients.
     muon_momentum: float = 0.95
+    # NorMuon: decay of the mean of the squares of each row of Muon's updates, such as 0.95; null: plain Muon.
+    muon_beta2: float | None = None
+    # Muon: matrices keep the norms that they begin with, and do not decay. The rate is then the length of a
+    # step as a share of the matrix's norm: about 10 times that of plain Muon.
+    muon_hyperball: bool = False
+    # Muon: weights decay only where the update does not push them away from zero.
+    muon_cautious_decay: bool = False
     # Gradients are scaled down to this joint L2 norm.
     max_grad_norm: float = 1.0
     schedule: CosineSchedule | WarmupStableDecay = field(default_factory=CosineSchedule)
@@ -66,9 +73,17 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "muon_momentum", "muon_beta2"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        variants = {"muon_beta2": None, "muon_hyperball": False, "muon_cautious_decay": False}
+        for name in (name for name, plain in variants.items() if getattr(self, name) != plain):
+            if self.kind != "muon":
+                raise ValueError(f'kind must be "muon" where {name} is given, got "{self.kind}"')
+        if self.muon_hyperball and self.muon_cautious_decay:
+            raise ValueError(
+                "muon_cautious_decay must be false with muon_hyperball, which lets nothing decay, got true"
+            )
 
 
 class AdamW(torch.optim.Optimizer):
@@ -191,8 +206,18 @@ class Optimizer:
             self.optimizers.append(self._adamw(groups))
         if in_muon:
             matrices = [p for name, p in self.named.items() if name in in_muon]
-            numbers = config.peak_lr, config.weight_decay, config.muon_momentum
-            self.optimizers.append(Muon(matrices, *numbers, copies=self.copies))
+            self.optimizers.append(
+                Muon(
+                    matrices,
+                    lr=config.peak_lr,
+                    weight_decay=config.weight_decay,
+                    momentum=config.muon_momentum,
+                    copies=self.copies,
+                    hyperball=config.muon_hyperball,
+                    beta2=config.muon_beta2,
+                    cautious_decay=config.muon_cautious_decay,
+                )
+            )
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Our AdamW where compiled code takes all parameters, else torch's fused one; states are allocated.
@@ -309,10 +334,7 @@ def _whole_norm(gradients: list[Tensor]) -> Tensor:
     for gradient in gradients:
         if not isinstance(gradient, DTensor):
             return global_norm(gradients)  # whole on every process
-        copies = math.prod(
-            gradient.device_mesh.size(side) for side, p in enumerate(gradient.placements) if p.is_replicate()
-        )
-        shared.setdefault(copies, []).append(gradient.to_local())
+        shared.setdefault(num_copies(gradient), []).append(gradient.to_local())
     if not shared:
         return global_norm([])
     squares = torch.stack([global_norm(parts) ** 2 / copies for copies, parts in shared.items()]).sum()

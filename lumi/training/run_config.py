@@ -81,6 +81,13 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        for name in ("muon_hyperball", "muon_beta2") if self.lora is not None else ():
+            if (value := getattr(self.optimizer, name)) not in (None, False):
+                raise UserError(
+                    f"optimizer.{name}",
+                    "must be left out with lora, whose matrices begin at zero",
+                    got=str(value).lower(),
+                )
         if len(set(self.trackers)) < len(self.trackers):
             raise UserError("trackers", "must name each once", got=", ".join(self.trackers))
         check_fits(self.optimizer.schedule, self.num_steps)

@@ -71,6 +71,14 @@ def test_the_loss_is_the_same_and_gradients_are_at_least_as_exact(shape):
             assert torch.equal(gradients[1][name], gradients[2][name])
 
 
+KINDS = {
+    "adamw": {"kind": "adamw", "head_lr_ratio": 0.5},
+    "muon": {"kind": "muon"},
+    "normuon on the hyperball": {"kind": "muon", "muon_hyperball": True, "muon_beta2": 0.9},
+    "cautious muon": {"kind": "muon", "muon_cautious_decay": True},
+}
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_run_is_as_near_to_float64_as_without_them(kind):
     curves = []
@@ -99,10 +107,10 @@ class Counted(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_layer_is_four_products_and_no_weight_is_cast(kind):
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_a_layer_is_four_products_and_no_weight_is_cast(settings):
     model = build(BF16)
-    optimizer = Optimizer(model, OptimizerConfig(kind=kind))
+    optimizer = Optimizer(model, OptimizerConfig(**settings))
     step(model, optimizer, 0)
     backward(model)
     optimizer.step(0.002, optimizer.measure_gradients())
@@ -114,10 +122,10 @@ def test_a_layer_is_four_products_and_no_weight_is_cast(kind):
     assert "aten::_foreach_copy_" not in forward.names
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_skipped_step_leaves_masters_and_copies(kind):
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_a_skipped_step_leaves_masters_and_copies(settings):
     model = build(BF16)
-    optimizer = Optimizer(model, OptimizerConfig(kind=kind))
+    optimizer = Optimizer(model, OptimizerConfig(**settings))
     step(model, optimizer, 0)
     before = [(each.master.detach().clone(), each.rows.clone()) for each in copies(model)]
     backward(model)
@@ -127,7 +135,7 @@ def test_a_skipped_step_leaves_masters_and_copies(kind):
         assert torch.equal(each.master, master)
         assert torch.equal(each.rows, rows)
     # The device alone may know of it: the host then calls the operator, which writes nothing.
-    for inner in optimizer.optimizers if kind == "adamw" else ():
+    for inner in optimizer.optimizers if settings["kind"] == "adamw" else ():
         with torch.no_grad():
             model.lm_head.weight.add_(1)  # what nobody has read yet must not pass for copied
         inner.step(norm=torch.tensor(torch.nan, dtype=torch.float64))

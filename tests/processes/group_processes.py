@@ -166,11 +166,13 @@ def step_with_muon(rank, size, folder):
     with joined(rank, size, folder):
         for layout in layouts:
             run_muon(layout, torch.bfloat16)
+            run_muon(layout, torch.float32, hyperball=True, beta2=0.8)
         run_muon(layouts[-1], torch.float32)
+        run_muon(layouts[-1], torch.float32, beta2=0.8, cautious_decay=True)
 
 
-def run_muon(layout, dtype):
-    settings = {"lr": 1.0, "weight_decay": 0.3, "momentum": 0.9}
+def run_muon(layout, dtype, **variant):
+    settings = {"lr": 1.0, "weight_decay": 0.3, "momentum": 0.9} | variant
     parts = held(matrices(0), layout)
     truth = [nn.Parameter(value) for value in matrices(0).values()]
     exact = [nn.Parameter(value.double()) for value in matrices(0).values()]

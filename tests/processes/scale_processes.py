@@ -51,7 +51,7 @@ def case(model, layout, *, rows=4, optimizer="adamw", **settings):
     """A run of 2 rows of 8 tokens a micro-batch."""
     parallel = ParallelConfig(**layout._asdict(), reduce_dtype=settings.pop("reduce_dtype", "bfloat16"))
     batches = BatchConfig(sequence_length=8, batch_tokens=8 * rows, micro_batch_size=2)
-    kind = OptimizerConfig(kind=optimizer)
+    kind = OptimizerConfig(kind=optimizer, muon_beta2=0.95 if optimizer == "muon" else None)
     return TrainConfig(
         model=model,
         batches=batches,

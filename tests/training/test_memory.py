@@ -31,6 +31,10 @@ def test_memory_by_hand():
     assert adamw["loss"] == (4 + 2 + 2) * 30 * 100 + 8 * 100 * 8
     assert adamw["total"] == sum(value for key, value in adamw.items() if key != "total")
     assert estimate(optimizer="muon")["optimizer"] == 4 * (parameters + 2 * 100 * 8 + 2 * 16 + 8)
+    rows = (
+        estimate(optimizer="muon", has_row_means=True)["optimizer"] - estimate(optimizer="muon")["optimizer"]
+    )
+    assert rows == 4 * 2 * (4 * 8 + 2 * 16 + 8)
     assert estimate(checkpointing=True)["activations"] == 30 * (2 * 2 * 8 + per_layer)
     assert estimate(compute_bytes=4)["weights"] == 4 * parameters
 

@@ -17,6 +17,15 @@ from lumi.training.optimizer import AdamW, Clip, Optimizer, OptimizerConfig
 MODEL = ModelConfig(vocab_size=17, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24)
 
 
+# What `build` makes optimizers of.
+KINDS = {
+    "adamw": {"kind": "adamw"},
+    "muon": {"kind": "muon"},
+    "normuon on the hyperball": {"kind": "muon", "muon_hyperball": True, "muon_beta2": 0.9},
+    "cautious muon": {"kind": "muon", "muon_cautious_decay": True},
+}
+
+
 def build(shape=MODEL, **changes):
     model = Transformer(shape, REFERENCE).init_weights(0)
     return model, Optimizer(model, OptimizerConfig(**changes))
@@ -202,14 +211,14 @@ class Reads(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon", "torch's adamw"])
+@pytest.mark.parametrize("kind", [*KINDS, "torch's adamw"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_a_step_on_what_is_not_finite_does_nothing(bad, kind, monkeypatch):
     """A gradient, or the loss. The host does not ask: the same holds of the steps that follow."""
     if kind == "torch's adamw":
         monkeypatch.setattr("lumi.kernels.native.has_native", lambda device: False)
-    model, optimizer = build(kind=kind.removeprefix("torch's "))
-    other, other_optimizer = build(kind=kind.removeprefix("torch's "))
+    settings = KINDS[kind.removeprefix("torch's ")]
+    (model, optimizer), (other, other_optimizer) = build(**settings), build(**settings)
     for seed in (3, 4, 5):
         fill_gradients(model, seed)
         fill_gradients(other, seed)
@@ -398,21 +407,23 @@ def test_no_norm_outlives_its_step():
     assert norm() is None
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_state_round_trip_continues_bit_for_bit(kind):
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_state_round_trip_continues_bit_for_bit(settings):
     def run(model, optimizer, seeds):
         for seed in seeds:
             fill_gradients(model, seed)
             optimizer.step(0.01)
 
-    model, optimizer = build(kind=kind)
+    model, optimizer = build(**settings)
     run(model, optimizer, range(3))
     weights, states = (
         {k: v.clone() for k, v in d.items()} for d in (model.state_dict(), optimizer.state_tensors())
     )
     run(model, optimizer, range(3, 6))
-    resumed, resumed_optimizer = build(kind=kind)
+    resumed, resumed_optimizer = build(**settings)
     resumed.load_state_dict(weights)
+    for state in resumed_optimizer.state_tensors().values():
+        state.fill_(7.0)  # all that goes on has to come from the other's states
     load_states(resumed_optimizer, states)
     run(resumed, resumed_optimizer, range(3, 6))
     for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -437,6 +448,15 @@ def test_states_are_there_from_the_start():
     ("build_it", "message"),
     [
         (lambda: OptimizerConfig(peak_lr=0.0), "peak_lr must be positive, got 0.0"),
+        (
+            lambda: OptimizerConfig(muon_beta2=0.0),
+            'kind must be "muon" where muon_beta2 is given, got "adamw"',
+        ),
+        (lambda: OptimizerConfig(kind="muon", muon_beta2=1.0), r"muon_beta2 must be in \[0, 1\), got 1.0"),
+        (
+            lambda: OptimizerConfig(kind="muon", muon_hyperball=True, muon_cautious_decay=True),
+            "muon_cautious_decay must be false with muon_hyperball, which lets nothing decay, got true",
+        ),
         (lambda: OptimizerConfig(head_lr_ratio=0.0), "head_lr_ratio must be positive, got 0.0"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "weight_decay must be at least 0, got -1.0"),
         (lambda: OptimizerConfig(beta2=1.0), r"beta2 must be in \[0, 1\), got 1.0"),

@@ -25,6 +25,14 @@ MODEL = CONFIG["model"]
             {"num_steps": 100, "optimizer": {"schedule": {"kind": "wsd", "warmup_steps": 90}}},
             r"decay_fraction must be at most 0\.1, what 90 steps of warm-up leave of num_steps = 100",
         ),
+        (
+            {"model": None, "lora": {}, "optimizer": {"kind": "muon", "muon_hyperball": True}},
+            r"optimizer\.muon_hyperball must be left out with lora, whose matrices begin at zero, got true",
+        ),
+        (
+            {"model": None, "lora": {}, "optimizer": {"kind": "muon", "muon_beta2": 0.9}},
+            r"optimizer\.muon_beta2 must be left out with lora, whose matrices begin at zero, got 0\.9",
+        ),
         ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
         ({"validation_tokens": 0}, "validation_tokens must be at least 1, got 0"),
         ({"max_loss_sigmas": 0.0}, r"max_loss_sigmas must be positive, got 0\.0"),
