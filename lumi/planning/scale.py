@@ -81,9 +81,15 @@ def optimizer_seconds(config: TrainConfig, layout: Layout, cluster: Cluster) -> 
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Size of a checkpoint: float32 weights, and two states of each; one state where Muon trains it."""
+    """Size of a checkpoint: float32 weights, and two states of each; one state where Muon trains it.
+
+    A moving average is as large as the weights.
+    """
     model = config.model
     assert model is not None
     rows = num_rows_of_matrices(model) if config.optimizer.muon_beta2 is not None else 0
     of_muon = sum(rows * columns * count for (rows, columns), count in matrices_of_layers(model).items())
-    return 12 * model.num_parameters + 4 * rows - (4 * of_muon if config.optimizer.kind == "muon" else 0)
+    numbers = 4 if config.final == "ema" else 3
+    return 4 * (numbers * model.num_parameters + rows) - (
+        4 * of_muon if config.optimizer.kind == "muon" else 0
+    )

@@ -48,6 +48,7 @@ def memory_of(
         model=config.model,
         batches=config.batches,
         optimizer=config.optimizer.kind,
+        has_average=config.final == "ema",
         has_row_means=config.optimizer.muon_beta2 is not None,
         compute_bytes=compute_bytes,
         reduce_bytes=reduce_bytes,
@@ -123,6 +124,7 @@ class MemoryEstimate:
 
     Args:
         optimizer: "adamw" or "muon".
+        has_average: whether the run keeps a moving average of the weights.
         has_row_means: whether Muon keeps a number for each row of its matrices, whole on every process.
         compute_bytes: of a number in the compute dtype.
         reduce_bytes: of a number that processes send each other to be summed.
@@ -135,6 +137,7 @@ class MemoryEstimate:
     optimizer: str
     compute_bytes: int
     device_type: str
+    has_average: bool = False
     has_row_means: bool = False
     checkpointing: bool = False
     reduce_bytes: int = 4
@@ -170,6 +173,8 @@ class MemoryEstimate:
             "gradients": 4 * trained,
             "optimizer": 4 * self._states(trained),
         }
+        if self.has_average:
+            parts["average"] = 4 * trained
         embeddings = model.vocab_size * model.model_dim * (1 if model.tied_embeddings else 2)
         if self.frozen and rows_trained:
             parts["weights"] += weight_bytes * embeddings

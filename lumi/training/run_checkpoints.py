@@ -23,6 +23,7 @@ from lumi.training.run_folder import RunFolder
 from lumi.training.run_log import RunLog
 from lumi.training.run_model import save_final
 from lumi.training.train_state import TrainState
+from lumi.training.weight_average import WeightAverage
 
 
 class RunCheckpoints:
@@ -41,11 +42,12 @@ class RunCheckpoints:
         log: RunLog,
         model: Transformer,
         optimizer: Optimizer,
+        average: WeightAverage | None,
         identity: dict[str, Any],
         data: Sequence[Parent],
     ):
         self.run, self.world, self.folder, self.log = run, world, folder, log
-        self.model, self.optimizer, self.identity = model, optimizer, identity
+        self.model, self.optimizer, self.average, self.identity = model, optimizer, average, identity
         self.saver = Saver(folder.checkpoints, world.rank, world.size, world.saving)
         self.saved_step: int | None = None
         start = [] if run.start is None else [model_parent(run.start, identity["start"])]
@@ -60,7 +62,8 @@ class RunCheckpoints:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by group and name."""
-        return {"model": trained_tensors(self.model), "optimizer": self.optimizer.state_tensors()}
+        groups = {"model": trained_tensors(self.model), "optimizer": self.optimizer.state_tensors()}
+        return groups if self.average is None else groups | {"average": self.average.values}
 
     def restore(self, found: Checkpoint | None, state: TrainState) -> None:
         """Weights, optimizer states and `state` from a checkpoint. None: the run begins at step 0."""
@@ -71,9 +74,11 @@ class RunCheckpoints:
         with self.world.fail_together():
             check_resumable(found, self.identity, self.run.config, self.run.start, self.log.say)
             tensors = self.tensors()
-            for group in ("model", "optimizer"):
+            for group in tensors:
                 found.fill(group, tensors[group])
             state.load_json(found.state)
+            if self.average is not None:
+                self.average.num_updates.fill_(state.step - state.skipped_steps)
             if self.folder.has(state.step):
                 self.saved_step = state.step
         with self.world.fail_together(interruptible=True):
@@ -130,6 +135,10 @@ class RunCheckpoints:
                 )
             checkpoint, start = self.folder.load(self.folder.checkpoint(step)), self.run.start
             began_with = self.identity["start"]
+            if config.final == "ema":
+                self.log.say(
+                    f"final is the moving average of the weights, with a decay of {config.ema_decay}"
+                )
             target, made_from = self.folder.final, self.parents
             save_final(target, self.model, checkpoint, config, start, began_with, tokenizer, made_from)
             self.log.say(f"final model: {self.folder.final}")

@@ -52,8 +52,11 @@ class TrainConfig:
     save_every: int = 1000
     # The newest checkpoints that stay; the best one stays beside them.
     keep_last: int = 2
-    # Which weights final/ holds; "best": those of the saved step with the lowest validation loss.
-    final: Literal["last", "best"] = "last"
+    # Which weights final/ holds; "best": those of the saved step with the lowest validation loss; "ema": a
+    # moving average over the steps.
+    final: Literal["last", "best", "ema"] = "last"
+    # What the weights before a step count for in that average, such as 0.999; null where final is not "ema".
+    ema_decay: float | None = None
     # Skip a step whose loss lies more deviations than this above those before it; null: skip none.
     max_loss_sigmas: float | None = None
     # Skipped steps in a row (not finite, or a spike) after which the run stops.
@@ -81,6 +84,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        if (self.ema_decay is not None) != (self.final == "ema"):
+            expected = "a number" if self.final == "ema" else "null"
+            got = "null" if self.ema_decay is None else self.ema_decay
+            raise UserError("ema_decay", f'must be {expected} where final is "{self.final}"', got=got)
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError("ema_decay", "must be in [0, 1)", got=self.ema_decay)
         for name in ("muon_hyperball", "muon_beta2") if self.lora is not None else ():
             if (value := getattr(self.optimizer, name)) not in (None, False):
                 raise UserError(

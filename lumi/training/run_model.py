@@ -65,13 +65,13 @@ def save_final(
     tokenizer: Tokenizer,
     parents: Sequence[Parent],
 ) -> None:
-    """Write `final/` from a checkpoint: the model, or its adapter.
+    """Write `final/` from a checkpoint: the model or its adapter, or the average of either.
 
     An adapter names the weights `start`, and the fingerprint that they had when the run began. `model` tells
     what the tensors are; its values are not read, because this process may hold only a part of them.
     `parents` are those of the run: the checkpoint may go.
     """
-    values = checkpoint.tensors("model")
+    values = checkpoint.tensors("average" if config.final == "ema" else "model")
     if config.lora is None:
         save_model_tensors(
             folder,

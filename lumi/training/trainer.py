@@ -37,6 +37,7 @@ from lumi.training.schedule import lr_at
 from lumi.training.skipped_steps import report_skipped, too_many_skipped
 from lumi.training.train_state import StepOutcome, TrainState
 from lumi.training.validation import Validation
+from lumi.training.weight_average import WeightAverage
 
 
 class Trainer:
@@ -58,6 +59,8 @@ class Trainer:
         self.parallel_model = parallelize(self.model, world, config.parallel.reduce_dtype, weights)
         with world.fail_together():
             self.optimizer = Optimizer(self.model, config.optimizer)
+        decay = config.ema_decay
+        self.average = None if decay is None else WeightAverage(self.model, decay)
         self.state = TrainState(
             validation_due=start is not None and bool(self.data.validation),  # what fine-tuning begins at
             loss_scale=LossScale(config.dtype),
@@ -68,7 +71,15 @@ class Trainer:
             run, identity["start"], self.data, self.model, world, folder, self.log
         )
         self.checkpoints = RunCheckpoints(
-            run, world, folder, self.log, self.model, self.optimizer, identity, self.data.parents()
+            run,
+            world,
+            folder,
+            self.log,
+            self.model,
+            self.optimizer,
+            self.average,
+            identity,
+            self.data.parents(),
         )
         self.checkpoints.restore(found, self.state)
         saver = self.checkpoints.saver
@@ -141,6 +152,8 @@ class Trainer:
             lr = lr_at(step, config.num_steps, config.optimizer.peak_lr, config.optimizer.schedule)
             self.optimizer.step(lr, judged)
             self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update(judged.accepted)
             self.end_step(
                 PendingOutcome(
                     step=step,

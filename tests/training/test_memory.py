@@ -35,6 +35,8 @@ def test_memory_by_hand():
         estimate(optimizer="muon", has_row_means=True)["optimizer"] - estimate(optimizer="muon")["optimizer"]
     )
     assert rows == 4 * 2 * (4 * 8 + 2 * 16 + 8)
+    averaged = estimate(has_average=True)
+    assert averaged == adamw | {"average": 4 * parameters, "total": adamw["total"] + 4 * parameters}
     assert estimate(checkpointing=True)["activations"] == 30 * (2 * 2 * 8 + per_layer)
     assert estimate(compute_bytes=4)["weights"] == 4 * parameters
 
