@@ -173,6 +173,10 @@ class Transformer(nn.Module):
         compute_dtype: of activations and matrix products; weights stay float32.
         gradient_checkpointing: keep only each layer's input and recompute the rest in backward
             (Chen et al. 2016, arXiv:1604.06174).
+
+    Attributes:
+        z_loss: weight of log(sum of exp(logits))^2 in the loss of a token, in training alone
+            (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
     """
 
     def __init__(
@@ -194,6 +198,7 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(config.model_dim, config, ops)
         self.lm_head = None if config.tied_embeddings else Linear(config.model_dim, config.vocab_size, ops)
         self.compute_weights: ComputeWeights | None = None
+        self.z_loss = 0.0
 
     @property
     def output_weight(self) -> Tensor:
@@ -331,7 +336,8 @@ class Transformer(nn.Module):
             tokens, positions, documents: as for `hidden`.
             targets: (B, T) int64, already shifted; -100 is not trained.
             expected_dloss: the summed loss's gradient that makes backward cheapest.
-            per_token: for losses that are no sum over the tokens. What is not trained is 0.
+            per_token: for losses that are no sum over the tokens. What is not trained is 0, and there is no
+                z-loss.
         """
         hidden_ND = self.hidden(tokens, positions, documents).flatten(0, 1)
         copy_VD = None
@@ -340,4 +346,7 @@ class Transformer(nn.Module):
         operands = hidden_ND, self.output_weight, targets.flatten()
         if per_token:
             return self.ops.token_losses(*operands, copy_VD=copy_VD).view_as(targets)
-        return self.ops.linear_cross_entropy(*operands, expected_dloss=expected_dloss, copy_VD=copy_VD)
+        z_loss = self.z_loss if self.training else 0.0
+        return self.ops.linear_cross_entropy(
+            *operands, z_loss=z_loss, expected_dloss=expected_dloss, copy_VD=copy_VD
+        )

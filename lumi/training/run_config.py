@@ -57,6 +57,9 @@ class TrainConfig:
     final: Literal["last", "best", "ema"] = "last"
     # What the weights before a step count for in that average, such as 0.999; null where final is not "ema".
     ema_decay: float | None = None
+    # Weight of log(sum of exp(logits))^2 in the loss of a token, such as 1e-4. The loss of training contains
+    # it, that of validation does not.
+    z_loss: float = 0.0
     # Skip a step whose loss lies more deviations than this above those before it; null: skip none.
     max_loss_sigmas: float | None = None
     # Skipped steps in a row (not finite, or a spike) after which the run stops.
@@ -84,6 +87,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        if self.z_loss < 0:
+            raise UserError("z_loss", "must be at least 0", got=self.z_loss)
+        if self.z_loss and self.dpo is not None:
+            raise UserError("z_loss", "must be 0 with dpo, which compares whole answers", got=self.z_loss)
         if (self.ema_decay is not None) != (self.final == "ema"):
             expected = "a number" if self.final == "ema" else "null"
             got = "null" if self.ema_decay is None else self.ema_decay

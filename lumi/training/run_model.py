@@ -46,7 +46,7 @@ def build(
         model = load_model(start, ops, dtype, tokenizer)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, config.lora.token_ids(tokenizer.control_ids))
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.gradient_checkpointing, model.z_loss = config.gradient_checkpointing, config.z_loss
     return model.train()
 
 

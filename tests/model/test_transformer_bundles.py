@@ -171,3 +171,31 @@ def test_a_step_waits_for_nothing_and_can_be_captured():
         graph.replay()
         torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, NATIVE], ids=lambda ops: ops.name)
+def test_z_loss_and_its_gradients_against_float64(ops):
+    """By torch's operators on the hidden states; not in evaluation."""
+    config = ModelConfig(vocab_size=97, num_layers=2, model_dim=64, num_heads=4, mlp_dim=96)
+    results = []
+    for dtype, bundle in ((torch.float64, REFERENCE), (torch.float32, REFERENCE), (torch.float32, ops)):
+        model = Transformer(config, bundle, compute_dtype=dtype).init_weights(1).to(dtype)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(30)
+        tokens, targets = torch.randint(0, 97, (2, 2, 40), generator=torch.Generator().manual_seed(0))
+        targets[0, 5:9] = -100
+        if len(results) < 2:
+            logits = model.hidden(tokens).flatten(0, 1) @ model.lm_head.weight.T
+            plain = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+            trained = logits[targets.flatten() != -100]
+            loss = plain + 0.1 * trained.exp().sum(dim=1).log().square().sum()
+            assert loss > 1.2 * plain
+        else:
+            model.z_loss = 0.1
+            loss = model.train()(tokens, targets)
+            assert model.eval()(tokens, targets).item() == pytest.approx(plain.item(), rel=1e-5)
+        loss.backward()
+        results.append({"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()})
+    exact, same_dtype, actual = results
+    for name, value in actual.items():
+        assert_parity(name, value, same_dtype[name], exact[name])

@@ -36,6 +36,8 @@ MODEL = CONFIG["model"]
         ({"final": "ema"}, 'ema_decay must be a number where final is "ema", got null'),
         ({"ema_decay": 0.9}, r'ema_decay must be null where final is "last", got 0\.9'),
         ({"final": "ema", "ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1\.0"),
+        ({"z_loss": -1.0}, r"z_loss must be at least 0, got -1\.0"),
+        ({"model": None, "dpo": {}, "z_loss": 0.1}, r"z_loss must be 0 with dpo, .*, got 0\.1"),
         ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
         ({"validation_tokens": 0}, "validation_tokens must be at least 1, got 0"),
         ({"max_loss_sigmas": 0.0}, r"max_loss_sigmas must be positive, got 0\.0"),

@@ -1,5 +1,7 @@
 """The model that a run begins with."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,7 @@ from runs import CONFIG, losses
 from lumi.config import UserError, from_dict
 from lumi.formats.hf_format import load_model
 from lumi.kernels.bundle import REFERENCE
+from lumi.training.metrics import read_metrics
 from lumi.training.run_config import TrainConfig
 from lumi.training.run_model import build, start_fingerprint
 
@@ -36,6 +39,7 @@ def test_a_new_model_holds_no_values_yet(tokenizer):
         ({"qkv_bias": True, "window": 9, "full_attention_layers": 1}, "Qwen2ForCausalLM"),
         ({"window": 9, "rope_scaling": {"kind": "linear", "factor": 2.0}}, "MistralForCausalLM"),
         ({"no_rope_layer_interval": 2}, "SmolLM3ForCausalLM"),
+        ({"qk_norm": True, "num_kv_heads": 1}, "Qwen3ForCausalLM"),
         (
             {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 16}},
             "LlamaForCausalLM",
@@ -53,6 +57,20 @@ def test_a_model_of_every_family_is_trained_from_a_config(changes, architecture,
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ours.hidden(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-4)
     assert all(ours.get_parameter(name).any() for name, _ in ours.named_parameters())  # biases moved
+
+
+def test_z_loss_is_in_the_loss_of_training_alone(start):
+    """New weights give logits near zero: the sum of their exponentials is the vocabulary's size."""
+    still = {"num_steps": 1, "save_every": 1, "optimizer": {"peak_lr": 1e-9, "weight_decay": 0.0}}
+    plain, with_z = start("plain", **still), start("with z", z_loss=0.01, **still)
+    assert losses(with_z)[0] - losses(plain)[0] == pytest.approx(0.01 * math.log(384) ** 2, rel=0.01)
+    held_out = [
+        [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "validation"]
+        for run in (plain, with_z)
+    ]
+    assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
+    norms = [read_metrics(run / "metrics.jsonl")[0]["gradient_norm"] for run in (plain, with_z)]
+    assert norms[0] != pytest.approx(norms[1], rel=1e-4)
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tokenizer):

@@ -69,3 +69,15 @@ def test_a_schedule_as_long_as_the_run_is_not(schedule):
 def test_refuses(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.8])
+def test_a_long_decay_falls_in_a_line_to_zero(fraction):
+    schedule, begin = (
+        WarmupStableDecay(warmup_steps=100, decay_fraction=fraction),
+        round(1000 * (1 - fraction)),
+    )
+    check_fits(schedule, 1000)
+    for step in range(1, 1001):
+        expected = min(step / 100, 1.0, 1 - (step - begin) / (1000 - begin))
+        assert lr_at(step, 1000, 0.02, schedule) == pytest.approx(0.02 * expected, abs=1e-12)
