@@ -57,6 +57,8 @@ CONFIG = {
     "preflight": False,
 }
 MUON = {"optimizer": {"kind": "muon", "peak_lr": 0.01}, "num_steps": 6}
+VARIANT = {"kind": "muon", "peak_lr": 0.05, "norm_lr_ratio": 0.1, "muon_hyperball": True, "muon_beta2": 0.9}
+AVERAGED = {"optimizer": VARIANT, "num_steps": 6, "final": "ema", "ema_decay": 0.6, "z_loss": 0.001}
 LORA = {"model": None, "lora": {"rank": 4, "tokens": ["<s>"]}, "num_steps": 8}
 PAIRS = {"model": None, "dpo": {}, "num_steps": 6}
 PAIRS["batches"] = {"sequence_length": 256, "batch_tokens": 2048, "micro_batch_size": 2}
@@ -119,6 +121,9 @@ JOBS = {
     "muon ddp": Job(2, (MUON,)),
     "muon fsdp": Job(2, (MUON, FSDP)),
     "muon tensor": Job(2, (MUON, TENSOR, CHECKPOINTING)),
+    "averaged alone": Job(1, (AVERAGED,)),
+    "averaged fsdp": Job(2, (AVERAGED, FSDP)),
+    "averaged tensor": Job(2, (AVERAGED, TENSOR)),
     "lora alone": Job(1, (LORA,)),
     "lora fsdp": Job(2, (LORA, FSDP)),
     "lora tensor": Job(2, (LORA, TENSOR)),
@@ -323,6 +328,19 @@ def test_muon(kind, runs):
     assert one[-1] < one[0] - 0.5
     assert other == pytest.approx(one, rel=1e-4)
     assert other[:3] == pytest.approx(one[:3], rel=LOSS)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", soak("tensor")])
+def test_the_average_of_muons_variants(kind, runs):
+    """Norms and means of rows are the whole matrices', and so is what final/ holds."""
+    one, other = runs / "averaged alone", runs / f"averaged {kind}"
+    losses = records(one, "train", "loss")
+    assert losses[-1] < losses[0] - 0.5
+    assert records(other, "train", "loss") == pytest.approx(losses, rel=1e-4)
+    expected, got = (load_tensors(folder / "final" / "model.safetensors") for folder in (one, other))
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 0.01 * tensor.norm(), name
 
 
 @pytest.mark.parametrize("kind", ["fsdp", soak("tensor")])
