@@ -8,7 +8,7 @@ from lumi.command_line import run, summary
 from lumi.commands.data import prepare, tokenize, tokenizer
 from lumi.commands.inference import chat, generate, serve
 from lumi.commands.models import compare, evaluate, export, merge, push, verify
-from lumi.commands.runs import demo, finetune, plan, report
+from lumi.commands.runs import demo, finetune, new, plan, report
 from lumi.config import UserError
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         prepare,
         tokenizer,
         tokenize,
+        new,
         plan,
         generate,
         chat,

@@ -1,4 +1,4 @@
-"""Runs are planned, made whole and shown: `lumi plan`, `lumi finetune`, `lumi report`, `lumi demo`."""
+"""Runs are chosen, planned, made whole and shown: `lumi new`, `plan`, `finetune`, `report` and `demo`."""
 
 import sys
 from pathlib import Path
@@ -14,6 +14,34 @@ from lumi.command_line import (
     summary,
 )
 from lumi.config import load_config
+
+
+def new(argv: list[str]) -> int:
+    """a size and a number of tokens -> the configs of all stages, with reasons"""
+    import torch
+
+    from lumi.host.devices import choose_device
+    from lumi.planning.new_project import new_project
+    from lumi.planning.recipe import NAMED
+
+    texts = {
+        "size": f"{', '.join(NAMED)}, or parameters such as 23M; default: what --minutes allow",
+        "tokens": "to train on, such as 0.5B; default: what --minutes allow, else 20 for each parameter",
+        "minutes": "of pre-training on this machine, instead of --tokens",
+        "data": "files of text (.jsonl, .json, .parquet, .txt), or one dataset on the hub; default: a mix",
+    }
+    arguments = parser("lumi new", summary(new))
+    arguments.add_argument("--size", help=texts["size"])
+    arguments.add_argument("--tokens", help=texts["tokens"])
+    arguments.add_argument("--minutes", type=float, help=texts["minutes"])
+    arguments.add_argument("--data", nargs="+", default=(), metavar="DATA", help=texts["data"])
+    arguments.add_argument("--output-dir", required=True, type=given_path)
+    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = arguments.parse_args(argv)
+    device = torch.device(choose_device(options.device))
+    dial = {name: getattr(options, name) for name in ("size", "tokens", "minutes", "data")}
+    print(new_project(options.output_dir, device, **dial))
+    return 0
 
 
 def plan(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lumi.data.token_store import TokenStore
+from lumi.host.devices import peak_flops
 from lumi.model.transformer import ModelConfig
 
 LONGEST_ROW = 2048
@@ -23,6 +24,7 @@ MAX_STEPS_PER_EPOCH, MIN_STEPS = (
 ANCHOR_LR, ANCHOR_PARAMETERS, LR_EXPONENT = 2e-4, 1e9, 0.35
 LR_RANGE = (1e-4, 1e-3)
 PREFERENCE_LR_RATIO = 0.1
+SHARE_OF_PEAK = 0.35
 SHARE_OF_PRODUCTS = 0.6  # of the rate of a large product, that a step reaches on a CPU
 
 
@@ -106,13 +108,22 @@ def estimated_seconds(shape: ModelConfig, tokens: int, context: int, device: tor
     of a product. None on a GPU, where the first steps say it sooner."""
     if device.type != "cpu":
         return None
-    left, right = torch.ones(512, shape.model_dim), torch.ones(shape.model_dim, 2048)
+    return tokens * shape.flops_per_token(context, frozen=True) / training_rate(shape.model_dim, device)
+
+
+def training_rate(model_dim: int, device: torch.device) -> float:
+    """FLOP/s that a training step reaches, about.
+
+    On a GPU a share of its peak, elsewhere a share of what a product of float32 was just seen to reach.
+    """
+    if peak := peak_flops(device):
+        return SHARE_OF_PEAK * peak
+    left, right = torch.ones(512, model_dim, device=device), torch.ones(model_dim, 2048, device=device)
     torch.mm(left, right)
     start, count = time.perf_counter(), 20
     for _ in range(count):
         torch.mm(left, right)
-    rate = count * 2 * left.numel() * right.shape[1] / (time.perf_counter() - start)
-    return tokens * shape.flops_per_token(context, frozen=True) / (SHARE_OF_PRODUCTS * rate)
+    return SHARE_OF_PRODUCTS * count * 2 * left.numel() * right.shape[1] / (time.perf_counter() - start)
 
 
 def _row_length(longest: int, max_positions: int) -> int:
