@@ -1,0 +1,34 @@
+"""Many runs: `lumi sweep` searches settings, `lumi fit` finds the law of their losses."""
+
+from lumi.command_line import given_path, parser, summary
+
+
+def sweep(argv: list[str]) -> int:
+    """a grid or random search over settings of a training, with seeds and halving"""
+    import lumi.sweeps.sweep
+
+    texts = {
+        "sweep": "JSON config of the search",
+        "data": "token stores, or corpus folders",
+        "processes": "trainings at a time; default: one for each GPU, or else for each core",
+    }
+    arguments = parser("lumi sweep", summary(sweep))
+    arguments.add_argument("sweep", type=given_path, metavar="SWEEP.json", help=texts["sweep"])
+    arguments.add_argument("--data-dirs", nargs="+", required=True, metavar="DIR", help=texts["data"])
+    arguments.add_argument(
+        "--tokenizer-dir", "--tokenizer-path", required=True, help="tokenizer folder or file"
+    )
+    arguments.add_argument(
+        "--output-dir", required=True, type=given_path, help="of all trials and the results"
+    )
+    arguments.add_argument("--processes", type=int, metavar="N", help=texts["processes"])
+    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = arguments.parse_args(argv)
+    return lumi.sweeps.sweep.sweep(
+        options.sweep,
+        options.data_dirs,
+        options.tokenizer_dir,
+        options.output_dir,
+        processes=options.processes,
+        device=options.device,
+    )

@@ -1,0 +1,1 @@
+"""Many runs: a search over settings, and the law that their losses follow."""
