@@ -6,7 +6,7 @@ from collections.abc import Callable
 from lumi import __version__
 from lumi.command_line import run, summary
 from lumi.commands.data import prepare, tokenize, tokenizer
-from lumi.commands.experiments import sweep
+from lumi.commands.experiments import fit, sweep
 from lumi.commands.inference import chat, generate, serve
 from lumi.commands.models import compare, evaluate, export, merge, push, verify
 from lumi.commands.runs import demo, finetune, new, plan, report
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         new,
         plan,
         sweep,
+        fit,
         generate,
         chat,
         serve,

@@ -32,3 +32,19 @@ def sweep(argv: list[str]) -> int:
         processes=options.processes,
         device=options.device,
     )
+
+
+def fit(argv: list[str]) -> int:
+    """loss = E + A / N^a + B / D^b from finished runs, and the size that a budget should take"""
+    import lumi.sweeps.fit
+
+    texts = {
+        "run": "a finished run folder, or the folder of a sweep",
+        "flops": "budgets; default: 1, 10 and 100 times the largest run",
+    }
+    arguments = parser("lumi fit", summary(fit))
+    arguments.add_argument("runs", nargs="+", type=given_path, metavar="RUN_OR_SWEEP", help=texts["run"])
+    arguments.add_argument("--output-dir", required=True, type=given_path, help="of fit.json and fit.png")
+    arguments.add_argument("--flops", nargs="+", type=float, default=(), metavar="C", help=texts["flops"])
+    options = arguments.parse_args(argv)
+    return lumi.sweeps.fit.fit(options.runs, options.output_dir, options.flops)
