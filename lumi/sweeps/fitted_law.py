@@ -1,4 +1,4 @@
-"""A law fitted to runs, with its uncertainty: its numbers, and the size that a budget of FLOPs should take."""
+"""A law fitted to runs, with its uncertainty, and the size that a budget of FLOPs should take."""
 
 import statistics
 from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ from lumi.sweeps.results import Row
 from lumi.sweeps.sweep_config import Value
 
 MOST_NAMES = 8  # lines that a legend can still tell apart
-_LOG_FROM = 8.0  # the ratio of the largest to the smallest value
+_LOG_FROM = 3.0  # the ratio of the largest to the smallest value
 
 
 def draw_results(rows: Sequence[Row], path: Path) -> None:
@@ -17,7 +17,8 @@ def draw_results(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.figure  # here: it takes longer to import than everything else
 
     shown = [row for row in rows if row.num_finished]
-    keys = list(rows[0].values)
+    keys = [key for key in rows[0].values if len({_label(row.values[key]) for row in rows}) > 1]
+    keys = keys or list(rows[0].values)
     size = (min(4.5 * len(keys) + 1, 24), 4.5)
     figure = matplotlib.figure.Figure(figsize=size, dpi=120, layout="constrained")
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
