@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from lumi.corpus import PrepareConfig
 from lumi.evaluation.evaluate import EvaluationConfig
+from lumi.sweeps.sweep_config import SweepConfig
 from lumi.tokenizer.training import TokenizerConfig
 from lumi.training.run_config import TrainConfig
 
@@ -44,6 +45,7 @@ ROOTS = (
         "configs/pretrain, configs/sft, configs/dpo",
     ),
     (EvaluationConfig, "Evaluation", "lumi evaluate --config FILE", "configs/evaluation"),
+    (SweepConfig, "A sweep", "lumi sweep FILE", "configs/demo/sweep.json"),
 )
 HEAD = """# Configuration reference
 

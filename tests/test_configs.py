@@ -13,6 +13,8 @@ from lumi.evaluation.smoke import SmokeTests
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import add_lora
 from lumi.model.transformer import ModelConfig, Transformer
+from lumi.sweeps.settings import make_settings
+from lumi.sweeps.sweep_config import SweepConfig
 from lumi.tokenizer.sentencepiece_bpe import SPECIAL_PIECES
 from lumi.tokenizer.training import TokenizerConfig
 from lumi.training.micro_batch import with_micro_batch
@@ -48,6 +50,7 @@ DEMO = {
     "evaluation": EvaluationConfig,
     "questions_train": PrepareConfig,
     "questions_held_out": PrepareConfig,
+    "sweep": SweepConfig,
 }
 
 
@@ -57,6 +60,13 @@ DEMO = {
 def test_it_loads(path):
     by_name = {"demo": DEMO, "evaluation": {"smoke_tests": SmokeTests}}.get(path.parent.name, {})
     load_config(by_name.get(path.stem) or CLASSES[path.parent.name], path)
+
+
+def test_the_sweep_compares_where_the_rate_falls():
+    sweep = load_config(SweepConfig, FOLDER / "demo" / "sweep.json")
+    for setting in make_settings(sweep, FOLDER / "demo" / sweep.config):
+        steps = setting.config.num_steps
+        assert sweep.halving.rungs[0] > steps - setting.config.optimizer.schedule.decay_steps(steps)
 
 
 @pytest.mark.parametrize("size", PARAMETERS)

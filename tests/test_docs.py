@@ -20,6 +20,7 @@ from lumi.command_line import normalize
 from lumi.config import from_dict, load_config
 from lumi.corpus import PrepareConfig
 from lumi.evaluation.evaluate import EvaluationConfig
+from lumi.sweeps.sweep_config import SweepConfig
 from lumi.tokenizer.training import TokenizerConfig
 from lumi.training.run_config import TrainConfig
 
@@ -212,6 +213,7 @@ def test_make_targets_exist():
 @each_page
 def test_configs_are_accepted(page):
     by_key = {"sources": PrepareConfig, "vocab_size": TokenizerConfig, "tasks": EvaluationConfig}
+    by_key["search"] = SweepConfig
     for block in blocks(page, "json"):
         data = json.loads(block)
         cls = next((cls for key, cls in by_key.items() if key in data), TrainConfig)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lumi.config import UserError
@@ -133,7 +133,7 @@ class SweepConfig:
     # Each setting is trained with each of these seeds.
     seeds: tuple[int, ...] = (0,)
     # What it may cost.
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     # When settings are given up; null: all are trained to the end.
     halving: Halving | None = None
 

@@ -1,11 +1,14 @@
 import json
 
+import numpy as np
 import pytest
 import trial_processes
 from runs import CONFIG, merged
 from written_runs import train_record, write_run
 
 from lumi.config import from_dict
+from lumi.sweeps.law_runs import LawRun
+from lumi.sweeps.scaling_law import Law
 from lumi.sweeps.settings import make_settings
 from lumi.sweeps.sweep_config import SweepConfig
 from lumi.training.run_config import TrainConfig
@@ -58,3 +61,20 @@ def finished_run(tmp_path):
         return path, from_dict(TrainConfig, config).model.num_parameters
 
     return finished_run
+
+
+@pytest.fixture
+def true_law():
+    return Law(*map(np.float64, (0.8, 80.0, 0.34, 90.0, 0.28)))
+
+
+@pytest.fixture
+def law_runs(true_law):
+    """Nine runs of the true law, with noise, at 5 FLOPs for each parameter and token."""
+    generator, runs = np.random.default_rng(1), []
+    for size in (10**6, 10**7, 10**8):
+        for tokens in (10**8, 10**9, 10**10):
+            loss = true_law.loss(size, tokens) * np.exp(generator.normal(0, 1e-3))
+            common = {"path": None, "held_out_bytes": 9, "setting": "", "flops": 5.0 * size * tokens}
+            runs.append(LawRun(num_parameters=size, tokens=tokens, bits_per_byte=float(loss), **common))
+    return runs
