@@ -35,7 +35,7 @@ def sweep(argv: list[str]) -> int:
 
 
 def fit(argv: list[str]) -> int:
-    """loss = E + A / N^a + B / D^b from finished runs, and the size that a budget should take"""
+    """the law of loss by size and tokens, and the size that a budget should take"""
     import lumi.sweeps.fit
 
     texts = {
@@ -45,6 +45,6 @@ def fit(argv: list[str]) -> int:
     arguments = parser("lumi fit", summary(fit))
     arguments.add_argument("runs", nargs="+", type=given_path, metavar="RUN_OR_SWEEP", help=texts["run"])
     arguments.add_argument("--output-dir", required=True, type=given_path, help="of fit.json and fit.png")
-    arguments.add_argument("--flops", nargs="+", type=float, default=(), metavar="C", help=texts["flops"])
+    arguments.add_argument("--flops", nargs="+", type=float, metavar="C", help=texts["flops"])
     options = arguments.parse_args(argv)
-    return lumi.sweeps.fit.fit(options.runs, options.output_dir, options.flops)
+    return lumi.sweeps.fit.fit(options.runs, options.output_dir, options.flops or ())

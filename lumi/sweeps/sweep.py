@@ -22,6 +22,7 @@ import torch
 
 from lumi.config import UserError, differences, load_config, read_json, to_dict, write_json
 from lumi.data.token_cache import open_or_tokenize
+from lumi.formats.hub import local_folder
 from lumi.host.devices import choose_device
 from lumi.host.interruption import StopSignal
 from lumi.host.locks import lock_file
@@ -133,7 +134,8 @@ def sweep(
 
         def report(trial: Trial, event: str) -> None:
             print(f"{trial.folder.name}  {trial.setting.name}  {event}", flush=True)
-            whole.write()
+            if event != "begun":
+                whole.write()
 
         runner = TrialRunner(arguments, processes, device, stop, deadline, report)
         whole.run(runner)
@@ -149,7 +151,7 @@ def _settings(config: SweepConfig, base: Path, sweep_file: Path) -> list[Setting
 
 def _check_data(data_dirs: Sequence[str], tokenizer_dir: str, settings: Sequence[Setting]) -> None:
     """Raises UserError for data that would make every trial fail. Corpus folders are tokenized here, once."""
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(local_folder(Path(tokenizer_dir), weights=False))
     stores = [open_or_tokenize(folder, tokenizer) for folder in data_dirs]
     if not any(store.has_split("validation") for store in stores):
         expectation = "must have a validation split, which the settings are compared by"

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from lumi.config import write_json
+
 STEPS, EVERY = 12, 4
 
 
@@ -63,7 +65,7 @@ def _train(folder, lr, seed):
 
 
 def _status(folder, status, **more):
-    (folder / "status.json").write_text(json.dumps({"status": status, "step": 0, **more}))
+    write_json(folder / "status.json", {"status": status, "step": 0, **more})
 
 
 def _leave(folder, status, code, **more):
