@@ -25,7 +25,7 @@ def new(argv: list[str]) -> int:
     from lumi.planning.recipe import NAMED
 
     texts = {
-        "size": f"{', '.join(NAMED)}, or parameters such as 23M; default: what --minutes allow",
+        "size": f"{', '.join(NAMED)}, or parameters, 0.7M to 20B; default: what --minutes allow",
         "tokens": "to train on, such as 0.5B; default: what --minutes allow, else 20 for each parameter",
         "minutes": "of pre-training on this machine, instead of --tokens",
         "data": "files of text (.jsonl, .json, .parquet, .txt), or one dataset on the hub; default: a mix",

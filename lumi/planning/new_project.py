@@ -129,8 +129,12 @@ def _corpus(data: Sequence[str], num_tokens: int) -> tuple[dict[str, Any], str]:
     about = ", ".join(data)
     if not isinstance(source, HubSource):
         size = sum(Path(path).stat().st_size for path in matching_files(source.paths))
+        if not size:
+            raise UserError("--data", "must hold text", got=f"0 bytes in {about}")
         held = size / config["bytes_per_token"]
         about += f": {human(size, 'B')}, some {human(held)} tokens if not compressed"
+        if num_tokens > held:
+            about += f"; training reads each {num_tokens / held:.2g} times"
     return config | {"sources": [to_dict(source) | {"max_tokens": enough}]}, about
 
 

@@ -65,7 +65,7 @@ def test_own_data(tmp_path):
     said = new_project(tmp_path / "new", CPU, size="1M", data=[str(tmp_path / "a.jsonl")])
     (source,) = load_config(PrepareConfig, tmp_path / "new" / "corpus.json").sources
     assert (source.kind, source.paths) == ("jsonl", (str(tmp_path / "a.jsonl"),))
-    assert "5.88 kB, some 1.4k tokens" in said
+    assert "5.88 kB, some 1.4k tokens if not compressed; training reads each " in said
     (tmp_path / "b.txt").write_text("x")
     new_project(tmp_path / "text", CPU, size="1M", data=[str(tmp_path / "b.txt")])
     (source,) = load_config(PrepareConfig, tmp_path / "text" / "corpus.json").sources
@@ -88,6 +88,13 @@ def test_own_data(tmp_path):
 def test_bad_input_is_one_line_and_leaves_nothing(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         new_project(tmp_path / "new", CPU, **({"size": None} | options))
+    assert not (tmp_path / "new").exists()
+
+
+def test_files_without_a_byte_are_refused(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match=r"--data must hold text, got 0 bytes in .*empty.jsonl"):
+        new_project(tmp_path / "new", CPU, size="1M", data=[str(tmp_path / "empty.jsonl")])
     assert not (tmp_path / "new").exists()
 
 
