@@ -10,6 +10,7 @@ shapes and no values, for the models of configs/pretrain with 16 rows of 1,024 t
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,8 +26,9 @@ from results import RESULTS
 from stand_in_gpu import CUDA, StandInGpu, Tally
 
 import lumi.configs
+from lumi.command_line import run
 from lumi.config import from_dict
-from lumi.host.interruption import StopSignal
+from lumi.host.interruption import Interrupted, StopSignal
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.process_group import process_group
 from lumi.training.resolved_run import resolve_run
@@ -96,11 +98,17 @@ def count_step(config: dict[str, Any], data: Data, folder: Path) -> Tally:
     paths = Paths([str(data.store)], str(data.tokenizer), folder)
     # New weights are not drawn: they would have no values.
     undrawn = mock.patch.object(Transformer, "initial_weights", return_value=())
-    with StopSignal() as stop, process_group("cpu", stop=stop) as world, gpu.entered(), undrawn:
+    with (
+        StopSignal() as stop,
+        stop.interrupting(),  # a step that a signal ended would be counted as a whole one
+        process_group("cpu", stop=stop) as world,
+        gpu.entered(),
+        undrawn,
+    ):
         world = replace(world, device=CUDA)
-        run = resolve_run(from_dict(TrainConfig, config), paths, world)
+        resolved = resolve_run(from_dict(TrainConfig, config), paths, world)
         with redirect_stderr(StringIO()):  # its progress
-            trainer = CountedTrainer(gpu.tally, run, world, RunFolder(folder))
+            trainer = CountedTrainer(gpu.tally, resolved, world, RunFolder(folder))
             with trainer.log.progress(0, config["num_steps"]):
                 trainer.train()
     return trainer.ends[1] - trainer.ends[0]
@@ -130,6 +138,18 @@ def count(path: Path, data: Data, folder: Path) -> dict[str, Any]:
     one, two = (count_step(run_config(path, steps), data, folder / str(steps)) for steps in (1, 2))
     num_parameters = ModelConfig(**run_config(path, 1)["model"]).num_parameters
     return {"parameters": num_parameters, "micro-step": vars(two - one), "step": vars(one)}
+
+
+def count_sizes(sizes: Sequence[str]) -> dict[str, Any]:
+    """The counts of each of these models, by name."""
+    counts = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # what preparing says
+            data = random_data(Path(temporary), 2 * NUM_STEPS * ROWS * LENGTH)
+        for size in sizes:
+            counts[size] = count(CONFIGS / f"{size}.json", data, Path(temporary) / size)
+            print(f"{size}: counted", flush=True)
+    return counts
 
 
 def cells(counts: dict[str, Any], parameters: int) -> dict[str, str]:
@@ -184,13 +204,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     path = args.output_dir / "launches.json"
     records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    counts = records.setdefault(args.label, {})
-    with tempfile.TemporaryDirectory() as temporary:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # what preparing says
-            data = random_data(Path(temporary), 2 * NUM_STEPS * ROWS * LENGTH)
-        for size in args.sizes:
-            counts[size] = count(CONFIGS / f"{size}.json", data, Path(temporary) / size)
-            print(f"{size}: counted", flush=True)
+    try:
+        records.setdefault(args.label, {}).update(count_sizes(args.sizes))
+    except (KeyboardInterrupt, Interrupted) as error:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(table(records), encoding="utf-8")
@@ -199,4 +217,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

@@ -449,6 +449,19 @@ def test_launches(data, tmp_path, monkeypatch):
     assert len(re.findall(r"^\| tiny \| (?:before|now) \|", text, re.MULTILINE)) == 4
 
 
+def test_an_interrupted_count_writes_nothing(data, tmp_path, monkeypatch, capsys):
+    """The run itself would take the signal for a request to stop after this step."""
+    launches = importlib.import_module("launches")
+    monkeypatch.setattr(launches, "LENGTH", 40)
+    monkeypatch.setattr(launches, "random_data", lambda *_: data)
+    train = launches.CountedTrainer.train
+    interrupted = lambda trainer: (signal.raise_signal(signal.SIGINT), train(trainer))
+    monkeypatch.setattr(launches.CountedTrainer, "train", interrupted)
+    assert launches.main(["--sizes", "micro", "--output-dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert list(tmp_path.glob("launches.*")) == []
+
+
 # --- the loop, and several processes ---
 
 
