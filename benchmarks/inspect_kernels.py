@@ -44,6 +44,7 @@ from roofline import Estimate, Walk, estimate, time_before_copies
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+TRITONS = ("3.6.0", "3.7.1")  # that Lumi supports
 ARCHES = (80, 89, 90, 100)
 DTYPES = ("fp32", "fp16", "bf16")
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes that one block may ask for
@@ -225,10 +226,13 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="only entries whose name contains this")
     parser.add_argument("--largest", action="store_true", help="only the largest size of each kernel")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--triton", metavar="VERSION", help="compile with this one (default: the installed)")
+    parser.add_argument("--triton", choices=TRITONS, help="compile with this one (default: the installed)")
     args = parser.parse_args()
     if args.triton not in (None, triton.__version__):
-        environment = os.environ | {"PYTHONPATH": str(triton_wheels.folder(args.triton))}
+        folder = str(triton_wheels.folder(args.triton))
+        if folder in sys.path:  # this process is the one that was to load it
+            sys.exit(f"{folder} must hold Triton {args.triton}, got {triton.__version__}; remove that folder")
+        environment = os.environ | {"PYTHONPATH": folder}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
     pairs = itertools.product(args.dtype, args.arch)

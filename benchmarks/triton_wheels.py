@@ -14,7 +14,7 @@ def folder(version: str) -> Path:
     Exits with one line if pip cannot.
     """
     place = BUILD / f"triton-{version}"
-    if not place.exists():
+    if not (place / "triton").is_dir():
         BUILD.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as part:
             wheel = Path(part) / "wheel"

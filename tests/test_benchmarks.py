@@ -813,6 +813,42 @@ def test_table(results):
     assert [row.partition(":")[0] for row in rest[3:]] == ["subject", "attention"]
 
 
+# --- machine code ---
+
+
+def inspect_kernels(*arguments, before="pass"):
+    """Run the script on these arguments, after a statement, in a process without the interpreter."""
+    program = (
+        f"import os, runpy, sys; sys.path.insert(0, {str(FOLDER)!r}); sys.argv[0] = 'inspect_kernels.py'; "
+        f"{before}; runpy.run_path({str(FOLDER / 'inspect_kernels.py')!r}, run_name='__main__')"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("version", ["3.6", ""])
+def test_a_version_of_triton_that_is_not_supported_is_refused(version):
+    result = inspect_kernels("--triton", version, "--kernel", "rope")
+    assert result.returncode == 2
+    assert f"argument --triton: invalid choice: {version!r}" in result.stderr.splitlines()[-1]
+
+
+def test_another_triton_than_its_folder_says_is_refused(tmp_path):
+    """The process that has the folder on its path does not start another one like it."""
+    installed = pytest.importorskip("triton").__version__
+    version = "3.6.0" if installed == "3.7.1" else "3.7.1"
+    place = tmp_path / f"triton-{version}"
+    (place / "triton").mkdir(parents=True)
+    before = (
+        "import pathlib, triton, triton_wheels; os.execve = None; "
+        f"triton_wheels.BUILD = pathlib.Path({str(tmp_path)!r}); sys.path.append({str(place)!r})"
+    )
+    result = inspect_kernels("--triton", version, before=before)
+    expected = f"{place} must hold Triton {version}, got {installed}; remove that folder\n"
+    assert (result.returncode, result.stderr) == (1, expected)
+
+
 # --- the first quarter of an hour on a GPU ---
 
 
