@@ -6,9 +6,12 @@
 Stages follow each other; the jobs of a stage are processes of their own, each with a limit, that free workers
 take from one queue. What is timed has the GPU to itself. After each stage `gpu_first.json` and `gpu_first.md`
 are written, with the last lines of what failed. A failure stops nothing but the build's own. No stage begins
-without time for it, and none outlasts its share. The files go to $OUT, or to `results/gpu_first-<device>`;
-the whole output of each job is in `logs`. Where the packages that prepare text are missing, `--data` brings
-it. `--rehearse` runs every stage here, on the CPU and in Triton's interpreter, at tiny sizes.
+without time for it, and none outlasts its share. What other stages left in the same folder earlier stays in
+the report. Training needs the text of smoke and the CPU's losses of correctness, or `--data`.
+
+The files go to $OUT, or to `results/gpu_first-<device>`; the whole output of each job is in `logs`. Where the
+packages that prepare text are missing, `--data` brings it. `--rehearse` runs every stage here, on the CPU and
+in Triton's interpreter, at tiny sizes.
 """
 
 import argparse
@@ -29,7 +32,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # before the build, lumi may not be installed: its plain Python does for this
 
 from results import RESULTS, slug  # noqa: E402
-from run_all import SUBJECTS, end_with_me, run_one, table  # noqa: E402
+from run_all import GPU_SUBJECTS, end_with_me, run_one, table  # noqa: E402
+
+from lumi import command_line  # noqa: E402
+from lumi.config import UserError  # noqa: E402
+from lumi.host.storage import check_output  # noqa: E402
 
 OPERATORS = "attention linear_cross_entropy rms_norm add_rms_norm swiglu rope decode_attention".split()
 OPERATORS += ["lora_linear", "adamw"]
@@ -39,6 +46,7 @@ WORKERS = 14
 NEAREST = 6  # candidates of each attention kernel
 LEAST_SECONDS = 10  # with less left a stage is not begun
 SLOWER = 5  # a stage in a rehearsal
+MADE_IN = {"data": "smoke", "losses_cpu": "correctness"}  # folders that training needs, and `--data` brings
 LAST_LINES = 8  # of the output of what failed
 WIDEST = 400  # characters of each
 
@@ -100,6 +108,28 @@ def stages(output_dir: Path, rehearse: bool) -> dict[str, Stage]:
     if not rehearse:
         return all_stages
     return {name: replace(stage, seconds=SLOWER * stage.seconds) for name, stage in all_stages.items()}
+
+
+def chosen(names: Sequence[str], output_dir: Path, rehearse: bool) -> dict[str, Stage]:
+    """The stages of these names in their order; without the text, correctness takes no losses.
+
+    Raises:
+        UserError: training would lack what other stages make.
+    """
+    lacking = {
+        folder: stage
+        for folder, stage in MADE_IN.items()
+        if stage not in names and not (output_dir / folder).exists()
+    }
+    if "training" in names and lacking:
+        remedy = "add these stages, or bring it by --data"
+        expectation = f"must have {' and '.join(lacking.values())} too: training needs what they make"
+        raise UserError("--stages", expectation, got=" ".join(names), remedy=remedy)
+    wanted = {name: stage for name, stage in stages(output_dir, rehearse).items() if name in names}
+    if "data" in lacking and "correctness" in wanted:
+        jobs = [job for job in wanted["correctness"].jobs if job.name != "losses cpu"]
+        wanted["correctness"] = replace(wanted["correctness"], jobs=jobs)
+    return wanted
 
 
 def _build() -> Job:
@@ -192,13 +222,20 @@ def run_stage(
 
 def report(state: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """What was done, what went wrong with its last lines, the figures, and what is left to measure."""
-    lines = [f"# The first quarter of an hour on {state['device']}, {state['date']}", ""]
-    lines += ["| stage | seconds | done | not |", "|---|---|---|---|"]
+    title = (
+        "A rehearsal, whose figures mean nothing," if state["rehearsal"] else "The first quarter of an hour"
+    )
+    lines = [f"# {title} on {state['device']}, {state['date']}", ""]
+    if state["interrupted"]:
+        lines += ["It was interrupted. What the jobs of that stage printed is in `logs`.", ""]
+    lines += ["| stage | seconds | done | not | date |", "|---|---|---|---|---|"]
     for name, found in state["stages"].items():
         done = sum(outcome["problem"] is None for outcome in found["jobs"])
-        lines.append(f"| {name} | {found['seconds']} | {done} | {len(found['jobs']) - done} |")
+        not_done = len(found["jobs"]) - done
+        lines.append(f"| {name} | {found['seconds']} | {done} | {not_done} | {found['date']} |")
     for name in state["missing"]:
-        lines.append(f"| {name} | | | not begun |")
+        word = "interrupted" if name == state["interrupted"] else "not begun"
+        lines.append(f"| {name} | | | {word} | |")
     for outcome in (outcome for found in state["stages"].values() for outcome in found["jobs"]):
         if outcome["problem"]:
             lines += [
@@ -208,14 +245,22 @@ def report(state: dict[str, Any], records: list[dict[str, Any]]) -> str:
                 *outcome["last_lines"],
                 "```",
             ]
+    if state["rehearsal"]:
+        records = [
+            record | {"claims": [_without_aim(claim) for claim in record["claims"]]} for record in records
+        ]
     subjects = {record["subject"] for record in records}
-    left = {subject: "left for make gpu-bench" for subject in SUBJECTS if subject not in subjects}
-    return "\n".join([*lines, "", table(records, left)])
+    left = {subject: "left for make gpu-bench" for subject in GPU_SUBJECTS if subject not in subjects}
+    return "\n".join([*lines, "", table(records, left, ())])
 
 
-def write(state: dict[str, Any], output_dir: Path, began: float) -> str:
-    """The state and its report; figures that were there before are left out."""
-    paths = [path for path in sorted(output_dir.glob("*.json")) if path.stat().st_mtime >= began]
+def _without_aim(claim: dict[str, Any]) -> dict[str, Any]:
+    return claim | {"at_least": None, "at_most": None, "met": None}
+
+
+def write(state: dict[str, Any], output_dir: Path) -> str:
+    """The state and its report; figures that were there before all of it are left out."""
+    paths = [path for path in sorted(output_dir.glob("*.json")) if path.stat().st_mtime >= state["began"]]
     records = [
         json.loads(path.read_text(encoding="utf-8")) for path in paths if path.name != "gpu_first.json"
     ]
@@ -225,32 +270,66 @@ def write(state: dict[str, Any], output_dir: Path, began: float) -> str:
     return text
 
 
+def begin(wanted: dict[str, Stage], output_dir: Path, device: str, rehearse: bool) -> dict[str, Any]:
+    """The state before the first stage: what other stages left in this folder stays in it."""
+    date = time.strftime("%Y-%m-%d %H:%M")
+    state = {"device": device, "rehearsal": rehearse, "date": date, "began": time.time(), "stages": {}}
+    state |= {"missing": list(wanted), "interrupted": ""}
+    path = output_dir / "gpu_first.json"
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            if (earlier["device"], earlier["rehearsal"]) == (device, rehearse):
+                kept = {name: found for name, found in earlier["stages"].items() if name not in wanted}
+                state |= {"stages": kept, "began": earlier["began"] if kept else state["began"]}
+        except (ValueError, KeyError, TypeError) as error:
+            expectation = "must be as this version of gpu_first.py writes it"
+            raise UserError(str(path), expectation, remedy="remove it, or choose another folder") from error
+    for job in (job for stage in wanted.values() for job in stage.jobs):
+        (output_dir / f"{job.name}-{device}.json").unlink(
+            missing_ok=True
+        )  # earlier figures of what is done anew
+    return state
+
+
 def first(
-    wanted: dict[str, Stage], output_dir: Path, device: str, seconds: float, environment: dict[str, str]
-) -> dict[str, Any]:
-    """Run the stages in their order; returns the state that is written after each."""
-    began, deadline = time.time(), time.monotonic() + seconds
+    wanted: dict[str, Stage],
+    state: dict[str, Any],
+    output_dir: Path,
+    seconds: float,
+    environment: dict[str, str],
+) -> None:
+    """Run the stages in their order. What they find goes into the state, which is written after each."""
+    deadline = time.monotonic() + seconds
     logs = output_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Any] = {"device": device, "date": time.strftime("%Y-%m-%d %H:%M"), "stages": {}}
-    state["missing"] = list(wanted)
     for name, stage in wanted.items():
         start = time.monotonic()
         if deadline - start < LEAST_SECONDS:
             break
         outcomes = run_stage(name, stage, logs, deadline, environment)
+        found = {"seconds": round(time.monotonic() - start, 1), "date": time.strftime("%Y-%m-%d %H:%M")}
+        state["stages"][name] = found | {"jobs": [asdict(each) for each in outcomes]}
         state["missing"].remove(name)
-        found = {"seconds": round(time.monotonic() - start, 1), "jobs": [asdict(each) for each in outcomes]}
-        state["stages"][name] = found
-        text = write(state, output_dir, began)
+        write(state, output_dir)
         if name == "build" and any(outcome.problem for outcome in outcomes):
             break
-    print(f"\n{text if state['stages'] else ''}\nwrote {output_dir / 'gpu_first.md'}", flush=True)
-    return state
+    print(f"\n{write(state, output_dir)}\nwrote {output_dir / 'gpu_first.md'}", flush=True)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code 0 where every job of every stage was done, else 1; 2 without a GPU."""
+def _bring(data: Path, output_dir: Path) -> None:
+    """Copy the text, and the CPU's losses where they are, of another machine."""
+    if not (data / "data").is_dir():
+        made = "gpu_first_training.py data --output-dir DIR"
+        raise UserError("--data", f"must be a folder DIR that {made} has filled", got=data)
+    if data.resolve() != output_dir.resolve():
+        for folder in MADE_IN:
+            if (data / folder).is_dir():
+                shutil.copytree(data / folder, output_dir / folder, dirs_exist_ok=True)
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. Raises UserError."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -263,6 +342,16 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
     args = parser.parse_args(argv)
+    if args.seconds is None:
+        args.seconds = 3600 if args.rehearse else 720
+    if not args.seconds >= LEAST_SECONDS:  # also NaN
+        raise UserError("--seconds", f"must be at least {LEAST_SECONDS}", got=f"{args.seconds:g}")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0 where every job of every stage was done, else 1; 2 without a GPU."""
+    args = parsed(argv)
     if not args.rehearse and not torch.cuda.is_available():
         print(
             "benchmarks/gpu_first.py needs a CUDA device, and there is none here; try --rehearse",
@@ -272,18 +361,26 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device("cpu") if args.rehearse else torch.device("cuda", torch.cuda.current_device())
     place = os.environ.get("OUT") or RESULTS / f"gpu_first-{slug(device)}"
     output_dir = (args.output_dir or Path(place)).absolute()
+    check_output(output_dir, renamed=False, option="--output-dir" if args.output_dir else "$OUT")
     if args.data:
-        shutil.copytree(args.data, output_dir, dirs_exist_ok=True)
+        _bring(args.data, output_dir)
     environment = os.environ | {"OMP_NUM_THREADS": "2"}  # of the jobs: so many run at the same time
     if args.rehearse:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    wanted = {name: stage for name, stage in stages(output_dir, args.rehearse).items() if name in args.stages}
-    seconds = args.seconds or (3600 if args.rehearse else 720)
-    end_with_me()
-    state = first(wanted, output_dir, slug(device), seconds, environment)
-    failed = any(job["problem"] for found in state["stages"].values() for job in found["jobs"])
+    wanted = chosen(args.stages, output_dir, args.rehearse)
+    state = begin(wanted, output_dir, slug(device), args.rehearse)
+
+    def say() -> None:
+        state["interrupted"] = next(iter(state["missing"]), "at its end")
+        write(state, output_dir)
+        print(f"interrupted; wrote {output_dir / 'gpu_first.md'}", file=sys.stderr, flush=True)
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    end_with_me(say)
+    first(wanted, state, output_dir, args.seconds, environment)
+    failed = any(job["problem"] for name in wanted for job in state["stages"].get(name, {"jobs": ()})["jobs"])
     return 1 if failed or state["missing"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command_line.run(main))

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -69,12 +69,17 @@ def run_one(
     return None if code == 0 else f"exit code {code}"
 
 
-def end_with_me() -> None:
-    """From now on, SIGTERM and SIGINT end this program with all that `run_one` has begun, in any thread."""
+def end_with_me(say: Callable[[], None] = lambda: None) -> None:
+    """From now on, SIGTERM and SIGINT end this program with all that `run_one` has begun, in any thread.
+
+    Args:
+        say: called before the end.
+    """
 
     def end(number: int, frame: Any) -> None:
         for session in [*_running]:
             _end(session)
+        say()
         os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -87,8 +92,14 @@ def _end(session: int) -> None:
     _running.discard(session)
 
 
-def table(records: Sequence[dict[str, Any]], problems: dict[str, str]) -> str:
-    """Markdown of every claim of these benchmarks, what failed or is missing, and on what they ran."""
+def table(
+    records: Sequence[dict[str, Any]], problems: dict[str, str], subjects: Collection[str] = tuple(SUBJECTS)
+) -> str:
+    """Markdown of every claim of these benchmarks, what failed or is missing, and on what they ran.
+
+    Args:
+        subjects: those that are named where they are neither measured nor among the problems.
+    """
     lines = ["| what | measured | aimed at | met |", "|---|---|---|---|"]
     for claim in (claim for record in records for claim in record["claims"]):
         aims = [
@@ -102,8 +113,8 @@ def table(records: Sequence[dict[str, Any]], problems: dict[str, str]) -> str:
         ]
         lines.append(f"| {claim['claim']} | {measured} | {' and '.join(aims)} | {met} |")
     lines += ["", *(f"{subject}: {problem}" for subject, problem in problems.items())]
-    missing = SUBJECTS.keys() - problems.keys() - {record["subject"] for record in records}
-    lines += [f"{subject}: not measured" for subject in SUBJECTS if subject in missing]
+    found = problems.keys() | {record["subject"] for record in records}
+    lines += [f"{subject}: not measured" for subject in subjects if subject not in found]
     for record in records:
         if not record["finished"]:
             lines.append(

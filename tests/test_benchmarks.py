@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lumi.config import UserError
 from lumi.kernels.bundle import REFERENCE, TRITON
 from lumi.model.transformer import ModelConfig
 
@@ -950,7 +951,8 @@ def test_only_a_build_that_fails_stops_the_stages(broken, seconds, done, missing
         )
         for name in ("build", "smoke")
     }
-    state = first.first(wanted, tmp_path, "a GPU", seconds, dict(os.environ))
+    state = first.begin(wanted, tmp_path, "a GPU", rehearse=False)
+    first.first(wanted, state, tmp_path, seconds, dict(os.environ))
     assert (list(state["stages"]), state["missing"]) == (done, missing)
     if done:
         assert json.loads((tmp_path / "gpu_first.json").read_text()) == state
@@ -962,9 +964,117 @@ def test_only_a_build_that_fails_stops_the_stages(broken, seconds, done, missing
 
 def test_figures_of_another_day_are_not_reported(first, results, tmp_path):
     results.claim("fast", 1.3)
-    state = {"device": "a GPU", "date": "a day", "stages": {}, "missing": []}
-    assert "| fast | 1.300 |" in first.write(state, tmp_path, results.path.stat().st_mtime - 1)
-    assert "fast" not in first.write(state, tmp_path, results.path.stat().st_mtime + 1)
+    state = first.begin({}, tmp_path, "a GPU", rehearse=False)
+    time_of_figures = results.path.stat().st_mtime
+    assert "| fast | 1.300 |" in first.write(state | {"began": time_of_figures - 1}, tmp_path)
+    assert "fast" not in first.write(state | {"began": time_of_figures + 1}, tmp_path)
+
+
+def play(first, name, output_dir, program="", rehearse=False):
+    """Run a stage of one job."""
+    wanted = {name: first.Stage([python_job(first, name, program)], 1, 30)}
+    state = first.begin(wanted, output_dir, "gpu", rehearse)
+    first.first(wanted, state, output_dir, 60, dict(os.environ))
+    return (output_dir / "gpu_first.md").read_text()
+
+
+def test_another_stage_in_the_same_folder_keeps_the_earlier_ones(first, tmp_path):
+    about = {"environment": {"device": "gpu", "date": "a day", "threads": 1, "instructions": []}}
+    claim = {"claim": "fast", "measured": 1.3, "at_least": None, "at_most": None, "met": None}
+    record = about | {
+        "claims": [claim],
+        "finished": True,
+        "failures": [],
+        "left_out": [],
+        "subject": "figures",
+    }
+    path = tmp_path / "figures-gpu.json"
+    program = f"import pathlib; pathlib.Path({str(path)!r}).write_text({json.dumps(record)!r})"
+    assert "| fast | 1.300 |" in play(first, "figures", tmp_path, program)
+    text = play(first, "build", tmp_path)
+    assert list(json.loads((tmp_path / "gpu_first.json").read_text())["stages"]) == ["figures", "build"]
+    assert "| fast | 1.300 |" in text
+    assert "fast" not in play(first, "figures", tmp_path)  # done anew, and this time it measured nothing
+    (tmp_path / "gpu_first.json").write_text("{")
+    with pytest.raises(UserError, match="must be as this version"):
+        play(first, "build", tmp_path)
+
+
+def test_a_rehearsal_says_so_and_judges_nothing(first, results, tmp_path):
+    results.claim("fast", 1.3, at_least=2)
+    state = first.begin({}, tmp_path, "a CPU", rehearse=True) | {"began": 0}
+    text = first.write(state, tmp_path)
+    assert text.startswith("# A rehearsal, whose figures mean nothing, on a CPU, ")
+    assert "| fast | 1.300 |  |  |" in text
+    left = re.findall(r"(\w+): left for make gpu-bench", text)
+    assert left == list(importlib.import_module("run_all").GPU_SUBJECTS)
+    assert "not measured" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "1"], "--seconds must be at least 10, got 1"),
+        (["--seconds", "nan"], "--seconds must be at least 10, got nan"),
+        (["--output-dir", "{file}"], "--output-dir must be a folder that can be written to, got {file}"),
+        (["--data", "{out}/none"], "--data must be a folder DIR that gpu_first_training.py data"),
+        (["--data", "{out}"], "--data must be a folder DIR that gpu_first_training.py data"),
+        (
+            ["--stages", "training", "figures"],
+            "--stages must have smoke and correctness too: training needs what they make, got training",
+        ),
+        (["--stages", "smoke", "training"], "--stages must have correctness too"),
+    ],
+)
+def test_what_the_first_quarter_of_an_hour_cannot_do_is_said_before(
+    arguments, message, first, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(first, "first", lambda *_: pytest.fail("begun"))
+    places = {"file": tmp_path / "file", "out": tmp_path / "out"}
+    with pytest.raises(UserError) as caught:
+        first.main(["--rehearse", *(argument.format(**places) for argument in arguments)])
+    assert str(caught.value).startswith(message.format(**places))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_data_of_another_machine_comes_without_its_figures(first, tmp_path):
+    for place in ("there/data", "there/losses_cpu", "here"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "there" / "gpu_first.json").write_text("{}")
+    first._bring(tmp_path / "there", tmp_path / "here")
+    first._bring(tmp_path / "here", tmp_path / "here")
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["data", "losses_cpu"]
+    assert list(first.chosen(["training"], tmp_path / "here", rehearse=True)) == ["training"]
+
+
+def test_correctness_alone_needs_no_text(first, tmp_path):
+    names = lambda *stages: {job.name for job in first.chosen(stages, tmp_path, True)["correctness"].jobs}
+    assert names("smoke", "correctness") - names("correctness") == {"losses cpu"}
+
+
+def test_an_interrupted_quarter_of_an_hour_reports_it(tmp_path):
+    begun = tmp_path / "begun"
+    job = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+    program = (
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import gpu_first as first; "
+        f"stage = first.Stage([first.Job('job', ('-c', {job!r}))], 1, 60); "
+        "first.stages = lambda *_, **__: {'smoke': stage}; "
+        f"first.main(['--rehearse', '--output-dir', {str(tmp_path)!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    try:
+        assert wait_for(begun.exists, 60)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == f"interrupted; wrote {tmp_path / 'gpu_first.md'}\n"
+        assert process.returncode == 130
+    finally:
+        process.kill()
+    text = (tmp_path / "gpu_first.md").read_text()
+    assert "It was interrupted." in text
+    assert "| smoke | | | interrupted |" in text
 
 
 def test_the_stages_fit_into_twelve_minutes_and_check_every_operator(first, tmp_path, monkeypatch):
