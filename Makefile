@@ -54,7 +54,8 @@ cpu-bench: $(BENCH)/installed
 gpu-there:
 	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; \
 		find_spec("torch") and __import__("torch").cuda.is_available() \
-		or sys.exit("make gpu needs a GPU and a CUDA build of torch; PYTHON is " + sys.executable)'
+		or sys.exit("make $(or $(MAKECMDGOALS),gpu-there) needs a GPU and a CUDA build of torch; PYTHON is " + sys.executable \
+		+ "$(if $(filter gpu-first,$(MAKECMDGOALS)),; without one: python benchmarks/gpu_first.py --rehearse)")'
 
 gpu-check: $(GPU_INSTALLED)
 	$(PYTHON) -c 'from lumi import _csrc; print("CUDA operators of lumi._csrc (they need nvcc):", "built" if _csrc.has_cuda else "NOT built")'

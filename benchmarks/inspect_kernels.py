@@ -24,12 +24,13 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("TRITON_INTERPRET must be unset or 0 to compile kernels, got 1")
@@ -43,6 +44,8 @@ from machine_code_tables import print_tables
 from roofline import Estimate, Walk, estimate, time_before_copies
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from lumi import command_line
 
 TRITONS = ("3.6.0", "3.7.1")  # that Lumi supports
 ARCHES = (80, 89, 90, 100)
@@ -217,7 +220,26 @@ def _resident_blocks(num_warps: int, registers: int, shared_bytes: int, arch: in
     )
 
 
-def main() -> None:
+def inspect_all(jobs: list[tuple[Entry, str, int]]) -> list[Report]:
+    """Inspect on all processors, with a line on stderr for each. An interruption ends it with one line."""
+    reports: list[Report] = []
+    # Only this process answers Ctrl-C, which the terminal sends to all.
+    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork"), **ignore) as pool:
+        try:
+            for found in pool.map(inspect, *zip(*jobs, strict=True)):
+                reports.append(found)
+                about = f"{found.kernel}, {found.dtype}, sm_{found.arch}"
+                print(f"{len(reports)} of {len(jobs)}: {about}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print(f"interrupted after {len(reports)} of {len(jobs)}", file=sys.stderr)
+            for worker in active_children():
+                worker.terminate()
+            raise
+    return reports
+
+
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -227,7 +249,7 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="only the largest size of each kernel")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--triton", choices=TRITONS, help="compile with this one (default: the installed)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.triton not in (None, triton.__version__):
         folder = str(triton_wheels.folder(args.triton))
         if folder in sys.path:  # this process is the one that was to load it
@@ -235,6 +257,10 @@ def main() -> None:
         environment = os.environ | {"PYTHONPATH": folder}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
+    known = entries(args.dtype[0], args.arch[0])  # the same names for all
+    if not any(args.kernel in entry.name for entry in known):
+        modules = ", ".join(sorted({entry.module.rpartition(".")[2] for entry in known}))
+        parser.error(f"--kernel must be part of a kernel's name, such as {modules}; got {args.kernel!r}")
     pairs = itertools.product(args.dtype, args.arch)
     jobs = [
         (entry, dtype, arch)
@@ -243,17 +269,16 @@ def main() -> None:
         if args.kernel in entry.name
     ]
     if not jobs:
-        names = sorted(entry.name for entry in entries(DTYPES[0], ARCHES[0]))
-        parser.error(f"--kernel must be part of one of {names}, got {args.kernel!r}")
+        parser.error(f"--kernel must be part of the name of a largest size, got {args.kernel!r}")
     jobs.sort(key=lambda job: (job[0].name, DTYPES.index(job[1]), job[2]))
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("fork")) as pool:
-        reports = list(pool.map(inspect, *zip(*jobs, strict=True)))
+    reports = inspect_all(jobs)
     if args.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
     else:
         print(f"Triton {triton.__version__}, ptxas {triton.knobs.nvidia.ptxas.version}\n")
         print_tables(reports)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

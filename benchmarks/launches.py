@@ -5,11 +5,13 @@
 
 The training loop itself runs, with Triton's operators, on a stand-in for a GPU (`stand_in_gpu.py`) that has
 shapes and no values, for the models of configs/pretrain with 16 rows of 1,024 tokens. The counts go to
-`launches.json` under their label, beside those of other labels, and `launches.md` is the table of all.
+`launches.json` under their label, beside those of other labels, and `launches.md` is the table of all. Counts
+of the same model under the same label are replaced.
 """
 
 import argparse
 import json
+import re
 import signal
 import sys
 import tempfile
@@ -27,8 +29,9 @@ from stand_in_gpu import CUDA, StandInGpu, Tally
 
 import lumi.configs
 from lumi.command_line import run
-from lumi.config import from_dict
+from lumi.config import UserError, from_dict
 from lumi.host.interruption import Interrupted, StopSignal
+from lumi.host.storage import check_output
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.process_group import process_group
 from lumi.training.resolved_run import resolve_run
@@ -193,6 +196,19 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return ABOUT + "\n".join(lines) + "\n"
 
 
+def recorded(path: Path) -> dict[str, Any]:
+    """The counts by label and by model that earlier calls wrote. Raises UserError."""
+    if not path.exists():
+        return {}
+    try:
+        records: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        table(records)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        expectation, remedy = "must be as launches.py writes it", "remove it, or choose another --output-dir"
+        raise UserError(str(path), expectation, remedy=remedy) from error
+    return records
+
+
 def main(argv: Sequence[str]) -> int:
     """Count, and write the table."""
     parser = argparse.ArgumentParser(
@@ -202,8 +218,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--label", default="now", help='such as "now", or "before" a change')
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    if not re.fullmatch(r"[^|\s]+", args.label):
+        raise UserError("--label", "must be a word without |", got=repr(args.label))
+    check_output(args.output_dir, renamed=False)
     path = args.output_dir / "launches.json"
-    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    records = recorded(path)
+    if replaced := [size for size in args.sizes if size in records.get(args.label, {})]:
+        print(f"{path}: the counts of {' '.join(replaced)} under {args.label} will be replaced", flush=True)
     try:
         records.setdefault(args.label, {}).update(count_sizes(args.sizes))
     except (KeyboardInterrupt, Interrupted) as error:

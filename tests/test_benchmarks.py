@@ -463,6 +463,41 @@ def test_an_interrupted_count_writes_nothing(data, tmp_path, monkeypatch, capsys
     assert list(tmp_path.glob("launches.*")) == []
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--output-dir", "file", "--output-dir must be a folder that can be written to, got "),
+        ("--output-dir", "broken", "{path}/broken/launches.json must be as launches.py writes it; remove it"),
+        ("--output-dir", "other", "{path}/other/launches.json must be as launches.py writes it; remove it"),
+        ("--label", "a|b", "--label must be a word without |, got 'a|b'"),
+        ("--label", "", "--label must be a word without |, got ''"),
+    ],
+)
+def test_what_launches_cannot_write_is_said_before_it_counts(option, value, message, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for name, text in (("broken", "{"), ("other", '{"now": {"tiny": 1}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "launches.json").write_text(text)
+    launches = importlib.import_module("launches")
+    monkeypatch.setattr(launches, "count_sizes", lambda *_: pytest.fail("counted"))
+    monkeypatch.chdir(tmp_path)
+    value = str(tmp_path / value) if option == "--output-dir" else value
+    with pytest.raises(UserError) as caught:
+        launches.main([option, value])
+    assert str(caught.value).startswith(message.format(path=tmp_path))
+
+
+def test_launches_says_which_counts_it_replaces(on_the_path, tmp_path, monkeypatch, capsys):
+    launches = importlib.import_module("launches")
+    recorded = json.loads((FOLDER / "results" / "launches.json").read_text())
+    counts = recorded["after"]["tiny"]
+    monkeypatch.setattr(launches, "count_sizes", lambda sizes: dict.fromkeys(sizes, counts))
+    said = "launches.json: the counts of tiny under now will be replaced"
+    for sizes, replaced in ((["tiny"], False), (["tiny", "micro"], True)):
+        assert launches.main(["--sizes", *sizes, "--output-dir", str(tmp_path)]) == 0
+        assert (said in capsys.readouterr().out) == replaced
+
+
 # --- the loop, and several processes ---
 
 
@@ -823,6 +858,7 @@ def inspect_kernels(*arguments, before="pass"):
         f"import os, runpy, sys; sys.path.insert(0, {str(FOLDER)!r}); sys.argv[0] = 'inspect_kernels.py'; "
         f"{before}; runpy.run_path({str(FOLDER / 'inspect_kernels.py')!r}, run_name='__main__')"
     )
+    pytest.importorskip("triton", reason="Triton is not installed here")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -848,6 +884,37 @@ def test_another_triton_than_its_folder_says_is_refused(tmp_path):
     result = inspect_kernels("--triton", version, before=before)
     expected = f"{place} must hold Triton {version}, got {installed}; remove that folder\n"
     assert (result.returncode, result.stderr) == (1, expected)
+
+
+def test_a_kernel_that_is_not_there_is_refused_briefly():
+    result = inspect_kernels("--kernel", "nosuch")
+    assert result.returncode == 2
+    *_, line = result.stderr.splitlines()
+    assert "--kernel must be part of a kernel's name, such as attention, " in line
+    assert line.endswith("; got 'nosuch'")
+    assert len(line) < 200
+
+
+# A pool that does the work in this process, as if the user ended it after the first kernel.
+INTERRUPTED = """
+import concurrent.futures, signal, types
+class Pool:
+    __init__ = __exit__ = lambda *_, **__: None
+    __enter__ = lambda self: self
+    def map(self, *_):
+        yield types.SimpleNamespace(kernel="rope 1", dtype="bf16", arch=90)
+        signal.raise_signal(signal.SIGINT)
+concurrent.futures.ProcessPoolExecutor = Pool
+"""
+
+
+def test_interrupted_inspection_ends_with_a_line():
+    options = ("--kernel", "rope", "--arch", "90", "--dtype", "bf16")
+    result = inspect_kernels(*options, before=f"exec({INTERRUPTED!r})")
+    assert result.returncode == 130
+    progress, end = result.stderr.splitlines()
+    total = progress.split()[2].removesuffix(":")
+    assert (progress, end) == (f"1 of {total}: rope 1, bf16, sm_90", f"interrupted after 1 of {total}")
 
 
 # --- the first quarter of an hour on a GPU ---
@@ -1200,13 +1267,13 @@ def test_make_gpu_looks_for_a_gpu_before_it_installs_anything(gpu_check, tmp_pat
     python = tmp_path / "python"  # one without torch: it need not be imported to know that there is no GPU
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     python.chmod(0o755)
-    result = make("gpu-bench", f"PYTHON={python}", CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 2
-    assert "pip" not in result.stdout
-    assert (
-        result.stderr.splitlines()[0]
-        == f"make gpu needs a GPU and a CUDA build of torch; PYTHON is {sys.executable}"
-    )
+    rehearse = "; without one: python benchmarks/gpu_first.py --rehearse"
+    for target, remedy in (("gpu-bench", ""), ("gpu-first", rehearse)):
+        result = make(target, f"PYTHON={python}", CUDA_VISIBLE_DEVICES="")
+        assert result.returncode == 2
+        assert "pip" not in result.stdout
+        need = f"make {target} needs a GPU and a CUDA build of torch; PYTHON is {sys.executable}{remedy}"
+        assert result.stderr.splitlines()[0] == need
 
 
 @pytest.mark.parametrize(
