@@ -232,10 +232,10 @@ def inspect_all(jobs: list[tuple[Entry, str, int]]) -> list[Report]:
                 about = f"{found.kernel}, {found.dtype}, sm_{found.arch}"
                 print(f"{len(reports)} of {len(jobs)}: {about}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
-            print(f"interrupted after {len(reports)} of {len(jobs)}", file=sys.stderr)
+            print(f"interrupted after {len(reports)} of {len(jobs)}", file=sys.stderr, flush=True)
             for worker in active_children():
-                worker.terminate()
-            raise
+                worker.kill()
+            os._exit(130)  # the pool would wait for its workers, or report their end by a traceback
     return reports
 
 
