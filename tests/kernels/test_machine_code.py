@@ -131,13 +131,17 @@ def test_every_kernel_for_sm_90_has_an_estimate(reports):
             assert (shares[0] > 0) == (r["mma_instructions"] > 0), r["kernel"]
 
 
-def test_a_version_that_pip_does_not_have_is_refused():
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/nowhere"}
-    command = [sys.executable, SCRIPT, "--triton", "0.0.1"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_a_version_that_pip_does_not_have_is_refused(tmp_path):
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/nowhere"}
+    program = (
+        f"import pathlib, triton_wheels as t; t.BUILD = pathlib.Path({str(tmp_path)!r}); t.folder('0.0.1')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=SCRIPT.parent, capture_output=True, text=True
+    )
     assert result.returncode == 1
     assert "--triton must be a version that pip can install, got '0.0.1'" in result.stderr
-    assert not (SCRIPT.parents[1] / "build" / "triton-0.0.1").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_refuses_to_run_under_the_interpreter():

@@ -75,6 +75,7 @@ def test_a_model_without_a_record(is_recorded, facts):
 def test_an_evaluation_that_was_stopped(facts):
     results = {"versions": {"lumi": "1"}, "date": "2026-01-02T03:04:05+00:00", "dtype": "float32"}
     results |= {"finished": False, "limit": 7, "tasks": {}, "perplexity": {}, "smoke_tests": None}
+    results["centred_mean"] = None
     text = model_card(facts(evaluations=[results]))
     assert "2026-01-02, float32; lumi 1. The first 7 of each at most. **It was stopped before" in text
     assert "What it can do is not measured here." not in text
