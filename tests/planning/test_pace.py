@@ -86,7 +86,7 @@ def test_the_least_training_is_done_if_it_takes_less_than_ten_minutes(machine, c
 
 
 def test_beyond_ten_minutes_what_fits_is_done(machine, capsys):
-    machine(5.0)
+    machine(8.0)
     chosen = planned(4.5)
     assert chosen.share < LEAST_SHARES["pretrain_small"]
     needed = int(re.search(r"--minutes (\d+) would be enough", capsys.readouterr().out)[1])
@@ -101,9 +101,9 @@ def test_no_minutes_mean_all_steps(machine):
 def test_a_cut_training_validates_and_saves_at_its_end():
     config = Pace("pretrain_small", "float32", 0.25).config("pretrain_small")
     assert (config.num_steps, config.validate_every, config.save_every, config.dtype) == (
-        310,
-        310,
-        310,
+        225,
+        225,
+        225,
         "float32",
     )
     assert config.optimizer.schedule.warmup_steps == 5  # a quarter of 20
