@@ -132,9 +132,13 @@ def _looks_like_yaml(path: str, text: str) -> bool:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON as `write_text` writes."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text and a newline so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
     temporary = path.with_name(path.name + f".tmp-{os.getpid()}")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -17,16 +17,12 @@ each process takes part in
     muon in parts          all-gather of the layers' matrices in bfloat16, broadcast of their updates, once
 """
 
-from collections import Counter
 from typing import NamedTuple
 
-import torch
-
-from lumi.kernels.bundle import REFERENCE
-from lumi.model.transformer import ModelConfig, Transformer
+from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import Layout
 from lumi.planning.cluster import group_size
-from lumi.training.memory import compute_and_reduce_bytes, parameters_held
+from lumi.training.memory import compute_and_reduce_bytes, matrices_of_layers, parameters_held
 from lumi.training.run_config import TrainConfig
 
 FORWARD, BACKWARD, LAST_BACKWARD, NOTHING = "forward", "backward", "the last backward", "nothing"
@@ -111,11 +107,3 @@ def _of_muon(model: ModelConfig, layout: Layout) -> list[Collective]:
         Collective("muon's matrices, whole", "all-gather", "tensor", calls, num_bytes, NOTHING),
         Collective("muon's updates", "broadcast", "world", calls, num_bytes, NOTHING),
     ]
-
-
-def matrices_of_layers(model: ModelConfig) -> Counter[tuple[int, int]]:
-    """How many matrices of each shape the layers hold: what Muon trains."""
-    with torch.device("meta"):
-        layer = Transformer(model.one_layer, REFERENCE).layers
-    shapes = Counter((len(p), p.shape[1]) for p in layer.parameters() if p.ndim == 2)
-    return Counter({shape: model.num_layers * count for shape, count in shapes.items()})

@@ -73,8 +73,9 @@ def new_project(
     for name, config in configs.items():
         write_json(folder / f"{name}.json", config)
         load_config(_CONFIGS[name], folder / f"{name}.json")
-    time = _duration(_seconds(ModelConfig(**model), num_tokens, device))
-    reasons = choice.reasons | {"text": about_data, "time": f"about {time} of training on this machine"}
+    seconds = _seconds(ModelConfig(**model), num_tokens, device) if minutes is None else 60 * minutes
+    time = f"about {_duration(seconds)} of training on this machine"
+    reasons = choice.reasons | {"text": about_data, "time": time}
     lines = [f"  {name:<14} {reason}" for name, reason in reasons.items()]
     return "\n".join(["chosen:", *lines, "", "next:", *(f"  {command}" for command in _commands(folder))])
 

@@ -21,9 +21,8 @@ from lumi.planning.communication import (
     LAST_BACKWARD,
     NOTHING,
     collectives,
-    matrices_of_layers,
 )
-from lumi.training.memory import num_rows_of_matrices, parameters_held
+from lumi.training.memory import matrices_of_layers, parameters_held, rows_of_matrices
 from lumi.training.run_config import TrainConfig
 
 
@@ -87,9 +86,10 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     """
     model = config.model
     assert model is not None
-    rows = num_rows_of_matrices(model) if config.optimizer.muon_beta2 is not None else 0
-    of_muon = sum(rows * columns * count for (rows, columns), count in matrices_of_layers(model).items())
-    numbers = 4 if config.final == "ema" else 3
-    return 4 * (numbers * model.num_parameters + rows) - (
-        4 * of_muon if config.optimizer.kind == "muon" else 0
-    )
+    numbers = (4 if config.final == "ema" else 3) * model.num_parameters
+    if config.optimizer.kind == "muon":
+        matrices = matrices_of_layers(model)
+        numbers -= sum(rows * columns * count for (rows, columns), count in matrices.items())
+    if config.optimizer.muon_beta2 is not None:
+        numbers += rows_of_matrices(model)
+    return 4 * numbers

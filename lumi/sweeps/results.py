@@ -1,13 +1,12 @@
 """The table of a sweep, as JSON and as Markdown."""
 
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lumi.config import write_json
+from lumi.config import write_json, write_text
 from lumi.sweeps.sweep_config import Value
 from lumi.sweeps.trial import Progress, Trial
 
@@ -143,6 +142,4 @@ def describe(rows: Sequence[Row]) -> str:
 def write_results(rows: Sequence[Row], folder: Path) -> None:
     """Write `results.json` and `results.md`. A reader sees the old file or the new one."""
     write_json(folder / "results.json", [asdict(row) for row in rows])
-    temporary = folder / f"results.md.tmp-{os.getpid()}"
-    temporary.write_text(describe(rows) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "results.md")
+    write_text(folder / "results.md", describe(rows))

@@ -1,11 +1,11 @@
 """The picture of a sweep: held-out bits per byte against each key that was searched."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lumi.sweeps.results import Row
+from lumi.sweeps.settings import text_of
 from lumi.sweeps.sweep_config import Value
 
 MOST_NAMES = 8  # lines that a legend can still tell apart
@@ -17,7 +17,7 @@ def draw_results(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.figure  # here: it takes longer to import than everything else
 
     shown = [row for row in rows if row.num_finished]
-    keys = [key for key in rows[0].values if len({_label(row.values[key]) for row in rows}) > 1]
+    keys = [key for key in rows[0].values if len({text_of(row.values[key]) for row in rows}) > 1]
     keys = keys or list(rows[0].values)
     size = (min(4.5 * len(keys) + 1, 24), 4.5)
     figure = matplotlib.figure.Figure(figsize=size, dpi=120, layout="constrained")
@@ -40,7 +40,7 @@ def _groups(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
     """The rows that differ in one key only, by the name of what they share."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        others = " ".join(f"{name}={_label(value)}" for name, value in row.values.items() if name != key)
+        others = " ".join(f"{name}={text_of(value)}" for name, value in row.values.items() if name != key)
         groups.setdefault(others, []).append(row)
     return groups
 
@@ -48,13 +48,14 @@ def _groups(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 def _places(values: Sequence[Value]) -> Mapping[str, float]:
     """Where each value is on the axis: numbers where they are, others side by side."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return {_label(value): float(value) for value in values if value is not None}
-    return {label: float(index) for index, label in enumerate(sorted({_label(value) for value in values}))}
+        return {text_of(value): float(value) for value in values if value is not None}
+    return {label: float(index) for index, label in enumerate(sorted({text_of(value) for value in values}))}
 
 
 def _draw_group(axes: Any, key: str, rows: Sequence[Row], places: Mapping[str, float], name: str) -> None:
     points = sorted(
-        (places[_label(row.values[key])], row.bits_per_byte or 0.0, row.standard_error or 0.0) for row in rows
+        (places[text_of(row.values[key])], row.bits_per_byte or 0.0, row.standard_error or 0.0)
+        for row in rows
     )
     x, y, errors = zip(*points, strict=True)
     axes.errorbar(x, y, yerr=errors, fmt="o-" if len(points) > 1 else "o", capsize=3, label=name or None)
@@ -66,7 +67,3 @@ def _scale(axes: Any, values: Sequence[Value], places: Mapping[str, float]) -> N
         axes.set_xticks(numbers, list(places))
     elif min(numbers) > 0 and max(numbers) > _LOG_FROM * min(numbers):
         axes.set_xscale("log")
-
-
-def _label(value: Value) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -44,7 +44,7 @@ class Setting:
     @property
     def overrides(self) -> list[str]:
         """The values, as the command line of a training takes them."""
-        return [f"{key}={_text(value)}" for key, value in self.values.items()]
+        return [f"{key}={text_of(value)}" for key, value in self.values.items()]
 
     @property
     def name(self) -> str:
@@ -113,7 +113,7 @@ def _draw(source: Choice | Uniform | LogUniform, generator: random.Random) -> Va
 
 
 def _setting(index: int, values: Mapping[str, Value], base: Path) -> Setting:
-    overrides = [f"{key}={_text(value)}" for key, value in values.items()]
+    overrides = [f"{key}={text_of(value)}" for key, value in values.items()]
     try:
         config = load_config(TrainConfig, base, overrides)
     except UserError as error:
@@ -121,7 +121,7 @@ def _setting(index: int, values: Mapping[str, Value], base: Path) -> Setting:
     return Setting(index=index, values=values, config=config)
 
 
-def _text(value: Value) -> str:
+def text_of(value: Value) -> str:
     """A value as an override has it."""
     return value if isinstance(value, str) else json.dumps(value)
 

@@ -1,6 +1,7 @@
 """What a process needs to train, in bytes, by arithmetic."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,11 +72,17 @@ def parameters_held(model: ModelConfig, shard: int = 1, tensor: int = 1) -> tupl
     return sum(layer.values()), sum(root.values())
 
 
-def num_rows_of_matrices(model: ModelConfig) -> int:
-    """Rows of all matrices of the layers."""
+def matrices_of_layers(model: ModelConfig) -> Counter[tuple[int, int]]:
+    """How many matrices of each shape the layers hold: what Muon trains."""
     with torch.device("meta"):
         layer = Transformer(model.one_layer, REFERENCE).layers
-    return model.num_layers * sum(len(p) for p in layer.parameters() if p.ndim == 2)
+    shapes = Counter((len(p), p.shape[1]) for p in layer.parameters() if p.ndim == 2)
+    return Counter({shape: model.num_layers * count for shape, count in shapes.items()})
+
+
+def rows_of_matrices(model: ModelConfig) -> int:
+    """Rows of all matrices of the layers."""
+    return sum(rows * count for (rows, _), count in matrices_of_layers(model).items())
 
 
 def _held(model: ModelConfig, shard: int, tensor: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -195,7 +202,7 @@ class MemoryEstimate:
             return trained
         layer, _ = _held(self.model, self.layout.shard, self.layout.tensor)
         matrices = sum(held for name, held in layer.items() if name.endswith("proj.weight"))
-        rows = num_rows_of_matrices(self.model) if self.has_row_means else 0
+        rows = rows_of_matrices(self.model) if self.has_row_means else 0
         return 2 * trained - self.model.num_layers * matrices + rows
 
     def _gathered(self, adapters: int, trained: int, embeddings: int) -> dict[str, int]:

@@ -8,9 +8,8 @@ from lumi.parallel.layout import Layout
 from lumi.training.memory import memory_of
 from lumi.training.run_config import TrainConfig
 
-CPU_TOKENS = (
-    2**14
-)  # products are at their full rate by then; with eight times as many a step was a quarter slower
+# Of a micro-batch. Products are at their full rate by then; eight times as many made a step a quarter slower.
+CPU_TOKENS = 2**14
 
 
 def choose_micro_batch(

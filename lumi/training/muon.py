@@ -227,7 +227,7 @@ def _taken_in(mean: Tensor, gradient: Tensor, settings: dict[str, Any]) -> Tenso
 @torch.no_grad()
 def _norms(matrices: Sequence[Tensor]) -> Tensor:
     """(count,) Frobenius norms. Of DTensors, all processes call it together."""
-    norms = torch.stack(torch._foreach_norm([_own(matrix) for matrix in matrices]))
+    norms = torch.stack(torch._foreach_norm([piece(matrix).local for matrix in matrices]))
     if isinstance(matrices[0], DTensor):
         shares = [1 / num_copies(matrix) for matrix in matrices if isinstance(matrix, DTensor)]
         squares = norms.double().square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)
@@ -240,11 +240,6 @@ def num_copies(tensor: DTensor) -> int:
     """How many processes hold the same part of a tensor."""
     sides = enumerate(tensor.placements)
     return math.prod(tensor.device_mesh.size(side) for side, p in sides if p.is_replicate())
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """This process's part, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensor: DTensor) -> Tensor:

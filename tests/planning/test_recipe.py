@@ -27,6 +27,12 @@ def test_the_named_sizes_have_the_parameters_of_their_names():
     assert {name: ModelConfig(**model).num_parameters for name, model in NAMED.items()} == PARAMETERS
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_the_named_sizes_are_the_shipped_models(name):
+    shipped = load_config(TrainConfig, SHIPPED / "pretrain" / f"{name}.json")
+    assert ModelConfig(**model_of(name)) == shipped.model
+
+
 @pytest.mark.parametrize("size", [0.8e6, 3e6, 23e6, 59e6, 61e6, 135e6, 1.1e9, 7e9])
 def test_a_shape_has_about_the_parameters_that_were_asked_for(size):
     model = model_of(size)
