@@ -39,6 +39,7 @@ class Row:
     """
 
     setting: str
+    contender: str
     values: Mapping[str, Value]
     state: str
     bits_per_byte: float | None
@@ -82,6 +83,7 @@ def _row(trials: Sequence[Trial], rung: int | None) -> Row:
         values = [each.validations[rung] for each in progress if rung in each.validations]
     return Row(
         setting=trials[0].setting.name,
+        contender=trials[0].setting.contender,
         values=trials[0].setting.values,
         state=_state(progress, len(results), len(failed), rung),
         bits_per_byte=statistics.fmean(values) if values else None,

@@ -13,21 +13,24 @@ _LOG_FROM = 3.0  # the ratio of the largest to the smallest value
 
 
 def draw_results(rows: Sequence[Row], path: Path) -> None:
-    """Draw the settings that have a finished trial: a panel for each key, a line for equal other keys."""
+    """Draw the settings that have a finished trial: a panel for each key, a line for equal other keys.
+
+    With contenders, the keys are those that vary within one, and each contender has a line.
+    """
     import matplotlib.figure  # here: it takes longer to import than everything else
 
     shown = [row for row in rows if row.num_finished]
-    keys = [key for key in rows[0].values if len({text_of(row.values[key]) for row in rows}) > 1]
-    keys = keys or list(rows[0].values)
+    keys = _varied(rows) or list(rows[0].values)
     size = (min(4.5 * len(keys) + 1, 24), 4.5)
     figure = matplotlib.figure.Figure(figsize=size, dpi=120, layout="constrained")
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for axes, key in zip(panels, keys, strict=True):
-        groups = _groups(shown, key)
-        places = _places([row.values[key] for row in shown])
+        present = [row for row in shown if key in row.values]
+        groups = _groups(present, key)
+        places = _places([row.values[key] for row in present])
         for name, group in groups.items():
             _draw_group(axes, key, group, places, name)
-        _scale(axes, [row.values[key] for row in shown], places)
+        _scale(axes, [row.values[key] for row in present], places)
         axes.set(xlabel=key)
         axes.grid(alpha=0.3)
         if 1 < len(groups) <= MOST_NAMES and any(len(group) > 1 for group in groups.values()):
@@ -36,11 +39,22 @@ def draw_results(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+def _varied(rows: Sequence[Row]) -> list[str]:
+    """The keys with several values in the sweep, or in one of its contenders."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for row in rows:
+        for key, value in row.values.items():
+            seen.setdefault(key, {}).setdefault(row.contender, set()).add(text_of(value))
+    return [key for key, values in seen.items() if any(len(each) > 1 for each in values.values())]
+
+
 def _groups(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
     """The rows that differ in one key only, by the name of what they share."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        others = " ".join(f"{name}={text_of(value)}" for name, value in row.values.items() if name != key)
+        others = row.contender or " ".join(
+            f"{name}={text_of(value)}" for name, value in row.values.items() if name != key
+        )
         groups.setdefault(others, []).append(row)
     return groups
 

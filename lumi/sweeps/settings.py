@@ -12,6 +12,7 @@ from typing import Any
 from lumi.config import UserError, differences, load_config, to_dict
 from lumi.sweeps.sweep_config import (
     Choice,
+    Contenders,
     GridSearch,
     Halving,
     LogUniform,
@@ -35,11 +36,13 @@ class Setting:
         index: its number in the sweep, from 0.
         values: by dotted key.
         config: the whole training config that they give.
+        contender: whose setting it is; empty where the sweep has no contenders.
     """
 
     index: int
     values: Mapping[str, Value]
     config: TrainConfig
+    contender: str = ""
 
     @property
     def overrides(self) -> list[str]:
@@ -48,8 +51,8 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The values, for people."""
-        return " ".join(self.overrides)
+        """The contender and the values, for people."""
+        return " ".join([*([f"{self.contender}:"] if self.contender else []), *self.overrides])
 
 
 def make_settings(sweep: SweepConfig, base: Path) -> list[Setting]:
@@ -63,19 +66,19 @@ def make_settings(sweep: SweepConfig, base: Path) -> list[Setting]:
             differ, or such as halving cannot compare.
     """
     search = sweep.search
-    drawn = _grid(search) if isinstance(search, GridSearch) else _draws(search)
+    drawn = _draws(search) if isinstance(search, RandomSearch) else _listed(search)
     settings: list[Setting] = []
     seen: dict[str, str] = {}
     misses = 0
-    for values in drawn:
+    for contender, values in drawn:
         if len(settings) == sweep.num_settings:
             break
-        setting = _setting(len(settings), values, base)
+        setting = _setting(len(settings), contender, values, base)
         content = json.dumps(to_dict(setting.config))
         if content not in seen:
             seen[content], misses = setting.name, 0
             settings.append(setting)
-        elif isinstance(search, GridSearch):
+        elif not isinstance(search, RandomSearch):
             raise UserError(
                 "search: settings", "must differ", got=f"{seen[content]} and {setting.name}, which are equal"
             )
@@ -89,18 +92,24 @@ def make_settings(sweep: SweepConfig, base: Path) -> list[Setting]:
     return settings
 
 
-def _grid(search: GridSearch) -> list[dict[str, Value]]:
-    """All combinations, in a random order that is always the same."""
-    combinations = itertools.product(*search.values.values())
-    settings = [dict(zip(search.values, values, strict=True)) for values in combinations]
+def _listed(search: GridSearch | Contenders) -> list[tuple[str, dict[str, Value]]]:
+    """All combinations: those of a grid in a random order that is always the same, contenders' as given."""
+    if isinstance(search, Contenders):
+        grids = search.grids.items()
+        return [(name, values) for name, grid in grids for values in _combinations(grid)]
+    settings = _combinations(search.values)
     random.Random(0).shuffle(settings)
-    return settings
+    return [("", values) for values in settings]
 
 
-def _draws(search: RandomSearch) -> Iterator[dict[str, Value]]:
+def _combinations(grid: Mapping[str, Sequence[Value]]) -> list[dict[str, Value]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _draws(search: RandomSearch) -> Iterator[tuple[str, dict[str, Value]]]:
     generator = random.Random(search.seed)
     while True:
-        yield {key: _draw(source, generator) for key, source in search.values.items()}
+        yield "", {key: _draw(source, generator) for key, source in search.values.items()}
 
 
 def _draw(source: Choice | Uniform | LogUniform, generator: random.Random) -> Value:
@@ -112,13 +121,13 @@ def _draw(source: Choice | Uniform | LogUniform, generator: random.Random) -> Va
     return float(f"{math.exp(generator.uniform(math.log(source.low), math.log(source.high))):.4g}")
 
 
-def _setting(index: int, values: Mapping[str, Value], base: Path) -> Setting:
+def _setting(index: int, contender: str, values: Mapping[str, Value], base: Path) -> Setting:
     overrides = [f"{key}={text_of(value)}" for key, value in values.items()]
     try:
         config = load_config(TrainConfig, base, overrides)
     except UserError as error:
         raise error.within(f"search: {' '.join(overrides)}") from error
-    return Setting(index=index, values=values, config=config)
+    return Setting(index=index, values=values, config=config, contender=contender)
 
 
 def text_of(value: Value) -> str:

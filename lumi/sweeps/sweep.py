@@ -31,7 +31,7 @@ from lumi.host.workers import num_cores
 from lumi.sweeps.results import Row, describe, make_rows, write_results
 from lumi.sweeps.results_picture import draw_results
 from lumi.sweeps.settings import Setting, make_settings
-from lumi.sweeps.sweep_config import Halving, SweepConfig
+from lumi.sweeps.sweep_config import Contenders, Halving, SweepConfig
 from lumi.sweeps.trial import Trial
 from lumi.sweeps.trial_runner import TrialRunner
 from lumi.tokenizer.loading import load_tokenizer
@@ -56,6 +56,11 @@ class Sweep:
     def run(self, runner: TrialRunner) -> None:
         """Train rung by rung, until the last settings are finished or the runner is over."""
         contenders = list(self.settings)
+        if isinstance(self.config.search, Contenders):
+            runner.run((self.trials[setting.index][0] for setting in contenders), None)
+            if runner.is_over:
+                return
+            contenders = self._best_of_each()
         halving = self.config.halving
         for rung in (*(halving.rungs if halving else ()), None):
             # The first seed of all comes first: if the time is short, no setting is without a result.
@@ -65,6 +70,19 @@ class Sweep:
                 return
             if rung is not None and halving is not None:
                 contenders = self._best(contenders, rung, halving)
+
+    def _best_of_each(self) -> list[Setting]:
+        """The setting of each contender that goes on to the other seeds; its others keep the first one."""
+        best: dict[str, tuple[float, Setting]] = {}
+        for setting in self.settings:
+            loss = self.trials[setting.index][0].progress().result
+            if loss is not None and loss < best.get(setting.contender, (math.inf, setting))[0]:
+                best[setting.contender] = loss, setting
+        kept = [setting for _, setting in best.values()]
+        for setting in self.settings:
+            if setting not in kept:
+                del self.trials[setting.index][1:]
+        return kept
 
     def _best(self, contenders: Sequence[Setting], rung: int, halving: Halving) -> list[Setting]:
         """Those that go on from a rung. A setting with a trial that failed counts as the worst."""

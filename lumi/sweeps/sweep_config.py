@@ -83,6 +83,26 @@ class RandomSearch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contenders:
+    """Recipes side by side, each tuned by a grid of its own.
+
+    All settings are trained with the first seed, and the best of each contender with the other seeds.
+    """
+
+    kind: Literal["contenders"]
+    # By each contender's name: the values of each dotted key of the training config.
+    grids: dict[str, dict[str, tuple[bool | int | float | str | None, ...]]]
+
+    def __post_init__(self) -> None:
+        if not self.grids:
+            raise UserError("grids", "must name at least one contender", got="none")
+        for name, values in self.grids.items():
+            _check_keys(values, f"grids.{name}")
+            for key, choices in values.items():
+                _check_choices(f"grids.{name}.{key}", choices)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """What a sweep may cost. It may be changed when a sweep goes on."""
 
@@ -129,7 +149,7 @@ class SweepConfig:
     # The training config that every trial changes; a relative path begins at this file's folder.
     config: str
     # Which keys are changed, and to what.
-    search: GridSearch | RandomSearch
+    search: GridSearch | RandomSearch | Contenders
     # Each setting is trained with each of these seeds.
     seeds: tuple[int, ...] = (0,)
     # What it may cost.
@@ -146,6 +166,12 @@ class SweepConfig:
         if trials is not None and trials < len(self.seeds):
             expectation = f"must be at least {len(self.seeds)}, one for each of the seeds"
             raise UserError("budget.trials", expectation, got=trials)
+        for name, value in (("budget.trials", trials), ("halving", self.halving)):
+            if isinstance(self.search, Contenders) and value is not None:
+                got = trials if name == "budget.trials" else "rungs"
+                raise UserError(
+                    name, "must be null with contenders, which are all trained to the end", got=got
+                )
 
     @property
     def num_settings(self) -> int | None:
@@ -153,11 +179,11 @@ class SweepConfig:
         return None if self.budget.trials is None else self.budget.trials // len(self.seeds)
 
 
-def _check_keys(values: Mapping[str, object]) -> None:
+def _check_keys(values: Mapping[str, object], name: str = "values") -> None:
     if not values:
-        raise UserError("values", "must name at least one key of the training config", got="none")
+        raise UserError(name, "must name at least one key of the training config", got="none")
     if "seed" in values:
-        raise UserError("values.seed", "must be left out", remedy="put the numbers into seeds")
+        raise UserError(f"{name}.seed", "must be left out", remedy="put the numbers into seeds")
 
 
 def _check_choices(name: str, values: tuple[Value, ...]) -> None:

@@ -5,8 +5,9 @@ from lumi.sweeps.results import Row
 from lumi.sweeps.results_picture import draw_results
 
 
-def row(bits, num_finished=1, **values):
+def row(bits, num_finished=1, contender="", **values):
     parts = {"setting": str(values), "values": values, "state": "", "standard_error": 0.1, "trials": ()}
+    parts["contender"] = contender
     return Row(**parts, bits_per_byte=bits, num_finished=num_finished, tokens=1, seconds=1)
 
 
@@ -54,3 +55,11 @@ def test_a_key_with_one_value_has_no_panel(drawn):
     assert (axes.get_xlabel(), axes.get_xscale()) == ("lr", "linear")
     (axes,) = drawn([row(1.0, lr=0.1)])
     assert axes.get_xlabel() == "lr"
+
+
+def test_contenders_have_a_line_each_against_the_keys_that_vary_within_one(drawn):
+    adamw = [row(bits, contender="adamw", lr=lr, kind="adamw") for lr, bits in ((0.01, 4.0), (0.1, 5.0))]
+    muon = [row(bits, contender="muon", lr=lr, qk=True) for lr, bits in ((0.1, 2.0), (0.3, 3.0))]
+    (axes,) = drawn([*adamw, *muon])
+    assert axes.get_xlabel() == "lr"
+    assert {line.get_label() for line in axes.containers} == {"adamw", "muon"}

@@ -19,6 +19,17 @@ def test_a_grid_holds_every_combination_once(settings_of):
     assert settings[0].overrides[1].startswith("optimizer.kind=")
 
 
+def test_contenders_stand_in_their_order_and_may_vary_other_keys(settings_of):
+    grids = {"b": {"optimizer.peak_lr": [0.02, 0.01]}, "a": {"optimizer.kind": ["muon"], "num_steps": [9]}}
+    settings = settings_of(search={"kind": "contenders", "grids": grids})
+    assert [setting.name for setting in settings] == [
+        "b: optimizer.peak_lr=0.02",
+        "b: optimizer.peak_lr=0.01",
+        "a: optimizer.kind=muon num_steps=9",
+    ]
+    assert settings[2].config.num_steps == 9
+
+
 def test_a_higher_budget_only_adds_settings(settings_of):
     few = settings_of(RATES, budget={"trials": 4}, seeds=[0, 1])
     all_of_them = settings_of(RATES, seeds=[0, 1])

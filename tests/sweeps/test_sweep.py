@@ -52,6 +52,19 @@ class TestOfTrialsThatPretend:
         folders = (tmp_path / "waits" / "trials").iterdir()
         assert all(trial_processes.starts(folder) <= 2 for folder in folders)  # none was begun again
 
+    def test_the_best_setting_of_each_contender_gets_the_other_seeds(self, sweep_file, swept):
+        grids = {"a": {"optimizer.peak_lr": [0.1, 0.01]}, "b": {"optimizer.peak_lr": [0.0001, 0.001, 1e9]}}
+        file = sweep_file(seeds=[0, 1, 2], search={"kind": "contenders", "grids": grids})
+        code, rows, _ = swept(file)
+        assert code == 0
+        assert [(row["contender"], len(row["trials"])) for row in rows] == [
+            *(("a", 3), ("b", 3), ("a", 1), ("b", 1), ("b", 1))
+        ]
+        assert rates(rows) == [0.01, 0.001, 0.1, 0.0001, 1e9]
+        assert rows[0]["setting"] == "a: optimizer.peak_lr=0.01"
+        assert rows[0]["bits_per_byte"] == pytest.approx(1 + 0.01 + 1 / trial_processes.STEPS)
+        assert swept(file)[1] == rows
+
     def test_a_higher_budget_goes_on_and_another_sweep_is_refused(self, sweep_file, swept, tmp_path):
         assert swept(sweep_file(RATES[:3], budget={"trials": 1}))[0] == 0
         _, rows, _ = swept(sweep_file(RATES[:3], budget={"trials": 3}))

@@ -6,6 +6,8 @@ from lumi.sweeps.sweep_config import Halving, SweepConfig
 GRID = {"kind": "grid", "values": {"optimizer.peak_lr": [0.1, 0.2]}}
 RANDOM = {"kind": "random", "values": {"optimizer.peak_lr": {"kind": "log_uniform", "low": 0.1, "high": 1}}}
 
+CONTENDERS = {"kind": "contenders", "grids": {"a": {"optimizer.peak_lr": [0.1, 0.2]}}}
+
 
 def made(**changes):
     return from_dict(SweepConfig, {"config": "c", "search": GRID} | changes, "s.json")
@@ -35,6 +37,12 @@ def ranged(**source):
         ({"search": ranged(kind="log_uniform", low=0, high=2)}, "search.values.a.low must be above 0"),
         ({"search": ranged(kind="log_uniform", low=3, high=2)}, "search.values.a.high must be above low"),
         ({"search": ranged(kind="choice", values=[])}, "search.values.a.values must list at least one"),
+        ({"search": CONTENDERS | {"grids": {}}}, "search.grids must name at least one contender, got none"),
+        ({"search": CONTENDERS | {"grids": {"a": {}}}}, "search grids.a must name at least one key"),
+        ({"search": CONTENDERS | {"grids": {"a": {"b": []}}}}, "search grids.a.b must list at least one"),
+        ({"search": CONTENDERS | {"grids": {"a": {"seed": [1]}}}}, "search grids.a.seed must be left out"),
+        ({"search": CONTENDERS, "budget": {"trials": 3}}, "budget.trials must be null with contenders"),
+        ({"search": CONTENDERS, "halving": {"rungs": [4]}}, "halving must be null with contenders"),
         ({"halving": {"rungs": []}}, "halving.rungs must be ascending steps from 1 on, got []"),
         ({"halving": {"rungs": [8, 4]}}, "halving.rungs must be ascending steps from 1 on, got [8, 4]"),
         ({"halving": {"rungs": [4], "keep": 1}}, "halving.keep must be between 0 and 1, got 1.0"),
