@@ -44,12 +44,13 @@ def take_in(sweep: Path, commit: str) -> dict[str, Any]:
 
 def _row(sweep: Path, row: dict[str, Any]) -> dict[str, Any]:
     overrides = [f"{key}={json.dumps(value)}" for key, value in row["values"].items()]
-    model = load_config(TrainConfig, sweep / "base.json", overrides).model
-    assert model is not None
+    config = load_config(TrainConfig, sweep / "base.json", overrides)
+    assert config.model is not None
     return {
         "contender": row["contender"],
         "values": row["values"],
-        "parameters": model.num_parameters,
+        "parameters": config.model.num_parameters,
+        "batch_tokens": config.batches.batch_tokens,
         "tokens": row["trials"][0]["tokens"],
         "bits_per_byte": [trial["bits_per_byte"] for trial in row["trials"]],
         "seconds": round(statistics.fmean(trial["seconds"] for trial in row["trials"]), 1),

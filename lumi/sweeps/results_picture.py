@@ -8,7 +8,7 @@ from lumi.sweeps.results import Row
 from lumi.sweeps.settings import text_of
 from lumi.sweeps.sweep_config import Value
 
-MOST_NAMES = 8  # lines that a legend can still tell apart
+MOST_NAMES = 10  # lines that a legend can still tell apart
 _LOG_FROM = 3.0  # the ratio of the largest to the smallest value
 
 
