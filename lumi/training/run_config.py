@@ -11,7 +11,7 @@ from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import ParallelConfig
 from lumi.training.dpo import DpoConfig
-from lumi.training.optimizer import OptimizerConfig
+from lumi.training.optimizer_config import OptimizerConfig
 from lumi.training.schedule import check_fits
 
 
