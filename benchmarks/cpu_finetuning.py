@@ -31,7 +31,8 @@ from lumi.data.token_store import Split
 from lumi.kernels.bundle import select
 from lumi.model.lora import LoraConfig, add_lora
 from lumi.model.transformer import Transformer
-from lumi.training.optimizer import Optimizer, OptimizerConfig
+from lumi.training.optimizer import Optimizer
+from lumi.training.optimizer_config import OptimizerConfig
 
 LENGTH, CONVERSATIONS, ROWS = 1024, 32, 4
 RANK, LR = 16, 1e-3

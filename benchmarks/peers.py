@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lumi.formats.hf_format import hf_name
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.training.optimizer import Optimizer, OptimizerConfig
+from lumi.training.optimizer import Optimizer
+from lumi.training.optimizer_config import OptimizerConfig
 
 LR = 1e-3
 

@@ -144,7 +144,7 @@ class FineTuning:
             print(f"  {'changed':<16} {' '.join(overrides)}")
         seconds = estimated_seconds(shape, config.num_tokens, config.batches.sequence_length, device)
         if seconds is not None:
-            print(f"  {'time':<16} about {_minutes(seconds)} on this machine")
+            print(f"  {'time':<16} about {_minutes(seconds)} on this machine, without other work")
         print(f"  {'settings':<16} {self.output_dir / 'train.json'}\n", flush=True)
         return config
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from lumi.chat.messages import Conversation, MalformedConversation
 from lumi.chat.pairs import Pair
 from lumi.config import UserError
-from lumi.corpus.compression import open_file
+from lumi.corpus.compression import ERRORS, open_file
 from lumi.corpus.conversations import (
     AlpacaFormat,
     DollyFormat,
@@ -144,5 +144,8 @@ def _is_array(path: str) -> bool:
     """Whether a JSON file is one array; if not, it holds an object per line."""
     if not Path(path).is_file():
         return False  # a pattern, or nothing: reading it says so
-    with open_file(path) as file:
-        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    try:
+        with open_file(path) as file:
+            return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except ERRORS:
+        return False  # it is damaged: reading it says so

@@ -39,9 +39,11 @@ def compare(a: Path, b: Path) -> tuple[list[Difference], list[str]]:
     """Every metric of the tasks that both evaluations have, and a note for each task that one alone has.
 
     Raises:
-        UserError: a folder holds no examples, no task is in both, or a task has other questions in A than
-            in B.
+        UserError: both are one folder, a folder holds no examples, no task is in both, or a task has other
+            questions in A than in B.
     """
+    if a.resolve() == b.resolve():
+        raise UserError("EVALUATION_B", "must be another folder than EVALUATION_A", got=str(b))
     rows_a, rows_b = read_examples(a), read_examples(b)
     common = [task for task in rows_a if task in rows_b]
     if not common:

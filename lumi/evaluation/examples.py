@@ -41,6 +41,9 @@ def read_examples(folder: Path) -> dict[str, list[Row]]:
     Raises:
         UserError: the folder holds none, or the file is damaged.
     """
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "no such folder"
+        raise UserError(str(folder), "must be a folder that `lumi evaluate` wrote", got=got)
     path = folder / EXAMPLES_FILE
     if not path.is_file():
         remedy = "evaluate the model on tasks with this version of Lumi"

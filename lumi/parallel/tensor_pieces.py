@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 Key = TypeVar("Key", str, tuple[str, str])
@@ -91,6 +91,24 @@ def _cuts(tensor: DTensor) -> list[int]:
         elif not placement.is_replicate():
             raise ValueError(f"a tensor to save must be sharded or replicated, got {placements}")
     return plain + strided[::-1]
+
+
+def num_copies(tensor: DTensor) -> int:
+    """How many processes hold the same part of a tensor."""
+    sides = enumerate(tensor.placements)
+    return math.prod(tensor.device_mesh.size(side) for side, p in sides if p.is_replicate())
+
+
+def gathered(tensor: DTensor) -> Tensor:
+    """The whole of a DTensor, on every process.
+
+    FSDP2 cuts what tensor parallelism has cut before, so the sides of the mesh are gathered one by one.
+    """
+    placements = list(tensor.placements)
+    for side in range(len(placements)):
+        placements[side] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def own_pieces(tensors: Mapping[Key, Tensor], rank: int, size: int) -> dict[Key, Piece]:

@@ -114,16 +114,18 @@ def estimated_seconds(shape: ModelConfig, tokens: int, context: int, device: tor
 def training_rate(model_dim: int, device: torch.device) -> float:
     """FLOP/s that a training step reaches, about.
 
-    On a GPU a share of its peak, elsewhere a share of what a product of float32 was just seen to reach.
+    On a GPU a share of its peak, elsewhere a share of what the fastest of some products of float32 just
+    reached: other work slows down the others.
     """
     if peak := peak_flops(device):
         return SHARE_OF_PEAK * peak
     left, right = torch.ones(512, model_dim, device=device), torch.ones(model_dim, 2048, device=device)
-    torch.mm(left, right)
-    start, count = time.perf_counter(), 20
-    for _ in range(count):
-        torch.mm(left, right)
-    return SHARE_OF_PRODUCTS * count * 2 * left.numel() * right.shape[1] / (time.perf_counter() - start)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(left, right)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return SHARE_OF_PRODUCTS * 2 * left.numel() * right.shape[1] / min(seconds)
 
 
 def _row_length(longest: int, max_positions: int) -> int:

@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 import lumi.configs
 from lumi.config import UserError, load_config, read_json, to_dict, write_json
 from lumi.corpus import PrepareConfig
-from lumi.corpus.recognition import find_source
-from lumi.corpus.sources import HubSource, TextSource
+from lumi.corpus.documents import count_chars
+from lumi.corpus.reading import open_source
+from lumi.corpus.recognition import LOOKED_AT, find_source
+from lumi.corpus.sources import HubSource, JsonlSource, JsonSource, ParquetSource, TextSource
 from lumi.evaluation.evaluate import EvaluationConfig
 from lumi.host.devices import fast_bfloat16
 from lumi.host.file_patterns import matching_files
@@ -23,6 +27,7 @@ from lumi.tokenizer.training import TokenizerConfig
 from lumi.training.metrics import human
 from lumi.training.run_config import TrainConfig
 
+FileSource = JsonlSource | JsonSource | ParquetSource | TextSource
 SHIPPED = Path(lumi.configs.__file__).parent
 HELD_OUT = 1.08  # times as much text as training reads
 PLAIN_TEXT = (".txt", ".md", ".rst")
@@ -56,7 +61,7 @@ def new_project(
 
     Raises:
         UserError: a number is none or out of range; neither size nor minutes are given, or both minutes and
-            tokens; the data are no source; the folder holds something.
+            tokens; the data are no source, or files without text; the folder holds something.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("--output-dir", "must be new or empty", got=str(folder))
@@ -74,7 +79,7 @@ def new_project(
         write_json(folder / f"{name}.json", config)
         load_config(_CONFIGS[name], folder / f"{name}.json")
     seconds = _seconds(ModelConfig(**model), num_tokens, device) if minutes is None else 60 * minutes
-    time = f"about {_duration(seconds)} of training on this machine"
+    time = f"about {_duration(seconds)} of training on this machine, without other work"
     reasons = choice.reasons | {"text": about_data, "time": time}
     lines = [f"  {name:<14} {reason}" for name, reason in reasons.items()]
     return "\n".join(["chosen:", *lines, "", "next:", *(f"  {command}" for command in _commands(folder))])
@@ -128,7 +133,10 @@ def _corpus(data: Sequence[str], num_tokens: int) -> tuple[dict[str, Any], str]:
     plain = all(Path(each).suffix in PLAIN_TEXT for each in data)
     source = TextSource(name="data", paths=tuple(data)) if plain else find_source(data)
     about = ", ".join(data)
-    if not isinstance(source, HubSource):
+    if isinstance(source, HubSource):
+        about = f"the dataset {about} on the hub, which was not read yet"
+    else:
+        _check_text(source, config["filters"]["max_chars"])
         size = sum(Path(path).stat().st_size for path in matching_files(source.paths))
         if not size:
             raise UserError("--data", "must hold text", got=f"0 bytes in {about}")
@@ -137,6 +145,22 @@ def _corpus(data: Sequence[str], num_tokens: int) -> tuple[dict[str, Any], str]:
         if num_tokens > held:
             about += f"; training reads each {num_tokens / held:.2g} times"
     return config | {"sources": [to_dict(source) | {"max_tokens": enough}]}, about
+
+
+def _check_text(source: FileSource, max_chars: int) -> None:
+    """Raises UserError where a path cannot be read, or its first records hold no text to be kept."""
+    for path in source.paths:
+        unfit = ""
+        for record in islice(open_source(replace(source, paths=(path,)), max_chars).records, LOOKED_AT):
+            length = 0 if record.document is None else count_chars(record.document)
+            if 0 < length <= max_chars:
+                unfit = ""
+                break
+            unfit = unfit or record.detail or (f"one of {length:,} in {path}" if length else "")
+        if unfit:
+            expectation = f"must hold texts of at most {max_chars:,} characters"
+            remedy = "mend the data, or describe them in a config of `lumi prepare`, as docs/data.md shows"
+            raise UserError("--data", expectation, got=unfit, remedy=remedy)
 
 
 def _shipped(name: str) -> dict[str, Any]:

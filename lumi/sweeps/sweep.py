@@ -148,7 +148,8 @@ def sweep(
         arguments = ["--config", str(output_dir / "base.json"), *paths]
         whole = Sweep(config, settings, output_dir)
         num_trials = len(settings) * len(config.seeds)
-        print(f"{len(settings)} settings x {len(config.seeds)} seeds, {min(processes, num_trials)} at a time")
+        counts = _count(len(settings), "setting"), _count(len(config.seeds), "seed")
+        print(f"{' x '.join(counts)}, {min(processes, num_trials)} at a time")
 
         def report(trial: Trial, event: str) -> None:
             print(f"{trial.folder.name}  {trial.setting.name}  {event}", flush=True)
@@ -227,6 +228,10 @@ def _finish(whole: Sweep, runner: TrialRunner) -> int:
         print(f"the {whole.config.budget.minutes:g} minutes are over; the same command goes on")
         return 0
     return 0 if any(row.bits_per_byte is not None for row in rows) else 1
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _absolute(path: str) -> str:

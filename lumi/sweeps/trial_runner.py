@@ -112,8 +112,10 @@ class TrialRunner:
             self.report(trial, f"failed: {progress.message}")
         elif progress.result is not None:
             self.report(trial, f"finished: {progress.result:.4f} bits per byte")
-        else:
+        elif progress.step:
             self.report(trial, f"saved at step {progress.step}")
+        else:
+            self.report(trial, "not begun: stopped before step 1")
 
 
 def reached(trial: Trial, until: int | None) -> bool:

@@ -25,24 +25,20 @@ Three changes to it may be combined, but for decay on the hyperball, where there
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from lumi.host.devices import fast_bfloat16
 from lumi.model.compute_weights import WeightCopy, written_together
-from lumi.parallel.tensor_pieces import piece
+from lumi.parallel.tensor_pieces import gathered, num_copies, piece
+from lumi.training.orthogonalization import LEAST_NORM, apart, is_tall, orthogonalize, stacked, stacks
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic
-_NUM_STEPS = 5
-_EPS = 1e-7  # the least norm that a matrix is divided by
 _ROW_EPS = 1e-8  # added to the root of a row's mean square
-_STACK_ELEMENTS = 2**24  # of one stack at most: they keep a GPU busy in 256 MiB of temporary memory
 
 
 class Muon(torch.optim.Optimizer):
@@ -100,7 +96,7 @@ class Muon(torch.optim.Optimizer):
             decay = (1 - one * (group["lr"] * weight_decay)).float()
             settings = group | {"accepted": accepted, "decay": decay}
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for stack in _stacks([p for p in parameters if not isinstance(p, DTensor)]):
+            for stack in stacks([p for p in parameters if not isinstance(p, DTensor)]):
                 self._update_whole(stack, settings)
             in_parts = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
             size = dist.get_world_size() if in_parts else 1
@@ -111,10 +107,10 @@ class Muon(torch.optim.Optimizer):
         """Update the matrices of one stack."""
         gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
         means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        num_wide = sum(not _is_tall(parameter) for parameter in parameters)  # they come first
-        mean = _stacked(means, num_wide)
-        gradient = _taken_in(mean, _stacked(gradients, num_wide), settings)
-        torch._foreach_copy_(means, _apart(mean, num_wide))
+        num_wide = sum(not is_tall(parameter) for parameter in parameters)  # they come first
+        mean = stacked(means, num_wide)
+        gradient = _taken_in(mean, stacked(gradients, num_wide), settings)
+        torch._foreach_copy_(means, apart(mean, num_wide))
         stack = gradient.lerp_(mean, settings["momentum"]).to(self.compute_dtype)
         del mean, gradient
         stack = orthogonalize(stack).to(parameters[0].dtype).mul_(settings["accepted"])
@@ -124,7 +120,7 @@ class Muon(torch.optim.Optimizer):
                 updates.mul_(self._scales(members, updates, settings))
         copied = [parameter for parameter in parameters if parameter in self.copies]
         with written_together([self.copies[parameter] for parameter in copied]) as rows:
-            self._move(parameters, parameters, _apart(stack, num_wide), settings)
+            self._move(parameters, parameters, apart(stack, num_wide), settings)
             if self.hyperball:
                 self._hold_norms(parameters, parameters, settings)
             if rows:
@@ -175,11 +171,11 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_([state["row_squares"] for state in states], list(means.unbind()))
             scales = 1 / (means.sqrt() + _ROW_EPS)
             scales = scales * (
-                norms / (squares * scales.square()).sum(dim=1, keepdim=True).sqrt().clamp(min=_EPS)
+                norms / (squares * scales.square()).sum(dim=1, keepdim=True).sqrt().clamp(min=LEAST_NORM)
             )
         if self.hyperball:
             radii = torch.stack([state["initial_norm"] for state in states])[:, None]
-            return (scales * (radii / norms.clamp(min=_EPS)))[:, :, None]
+            return (scales * (radii / norms.clamp(min=LEAST_NORM)))[:, :, None]
         return (scales * _size_of_adamw((num_rows, num_columns)))[:, :, None]
 
     def _move(
@@ -202,7 +198,7 @@ class Muon(torch.optim.Optimizer):
     def _hold_norms(self, parameters: Sequence[Tensor], held: list[Tensor], settings: dict[str, Any]) -> None:
         """Bring matrices back to their norms. `held` is what this process holds of them."""
         radii = torch.stack([self.state[parameter]["initial_norm"] for parameter in parameters])
-        factors = torch.where(settings["accepted"], radii / _norms(parameters).clamp(min=_EPS), 1.0)
+        factors = torch.where(settings["accepted"], radii / _norms(parameters).clamp(min=LEAST_NORM), 1.0)
         torch._foreach_mul_(held, list(factors.unbind()))
 
     def _direction(self, parameter: DTensor, settings: dict[str, Any]) -> DTensor:
@@ -234,74 +230,6 @@ def _norms(matrices: Sequence[Tensor]) -> Tensor:
         dist.all_reduce(squares)
         norms = squares.sqrt().to(norms.dtype)
     return norms
-
-
-def num_copies(tensor: DTensor) -> int:
-    """How many processes hold the same part of a tensor."""
-    sides = enumerate(tensor.placements)
-    return math.prod(tensor.device_mesh.size(side) for side, p in sides if p.is_replicate())
-
-
-def gathered(tensor: DTensor) -> Tensor:
-    """The whole of a DTensor, on every process.
-
-    FSDP2 cuts what tensor parallelism has cut before, so the sides of the mesh are gathered one by one.
-    """
-    placements = list(tensor.placements)
-    for side in range(len(placements)):
-        placements[side] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Move every singular value close to one, by five Newton-Schulz steps.
-
-    They end at about 0.7 - 1.2, and the singular vectors stay. A matrix of zeros stays zero.
-
-    Args:
-        matrices: (count, rows, columns), in the dtype to compute in.
-
-    Returns:
-        the same shape and dtype.
-    """
-    a, b, c = _COEFFICIENTS
-    x = _as_wide(matrices)
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=_EPS)
-    for _ in range(_NUM_STEPS):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if _is_tall(matrices) else x
-
-
-def _stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices to orthogonalise together: of one shape up to transposition, the tall ones last."""
-    alike: defaultdict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-    for parameter in sorted(parameters, key=_is_tall):
-        alike[tuple(sorted(parameter.shape))].append(parameter)
-    for shape, members in alike.items():
-        count = max(1, _STACK_ELEMENTS // math.prod(shape))
-        yield from (members[first : first + count] for first in range(0, len(members), count))
-
-
-def _stacked(matrices: Sequence[Tensor], num_wide: int) -> Tensor:
-    """Matrices of one shape up to transposition, the tall ones last, as one stack of wide ones."""
-    halves = [torch.stack(list(half)) for half in (matrices[:num_wide], matrices[num_wide:]) if half]
-    return halves[0] if num_wide == len(matrices) else torch.cat([_as_wide(half) for half in halves])
-
-
-def _apart(stack: Tensor, num_wide: int) -> list[Tensor]:
-    """The matrices of `_stacked`."""
-    return [*stack[:num_wide].unbind(), *stack[num_wide:].mT.contiguous().unbind()]
-
-
-def _is_tall(matrix: Tensor) -> bool:
-    return matrix.shape[-2] > matrix.shape[-1]
-
-
-def _as_wide(matrices: Tensor) -> Tensor:
-    """Transposed where there are more rows than columns, so that the products of rows with rows are small."""
-    return matrices.mT if _is_tall(matrices) else matrices
 
 
 def _size_of_adamw(shape: Sequence[int]) -> float:

@@ -7,9 +7,9 @@ call everything here together.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,69 +21,9 @@ from lumi.kernels.adamw import adamw
 from lumi.kernels.global_norm import global_norm
 from lumi.kernels.native import native_device
 from lumi.model.compute_weights import WeightCopy, written_together
-from lumi.training.muon import Muon, num_copies
-from lumi.training.schedule import CosineSchedule, WarmupStableDecay
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimizer and its learning rate.
-
-    `adamw` (Loshchilov & Hutter 2019, arXiv:1711.05101) trains all parameters. `muon` (`lumi.training.muon`)
-    trains the matrices of the layers, and AdamW the rest.
-    """
-
-    # `adamw` for everything, or `muon` for the matrices of the layers and AdamW for the rest.
-    kind: Literal["adamw", "muon"] = "adamw"
-    # The highest learning rate, reached after warm-up.
-    peak_lr: float = 1e-3
-    # The embedding's rate as a multiple of `peak_lr`; tied, it is the output head's too.
-    embedding_lr_ratio: float = 1.0
-    # Likewise that of the output head (`lm_head`), where it is not tied.
-    head_lr_ratio: float = 1.0
-    # Likewise that of norms and biases.
-    norm_lr_ratio: float = 1.0
-    # Weight decay of matrices, times their rate; norms and biases have none.
-    weight_decay: float = 0.1
-    # Whether the embedding decays too.
-    decay_embedding: bool = True
-    # AdamW: decay of the mean of the gradients.
-    beta1: float = 0.9
-    # AdamW: decay of the mean of their squares.
-    beta2: float = 0.95
-    # AdamW: added to the denominator.
-    eps: float = 1e-8
-    # Muon: decay of the mean of the gradients.
-    muon_momentum: float = 0.95
-    # NorMuon: decay of the mean of the squares of each row of Muon's updates, such as 0.95; null: plain Muon.
-    muon_beta2: float | None = None
-    # Muon: matrices keep the norms that they begin with, and do not decay. The rate is then the length of a
-    # step as a share of the matrix's norm: about 10 times that of plain Muon.
-    muon_hyperball: bool = False
-    # Muon: weights decay only where the update does not push them away from zero.
-    muon_cautious_decay: bool = False
-    # Gradients are scaled down to this joint L2 norm.
-    max_grad_norm: float = 1.0
-    schedule: CosineSchedule | WarmupStableDecay = field(default_factory=CosineSchedule)
-
-    def __post_init__(self) -> None:
-        ratios = "embedding_lr_ratio", "head_lr_ratio", "norm_lr_ratio"
-        for name in ("peak_lr", "eps", "max_grad_norm", *ratios):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        for name in ("beta1", "beta2", "muon_momentum", "muon_beta2"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
-        variants = {"muon_beta2": None, "muon_hyperball": False, "muon_cautious_decay": False}
-        for name in (name for name, plain in variants.items() if getattr(self, name) != plain):
-            if self.kind != "muon":
-                raise ValueError(f'kind must be "muon" where {name} is given, got "{self.kind}"')
-        if self.muon_hyperball and self.muon_cautious_decay:
-            raise ValueError(
-                "muon_cautious_decay must be false with muon_hyperball, which lets nothing decay, got true"
-            )
+from lumi.parallel.tensor_pieces import num_copies
+from lumi.training.muon import Muon
+from lumi.training.optimizer_config import OptimizerConfig
 
 
 class AdamW(torch.optim.Optimizer):
@@ -202,6 +142,11 @@ class Optimizer:
         rest = {name: p for name, p in self.named.items() if name not in in_muon}
         self.optimizers: list[torch.optim.Optimizer] = []
         groups = _groups(rest, config)
+        if config.muon_hyperball and config.weight_decay and not any(g["weight_decay"] for g in groups):
+            expectation = (
+                "must be 0 where neither embedding nor head decays, and muon_hyperball lets no other"
+            )
+            raise UserError("optimizer.weight_decay", expectation, got=config.weight_decay)
         if groups:
             self.optimizers.append(self._adamw(groups))
         if in_muon:

@@ -11,7 +11,7 @@ from lumi.model.lora import LoraConfig
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import ParallelConfig
 from lumi.training.dpo import DpoConfig
-from lumi.training.optimizer import OptimizerConfig
+from lumi.training.optimizer_config import OptimizerConfig
 from lumi.training.schedule import check_fits
 
 
@@ -87,16 +87,17 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
-        if self.z_loss < 0:
-            raise UserError("z_loss", "must be at least 0", got=self.z_loss)
+        if not 0 <= self.z_loss <= 1:
+            raise UserError("z_loss", "must be between 0 and 1, such as 1e-4", got=self.z_loss)
         if self.z_loss and self.dpo is not None:
             raise UserError("z_loss", "must be 0 with dpo, which compares whole answers", got=self.z_loss)
         if (self.ema_decay is not None) != (self.final == "ema"):
             expected = "a number" if self.final == "ema" else "null"
             got = "null" if self.ema_decay is None else self.ema_decay
             raise UserError("ema_decay", f'must be {expected} where final is "{self.final}"', got=got)
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise UserError("ema_decay", "must be in [0, 1)", got=self.ema_decay)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            remedy = 'final "last" holds the last weights' if not self.ema_decay else ""
+            raise UserError("ema_decay", "must be between 0 and 1", got=self.ema_decay, remedy=remedy)
         for name in ("muon_hyperball", "muon_beta2") if self.lora is not None else ():
             if (value := getattr(self.optimizer, name)) not in (None, False):
                 raise UserError(

@@ -83,6 +83,21 @@ def test_a_task_in_one_alone_is_named(tmp_path, capsys):
     assert "bits per byte" in printed.out
 
 
+def test_one_folder_twice_and_no_folder(tmp_path):
+    a = write(tmp_path / "a")[0]
+    with pytest.raises(
+        UserError, match=r"^EVALUATION_B must be another folder than EVALUATION_A, got .*/a/\.\./a$"
+    ):
+        compare(a, a / ".." / "a")
+    for path, got in ((tmp_path / "b", "no such folder"), (a / EXAMPLES_FILE, "a file")):
+        with pytest.raises(
+            UserError, match=f"^{path} must be a folder that `lumi evaluate` wrote, got {got}$"
+        ):
+            compare(a, path)
+    with pytest.raises(UserError, match=r"must hold evaluation_examples\.jsonl, got no such file; evaluate"):
+        compare(tmp_path, a)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.lora import LoraConfig, add_lora, merge_lora
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.training.optimizer import Optimizer, OptimizerConfig
+from lumi.training.optimizer import Optimizer
+from lumi.training.optimizer_config import OptimizerConfig
 
 SIZES = {"vocab_size": 97, "num_layers": 2, "model_dim": 64, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 96}
 SHAPES = {

@@ -98,6 +98,54 @@ def test_files_without_a_byte_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"content": "x"}\n' * 200,
+            r"got .*a\.jsonl:1: no field 'text'; it has 'content'; mend the",
+        ),
+        ("a.jsonl", b"{\n", r"--data must hold texts of .*, got .*a\.jsonl:1: not valid JSON: "),
+        ("a.json", b'[{"content": 1}]', r"got .*a\.json:item 1: no field 'text'; it has 'content'; mend the"),
+        ("a.json", b"[{]", r"a\.json must hold one JSON array of objects, got "),
+        ("a.txt", b"\xff", r"--data must hold texts of .*, got .*a\.txt: invalid UTF-8 at byte 0"),
+        (
+            "a.txt",
+            b"x" * 1_100_000,
+            r"texts of at most 1,000,000 characters, got one of 1,100,000 in .*a\.txt",
+        ),
+        ("a.parquet", b"PAR1", r"a\.parquet must be a readable parquet file, got "),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", r"a\.jsonl\.gz must be a readable jsonl file, got "),
+    ],
+)
+def test_files_without_a_text_are_refused_at_once(name, content, message, tmp_path):
+    (tmp_path / "good.txt").write_text("x" * 300)
+    (tmp_path / "good.jsonl").write_text('{"text": "x"}\n{}\n')
+    (tmp_path / name).write_bytes(content)
+    beside = f"good{name[1:]}" if name in ("a.jsonl", "a.txt") else name
+    data = [str(tmp_path / beside), str(tmp_path / name)]
+    with pytest.raises(UserError, match=message):
+        new_project(tmp_path / "new", CPU, size="1M", data=data)
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_records_among_good_ones_and_empty_files_do_no_harm(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{\n{"text": "x"}\n')
+    (tmp_path / "empty.jsonl").touch()
+    data = [str(tmp_path / name) for name in ("a.jsonl", "empty.jsonl")]
+    new_project(tmp_path / "new", CPU, size="1M", data=data)
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "empty.txt").touch()
+    new_project(tmp_path / "text", CPU, size="1M", data=[str(tmp_path / "*.txt")])
+
+
+def test_a_dataset_on_the_hub_is_not_read(tmp_path):
+    said = new_project(tmp_path / "new", CPU, size="1M", data=["org/name"])
+    assert "the dataset org/name on the hub, which was not read yet" in said
+    assert " of training on this machine, without other work\n" in said
+
+
 def test_a_folder_that_holds_something_is_refused(tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(UserError, match="--output-dir must be new or empty"):

@@ -24,8 +24,8 @@ from lumi.model.lora import LoraConfig, add_lora, trained_tensors
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.rendezvous import fresh_store
 from lumi.parallel.tensor_parallel import tensor_parallel
-from lumi.parallel.tensor_pieces import piece
-from lumi.training.muon import Muon, gathered
+from lumi.parallel.tensor_pieces import gathered, piece
+from lumi.training.muon import Muon
 
 SHAPE = {
     "vocab_size": 45,

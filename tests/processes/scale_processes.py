@@ -25,7 +25,8 @@ from lumi.kernels.bundle import REFERENCE, TRITON
 from lumi.model.transformer import ModelConfig, Transformer
 from lumi.parallel.layout import Layout, ParallelConfig
 from lumi.parallel.sharding import gradient_sync, parallelize
-from lumi.training.optimizer import Optimizer, OptimizerConfig
+from lumi.training.optimizer import Optimizer
+from lumi.training.optimizer_config import OptimizerConfig
 from lumi.training.run_config import TrainConfig
 
 # Plans are made for GPUs: directions are sent in bfloat16, whatever this CPU would choose.

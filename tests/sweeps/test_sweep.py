@@ -6,7 +6,7 @@ import time
 
 import pytest
 import trial_processes
-from runs import CONFIG
+from runs import CONFIG, final_weights, losses
 
 from lumi.config import UserError
 from lumi.host.locks import lock_file
@@ -43,6 +43,7 @@ class TestOfTrialsThatPretend:
             *("given up at step 4", "2 of 2 failed"),
         ]
         assert rows[0]["bits_per_byte"] == pytest.approx(1 + 0.005 + 1 / trial_processes.STEPS)
+        assert printed.startswith("4 settings x 2 seeds, 2 at a time\n")
         assert "step 4: 2 of 4 settings go on" in printed
         assert rows[2]["bits_per_byte"] == pytest.approx(1 + 2 + 0.005 + 1 / 4)  # at its rung
         assert (tmp_path / "waits" / "results.png").is_file()
@@ -97,6 +98,7 @@ class TestOfTrialsThatPretend:
     def test_where_all_trials_fail_the_exit_code_says_so(self, sweep_file, swept):
         code, _, printed = swept(sweep_file((1e9,)))
         assert code == 1
+        assert printed.startswith("1 setting x 1 seed, 1 at a time\n")
         assert "step 0: the loss was not finite" in printed
 
 
@@ -142,3 +144,27 @@ def test_a_real_training(sweep_file, swept, tmp_path):
     before = (folder / "metrics.jsonl").read_bytes()
     assert swept(sweep_file((0.02,), base={"num_steps": 4}))[1] == [row]
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_after_ctrl_c_a_trial_goes_on_from_where_it_was_saved(sweep_file, swept, tmp_path, monkeypatch):
+    """And ends as if nothing had come between, bit for bit."""
+    monkeypatch.setattr("lumi.sweeps.trial_runner.POLL_SECONDS", 0.02)
+    file = sweep_file((0.02,), base={"num_steps": 100, "validate_every": 50, "save_every": 50})
+
+    def interrupt():
+        while not any(metrics.stat().st_size for metrics in tmp_path.glob("cut/trials/*/metrics.jsonl")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    code, (row,), printed = swept(file, "cut")
+    assert (code, row["state"]) == (130, "in progress")
+    saved = row["trials"][0]["step"]
+    assert 0 < saved < 100
+    assert f"saved at step {saved}\n" in printed
+    (code, (cut,), _), (_, (whole,), _) = swept(file, "cut"), swept(file, "whole")
+    assert (code, cut["bits_per_byte"], cut["tokens"]) == (0, whole["bits_per_byte"], whole["tokens"])
+    cut_run, whole_run = (next((tmp_path / name / "trials").iterdir()) for name in ("cut", "whole"))
+    assert losses(cut_run) == losses(whole_run)
+    assert final_weights(cut_run) == final_weights(whole_run)
+    assert f"step-{saved:08d} at step {saved}\n" in (cut_run / "train.log").read_text()  # resumed

@@ -72,7 +72,7 @@ def test_processes_end_when_the_time_is_up_or_a_signal_comes(cause, trials_of):
     running = runner(events, deadline=late, stop=stop)
     running.run(trials.values(), None)
     assert running.is_over
-    assert events == [(1e11, "begun"), (1e11, "saved at step 0")]
+    assert events == [(1e11, "begun"), (1e11, "not begun: stopped before step 1")]
 
 
 def test_what_a_process_gets_of_the_machine(monkeypatch):

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumi.kernels.bundle import REFERENCE
 from lumi.model.transformer import ModelConfig, Transformer
-from lumi.training import muon
-from lumi.training.muon import Muon, orthogonalize
+from lumi.training import muon, orthogonalization
+from lumi.training.muon import Muon
 
 SHAPES = (
     [(24, 24)] * 3
@@ -145,8 +145,10 @@ def test_large_matrices_make_several_stacks(variant, monkeypatch):
     settings = SETTINGS | variant
     expected, actual = fresh_parameters(), fresh_parameters()
     run_steps(Muon(expected, **settings, compute_dtype=torch.bfloat16), expected, range(1, 4))
-    monkeypatch.setattr(muon, "_STACK_ELEMENTS", 1000)  # two of the smaller ones, none of the largest
-    assert [len(stack) for stack in muon._stacks(actual)][:4] == [1, 1, 1, 2]
+    monkeypatch.setattr(
+        orthogonalization, "_STACK_ELEMENTS", 1000
+    )  # two of the smaller ones, none of the largest
+    assert [len(stack) for stack in orthogonalization.stacks(actual)][:4] == [1, 1, 1, 2]
     run_steps(Muon(actual, **settings, compute_dtype=torch.bfloat16), actual, range(1, 4))
     assert all(map(torch.equal, actual, expected))
 
@@ -192,22 +194,3 @@ def test_a_step_makes_few_calls_and_never_waits():
 def test_parts_are_updated_as_whole_matrices(tmp_path):
     """Tall, wide and uneven matrices on 2 and 4 processes: FSDP2, hybrid sharding, tensor parallelism."""
     run_case("group_processes", "muon", tmp_path, log=tmp_path / "log")
-
-
-@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32), (1, 7)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_orthogonalize_finds_the_nearest_orthogonal_matrices_roughly(shape, dtype):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    matrices = torch.stack([matrix, -3 * matrix])
-    result = orthogonalize(matrices.to(dtype))
-    assert (result.dtype, result.shape) == (dtype, matrices.shape)
-    left, _, right = torch.linalg.svd(matrices.double(), full_matrices=False)
-    inside = left.mT @ result.double() @ right.mT  # its singular values, if the singular vectors stay
-    singular = inside.diagonal(dim1=1, dim2=2)
-    assert singular.min() > 0.6  # five steps bring them to about 0.7 - 1.2
-    assert singular.max() < 1.3
-    assert (inside - torch.diag_embed(singular)).abs().max() < 0.05
-
-
-def test_orthogonalize_of_nothing_is_nothing():
-    assert not orthogonalize(torch.zeros(2, 4, 6)).any()
