@@ -13,15 +13,8 @@ in the compute dtype, the owner orthogonalises the whole, and every process rece
 matrices as processes are in work at the same time, and no process holds more than two of them whole. Each
 element is sent once there and once back.
 
-Three changes to it may be combined, but for decay on the hyperball, where there is none:
-
-- Hyperball (MuonH; Wen et al. 2025, "Fantastic Pretraining Optimizers and Where to Find Them 2.1"): each
-  matrix keeps the Frobenius norm R that it began with, and the learning rate is the length of a step as a
-  share of R. W = R * unit(W - lr * R * unit(update)).
-- NorMuon (Li et al. 2025, arXiv:2510.05491): each row of the orthogonal matrix is divided by the root of a
-  running mean of its squares. The whole then gets back the norm that it had.
-- Cautious decay (Chen et al. 2025, arXiv:2510.12402): weights do not decay where the update pushes them away
-  from zero.
+NorMuon (Li et al. 2025, arXiv:2510.05491) may be added: each row of the orthogonal matrix is divided by the
+root of a running mean of its squares. The whole then gets back the norm that it had.
 """
 
 import math
@@ -35,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from lumi.host.devices import fast_bfloat16
 from lumi.model.compute_weights import WeightCopy, written_together
-from lumi.parallel.tensor_pieces import gathered, num_copies, piece
+from lumi.parallel.tensor_pieces import gathered, piece
 from lumi.training.orthogonalization import LEAST_NORM, apart, is_tall, orthogonalize, stacked, stacks
 
 _ROW_EPS = 1e-8  # added to the root of a row's mean square
@@ -52,9 +45,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         compute_dtype: torch.dtype | None = None,
         copies: Mapping[Tensor, WeightCopy] | None = None,
-        hyperball: bool = False,
         beta2: float | None = None,
-        cautious_decay: bool = False,
     ):
         """
         Args:
@@ -62,22 +53,18 @@ class Muon(torch.optim.Optimizer):
             compute_dtype: the dtype that directions are orthogonalised and sent in. None: bfloat16 where
                 the device multiplies it in hardware, float32 elsewhere.
             copies: those of `ComputeWeights`, by parameter: written with the parameters.
-            hyperball: whether matrices keep their norms. None is zero then, and `weight_decay` has no effect.
             beta2: NorMuon's decay of the mean of a row's squares; None: Muon.
-            cautious_decay: whether weights decay only where the update does not push them away from zero.
         """
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         if compute_dtype is None:
             compute_dtype = torch.bfloat16 if fast_bfloat16(params[0].device) else torch.float32
         self.compute_dtype, self.copies = compute_dtype, copies or {}
-        self.hyperball, self.beta2, self.cautious_decay = hyperball, beta2, cautious_decay
+        self.beta2 = beta2
         for parameter in params:  # with the name and the zeros of torch.optim.Muon
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
             if beta2 is not None:  # whole on every process
                 zeros = torch.zeros(len(parameter), dtype=parameter.dtype, device=parameter.device)
                 self.state[parameter]["row_squares"] = zeros
-        for parameter, norm in zip(params, _norms(params), strict=True) if hyperball else ():
-            self.state[parameter]["initial_norm"] = norm.clone()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -92,8 +79,7 @@ class Muon(torch.optim.Optimizer):
             accepted = torch.ones((), dtype=torch.bool, device=self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
             one = accepted.double()  # or zero
-            weight_decay = 0.0 if self.hyperball else group["weight_decay"]
-            decay = (1 - one * (group["lr"] * weight_decay)).float()
+            decay = (1 - one * (group["lr"] * group["weight_decay"])).float()
             settings = group | {"accepted": accepted, "decay": decay}
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for stack in stacks([p for p in parameters if not isinstance(p, DTensor)]):
@@ -116,13 +102,11 @@ class Muon(torch.optim.Optimizer):
         stack = orthogonalize(stack).to(parameters[0].dtype).mul_(settings["accepted"])
         wide, tall = stack[:num_wide], stack[num_wide:].mT
         for members, updates in ((parameters[:num_wide], wide), (parameters[num_wide:], tall)):
-            if members and self._scales_rows:
+            if members and self.beta2 is not None:
                 updates.mul_(self._scales(members, updates, settings))
         copied = [parameter for parameter in parameters if parameter in self.copies]
         with written_together([self.copies[parameter] for parameter in copied]) as rows:
-            self._move(parameters, parameters, apart(stack, num_wide), settings)
-            if self.hyperball:
-                self._hold_norms(parameters, parameters, settings)
+            self._move(parameters, apart(stack, num_wide), parameters[0].shape, settings)
             if rows:
                 torch._foreach_copy_(rows, copied)
 
@@ -143,63 +127,37 @@ class Muon(torch.optim.Optimizer):
                 whole = torch.empty(parameter.shape, dtype=self.compute_dtype, device=parameter.device)
             dist.broadcast(whole, src=owner)
             update = part.part_of(whole)
-            if self._scales_rows:
+            if self.beta2 is not None:
                 scales = self._scales([parameter], whole[None], settings)[0].expand(len(whole), 1)
                 update = update * scales[part.offset[0] :][: len(update)]
-            self._move([parameter], [part.local], [update], settings)
-        if self.hyperball:
-            self._hold_norms(parameters, [part.local for part in parts], settings)
-
-    @property
-    def _scales_rows(self) -> bool:
-        return self.hyperball or self.beta2 is not None
+            self._move([part.local], [update], parameter.shape, settings)
 
     def _scales(self, parameters: Sequence[Tensor], updates: Tensor, settings: dict[str, Any]) -> Tensor:
-        """(count, rows or 1, 1): what to multiply orthogonal updates with, so that one of `lr` is left to do.
+        """(count, rows, 1): what NorMuon multiplies orthogonal updates with.
 
         Args:
             updates: (count, rows, columns), whole; zeros where the step is skipped.
         """
-        states, accepted = [self.state[parameter] for parameter in parameters], settings["accepted"]
-        dtype, (_, num_rows, num_columns) = parameters[0].dtype, updates.shape
-        squares = torch.linalg.vector_norm(updates, dim=2, dtype=dtype).square()  # (count, rows)
+        assert self.beta2 is not None
+        held = [self.state[parameter]["row_squares"] for parameter in parameters]
+        squares = torch.linalg.vector_norm(
+            updates, dim=2, dtype=parameters[0].dtype
+        ).square()  # (count, rows)
+        means = torch.stack(held)
+        taken_in = torch.where(settings["accepted"], squares / updates.shape[2], means)
+        means.lerp_(taken_in, 1 - self.beta2)
+        torch._foreach_copy_(held, list(means.unbind()))
+        scales = 1 / (means.sqrt() + _ROW_EPS)
         norms = squares.sum(dim=1, keepdim=True).sqrt()
-        scales = torch.ones_like(norms)
-        if self.beta2 is not None:
-            means = torch.stack([state["row_squares"] for state in states])
-            means.lerp_(torch.where(accepted, squares / num_columns, means), 1 - self.beta2)
-            torch._foreach_copy_([state["row_squares"] for state in states], list(means.unbind()))
-            scales = 1 / (means.sqrt() + _ROW_EPS)
-            scales = scales * (
-                norms / (squares * scales.square()).sum(dim=1, keepdim=True).sqrt().clamp(min=LEAST_NORM)
-            )
-        if self.hyperball:
-            radii = torch.stack([state["initial_norm"] for state in states])[:, None]
-            return (scales * (radii / norms.clamp(min=LEAST_NORM)))[:, :, None]
-        return (scales * _size_of_adamw((num_rows, num_columns)))[:, :, None]
+        scaled = (squares * scales.square()).sum(dim=1, keepdim=True).sqrt()
+        return (scales * (norms / scaled.clamp(min=LEAST_NORM)))[:, :, None]
 
     def _move(
-        self,
-        parameters: Sequence[Tensor],
-        held: list[Tensor],
-        updates: list[Tensor],
-        settings: dict[str, Any],
+        self, held: list[Tensor], updates: list[Tensor], shape: torch.Size, settings: dict[str, Any]
     ) -> None:
         """Decay what this process holds of matrices of one shape up to transposition, and add the updates."""
-        decay = settings["decay"]
-        if self.cautious_decay:
-            decays = [torch.where(w * u < 0, 1.0, decay) for w, u in zip(held, updates, strict=True)]
-            torch._foreach_mul_(held, decays)
-        elif not self.hyperball:
-            torch._foreach_mul_(held, decay)
-        size = 1.0 if self._scales_rows else _size_of_adamw(parameters[0].shape)
-        torch._foreach_add_(held, updates, alpha=-settings["lr"] * size)
-
-    def _hold_norms(self, parameters: Sequence[Tensor], held: list[Tensor], settings: dict[str, Any]) -> None:
-        """Bring matrices back to their norms. `held` is what this process holds of them."""
-        radii = torch.stack([self.state[parameter]["initial_norm"] for parameter in parameters])
-        factors = torch.where(settings["accepted"], radii / _norms(parameters).clamp(min=LEAST_NORM), 1.0)
-        torch._foreach_mul_(held, list(factors.unbind()))
+        torch._foreach_mul_(held, settings["decay"])
+        torch._foreach_add_(held, updates, alpha=-settings["lr"] * _size_of_adamw(shape))
 
     def _direction(self, parameter: DTensor, settings: dict[str, Any]) -> DTensor:
         """Nesterov's direction in the compute dtype, after the momentum has taken in the gradient."""
@@ -218,18 +176,6 @@ def _taken_in(mean: Tensor, gradient: Tensor, settings: dict[str, Any]) -> Tenso
     gradient = torch.where(settings["accepted"], gradient, mean)
     mean.lerp_(gradient, 1 - settings["momentum"])
     return gradient
-
-
-@torch.no_grad()
-def _norms(matrices: Sequence[Tensor]) -> Tensor:
-    """(count,) Frobenius norms. Of DTensors, all processes call it together."""
-    norms = torch.stack(torch._foreach_norm([piece(matrix).local for matrix in matrices]))
-    if isinstance(matrices[0], DTensor):
-        shares = [1 / num_copies(matrix) for matrix in matrices if isinstance(matrix, DTensor)]
-        squares = norms.double().square() * torch.tensor(shares, dtype=torch.float64, device=norms.device)
-        dist.all_reduce(squares)
-        norms = squares.sqrt().to(norms.dtype)
-    return norms
 
 
 def _size_of_adamw(shape: Sequence[int]) -> float:

@@ -142,11 +142,6 @@ class Optimizer:
         rest = {name: p for name, p in self.named.items() if name not in in_muon}
         self.optimizers: list[torch.optim.Optimizer] = []
         groups = _groups(rest, config)
-        if config.muon_hyperball and config.weight_decay and not any(g["weight_decay"] for g in groups):
-            expectation = (
-                "must be 0 where neither embedding nor head decays, and muon_hyperball lets no other"
-            )
-            raise UserError("optimizer.weight_decay", expectation, got=config.weight_decay)
         if groups:
             self.optimizers.append(self._adamw(groups))
         if in_muon:
@@ -158,9 +153,7 @@ class Optimizer:
                     weight_decay=config.weight_decay,
                     momentum=config.muon_momentum,
                     copies=self.copies,
-                    hyperball=config.muon_hyperball,
                     beta2=config.muon_beta2,
-                    cautious_decay=config.muon_cautious_decay,
                 )
             )
 

@@ -38,12 +38,6 @@ class OptimizerConfig:
     muon_momentum: float = 0.95
     # NorMuon: decay of the mean of the squares of each row of Muon's updates, such as 0.95; null: plain Muon.
     muon_beta2: float | None = None
-    # Muon: the layers' matrices keep the norms that they begin with, and do not decay; `weight_decay` is then
-    # that of the embedding and the output head alone. The rate is the length of a step as a share of the
-    # matrix's norm: about 10 times that of plain Muon.
-    muon_hyperball: bool = False
-    # Muon: weights decay only where the update does not push them away from zero.
-    muon_cautious_decay: bool = False
     # Gradients are scaled down to this joint L2 norm.
     max_grad_norm: float = 1.0
     schedule: CosineSchedule | WarmupStableDecay = field(default_factory=CosineSchedule)
@@ -59,14 +53,8 @@ class OptimizerConfig:
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
         if self.kind != "muon":
-            for name in ("muon_momentum", "muon_beta2", "muon_hyperball", "muon_cautious_decay"):
+            for name in ("muon_momentum", "muon_beta2"):
                 if getattr(self, name) != getattr(type(self), name):  # the default
                     raise ValueError(f'kind must be "muon" where {name} is given, got "{self.kind}"')
-        for name, plain in (("muon_cautious_decay", False), ("decay_embedding", True)):
-            if not self.weight_decay and getattr(self, name) != plain:
-                expectation, got = (str(value).lower() for value in (plain, not plain))
-                raise ValueError(f"{name} must be {expectation} where weight_decay is 0, got {got}")
-        if self.muon_hyperball and self.muon_cautious_decay:
-            raise ValueError(
-                "muon_cautious_decay must be false with muon_hyperball, which lets nothing decay, got true"
-            )
+        if not self.weight_decay and not self.decay_embedding:
+            raise ValueError("decay_embedding must be true where weight_decay is 0, got false")

@@ -98,13 +98,9 @@ class TrainConfig:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             remedy = 'final "last" holds the last weights' if not self.ema_decay else ""
             raise UserError("ema_decay", "must be between 0 and 1", got=self.ema_decay, remedy=remedy)
-        for name in ("muon_hyperball", "muon_beta2") if self.lora is not None else ():
-            if (value := getattr(self.optimizer, name)) not in (None, False):
-                raise UserError(
-                    f"optimizer.{name}",
-                    "must be left out with lora, whose matrices begin at zero",
-                    got=str(value).lower(),
-                )
+        if self.lora is not None and self.optimizer.muon_beta2 is not None:
+            expectation = "must be left out with lora, whose matrices begin at zero"
+            raise UserError("optimizer.muon_beta2", expectation, got=self.optimizer.muon_beta2)
         if len(set(self.trackers)) < len(self.trackers):
             raise UserError("trackers", "must name each once", got=", ".join(self.trackers))
         check_fits(self.optimizer.schedule, self.num_steps)

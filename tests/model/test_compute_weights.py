@@ -75,8 +75,7 @@ def test_the_loss_is_the_same_and_gradients_are_at_least_as_exact(shape):
 KINDS = {
     "adamw": {"kind": "adamw", "head_lr_ratio": 0.5},
     "muon": {"kind": "muon"},
-    "normuon on the hyperball": {"kind": "muon", "muon_hyperball": True, "muon_beta2": 0.9},
-    "cautious muon": {"kind": "muon", "muon_cautious_decay": True},
+    "normuon": {"kind": "muon", "muon_beta2": 0.9},
 }
 
 

@@ -57,7 +57,7 @@ CONFIG = {
     "preflight": False,
 }
 MUON = {"optimizer": {"kind": "muon", "peak_lr": 0.01}, "num_steps": 6}
-VARIANT = {"kind": "muon", "peak_lr": 0.05, "norm_lr_ratio": 0.1, "muon_hyperball": True, "muon_beta2": 0.9}
+VARIANT = {"kind": "muon", "peak_lr": 0.05, "norm_lr_ratio": 0.1, "muon_beta2": 0.9}
 AVERAGED = {"optimizer": VARIANT, "num_steps": 6, "final": "ema", "ema_decay": 0.6, "z_loss": 0.001}
 LORA = {"model": None, "lora": {"rank": 4, "tokens": ["<s>"]}, "num_steps": 8}
 PAIRS = {"model": None, "dpo": {}, "num_steps": 6}

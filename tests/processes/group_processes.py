@@ -166,9 +166,8 @@ def step_with_muon(rank, size, folder):
     with joined(rank, size, folder):
         for layout in layouts:
             run_muon(layout, torch.bfloat16)
-            run_muon(layout, torch.float32, hyperball=True, beta2=0.8)
+            run_muon(layout, torch.float32, beta2=0.8)
         run_muon(layouts[-1], torch.float32)
-        run_muon(layouts[-1], torch.float32, beta2=0.8, cautious_decay=True)
 
 
 def run_muon(layout, dtype, **variant):

@@ -15,16 +15,8 @@ from lumi.training.optimizer_config import OptimizerConfig
         ),
         (lambda: OptimizerConfig(kind="muon", muon_beta2=1.0), r"muon_beta2 must be in \[0, 1\), got 1.0"),
         (
-            lambda: OptimizerConfig(kind="muon", muon_hyperball=True, muon_cautious_decay=True),
-            "muon_cautious_decay must be false with muon_hyperball, which lets nothing decay, got true",
-        ),
-        (
             lambda: OptimizerConfig(muon_momentum=0.9),
             'kind must be "muon" where muon_momentum is given, got "adamw"',
-        ),
-        (
-            lambda: OptimizerConfig(kind="muon", muon_cautious_decay=True, weight_decay=0.0),
-            "muon_cautious_decay must be false where weight_decay is 0, got true",
         ),
         (
             lambda: OptimizerConfig(decay_embedding=False, weight_decay=0.0),

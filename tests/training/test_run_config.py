@@ -26,10 +26,6 @@ MODEL = CONFIG["model"]
             r"decay_fraction must be at most 0\.1, what 90 steps of warm-up leave of num_steps = 100",
         ),
         (
-            {"model": None, "lora": {}, "optimizer": {"kind": "muon", "muon_hyperball": True}},
-            r"optimizer\.muon_hyperball must be left out with lora, whose matrices begin at zero, got true",
-        ),
-        (
             {"model": None, "lora": {}, "optimizer": {"kind": "muon", "muon_beta2": 0.9}},
             r"optimizer\.muon_beta2 must be left out with lora, whose matrices begin at zero, got 0\.9",
         ),
