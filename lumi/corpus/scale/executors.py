@@ -144,11 +144,15 @@ def submit(work: Work, num_tasks: int, num_workers: int | None, options: str) ->
 
 def parse_sbatch(options: str) -> dict[str, str]:
     """`--partition=cpu --time=8:00:00 --exclusive` -> names and values. Raises UserError."""
-    found = {}
-    for option in shlex.split(options):
+    form, found = "must hold options as --name=value", {}
+    try:
+        given = shlex.split(options)
+    except ValueError as error:
+        raise UserError("--sbatch", form, got=f"{options!r}: {error}") from error
+    for option in given:
         name, _, value = option.partition("=")
         if not re.fullmatch(r"--[a-z][a-z-]*", name):
-            raise UserError("--sbatch", "must hold options as --name=value", got=option)
+            raise UserError("--sbatch", form, got=option)
         found[name.removeprefix("--")] = value
     missing = [f"--{name}=..." for name in ("partition", "time") if not found.get(name)]
     if missing:
