@@ -106,7 +106,7 @@ def chats_config(folder):
     """Conversations about pages; the first reasoning comes late."""
     texts = with_duplicates(real_texts(120), seed=1)
     chats = [
-        {"messages": [{"role": "user", "content": f"Page {number % 50}?"}, _answer(text, number)]}
+        {"messages": [{"role": "user", "content": f"Page {len(text) % 50}?"}, _answer(text, number)]}
         for number, text in enumerate(texts)
     ]
     source = {"kind": "jsonl", "name": "chats", "conversation": {"kind": "messages"}}
@@ -122,8 +122,8 @@ def _answer(text, number):
 def pairs_config(folder):
     """Pairs of answers, without near duplicates."""
     records = [
-        {"prompt": f"Page {number % 9}?", "chosen": text[:200], "rejected": text[200:300]}
-        for number, text in enumerate(with_duplicates(real_texts(120), seed=2))
+        {"prompt": f"Page {len(text) % 9}?", "chosen": text[:200], "rejected": text[200:300]}
+        for text in with_duplicates(real_texts(120), seed=2)
     ]
     source = {"kind": "jsonl", "name": "pairs", "conversation": {"kind": "preference"}}
     paths = write_files(folder, "pairs", records, 2)

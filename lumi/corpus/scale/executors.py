@@ -7,10 +7,10 @@ manager process outlives a killed parent. So a task here runs in a process of `W
 import contextlib
 import multiprocessing
 import os
-import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,32 +99,30 @@ class _SlurmStage(SlurmPipelineExecutor):
         pass
 
 
-def submit(work: Work, num_tasks: int, num_workers: int | None, options: str) -> list[str]:
+def submit(work: Work, num_tasks: int, num_workers: int | None, options: Mapping[str, str]) -> list[str]:
     """Submit an array job for each stage, which waits for the one before; the numbers of the jobs.
 
     Args:
         num_tasks: into how many tasks a stage is cut.
         num_workers: tasks of an array that run at a time; None: as many as Slurm lets.
-        options: of sbatch, as on its command line: `--partition=... --time=...` and others.
+        options: of sbatch, by name: partition, time and others.
 
     Raises:
-        UserError: an option is missing or is none, or sbatch refuses the job.
+        UserError: sbatch refuses a job, or there is none.
     """
-    arguments = parse_sbatch(options)
-    partition, time = arguments.pop("partition"), arguments.pop("time")
     jobs: list[_SlurmStage] = []
     for stage, count in tasks_of_stages(work, num_tasks).items():
         jobs.append(
             _SlurmStage(
                 [Step(stage, work.folder)],
                 tasks=count,
-                time=time,
-                partition=partition,
+                time=options["time"],
+                partition=options["partition"],
                 workers=num_workers or -1,
                 job_name=f"lumi-{stage}",
                 qos=None,
                 env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
-                sbatch_args=arguments,
+                sbatch_args=dict(options),
                 depends=jobs[-1] if jobs else None,
                 logging_dir=str(work.logs / stage),
                 skip_completed=False,
@@ -140,21 +138,3 @@ def submit(work: Work, num_tasks: int, num_workers: int | None, options: str) ->
             remedy="run it on a login node, with --sbatch options that the cluster knows",
         ) from error
     return [job.job_id for job in jobs]
-
-
-def parse_sbatch(options: str) -> dict[str, str]:
-    """`--partition=cpu --time=8:00:00 --exclusive` -> names and values. Raises UserError."""
-    form, found = "must hold options as --name=value", {}
-    try:
-        given = shlex.split(options)
-    except ValueError as error:
-        raise UserError("--sbatch", form, got=f"{options!r}: {error}") from error
-    for option in given:
-        name, _, value = option.partition("=")
-        if not re.fullmatch(r"--[a-z][a-z-]*", name):
-            raise UserError("--sbatch", form, got=option)
-        found[name.removeprefix("--")] = value
-    missing = [f"--{name}=..." for name in ("partition", "time") if not found.get(name)]
-    if missing:
-        raise UserError("--sbatch", f"must hold {' and '.join(missing)}", got=repr(options))
-    return found

@@ -1,5 +1,7 @@
 """`lumi prepare --executor`: the corpus of `lumi.corpus.prepare`, made by many tasks."""
 
+import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,24 @@ from lumi.corpus.source_outcomes import source_keys
 from lumi.host.workers import num_cores
 
 
+def parse_sbatch(options: str) -> dict[str, str]:
+    """`--partition=cpu --time=8:00:00 --exclusive` -> names and values. Raises UserError."""
+    form, found = "must hold options as --name=value", {}
+    try:
+        given = shlex.split(options)
+    except ValueError as error:
+        raise UserError("--sbatch", form, got=f"{options!r}: {error}") from error
+    for option in given:
+        name, _, value = option.partition("=")
+        if not re.fullmatch(r"--[a-z][a-z-]*", name):
+            raise UserError("--sbatch", form, got=option)
+        found[name.removeprefix("--")] = value
+    missing = [f"--{name}=..." for name in ("partition", "time") if not found.get(name)]
+    if missing:
+        raise UserError("--sbatch", f"must hold {' and '.join(missing)}", got=repr(options))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Executor:
     """Where the tasks run.
@@ -42,7 +62,9 @@ class Executor:
         for option, value in (("--tasks", self.num_tasks), ("--num-workers", self.num_workers)):
             if value is not None and value < 1:
                 raise UserError(option, "must be at least 1", got=value)
-        if self.kind == "local" and self.sbatch:
+        if self.kind == "slurm":
+            parse_sbatch(self.sbatch)
+        elif self.sbatch:
             raise UserError("--sbatch", "must be left out with --executor local", got=repr(self.sbatch))
 
 
@@ -76,7 +98,8 @@ def prepare_in_tasks(
                 _discard(work)
             work.save()
             if executor.kind == "slurm":
-                jobs = executors.submit(work, executor.num_tasks, executor.num_workers, executor.sbatch)
+                options = parse_sbatch(executor.sbatch)
+                jobs = executors.submit(work, executor.num_tasks, executor.num_workers, options)
                 print(f"Slurm has jobs {', '.join(jobs)}; the last makes {folder}; logs: {work.logs}")
                 return None
             executors.run_locally(work, executor.num_tasks, executor.num_workers or num_cores())

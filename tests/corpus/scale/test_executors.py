@@ -15,7 +15,6 @@ from lumi.corpus.scale import stages
 from lumi.corpus.scale.prepare import Executor, prepare_in_tasks
 
 pytest.importorskip("datatrove")
-from lumi.corpus.scale import executors
 
 # sbatch keeps the script and its arguments; srun runs what it is given; scontrol knows one node.
 SBATCH = """#!/bin/bash
@@ -110,28 +109,3 @@ def test_sbatch_that_is_missing_or_refuses_is_an_error(play, tmp_path, monkeypat
         UserError, match=r"where sbatch takes jobs, got .*No such file or directory: 'sbatch'"
     ):
         prepare_in_tasks(config, tmp_path / "tasks", executor)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("", "--sbatch must hold --partition=... and --time=..., got ''"),
-        ("--partition=a", "--sbatch must hold --time=..., got '--partition=a'"),
-        ("--partition=a --time", "--sbatch must hold --time=..."),
-        ("partition=a", "--sbatch must hold options as --name=value, got partition=a"),
-        ("-p a", "--sbatch must hold options as --name=value, got -p"),
-        (
-            "--partition='a",
-            '--sbatch must hold options as --name=value, got "--partition=\'a": No closing quotation',
-        ),
-    ],
-)
-def test_options_of_sbatch_that_are_refused(options, message):
-    with pytest.raises(UserError) as caught:
-        executors.parse_sbatch(options)
-    assert str(caught.value).startswith(message)
-
-
-def test_a_value_in_quotes_is_one_value():
-    found = executors.parse_sbatch("--partition=a --time=1 --comment='two words' --exclusive")
-    assert found == {"partition": "a", "time": "1", "comment": "two words", "exclusive": ""}

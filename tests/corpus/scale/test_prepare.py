@@ -23,7 +23,7 @@ from task_runs import (
 from lumi.config import UserError, from_dict, to_dict, write_json
 from lumi.corpus import PrepareConfig, prepare
 from lumi.corpus.scale import reading, stages
-from lumi.corpus.scale.prepare import Executor, prepare_in_tasks
+from lumi.corpus.scale.prepare import Executor, parse_sbatch, prepare_in_tasks
 
 CONFIGS = {"texts": texts_config, "conversations": chats_config, "pairs": pairs_config}
 
@@ -201,12 +201,38 @@ def test_an_error_of_a_task_is_the_error_of_the_run(tmp_path, capfd):
     [
         ({"num_tasks": 0}, "--tasks must be at least 1, got 0"),
         ({"num_workers": 0}, "--num-workers must be at least 1, got 0"),
+        ({"kind": "slurm"}, "--sbatch must hold --partition"),
         ({"sbatch": "--time=1"}, "--sbatch must be left out with --executor local, got '--time=1'"),
     ],
 )
 def test_impossible_executors_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         Executor(**{"kind": "local", "num_tasks": 1} | values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "--sbatch must hold --partition=... and --time=..., got ''"),
+        ("--partition=a", "--sbatch must hold --time=..., got '--partition=a'"),
+        ("--partition=a --time", "--sbatch must hold --time=..."),
+        ("partition=a", "--sbatch must hold options as --name=value, got partition=a"),
+        ("-p a", "--sbatch must hold options as --name=value, got -p"),
+        (
+            "--partition='a",
+            '--sbatch must hold options as --name=value, got "--partition=\'a": No closing quotation',
+        ),
+    ],
+)
+def test_options_of_sbatch_that_are_refused(options, message):
+    with pytest.raises(UserError) as caught:
+        parse_sbatch(options)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_value_in_quotes_is_one_value():
+    found = parse_sbatch("--partition=a --time=1 --comment='two words' --exclusive")
+    assert found == {"partition": "a", "time": "1", "comment": "two words", "exclusive": ""}
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(tmp_path):
