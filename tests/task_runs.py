@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import islice
 
 from lumi.config import from_dict
 from lumi.corpus import PrepareConfig, corpus_writer, deduplication, processing
@@ -49,10 +50,11 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def real_texts(count, chars=1_200):
-    """Pages of Python's documentation: English with code."""
-    texts = (text[:chars] for text in read_python_docs(("topics", "stdlib"))[1])
-    return [text for text in texts if len(text) > 300][:count]
+def real_texts(count, chars=1_000):
+    """Pieces of Python's language reference: English with code."""
+    pages = read_python_docs(("topics",))[1]
+    pieces = (page[start : start + chars] for page in pages for start in range(0, len(page) - chars, chars))
+    return list(islice(pieces, count))
 
 
 def with_duplicates(texts, seed=0):

@@ -244,7 +244,7 @@ def test_bands_that_are_shared_decide_as_all_bands_do(monkeypatch):
     """Hashes that occur once, and digests that occur once, can be left out."""
     monkeypatch.setattr(module, "RECENT_BANDS", 100)
     generator = random.Random(1)
-    texts = [" ".join(generator.choices([f"w{i}" for i in range(300)], k=40)) for _ in range(60)]
+    texts = [" ".join(generator.choices([f"w{i}" for i in range(3000)], k=40)) for _ in range(60)]
     texts += [texts[generator.randrange(60)] + generator.choice(("", f" extra{i}")) for i in range(60)]
     config = DeduplicationConfig(shingle_words=1, threshold=0.6)
     prints = fingerprint(texts, config)

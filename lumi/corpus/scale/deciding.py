@@ -37,7 +37,7 @@ def decide(work: Work, _rank: int, _num_tasks: int) -> None:
     all_counts = []
     for index, source in enumerate(work.config.sources):
         counts = SourceCounts(name=source.name, origin=describe(source))
-        units = [number for number, unit in enumerate(work.units) if unit.index == index]
+        units = [number for number, unit in enumerate(work.units) if unit.source_index == index]
         for number in units:
             counts.facts |= work.facts(number)["facts"]
             _decide_unit(work, number, counts, duplicates, kept, plan)
@@ -60,7 +60,7 @@ def _decide_unit(
     kept: "npt.NDArray[np.bool_]",
     plan: "ShardPlan",
 ) -> None:
-    source = work.config.sources[work.units[number].index]
+    source = work.config.sources[work.units[number].source_index]
     reasoning = np.fromfile(work.index(number) / "reasoning", dtype=bool)
     begin = first = int(work.offsets[number])
     for outcomes in read_outcomes(work.index(number)):

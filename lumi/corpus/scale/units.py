@@ -12,14 +12,14 @@ from lumi.host.file_patterns import matching_files
 
 
 class Unit(NamedTuple):
-    """A piece of the source with the number `index` in the config: one of its files, or (None) all of it."""
+    """A piece of the source with the number `source_index`: one of its files, or (None) all of it."""
 
-    index: int
+    source_index: int
     path: str | None
 
     def source(self, sources: Sequence[Source]) -> Source:
         """The source that gives this piece alone."""
-        whole = sources[self.index]
+        whole = sources[self.source_index]
         if self.path is None:
             return whole
         assert isinstance(whole, Files)

@@ -44,7 +44,7 @@ class Work:
     def save(self) -> None:
         """Write the plan, which `load` reads in every task."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        units = [[unit.index, unit.path, key] for unit, key in self._units]
+        units = [[unit.source_index, unit.path, key] for unit, key in self._units]
         plan = {"config": to_dict(self.config), "inputs_key": self.inputs_key, "units": units}
         write_json(self.folder / "plan.json", plan)
 

@@ -56,7 +56,7 @@ def _kept_documents(work: Work, first: int, end: int) -> Iterator[tuple[Document
     kept = np.load(work.decisions / "kept.npy", mmap_mode="r")
     units = np.searchsorted(work.offsets, [first, end - 1], side="right") - 1
     for unit in range(units[0], units[1] + 1):
-        cache, source = work.cache(unit), work.config.sources[work.units[unit].index]
+        cache, source = work.cache(unit), work.config.sources[work.units[unit].source_index]
         begin = int(work.offsets[unit])
         for part, count in enumerate(work.facts(unit)["parts"]):
             if begin < end and begin + count > first:

@@ -15,6 +15,7 @@ from task_runs import (
     make_small,
     pairs_config,
     planned,
+    real_texts,
     run_stages,
     texts_config,
     write_files,
@@ -165,11 +166,9 @@ def is_alive(pid):
 
 def test_a_run_in_processes_prints_what_one_process_prints(tmp_path, capfd):
     pytest.importorskip("datatrove")
-    paths = write_files(tmp_path, "a", [{"text": f"Some words, {number}. " * 20} for number in range(9)], 2)
+    paths = write_files(tmp_path, "a", [{"text": text} for text in real_texts(9)], 2)
     source = {"kind": "jsonl", "name": "a", "paths": paths, "max_documents": 50}
-    config = from_dict(
-        PrepareConfig, {"sources": [source], "filters": {"max_duplicate_ngram_char_fraction": None}}
-    )
+    config = from_dict(PrepareConfig, {"sources": [source]})
     expected = prepare(config, tmp_path / "one", num_workers=1)
     printed = capfd.readouterr()
     manifest = prepare_in_tasks(config, tmp_path / "tasks", Executor(kind="local", num_tasks=2))
