@@ -20,7 +20,7 @@ from lumi.corpus.output_folder import (
     sweep_cache,
 )
 from lumi.corpus.prepare_config import PrepareConfig
-from lumi.corpus.report import data_card, noun, print_made, print_report, print_up_to_date
+from lumi.corpus.report import data_card, noun, print_made, print_report, print_up_to_date, print_warnings
 from lumi.corpus.selection import check_not_empty, select, summarize
 from lumi.corpus.source_outcomes import open_cache, process_source, source_keys
 from lumi.corpus.sources import describe
@@ -72,6 +72,7 @@ def prepare(
 
 def _analyze(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers) -> Manifest:
     manifest = summarize(config, _run(config, caches, workers, None))
+    print_warnings(manifest)
     print_report(manifest, f"nothing was written; {manifest['documents']:,} {noun(manifest)} would be")
     return manifest
 
@@ -94,6 +95,7 @@ def _write(
             discard_caches(folder, caches.values())
         with CorpusWriter(folder, config.shard_bytes, config.holds) as writer:
             manifest = summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs_key}
+            print_warnings(manifest)
             check_not_empty(manifest)
             manifest = writer.commit(manifest, data_card(manifest))
         sweep_cache(folder, [cache.folder for cache in caches.values()])

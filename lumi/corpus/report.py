@@ -1,5 +1,6 @@
 """What a run of `prepare` prints and writes for people: the summary table, the warnings and the data card."""
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ def noun(manifest: dict[str, Any]) -> str:
     if any(each and each["kind"] == "preference" for each in formats):
         return "pairs"
     return "conversations" if manifest["config"]["conversation_filters"] else "documents"
+
+
+def print_warnings(manifest: dict[str, Any]) -> None:
+    """The warnings, on stderr."""
+    for warning in manifest["warnings"]:
+        print(f"lumi: warning: {warning}", file=sys.stderr)
 
 
 def print_made(folder: Path, manifest: dict[str, Any]) -> None:

@@ -42,14 +42,12 @@ def select(
 
 
 def summarize(config: PrepareConfig, all_counts: list[SourceCounts]) -> Manifest:
-    """The manifest of a corpus, without its shards. Warnings go to stderr too."""
+    """The manifest of a corpus, without its shards."""
     sources = [counts.to_json(config.bytes_per_token) for counts in all_counts]
     warnings = []
     for source, counts in zip(config.sources, all_counts, strict=True):
         has_budget = source.max_tokens is not None or source.max_documents is not None
         warnings += find_warnings(counts, has_budget=has_budget, bytes_per_token=config.bytes_per_token)
-    for warning in warnings:
-        print(f"lumi: warning: {warning}", file=sys.stderr)
     return {
         "documents": sum(source["kept"] for source in sources),
         "bytes": sum(source["bytes"] for source in sources),

@@ -6,6 +6,7 @@ from lumi.config import UserError, from_dict
 from lumi.corpus import JsonlSource, PrepareConfig
 from lumi.corpus.counts import SourceCounts
 from lumi.corpus.processing import Outcome
+from lumi.corpus.report import print_warnings
 from lumi.corpus.selection import check_not_empty, select, summarize
 
 OUTCOMES = [
@@ -57,6 +58,7 @@ def test_the_summary_adds_up_sources_and_warns(capsys):
         "source 's'",
         "source 'b': no document is kept of 0 read (it is empty)",
     ]
+    print_warnings(manifest)
     assert capsys.readouterr().err.count("lumi: warning: source") == 2
     check_not_empty(manifest)
     with pytest.raises(UserError, match="at least one document that is kept, got none: source 's' ended"):

@@ -18,7 +18,7 @@ from lumi.corpus.output_folder import (
     lock,
 )
 from lumi.corpus.prepare_config import PrepareConfig
-from lumi.corpus.report import print_made, print_up_to_date
+from lumi.corpus.report import print_made, print_up_to_date, print_warnings
 from lumi.corpus.scale.work import Work, plan_work
 from lumi.corpus.source_outcomes import source_keys
 from lumi.host.workers import num_cores
@@ -105,6 +105,7 @@ def prepare_in_tasks(
             executors.run_locally(work, executor.num_tasks, executor.num_workers or num_cores())
     manifest = read_manifest(folder)
     assert manifest is not None
+    print_warnings(manifest)
     print_made(Path(output_dir), manifest)
     return manifest
 
