@@ -45,7 +45,7 @@ def test_every_module_has_its_place():
 )
 def test_imports_point_upstream(path):
     upstream = ORDER[: ORDER.index(path.stem)]
-    files = path.glob("*.py") if path.is_dir() else [path]
+    files = path.rglob("*.py") if path.is_dir() else [path]
     for file in files:
         for name in imported_modules(file):
             parts = name.split(".")

@@ -1,12 +1,19 @@
 """Texts become what training reads: `lumi prepare`, `lumi tokenizer`, `lumi tokenize`."""
 
+import argparse
+from typing import TYPE_CHECKING
+
 from lumi.command_line import add_config, given_path, parse, parser, summary
-from lumi.config import load_config
+from lumi.config import UserError, load_config
+
+if TYPE_CHECKING:
+    from lumi.corpus.scale.prepare import Executor
 
 
 def prepare(argv: list[str]) -> int:
     """raw text -> a corpus folder: cleaned, filtered, de-duplicated"""
     from lumi import corpus
+    from lumi.corpus.scale.prepare import prepare_in_tasks
 
     arguments = parser("lumi prepare", summary(prepare))
     add_config(arguments)
@@ -15,15 +22,50 @@ def prepare(argv: list[str]) -> int:
     arguments.add_argument("--use-cache", action="store_true", help=cache)
     arguments.add_argument("--analyze-only", action="store_true", help="print the plan, write nothing")
     arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
+    where = "cut the work into tasks: processes here, or array jobs of Slurm (extra `scale`)"
+    arguments.add_argument("--executor", choices=("local", "slurm"), help=where)
+    arguments.add_argument("--tasks", type=int, metavar="N", help="how many tasks; with --executor")
+    sbatch = 'options for --executor slurm: "--partition=P --time=8:00:00 ..."'
+    arguments.add_argument("--sbatch", default="", metavar="OPTIONS", help=sbatch)
     options = parse(arguments, argv)
+    executor = _executor(options)
+    config = load_config(corpus.PrepareConfig, options.config, options.overrides)
+    if executor is not None:
+        prepare_in_tasks(config, options.output_dir, executor, use_cache=options.use_cache)
+        return 0
     corpus.prepare(
-        load_config(corpus.PrepareConfig, options.config, options.overrides),
+        config,
         options.output_dir,
         use_cache=options.use_cache,
         analyze_only=options.analyze_only,
         num_workers=options.num_workers,
     )
     return 0
+
+
+def _executor(options: argparse.Namespace) -> "Executor | None":
+    """The executor that the options of `lumi prepare` name. Raises UserError for those that do not fit."""
+    from lumi.corpus.scale.prepare import Executor
+
+    if options.executor is None:
+        for name in ("tasks", "sbatch"):
+            if getattr(options, name):
+                raise UserError(f"--{name}", "must come with --executor", got=getattr(options, name))
+        return None
+    if options.tasks is None:
+        raise UserError("--executor", f"must come with --tasks N, got {options.executor} alone")
+    if options.analyze_only:
+        raise UserError(
+            "--analyze-only",
+            "must be used without --executor: tasks leave their results on disk",
+            remedy="take a part of the data, by max_documents of each source",
+        )
+    return Executor(
+        kind=options.executor,
+        num_tasks=options.tasks,
+        num_workers=options.num_workers,
+        sbatch=options.sbatch,
+    )
 
 
 def tokenizer(argv: list[str]) -> int:

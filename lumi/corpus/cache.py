@@ -65,6 +65,18 @@ class SourceCache:
                 yield outcomes
         self._forget_rest()
 
+    def read_part(self, number: int) -> list[Outcome]:
+        """One part of a finished cache, by its number from 0. Raises UserError if it is not whole."""
+        for path in self.folder.glob(f"part-{number:06d}-*.parquet"):
+            outcomes = _read_part(path, self.kind)
+            if outcomes is not None:
+                return outcomes
+        raise UserError(
+            f"part {number} of {self.folder}",
+            "must be there and whole",
+            remedy="run without --use-cache to make it again",
+        )
+
     def write(self, outcomes: Sequence[Outcome]) -> None:
         """Add the next part."""
         if not self.writable:
@@ -136,7 +148,8 @@ def cache_key(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _serialize(outcomes: Sequence[Outcome]) -> bytes:
+def to_table(outcomes: Sequence[Outcome]) -> pa.Table:
+    """Outcomes as a table of SCHEMA."""
     columns = {
         "text": [_to_text(outcome.document) for outcome in outcomes],
         **{
@@ -149,8 +162,24 @@ def _serialize(outcomes: Sequence[Outcome]) -> bytes:
         "shortened": [outcome.shortened for outcome in outcomes],
         "unused": [[_valid(name) for name in outcome.unused] for outcome in outcomes],
     }
+    return pa.Table.from_pydict(columns, schema=SCHEMA)
+
+
+def from_table(table: pa.Table, kind: Kind) -> list[Outcome]:
+    """The outcomes that `to_table` was given; `kind` is what their documents are."""
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    outcomes = []
+    for text, digest, normalized, signature, num_bytes, reason, detail, shortened, unused in rows:
+        plain = text if text is None or kind == "texts" else json.loads(text)
+        document = None if plain is None else from_plain(plain, kind)
+        found = None if digest is None else Fingerprint(digest, normalized, signature)
+        outcomes.append(Outcome(document, found, num_bytes, reason, detail, shortened, tuple(unused)))
+    return outcomes
+
+
+def _serialize(outcomes: Sequence[Outcome]) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), sink, compression="zstd")
+    pq.write_table(to_table(outcomes), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 
@@ -170,11 +199,4 @@ def _read_part(path: Path, kind: Kind) -> list[Outcome] | None:
     assert match is not None
     if hashlib.sha256(data).hexdigest() != match[2]:
         return None
-    rows = zip(*(column.to_pylist() for column in pq.read_table(pa.BufferReader(data)).columns), strict=True)
-    outcomes = []
-    for text, digest, normalized, signature, num_bytes, reason, detail, shortened, unused in rows:
-        plain = text if text is None or kind == "texts" else json.loads(text)
-        document = None if plain is None else from_plain(plain, kind)
-        found = None if text is None else Fingerprint(digest, normalized, signature)
-        outcomes.append(Outcome(document, found, num_bytes, reason, detail, shortened, tuple(unused)))
-    return outcomes
+    return from_table(pq.read_table(pa.BufferReader(data)), kind)

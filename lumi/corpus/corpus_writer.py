@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,71 +17,105 @@ from lumi.host.storage import sha256_file
 ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
 
 
+class ShardLayout:
+    """Where row groups and shards end: it follows from the bytes of text of the documents."""
+
+    def __init__(self, shard_bytes: int) -> None:
+        self.shard_bytes = shard_bytes
+        self._group_bytes = self._shard_bytes = 0
+
+    def add(self, num_bytes: int) -> Literal["", "group", "shard"]:
+        """What ends behind a document whose text has `num_bytes` bytes of UTF-8; a shard ends its group."""
+        self._group_bytes += num_bytes
+        if self._group_bytes < min(ROW_GROUP_BYTES, self.shard_bytes - self._shard_bytes):
+            return ""
+        self._shard_bytes += self._group_bytes
+        self._group_bytes = 0
+        if self._shard_bytes < self.shard_bytes:
+            return "group"
+        self._shard_bytes = 0
+        return "shard"
+
+    def begin_shard(self) -> None:
+        """The next document begins a shard."""
+        self._group_bytes = self._shard_bytes = 0
+
+
 class CorpusWriter:
     """A context that writes shards beside their final place; `commit` moves all of them there.
 
-    The same documents give the same files: where shards and row groups end follows from the bytes of text.
-    The first reasoning in a corpus also begins a shard, and all shards then have the column of it.
+    The same documents give the same files, by `ShardLayout`. The first reasoning in a corpus also begins a
+    shard, and all shards then have the column of it.
+
+    Args:
+        folder: where the corpus goes.
+        shard_bytes: of text in a shard.
+        kind: what the documents are.
+        first_shard: the number of the first shard.
+        with_reasoning: a document of an earlier shard has reasoning.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int, kind: Kind = "texts") -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.schema, self._with_reasoning = SCHEMAS[kind], WITH_REASONING[kind]
+    def __init__(
+        self,
+        folder: Path,
+        shard_bytes: int,
+        kind: Kind = "texts",
+        *,
+        first_shard: int = 0,
+        with_reasoning: bool = False,
+    ) -> None:
+        self.folder, self.building = folder, folder / ".building"
+        self._with_reasoning = WITH_REASONING[kind]
+        self.schema = self._with_reasoning if with_reasoning else SCHEMAS[kind]
         self.shards: list[dict[str, Any]] = []
-        self._building = folder / ".building"
+        self._first_shard = first_shard
+        self._layout = ShardLayout(shard_bytes)
         self._documents: list[Document] = []
         self._sources: list[str] = []
-        self._group_bytes = self._file_bytes = self._file_documents = 0
+        self._file_documents = 0
         self._file: pq.ParquetWriter | None = None
 
     def __enter__(self) -> "CorpusWriter":
-        shutil.rmtree(self._building, ignore_errors=True)
-        self._building.mkdir(parents=True)
+        shutil.rmtree(self.building, ignore_errors=True)
+        self.building.mkdir(parents=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-        shutil.rmtree(self._building, ignore_errors=True)
+        shutil.rmtree(self.building, ignore_errors=True)
 
     def add(self, document: Document, source: str, num_bytes: int) -> None:
         """Append a document whose text has `num_bytes` bytes of UTF-8."""
-        if self.schema is not self._with_reasoning and _has_reasoning(document):
+        if self.schema is not self._with_reasoning and has_reasoning(document):
             self._flush()
             self._close()
+            self._layout.begin_shard()
             self.schema = self._with_reasoning
         self._documents.append(document)
         self._sources.append(source)
-        self._group_bytes += num_bytes
-        if self._group_bytes >= min(ROW_GROUP_BYTES, self.shard_bytes - self._file_bytes):
+        end = self._layout.add(num_bytes)
+        if end:
             self._flush()
-        if self._file_bytes >= self.shard_bytes:
+        if end == "shard":
             self._close()
+
+    def finish(self, *, with_reasoning: bool = False) -> list[dict[str, Any]]:
+        """End the last shard; the entries of all shards. They lie in `building`.
+
+        Args:
+            with_reasoning: a document of a later shard has reasoning.
+        """
+        self._flush()
+        self._close()
+        if with_reasoning or self.schema is self._with_reasoning:
+            self.schema = self._with_reasoning
+            self.shards = [self._widen(shard) for shard in self.shards]
+        return self.shards
 
     def commit(self, manifest: Manifest, card: str) -> Manifest:
         """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards."""
-        self._flush()
-        self._close()
-        if self.schema is self._with_reasoning:
-            self.shards = [self._widen(shard) for shard in self.shards]
-        manifest = {
-            "kind": KIND,
-            "format": FORMAT,
-            **manifest,
-            "columns": self.schema.names,
-            "shards": self.shards,
-        }
-        for shard in self.shards:
-            os.replace(self._building / shard["file"], self.folder / shard["file"])
-        temporary = self._building / "DATA_CARD.md"
-        temporary.write_text(card, encoding="utf-8")
-        os.replace(temporary, self.folder / "DATA_CARD.md")
-        write_json(self.folder / "manifest.json", manifest)
-        names = {shard["file"] for shard in self.shards}
-        for path in self.folder.glob("shard-*-????????.parquet"):
-            if path.name not in names:
-                path.unlink()
-        return manifest
+        return publish(self.folder, self.building, self.finish(), self.schema, manifest, card)
 
     def _flush(self) -> None:
         if not self._documents:
@@ -90,12 +124,11 @@ class CorpusWriter:
             self._file = self._open()
         columns = list(zip(*map(_to_row, self._documents), strict=True))
         self._file.write_table(pa.table([*map(list, columns), self._sources], schema=self.schema))
-        self._file_bytes += self._group_bytes
         self._file_documents += len(self._documents)
-        self._documents, self._sources, self._group_bytes = [], [], 0
+        self._documents, self._sources = [], []
 
     def _open(self) -> pq.ParquetWriter:
-        return pq.ParquetWriter(self._building / "shard.parquet", self.schema, compression="zstd")
+        return pq.ParquetWriter(self.building / "shard.parquet", self.schema, compression="zstd")
 
     def _close(self) -> None:
         if self._file is None:
@@ -103,21 +136,21 @@ class CorpusWriter:
         self._file.close()
         self._file = None
         self.shards.append(self._seal(len(self.shards), self._file_documents))
-        self._file_bytes = self._file_documents = 0
+        self._file_documents = 0
 
-    def _seal(self, number: int, num_documents: int) -> dict[str, Any]:
+    def _seal(self, index: int, num_documents: int) -> dict[str, Any]:
         """Name the shard that was written; its entry in the manifest."""
-        path = self._building / "shard.parquet"
+        path = self.building / "shard.parquet"
         digest = sha256_file(path)
         # The hash in the name keeps the shards of an earlier corpus whole until the new manifest is in place.
-        name = f"shard-{number:05d}-{digest[:8]}.parquet"
+        name = f"shard-{self._first_shard + index:05d}-{digest[:8]}.parquet"
         size = path.stat().st_size
-        os.replace(path, self._building / name)
+        os.replace(path, self.building / name)
         return {"file": name, "documents": num_documents, "bytes": size, "sha256": digest}
 
     def _widen(self, shard: dict[str, Any]) -> dict[str, Any]:
         """Give a shard from before the first reasoning the column of it."""
-        old = self._building / shard["file"]
+        old = self.building / shard["file"]
         with pq.ParquetFile(old) as file:
             if file.schema_arrow.equals(self.schema):
                 return shard
@@ -128,7 +161,47 @@ class CorpusWriter:
         return self._seal(self.shards.index(shard), shard["documents"])
 
 
-def _has_reasoning(document: Document) -> bool:
+def publish(
+    folder: Path,
+    building: Path,
+    shards: list[dict[str, Any]],
+    schema: pa.Schema,
+    manifest: Manifest,
+    card: str,
+) -> Manifest:
+    """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards.
+
+    Args:
+        building: where the shards lie. Those that an interrupted call has moved are in `folder` already.
+        schema: of the shards.
+        manifest: without shards.
+
+    Returns:
+        The whole manifest.
+    """
+    manifest = {
+        "kind": KIND,
+        "format": FORMAT,
+        **manifest,
+        "columns": schema.names,
+        "shards": shards,
+    }
+    for shard in shards:
+        if (building / shard["file"]).exists():
+            os.replace(building / shard["file"], folder / shard["file"])
+    temporary = building / "DATA_CARD.md"
+    temporary.write_text(card, encoding="utf-8")
+    os.replace(temporary, folder / "DATA_CARD.md")
+    write_json(folder / "manifest.json", manifest)
+    names = {shard["file"] for shard in shards}
+    for path in folder.glob("shard-*-????????.parquet"):
+        if path.name not in names:
+            path.unlink()
+    return manifest
+
+
+def has_reasoning(document: Document) -> bool:
+    """Whether a message of a document holds reasoning."""
     return not isinstance(document, str) and any(message.reasoning for message in messages_of(document))
 
 

@@ -142,6 +142,14 @@ def choose_bands(threshold: float, num_permutations: int) -> int:
     return num_permutations
 
 
+def are_near(
+    left: "npt.NDArray[np.uint32]", right: "npt.NDArray[np.uint32]", config: DeduplicationConfig
+) -> "npt.NDArray[np.bool_]":
+    """(documents,) whether two signatures of (documents, views, permutations) agree up to the threshold."""
+    required = config.threshold * config.num_permutations - 1e-6  # float rounding
+    return ((left == right).sum(axis=2) >= required).all(axis=1)
+
+
 class Deduplicator:
     """Remembers the documents that were kept.
 
@@ -164,43 +172,50 @@ class Deduplicator:
         self._num_kept = 0
         self._signatures = np.empty((1024, self._num_views, config.num_permutations), dtype="<u4")
 
-    def decide(self, fingerprints: Sequence[Fingerprint | None]) -> Iterator[str]:
+    def decide(
+        self,
+        fingerprints: Sequence[Fingerprint | None],
+        band_hashes: "Sequence[npt.NDArray[np.uint64]] | None" = None,
+    ) -> Iterator[str]:
         """The reason to drop each document, or "" to keep it. None: a document that was dropped before.
 
         A document is remembered when its answer is taken, not earlier.
+
+        Args:
+            band_hashes: for each fingerprint that is not None, the bands that it may share with others, where
+                that is known already; else all of its bands are looked up.
         """
         self._bands.pack_if_large()
         present = [item for item in fingerprints if item is not None]
-        hashes = self._bands.hash_rows(self._stack(present)[:, 0]) if self.config.near else None
-        packed = iter(self._bands.find_packed(hashes)) if hashes is not None else iter(())
-        rows = iter(hashes.tolist() if hashes is not None else ())
+        if band_hashes is None:
+            band_hashes = list(self._bands.hash_rows(self._stack(present)[:, 0]) if self.config.near else ())
+        packed = iter(self._bands.find_packed(band_hashes))
+        rows = iter(band_hashes)
         for item in fingerprints:
             if item is None:
                 yield ""
                 continue
-            yield self._decide(item, next(rows, None), next(packed, []))
+            hashes = next(rows, None)
+            yield self._decide(item, [] if hashes is None else hashes.tolist(), next(packed, []))
 
-    def _decide(self, item: Fingerprint, hashes: list[int] | None, packed: list[int]) -> str:
-        if self.config.exact:
+    def _decide(self, item: Fingerprint, hashes: list[int], packed: list[int]) -> str:
+        if item.digest:
             if item.digest in self._digests:
                 return "exact_duplicate"
             self._digests.add(item.digest)
-        if self.config.normalized:
+        if item.normalized:
             if item.normalized in self._normalized:
                 return "normalized_duplicate"
             self._normalized.add(item.normalized)
-        if hashes is None:
+        if not hashes:
             return ""
-        signature = self._stack([item])[0]
+        signature = self._stack([item])
         candidates = sorted({*packed, *self._bands.find_recent(hashes)})
-        if candidates:
-            agreements = (self._signatures[candidates] == signature).sum(axis=2)  # (candidates, views)
-            required = self.config.threshold * self.config.num_permutations - 1e-6  # float rounding
-            if (agreements >= required).all(axis=1).any():
-                return "near_duplicate"
+        if candidates and are_near(self._signatures[candidates], signature, self.config).any():
+            return "near_duplicate"
         if self._num_kept == len(self._signatures):
             self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])
-        self._signatures[self._num_kept] = signature
+        self._signatures[self._num_kept] = signature[0]
         self._bands.add(hashes, self._num_kept)
         self._num_kept += 1
         return ""
@@ -235,14 +250,18 @@ class BandIndex:
             hashes = hashes ^ (hashes >> np.uint64(29))
         return hashes
 
-    def find_packed(self, hashes: "npt.NDArray[np.uint64]") -> list[list[int]]:
+    def find_packed(self, rows: "Sequence[npt.NDArray[np.uint64]]") -> list[list[int]]:
         """For each row of hashes, the packed documents that share a band with it."""
-        found: list[list[int]] = [[] for _ in range(len(hashes))]
+        found: list[list[int]] = [[] for _ in rows]
+        if not self._packed or not found:
+            return found
+        hashes = np.concatenate(rows)
+        owners = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         for keys, documents in self._packed:
             first = np.searchsorted(keys, hashes, side="left")
-            for row, band in zip(*np.nonzero(keys[np.minimum(first, len(keys) - 1)] == hashes), strict=True):
-                last = np.searchsorted(keys, hashes[row, band], side="right")
-                found[row].extend(documents[first[row, band] : last].tolist())
+            for place in np.nonzero(keys[np.minimum(first, len(keys) - 1)] == hashes)[0]:
+                last = np.searchsorted(keys, hashes[place], side="right")
+                found[owners[place]].extend(documents[first[place] : last].tolist())
         return found
 
     def find_recent(self, hashes: list[int]) -> list[int]:

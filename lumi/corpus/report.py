@@ -1,6 +1,8 @@
 """What a run of `prepare` prints and writes for people: the summary table, the warnings and the data card."""
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lumi.corpus.counts import SourceCounts, from_manifest, in_order
@@ -14,6 +16,29 @@ def noun(manifest: dict[str, Any]) -> str:
     if any(each and each["kind"] == "preference" for each in formats):
         return "pairs"
     return "conversations" if manifest["config"]["conversation_filters"] else "documents"
+
+
+def print_warnings(manifest: dict[str, Any]) -> None:
+    """The warnings, on stderr."""
+    for warning in manifest["warnings"]:
+        print(f"lumi: warning: {warning}", file=sys.stderr)
+
+
+def print_made(folder: Path, manifest: dict[str, Any]) -> None:
+    """What a corpus that was just made holds."""
+    shards = "1 shard" if len(manifest["shards"]) == 1 else f"{len(manifest['shards'])} shards"
+    made = f"{manifest['documents']:,} {noun(manifest)} in {shards}"
+    print_report(manifest, f"{made}: {folder} ({folder}/.cache may be deleted)")
+
+
+def print_up_to_date(folder: Path, manifest: dict[str, Any]) -> None:
+    """What a corpus holds that need not be made again."""
+    print_report(manifest, f"{folder} is up to date: {manifest['documents']:,} {noun(manifest)}")
+
+
+def print_report(manifest: dict[str, Any], last_line: str) -> None:
+    """The table, the unused fields, and a line about what was done."""
+    print("\n".join([summary_table(manifest), *unused_fields(manifest), last_line]))
 
 
 def summary_table(manifest: dict[str, Any]) -> str:

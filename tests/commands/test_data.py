@@ -1,5 +1,7 @@
 import pytest
 
+PREPARE = ["prepare", "--config", "none.json", "--output-dir", "x"]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -7,6 +9,26 @@ import pytest
         (
             ["prepare", "--config", "none.json", "--output-dir", "x"],
             "none.json: cannot be read: No such file or directory",
+        ),
+        (
+            [*PREPARE, "--tasks", "2"],
+            "--tasks must come with --executor, got 2",
+        ),
+        (
+            [*PREPARE, "--sbatch=--time=1"],
+            "--sbatch must come with --executor, got --time=1",
+        ),
+        (
+            [*PREPARE, "--executor", "local"],
+            "--executor must come with --tasks N, got local alone",
+        ),
+        (
+            [*PREPARE, "--executor", "local", "--tasks", "2", "--analyze-only"],
+            "--analyze-only must be used without --executor: tasks leave their results on disk; take a part",
+        ),
+        (
+            [*PREPARE, "--executor", "slurm", "--tasks", "0"],
+            "--tasks must be at least 1, got 0",
         ),
         (
             ["tokenize", "--corpus-dirs", "none", "--tokenizer-dir", "none", "--output-dir", "x"],

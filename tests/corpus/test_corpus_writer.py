@@ -3,7 +3,7 @@ from datasets import load_dataset
 
 from lumi.chat.messages import Message
 from lumi.chat.pairs import Pair
-from lumi.corpus import read_corpus
+from lumi.corpus import corpus_writer, read_corpus
 from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.corpus.documents import text_of
 
@@ -86,3 +86,30 @@ def test_an_earlier_corpus_stays_whole_until_the_new_one_is(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["DATA_CARD.md", "manifest.json", new["shards"][0]["file"]]
     )
+
+
+def test_the_layout_says_what_ends_behind_a_document(monkeypatch):
+    monkeypatch.setattr(corpus_writer, "ROW_GROUP_BYTES", 10)
+    layout = corpus_writer.ShardLayout(25)
+    assert [layout.add(size) for size in (9, 1, 10, 4, 1, 30)] == ["", "group", "group", "", "shard", "shard"]
+    layout.add(10)
+    layout.begin_shard()
+    assert [layout.add(10) for _ in range(3)] == ["group", "group", "shard"]
+
+
+def test_shards_that_are_written_one_by_one_are_those_of_one_writer(tmp_path):
+    thought = (Message("user", "q"), Message("assistant", "a", "thought"))
+    chats = [*CONVERSATIONS, thought, *CONVERSATIONS]
+    manifest = write(tmp_path / "c", chats, shard_bytes=200, kind="conversations")
+    begin = 0
+    for number, shard in enumerate(manifest["shards"]):
+        writer = CorpusWriter(
+            tmp_path / str(number), 200, "conversations", first_shard=number, with_reasoning=begin >= 25
+        )
+        with writer:
+            for index in range(begin, begin + shard["documents"]):
+                writer.add(chats[index], f"s{index % 2}", len(text_of(chats[index]).encode()))
+            assert writer.finish(with_reasoning=True) == [shard]
+        begin += shard["documents"]
+    assert begin == len(chats)
+    assert len(manifest["shards"]) > 5

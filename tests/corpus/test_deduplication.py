@@ -238,3 +238,35 @@ def test_packing_old_bands_changes_nothing(monkeypatch):
 def test_impossible_values_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         from_dict(DeduplicationConfig, values)
+
+
+def test_bands_that_are_shared_decide_as_all_bands_do(monkeypatch):
+    """Hashes that occur once, and digests that occur once, can be left out."""
+    monkeypatch.setattr(module, "RECENT_BANDS", 100)
+    generator = random.Random(1)
+    texts = [" ".join(generator.choices([f"w{i}" for i in range(3000)], k=40)) for _ in range(60)]
+    texts += [texts[generator.randrange(60)] + generator.choice(("", f" extra{i}")) for i in range(60)]
+    config = DeduplicationConfig(shingle_words=1, threshold=0.6)
+    prints = fingerprint(texts, config)
+    expected = list(Deduplicator(config).decide(prints))
+    index = module.BandIndex(choose_bands(0.6, 128), 128)
+    hashes = index.hash_rows(np.array([np.frombuffer(each.signature, "<u4") for each in prints]))
+    values, counts = np.unique(hashes, return_counts=True)
+    shared = [row[np.isin(row, values[counts > 1])] for row in hashes]
+    assert any(len(row) == 0 for row in shared)
+    digests = [each.digest for each in prints]
+    bare = [
+        each._replace(
+            digest=each.digest if digests.count(each.digest) > 1 else b"",
+            signature=each.signature if len(row) else b"",
+        )
+        for each, row in zip(prints, shared, strict=True)
+    ]
+    deduplicator = Deduplicator(config)
+    got = [
+        reason
+        for start in range(0, 120, 10)
+        for reason in deduplicator.decide(bare[start : start + 10], shared[start : start + 10])
+    ]
+    assert got == expected
+    assert {"", "exact_duplicate", "near_duplicate"} == set(expected)

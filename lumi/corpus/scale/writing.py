@@ -1,0 +1,79 @@
+"""Stage 4: the kept documents -> the shards, each by itself; stage 5: all of them become the corpus."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lumi.config import read_json, write_json
+from lumi.corpus.corpus_writer import CorpusWriter, publish
+from lumi.corpus.documents import Document
+from lumi.corpus.folder import SCHEMAS, WITH_REASONING
+from lumi.corpus.output_folder import sweep_cache
+from lumi.corpus.report import data_card
+from lumi.corpus.scale.work import Work
+from lumi.host.storage import remove_folder
+
+
+def write_shards(work: Work, rank: int, num_tasks: int) -> None:
+    """Write every `num_tasks`-th shard, from `rank` on, unless that is done."""
+    work.shards.mkdir(exist_ok=True)
+    for number in range(rank, len(_plan(work)), num_tasks):
+        record = work.shards / f"{number:05d}.json"
+        if not record.exists():
+            write_json(record, _write_shard(work, number))
+
+
+def _plan(work: Work) -> list[dict[str, Any]]:
+    return read_json(work.decisions / "shards.json")
+
+
+def _write_shard(work: Work, number: int) -> dict[str, Any]:
+    """Its entry in the manifest."""
+    plan = _plan(work)
+    first, end = ([shard["first"] for shard in plan] + [int(work.offsets[-1])])[number : number + 2]
+    folder = work.shards / f"building-{number:05d}"
+    writer = CorpusWriter(
+        folder,
+        work.config.shard_bytes,
+        work.config.holds,
+        first_shard=number,
+        with_reasoning=plan[number]["with_reasoning"],
+    )
+    with writer:
+        for document, source, num_bytes in _kept_documents(work, first, end):
+            writer.add(document, source, num_bytes)
+        (shard,) = writer.finish(with_reasoning=plan[-1]["with_reasoning"])
+        os.replace(writer.building / shard["file"], work.shards / shard["file"])
+    shutil.rmtree(folder)
+    return shard
+
+
+def _kept_documents(work: Work, first: int, end: int) -> Iterator[tuple[Document, str, int]]:
+    """(document, name of its source, bytes) of what is kept between the documents `first` and `end`."""
+    kept = np.load(work.decisions / "kept.npy", mmap_mode="r")
+    units = np.searchsorted(work.offsets, [first, end - 1], side="right") - 1
+    for unit in range(units[0], units[1] + 1):
+        cache, source = work.cache(unit), work.config.sources[work.units[unit].source_index]
+        begin = int(work.offsets[unit])
+        for part, count in enumerate(work.facts(unit)["parts"]):
+            if begin < end and begin + count > first:
+                outcomes = [each for each in cache.read_part(part) if each.document is not None]
+                for document, outcome in enumerate(outcomes, start=begin):
+                    if first <= document < end and kept[document]:
+                        assert outcome.document is not None
+                        yield outcome.document, source.name, outcome.num_bytes
+            begin += count
+
+
+def publish_corpus(work: Work, _rank: int, _num_tasks: int) -> None:
+    """Move the shards into the corpus folder, and delete what the tasks have left but for the caches."""
+    plan = _plan(work)
+    shards = [read_json(work.shards / f"{number:05d}.json") for number in range(len(plan))]
+    schemas = WITH_REASONING if plan[-1]["with_reasoning"] else SCHEMAS
+    manifest = read_json(work.decisions / "manifest.json")
+    publish(work.output, work.shards, shards, schemas[work.config.holds], manifest, data_card(manifest))
+    remove_folder(work.folder)
+    sweep_cache(work.output, [work.logs, *(cache.folder for cache in work.caches)])

@@ -1,0 +1,77 @@
+"""The outcomes of one source, from its cache or made anew, and the key that says when a cache may be used."""
+
+import importlib.metadata
+from collections.abc import Generator
+from pathlib import Path
+
+from lumi.config import to_dict
+from lumi.corpus import processing
+from lumi.corpus.cache import SourceCache, cache_key
+from lumi.corpus.counts import SourceCounts
+from lumi.corpus.documents import Record
+from lumi.corpus.filters import classifier
+from lumi.corpus.prepare_config import PrepareConfig
+from lumi.corpus.processing import Outcome, make_batches
+from lumi.corpus.reading import open_source
+from lumi.corpus.sources import Source, identify
+from lumi.host.workers import Workers
+
+CACHE_FORMAT = 5  # raise it when cleaning, filters or fingerprints change their results
+
+
+def open_cache(folder: Path, source: Source, key: str, *, writable: bool) -> SourceCache:
+    """The cache of a source in a corpus folder; `key` is that of `source_key`."""
+    return SourceCache(folder / ".cache" / f"{source.name}-{key}", kind=source.holds, writable=writable)
+
+
+def source_keys(config: PrepareConfig) -> dict[str, str]:
+    """The key of each source, by name.
+
+    Raises:
+        UserError: before any work: a file of a source cannot be read, a language is unknown.
+    """
+    if config.rules.filters.languages is not None:
+        classifier(config.rules.filters.languages)
+    return {source.name: source_key(source, config) for source in config.sources}
+
+
+def source_key(source: Source, config: PrepareConfig) -> str:
+    """All that decides the outcomes of a source; its budget and the threshold of near duplicates do not."""
+    fingerprints = {key: value for key, value in to_dict(config.deduplication).items() if key != "threshold"}
+    batches = [processing.BATCH_DOCUMENTS, processing.BATCH_CHARS]
+    rules = [to_dict(config.cleaning), to_dict(config.rules.filters), fingerprints, batches]
+    return cache_key([CACHE_FORMAT, identify(source), *rules, package_versions(config)])
+
+
+def package_versions(config: PrepareConfig) -> dict[str, str]:
+    """The versions of the packages that decide what a corpus holds."""
+    packages = ["ftfy", "rensa", "pyarrow", *(["py3langid"] if config.rules.filters.languages else [])]
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def process_source(
+    source: Source,
+    max_chars: int,
+    cache: SourceCache | None,
+    workers: Workers[list[Record], list[Outcome]],
+    counts: SourceCounts,
+) -> Generator[list[Outcome], None, None]:
+    """The outcomes of a source in batches: first those in the cache, then the others, which go into it."""
+    num_cached = 0
+    if cache is not None:
+        counts.facts = cache.facts() or {}
+        for outcomes in cache.read():
+            num_cached += len(outcomes)
+            yield outcomes
+        if cache.is_complete():
+            return
+    opened = open_source(source, max_chars, skip=num_cached)
+    counts.facts = opened.facts
+    if cache is not None:
+        cache.save_facts(opened.facts)
+    for outcomes in workers.map(make_batches(opened.records)):
+        if cache is not None:
+            cache.write(outcomes)
+        yield outcomes
+    if cache is not None:
+        cache.finish()
