@@ -58,7 +58,7 @@ gpu-there:
 		+ "$(if $(filter gpu-first,$(MAKECMDGOALS)),; without one: python benchmarks/gpu_first.py --rehearse)")'
 
 gpu-check: $(GPU_INSTALLED)
-	$(PYTHON) -c 'from lumi import _csrc; print("CUDA operators of lumi._csrc (they need nvcc):", "built" if _csrc.has_cuda else "NOT built")'
+	$(PYTHON) -c 'import torch; from lumi import _csrc; print("CUDA operators of lumi._csrc (they need nvcc):", "built" if _csrc.has_cuda else "NOT built")'
 	$(PYTHON) -m pytest $(GPU_TESTS) $(NOT_ON_A_GPU:%=--ignore=%) $$($(PYTHON) -c 'import xdist; print("-n 4 --dist loadfile")' 2>/dev/null)
 	$(PYTHON) benchmarks/correctness.py
 

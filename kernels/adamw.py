@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lumi._csrc as _csrc
+from lumi.kernels.native import csrc as _csrc
 from lumi.kernels.native import native_device
 
 _shape = attrgetter("shape")

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-import lumi._csrc as _csrc
+from lumi.kernels.native import csrc as _csrc
 from lumi.kernels.native import native_device
 
 
