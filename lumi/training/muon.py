@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from lumi.host.devices import fast_bfloat16
+from lumi.kernels.wide_float import wide_float
 from lumi.model.compute_weights import WeightCopy, written_together
 from lumi.parallel.tensor_pieces import piece
 
@@ -95,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         if accepted is None:
             accepted = torch.ones((), dtype=torch.bool, device=self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
-            one = accepted.double()  # or zero
+            one = accepted.to(wide_float(accepted.device))  # or zero
             weight_decay = 0.0 if self.hyperball else group["weight_decay"]
             decay = (1 - one * (group["lr"] * weight_decay)).float()
             settings = group | {"accepted": accepted, "decay": decay}
