@@ -4,9 +4,12 @@ What is needed and does not work is a fault. What only some users need is a rema
 """
 
 import importlib.metadata
+import os
 import platform
 import re
+import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +45,7 @@ def doctor() -> int:
     except (ImportError, OSError) as error:  # OSError: of a library that torch loads
         faults.append(("import", f"{type(error).__name__}: {error}"))
     else:
+        faults += _triton_faults()
         missing = _missing(csrc)
         sections = (
             {"machine": _machine()}
@@ -176,6 +180,22 @@ def _kernels() -> Rows:
         texts.append(f"AdamW {'compiled' if has_native(device) else 'in plain torch'}")
         texts.append(f"bfloat16 products {'in hardware' if fast_bfloat16(device) else 'slow'}")
         rows.append((str(device), ", ".join(texts)))
+    return rows
+
+
+def _triton_faults() -> Rows:
+    """What Triton lacks to launch a kernel on a GPU: it compiles a small launcher in C for each."""
+    import torch
+
+    from lumi.kernels.optional_triton import HAS_TRITON
+
+    rows: Rows = []
+    if not (torch.cuda.is_available() and HAS_TRITON):
+        return rows
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        rows.append(("C compiler", "Triton finds neither gcc nor clang; run: apt-get install gcc"))
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        rows.append(("Python.h", "Triton needs Python's headers; run: apt-get install python3-dev"))
     return rows
 
 

@@ -103,6 +103,22 @@ def test_a_gpu_that_torch_does_not_see(ask, monkeypatch, tmp_path):
     assert sections["missing"]["CUDA"].startswith(f"torch {torch.__version__} sees none of the GPUs here")
 
 
+def test_triton_needs_a_compiler_on_a_gpu(monkeypatch, tmp_path):
+    assert doctor._triton_faults() == [] or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "gcc-12")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    (tmp_path / "Python.h").touch()
+    assert doctor._triton_faults() == []
+    monkeypatch.delenv("CC")
+    (tmp_path / "Python.h").unlink()
+    assert [name for name, _ in doctor._triton_faults()] == ["C compiler", "Python.h"]
+    (tmp_path / "clang").write_text("#!/bin/sh\n")
+    (tmp_path / "clang").chmod(0o755)
+    assert [name for name, _ in doctor._triton_faults()] == ["Python.h"]
+
+
 @pytest.mark.parametrize("module", ["torch", "lumi._csrc"])
 def test_what_does_not_load_is_named(module):
     """In a process of its own: a torch that fails to load, and an extension of another Python."""
