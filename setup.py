@@ -2,7 +2,8 @@
 
 The CUDA files are compiled if there is an nvcc in $CUDA_HOME/bin or, without that variable, on PATH.
 LUMI_CUDA=0 leaves them out. LUMI_CUDA=1 makes a missing nvcc an error. LUMI_CUDA_ARCHES="90" compiles for
-these architectures alone.
+these architectures alone. LUMI_PURE=1 compiles nothing: the operators are those of plain torch, and the wheel
+fits any machine.
 """
 
 import os
@@ -19,13 +20,14 @@ from setuptools import find_packages, setup
 
 # No -march=native: a wheel must run on other machines than the one that built it. Without -fno-math-errno,
 # loops with a square root are not vectorised. Threads come from OpenMP where the usual compiler has it, else
-# from std::thread.
+# from std::thread. OpenMP is not linked: its symbols are found in the one that torch has loaded, whatever its
+# file is called there. So there is one pool of threads, and a wheel needs no library that it lacks.
 if sys.platform == "win32":
-    compile_args, link_args = ["/O2"], []
+    compile_args = ["/O2"]
 elif sys.platform == "darwin":
-    compile_args, link_args = ["-O3", "-fno-math-errno"], []
+    compile_args = ["-O3", "-fno-math-errno"]
 else:
-    compile_args, link_args = ["-O3", "-fno-math-errno", "-fopenmp"], ["-fopenmp"]
+    compile_args = ["-O3", "-fno-math-errno", "-fopenmp"]
 
 # The CPU's operators are compiled once for each target; at run time the best that the processor has is taken.
 CPU_TARGETS = {"portable": []}
@@ -126,7 +128,9 @@ setup(
         "lumi.reporting": ["*.jinja"],
         "lumi.server": ["*.html"],
     },
-    ext_modules=[
+    ext_modules=[]
+    if os.environ.get("LUMI_PURE") == "1"
+    else [
         Pybind11Extension(
             "lumi._csrc",
             sorted(path.as_posix() for path in Path("csrc").glob("*.cpp")),
@@ -134,7 +138,6 @@ setup(
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=compile_args,
-            extra_link_args=link_args,
         )
     ],
     cmdclass={"build_ext": BuildExtension},

@@ -93,7 +93,7 @@ def stages(output_dir: Path, rehearse: bool) -> dict[str, Stage]:
     trained = lambda *jobs: [Job(job, script("gpu_first_training", *words(job))) for job in jobs]
     data = [] if (output_dir / "data").exists() else trained("data")
     cpu = [] if (output_dir / "losses_cpu").exists() else trained("losses cpu")
-    build = [Job("build", ("-c", "import lumi._csrc")) if rehearse else _build()]
+    build = [Job("build", ("-c", "import torch, lumi._csrc")) if rehearse else _build()]
     workers = min(WORKERS, max((os.cpu_count() or 2) - 2, 1))
     all_stages = {
         "build": Stage(build, 1, 90),

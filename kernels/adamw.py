@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lumi._csrc as _csrc
+from lumi.kernels.native import csrc as _csrc
 from lumi.kernels.native import native_device
+from lumi.kernels.wide_float import wide_float
 
 _shape = attrgetter("shape")
 
@@ -50,13 +51,13 @@ def adamw_reference(
     if not params:
         return
     if norm is None:
-        norm = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        norm = torch.zeros((), dtype=wide_float(params[0].device), device=params[0].device)
     factor, finite = (max_norm / (norm / loss_scale)).clamp(max=1.0) / loss_scale, norm.isfinite()
     with torch.no_grad():
         for index, (param, grad, exp_avg, exp_avg_sq, step) in enumerate(
             zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
         ):
-            count = step.double() + 1
+            count = step.to(wide_float(step.device)) + 1
             g = grad * factor.to(param.dtype)
             m = beta1 * exp_avg + (1 - beta1) * g
             v = beta2 * exp_avg_sq + (1 - beta2) * g * g
@@ -107,8 +108,8 @@ def adamw(
         lr: learning rate.
         beta1, beta2: in [0, 1).
         eps: positive.
-        norm: float64 scalar on the parameters' device, the L2 norm of all gradients as they are; None: do not
-            clip. If it is not finite, nothing is written.
+        norm: scalar of `wide_float` on the parameters' device, the L2 norm of all gradients as they are;
+            None: do not clip. If it is not finite, nothing is written.
         max_norm: positive; the largest norm that gradients may have once `loss_scale` is divided out.
         loss_scale: positive; the factor that is in the gradients.
         copies: bfloat16 tensors, one for each parameter, of its shape; written with the new parameters. None:
@@ -231,8 +232,10 @@ def _check_steps(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
 
 
 def _check_norm(norm: Tensor, params: Sequence[Tensor]) -> None:
-    if norm.ndim or norm.dtype != torch.float64 or (params and norm.device != params[0].device):
-        expected = f"a float64 scalar on {params[0].device if params else 'the device of the parameters'}"
+    wide = wide_float(norm.device)
+    if norm.ndim or norm.dtype != wide or (params and norm.device != params[0].device):
+        place = params[0].device if params else "the device of the parameters"
+        expected = f"a {str(wide).removeprefix('torch.')} scalar on {place}"
         raise ValueError(
             f"norm must be {expected}, got {norm.dtype} of shape {tuple(norm.shape)} on {norm.device}"
         )

@@ -247,7 +247,8 @@ def _native(device: torch.device, dtype: torch.dtype) -> Ops:
     if device.type != "cpu" or not has_cpu_operators(dtype):
         raise ValueError(
             f"kernels must not be 'native' for {str(dtype).removeprefix('torch.')} on {device.type}: these "
-            "operators are C++ for float32 and bfloat16 on CPUs (not on Windows); take 'auto'"
+            "operators are C++ for float32 and bfloat16 on CPUs, where Lumi was built with them (lumi doctor "
+            "tells); take 'auto'"
         )
     return NATIVE
 

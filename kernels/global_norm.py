@@ -14,13 +14,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-import lumi._csrc as _csrc
+from lumi.kernels.native import csrc as _csrc
 from lumi.kernels.native import native_device
+from lumi.kernels.wide_float import wide_float
 
 
 def global_norm_reference(tensors: Iterable[Tensor]) -> Tensor:
-    """The definition. Returns a float64 scalar on the first tensor's device (CPU if there is none)."""
-    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
+    """The definition. Returns a `wide_float` scalar on the first tensor's device (CPU if there is none)."""
+    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=wide_float(tensor.device)) for tensor in tensors]
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
@@ -43,8 +44,8 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
             zero.
 
     Returns:
-        scalar float64 tensor on the first tensor's device (CPU if there is none). The call does not wait for
-        it.
+        scalar tensor of `wide_float` on the first tensor's device (CPU if there is none). The call does not
+        wait for it.
 
     Raises:
         ValueError: if an element is not a tensor of a real floating dtype.

@@ -7,14 +7,19 @@ tensor.
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import lumi._csrc as _csrc
 from lumi.kernels.custom_operator import PLAIN_TYPES
+
+# None where Lumi was installed without compiled code; an extension that does not load is an error. It comes
+# after torch, whose threads it uses (setup.py).
+csrc: Any = import_module("lumi._csrc") if find_spec("lumi._csrc") else None
 
 OLDEST_CAPABILITY = (8, 0)  # the oldest that setup.py compiles for and that the Triton kernels have tiles for
 
@@ -24,12 +29,12 @@ _device, _dtype = attrgetter("device"), attrgetter("dtype")
 def has_native(device: torch.device) -> bool:
     """Whether there is compiled code for `device`.
 
-    There always is for the CPU. For CUDA there is if Lumi was installed with an nvcc and the GPU's compute
-    capability is at least 8.0.
+    There is for the CPU, unless Lumi was installed without a compiler (LUMI_PURE=1). For CUDA there is if it
+    was installed with an nvcc and the GPU's compute capability is at least 8.0.
     """
-    if device.type != "cuda" or not _csrc.has_cuda:
-        return device.type == "cpu"
-    return capability(device) >= OLDEST_CAPABILITY
+    if csrc is None or device.type not in ("cpu", "cuda"):
+        return False
+    return device.type == "cpu" or (csrc.has_cuda and capability(device) >= OLDEST_CAPABILITY)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -79,8 +84,8 @@ def address(tensor: Tensor | None) -> int:
 
 
 _operators: dict[torch.dtype, Any] = {}  # of the best target that the processor has
-if _csrc.cpu_targets:
-    _operators.update(zip((torch.float32, torch.bfloat16), _csrc.cpu_targets[0], strict=True))
+if csrc is not None and csrc.cpu_targets:
+    _operators.update(zip((torch.float32, torch.bfloat16), csrc.cpu_targets[0], strict=True))
 
 
 @cache

@@ -9,7 +9,7 @@ from lumi.commands.data import prepare, tokenize, tokenizer
 from lumi.commands.experiments import fit, sweep
 from lumi.commands.inference import chat, generate, serve
 from lumi.commands.models import compare, evaluate, export, merge, push, verify
-from lumi.commands.runs import demo, finetune, new, plan, report
+from lumi.commands.runs import demo, doctor, finetune, new, plan, report
 from lumi.config import UserError
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         report,
         push,
         demo,
+        doctor,
     )
 }
 

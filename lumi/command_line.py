@@ -73,6 +73,11 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
+def add_device(arguments: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    arguments.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+
+
 def add_cache_dir(arguments: argparse.ArgumentParser) -> None:
     """Add `--cache-dir`, for commands that take a corpus folder as data."""
     text = "for the tokens of corpus folders; default: in them, or ~/.cache/lumi where they are read-only"

@@ -178,7 +178,7 @@ def demo(output_dir: Path, minutes: float, device: str) -> int:
     Args:
         minutes: how long the whole demo may take on a CPU. A smaller model and fewer steps make it fit, as
             far as they are worth their time. 0: all steps of the larger model.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
         The exit code.

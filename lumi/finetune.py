@@ -212,7 +212,7 @@ def finetune(
         epochs: passes over the data; None: chosen by its size.
         merge: also write the model with the adapter merged into it.
         add_chatml: give the tokenizer ChatML's tokens, where the model has no chat template.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
         overrides: changes to the chosen settings.
 
     Returns:

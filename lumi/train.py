@@ -9,7 +9,7 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # a script's own folder comes first: lumi/data would be everybody's `import data`
 
-from lumi.command_line import add_cache_dir, add_config, given_path, parse, parser, run
+from lumi.command_line import add_cache_dir, add_config, add_device, given_path, parse, parser, run
 from lumi.config import UserError, load_config
 from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--output-dir", required=True, type=given_path, help="the run folder")
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")
     add_cache_dir(arguments)
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(arguments)
     options = parse(arguments, argv)
     try:
         config = load_config(TrainConfig, options.config, options.overrides)

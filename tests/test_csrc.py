@@ -104,7 +104,8 @@ def test_adamw_refuses_no_threads():
 
 def test_imports_without_a_gpu_and_says_what_it_was_built_with():
     names = ("adamw_cuda", "global_norm_cuda")
-    code = f"from lumi import _csrc; print(_csrc.has_cuda, *(hasattr(_csrc, name) for name in {names}))"
+    asked = f"*(hasattr(_csrc, name) for name in {names})"
+    code = f"import torch; from lumi import _csrc; print(_csrc.has_cuda, {asked})"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Data flows from left to right, imports from right to left. `kernels` and `_csrc` stand before everything.
 ORDER = """
     config command_line host chat corpus tokenizer data model parallel checkpoint formats inference evaluation
-    training planning provenance reporting train finetune demo sweeps server commands cli
+    training planning provenance reporting train finetune demo doctor sweeps server commands cli
 """.split()
 
 

@@ -133,7 +133,7 @@ class Saver:
             buffer = staging.pop(key, None)
             if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
                 buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            self._staging[key] = buffer.copy_(local, non_blocking=True)
+            self._staging[key] = buffer.copy_(local, non_blocking=local.is_cuda)
             staged[key] = Piece(buffer, offset, shape)
         if any(piece.local.is_cuda for piece in own.values()):
             torch.cuda.current_stream().synchronize()

@@ -1,6 +1,6 @@
 """Many runs: `lumi sweep` searches settings, `lumi fit` finds the law of their losses."""
 
-from lumi.command_line import given_path, parser, summary
+from lumi.command_line import add_device, given_path, parser, summary
 
 
 def sweep(argv: list[str]) -> int:
@@ -22,7 +22,7 @@ def sweep(argv: list[str]) -> int:
         "--output-dir", required=True, type=given_path, help="of all trials and the results"
     )
     arguments.add_argument("--processes", type=int, metavar="N", help=texts["processes"])
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(arguments)
     options = arguments.parse_args(argv)
     return lumi.sweeps.sweep.sweep(
         options.sweep,

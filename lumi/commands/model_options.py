@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from lumi.command_line import given_path
+from lumi.command_line import add_device, given_path
 
 if TYPE_CHECKING:
     from lumi.formats.pretrained import Pretrained
@@ -14,7 +14,7 @@ def add_model(arguments: argparse.ArgumentParser) -> None:
     add_whole_model(arguments)
     adapter = "a LoRA adapter, or the run that made it; --model-path is then its base"
     arguments.add_argument("--adapter-path", metavar="PATH", help=adapter)
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(arguments)
     dtype = "dtype of activations and matrix products"
     arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype)
 

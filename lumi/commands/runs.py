@@ -1,10 +1,14 @@
-"""Runs are chosen, planned, made whole and shown: `lumi new`, `plan`, `finetune`, `report` and `demo`."""
+"""Runs are chosen, planned, made whole and shown: `lumi new`, `plan`, `finetune`, `report` and `demo`.
+
+`lumi doctor` says what they will run on.
+"""
 
 import sys
 from pathlib import Path
 
 from lumi.command_line import (
     add_config,
+    add_device,
     add_numbers,
     from_options,
     given_path,
@@ -36,7 +40,7 @@ def new(argv: list[str]) -> int:
     arguments.add_argument("--minutes", type=float, help=texts["minutes"])
     arguments.add_argument("--data", nargs="+", default=(), metavar="DATA", help=texts["data"])
     arguments.add_argument("--output-dir", required=True, type=given_path)
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(arguments)
     options = arguments.parse_args(argv)
     device = torch.device(choose_device(options.device))
     dial = {name: getattr(options, name) for name in ("size", "tokens", "minutes", "data")}
@@ -93,7 +97,7 @@ def finetune(argv: list[str]) -> int:
     arguments.add_argument("--epochs", type=float, help=texts["epochs"])
     arguments.add_argument("--merge", action="store_true", help=texts["merge"])
     arguments.add_argument("--add-chatml", action="store_true", help=texts["chatml"])
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(arguments)
     overrides, others = split_overrides(argv)
     options = arguments.parse_args(others)
     return lumi.finetune.finetune(
@@ -140,6 +144,14 @@ def demo(argv: list[str]) -> int:
     minutes = "what the whole demo may take on a CPU; training is cut to fit; 0: all steps of the config"
     arguments.add_argument("--output-dir", type=given_path, default=Path("runs/demo"))
     arguments.add_argument("--minutes", type=float, default=4.0, help=minutes)
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(arguments)
     options = arguments.parse_args(argv)
     return lumi.demo.demo(options.output_dir, options.minutes, options.device)
+
+
+def doctor(argv: list[str]) -> int:
+    """this machine, what is installed, which kernels will run, what is missing"""
+    import lumi.doctor
+
+    parser("lumi doctor", summary(doctor)).parse_args(argv)
+    return lumi.doctor.doctor()

@@ -135,7 +135,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`. Where its memory is pinned, nothing waits for the copy."""
-        return _mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return _mapped(self, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pinned(self) -> "Batch":
         """The same batch in pinned memory, which a GPU reads by itself."""

@@ -268,14 +268,14 @@ def _run_text(
 
 
 def _facts(pretrained: Pretrained) -> dict[str, Any]:
-    model = pretrained.model
+    model, device = pretrained.model, pretrained.model.output_weight.device
     return {
         "model": name_of(pretrained.folder),
         "adapter": None if pretrained.adapter is None else name_of(pretrained.adapter),
         "parameters": model.config.num_parameters,
         "tokenizer_fingerprint": pretrained.tokenizer.fingerprint,
         "dtype": str(model.compute_dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if model.output_weight.is_cuda else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "operators": model.ops.name,
         "versions": {
             "lumi": lumi.__version__,

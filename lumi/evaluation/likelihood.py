@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lumi.config import UserError
 from lumi.inference.generation import LayerCache, require_finite
+from lumi.kernels.wide_float import wide_float
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -224,7 +225,8 @@ def _token_scores(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = N
 def token_log_probabilities(logits_NV: Tensor, targets_N: Tensor, row_N: Tensor | None = None) -> Tensor:
     """As `log_probabilities_of`, from float32 logits (rows, V); target n belongs to row `row_N[n]` or n."""
     row_N = torch.arange(len(targets_N), device=targets_N.device) if row_N is None else row_N
-    log_probabilities_N = (logits_NV[row_N, targets_N] - logits_NV.logsumexp(dim=-1)[row_N]).double()
+    log_probabilities_N = logits_NV[row_N, targets_N] - logits_NV.logsumexp(dim=-1)[row_N]
+    log_probabilities_N = log_probabilities_N.to(wide_float(logits_NV.device))
     require_finite(log_probabilities_N)
     return log_probabilities_N
 

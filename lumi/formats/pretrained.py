@@ -59,7 +59,7 @@ def load_pretrained(
         adapter_path: the folder of an adapter, or a run folder with one. `path` is then its base.
         tokenizer_path: None: the tokenizer in the adapter's folder. If there is none: the one in the model's
             folder, with the tokens and the chat template that the adapter's folder adds.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
         dtype: of activations and products.
         kernels: the operators' name, as for `lumi.kernels.bundle.select`.
 

@@ -48,20 +48,19 @@ def named_peak_flops(name: str) -> float | None:
 
 
 def choose_device(name: str) -> str:
-    """Resolve --device to "cpu" or "cuda"; "auto" is CUDA where there is one.
+    """Resolve --device to "cpu", "cuda" or "mps"; "auto" is CUDA where there is one, else the CPU.
+
+    Nobody has tested Apple's GPUs ("mps"), so they are taken by name alone.
 
     Raises:
-        UserError: "cuda" where torch sees no CUDA device.
+        UserError: torch sees no such device.
     """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UserError(
-            "--device",
-            'must be "cpu" or "auto" on this machine',
-            got='"cuda": torch sees no CUDA device',
-        )
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return "cuda" if available else "cpu"
+        return "cuda" if available["cuda"] else "cpu"
+    if not available.get(name, True):
+        got = f'"{name}": torch sees no {name.upper()} device'
+        raise UserError("--device", 'must be "cpu" or "auto" on this machine', got=got)
     return name
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lumi.config import UserError
 from lumi.kernels.bundle import DecodeAttention
+from lumi.kernels.wide_float import wide_float
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
@@ -130,7 +131,7 @@ def generate_ids(
     capacity = min(max(map(len, prompts)) + config.max_new_tokens, model.config.max_positions)
     tokens_BS = _padded(prompts, capacity, pad_id).to(device)
     length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    draws_BN = None if config.temperature == 0 else _draws(len(prompts), config).to(device)
+    draws_BN = None if config.temperature == 0 else _draws(len(prompts), config, device)
     cache = [LayerCache(len(prompts), capacity, model, device) for _ in model.layers] if use_cache else None
 
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -163,9 +164,10 @@ def generate_ids(
     return [Completion(ids, stop) for ids, stop in zip(outputs, stopped, strict=True)]
 
 
-def _draws(num_rows: int, config: SamplingConfig) -> Tensor:
-    """(rows, max_new_tokens) float64: each row's `draws`, of its own seed."""
-    return torch.stack([draws(config.seed + row, config.max_new_tokens) for row in range(num_rows)])
+def _draws(num_rows: int, config: SamplingConfig, device: torch.device) -> Tensor:
+    """(rows, max_new_tokens) of `wide_float`: each row's `draws`, of its own seed."""
+    drawn = [draws(config.seed + row, config.max_new_tokens) for row in range(num_rows)]
+    return torch.stack(drawn).to(device, wide_float(device))
 
 
 def draws(seed: int, count: int) -> Tensor:
@@ -228,8 +230,8 @@ def sample(
         logits: (B, V) float32.
         tokens: (B, S) int64. The repetition penalty looks at the first `lengths[b]` of row b.
         lengths: (B,) int64.
-        draws: (B,) float64, uniform in [0, 1). The chosen token is the first whose cumulative probability is
-            above. A temperature of 0 does not look at them.
+        draws: (B,) of `wide_float`, uniform in [0, 1). The chosen token is the first whose cumulative
+            probability is above. A temperature of 0 does not look at them.
 
     Returns:
         (B,) int64.
@@ -256,7 +258,7 @@ def sample(
         # The token that crosses the line stays.
         outside = probabilities.cumsum(dim=-1) - probabilities >= config.top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
-    cumulative_BV = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    cumulative_BV = logits.softmax(dim=-1).to(draws.dtype).cumsum(dim=-1)
     total_B1 = cumulative_BV[:, -1:]
     # Below the total, whatever is rounded: a token without probability must not be chosen.
     line_B1 = torch.minimum(draws[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))

@@ -23,6 +23,7 @@ from lumi.inference.generation import SamplingConfig, check_prompts, draws, samp
 from lumi.inference.paged_cache import NewTokens, PagedCache
 from lumi.inference.pages import PAGE_SIZE, Held, Pages, num_pages
 from lumi.inference.stop_strings import StoppingText
+from lumi.kernels.wide_float import wide_float
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer
 
@@ -311,7 +312,7 @@ def _choose(logits_BV: Tensor, states: Sequence[_State]) -> list[int]:
         lengths = torch.tensor([len(ids) for ids in tokens], device=logits_BV.device)
         padded = torch.nn.utils.rnn.pad_sequence(tokens, True).to(logits_BV.device)
         drawn = [state.draws[state.num_new] for row in rows if (state := states[row]).draws is not None]
-        draw_B = torch.stack(drawn).to(logits_BV.device) if drawn else None
+        draw_B = torch.stack(drawn).to(logits_BV.device, wide_float(logits_BV.device)) if drawn else None
         tokens_B = sample(logits_BV[rows], padded, lengths, config, draw_B)
         for row, token in zip(rows, tokens_B.tolist(), strict=True):
             chosen[row] = token

@@ -28,7 +28,7 @@ def process_group(
     """Join the group that torchrun describes in the environment, or make a group of one; leave it at the end.
 
     Args:
-        device: "cpu", "cuda", or "auto": CUDA where there is one.
+        device: "cpu", "cuda", "mps", or "auto": CUDA where there is one.
         parallel: how the processes share the work; None: each has the whole model.
         stop: knows of signals; None: nothing does.
         timeout_seconds: how long processes may wait for each other in a step. The groups' own limit is well
@@ -40,12 +40,10 @@ def process_group(
     """
     device = choose_device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device)
+    if gpus is not None and local_rank >= gpus:
+        raise UserError(f"torchrun --nproc-per-node must be at most {gpus} (GPUs here), got {local_rank + 1}")
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun --nproc-per-node must be at most {torch.cuda.device_count()} (GPUs here), "
-                f"got {local_rank + 1}"
-            )
         torch.cuda.set_device(local_rank)
     backend, limit = "nccl" if device == "cuda" else "gloo", timedelta(seconds=2 * timeout_seconds + 60)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -60,7 +58,7 @@ def process_group(
     try:
         patient, saving = (dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2))
         mesh = _mesh(device, backend, layout, limit) if size > 1 else None
-        place = torch.device(f"cuda:{local_rank}" if device == "cuda" else "cpu")
+        place = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
         yield World(rank, size, place, patient, saving, stop or StopSignal(), layout, mesh)
     finally:
         dist.destroy_process_group()

@@ -120,7 +120,7 @@ def sweep(
     Args:
         sweep_file: JSON of a `SweepConfig`.
         processes: trainings at a time; None: one for each GPU, or else for each core.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
         The exit code: 0; 1 where no trial has a result; 128 + the signal that ended it.
@@ -134,7 +134,7 @@ def sweep(
     settings = _settings(config, base, sweep_file)
     device = choose_device(device)
     if processes is None:
-        processes = torch.cuda.device_count() if device == "cuda" else num_cores()
+        processes = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device) or num_cores()
     if processes < 1:
         raise UserError("--processes", "must be at least 1", got=processes)
     _check_data(data_dirs, tokenizer_dir, settings)

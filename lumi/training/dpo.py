@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lumi.config import UserError
 from lumi.data.batches import IGNORE, Batch
+from lumi.kernels.wide_float import wide_float
 
 # What is measured beside the loss, each a mean over pairs.
 MEASURES: tuple[str, ...] = ("chosen_reward", "rejected_reward", "reward_margin", "accuracy", "divergence")
@@ -48,7 +49,7 @@ def answer_log_probabilities(losses_BT: Tensor, batch: Batch) -> Tensor:
         losses_BT: the loss of each token, 0 where it is not trained.
         batch: of pairs.
     """
-    return -_sum_of_answers(losses_BT.double(), batch)
+    return -_sum_of_answers(losses_BT.to(wide_float(losses_BT.device)), batch)
 
 
 def pair_losses(log_ratios_S: Tensor, batch: Batch, config: DpoConfig) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def pair_losses(log_ratios_S: Tensor, batch: Batch, config: DpoConfig) -> tuple[
         scalar, differentiable; and (5,) in the order of `MEASURES`. "divergence" is |log p - log p_ref| in
         nats per token, over both answers: how far the model has gone from the one that it began with.
     """
-    num_tokens_S = _sum_of_answers((batch.targets != IGNORE).double(), batch)
+    num_tokens_S = _sum_of_answers((batch.targets != IGNORE).to(log_ratios_S.dtype), batch)
     rewards_S = config.beta * log_ratios_S
     if config.length_normalized:
         rewards_S = rewards_S / num_tokens_S
@@ -70,7 +71,7 @@ def pair_losses(log_ratios_S: Tensor, batch: Batch, config: DpoConfig) -> tuple[
     margin_P, smoothing = chosen_P - rejected_P, config.label_smoothing
     losses_P = -(1 - smoothing) * F.logsigmoid(margin_P) - smoothing * F.logsigmoid(-margin_P)
     divergence_P = log_ratios_S.abs().view(-1, 2).sum(dim=1) / num_tokens_S.view(-1, 2).sum(dim=1)
-    measures = (chosen_P, rejected_P, margin_P, (margin_P > 0).double(), divergence_P)
+    measures = (chosen_P, rejected_P, margin_P, (margin_P > 0).to(margin_P.dtype), divergence_P)
     return losses_P.sum(), torch.stack([measure.detach().sum() for measure in measures])
 
 

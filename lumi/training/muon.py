@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lumi.host.devices import fast_bfloat16
+from lumi.kernels.wide_float import wide_float
 from lumi.model.compute_weights import WeightCopy, written_together
 from lumi.parallel.tensor_pieces import gathered, piece
 from lumi.training.orthogonalization import LEAST_NORM, apart, is_tall, orthogonalize, stacked, stacks
@@ -78,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         if accepted is None:
             accepted = torch.ones((), dtype=torch.bool, device=self.param_groups[0]["params"][0].device)
         for group in self.param_groups:
-            one = accepted.double()  # or zero
+            one = accepted.to(wide_float(accepted.device))  # or zero
             decay = (1 - one * (group["lr"] * group["weight_decay"])).float()
             settings = group | {"accepted": accepted, "decay": decay}
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

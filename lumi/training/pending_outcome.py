@@ -14,7 +14,7 @@ def runs_behind(device: torch.device) -> bool:
 
 
 class Reading:
-    """Float64 numbers on their way to the host. Taking them along waits for nothing, reading them does."""
+    """Numbers on their way to the host. Taking them along waits for nothing, reading them does."""
 
     def __init__(self, numbers: Tensor):
         self._numbers: Tensor = numbers
@@ -38,8 +38,8 @@ class PendingOutcome:
     Args:
         step, lr, num_targets: as there.
         measures: the names of the means behind the loss.
-        means: (1 + measures,) float64 on the device; the loss comes first.
-        gradient_norm: float64 scalar there.
+        means: (1 + measures,) of `wide_float` on the device; the loss comes first.
+        gradient_norm: scalar of the same type there.
         accepted: bool scalar there.
         micro_losses: (micro-batches,) there.
     """
@@ -57,8 +57,8 @@ class PendingOutcome:
         micro_losses: Tensor,
     ):
         self.step, self.lr, self.num_targets, self.measures = step, lr, num_targets, measures
-        scalars = torch.stack([gradient_norm, accepted.double()])
-        self._reading = Reading(torch.cat([scalars, means, micro_losses.double()]))
+        scalars = torch.stack([gradient_norm, accepted.to(gradient_norm.dtype)])
+        self._reading = Reading(torch.cat([scalars, means, micro_losses.to(means.dtype)]))
 
     def read(self) -> StepOutcome:
         """The outcome. Waits until the device has done the step."""

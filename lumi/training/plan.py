@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from lumi.kernels.native import has_native
 from lumi.model.transformer import ModelConfig
 from lumi.parallel.layout import Layout
 from lumi.training.memory import memory_of
@@ -35,7 +36,7 @@ def describe_plan(
     hours = f", {flops / peak_flops / 3600:.2f} h at peak" if peak_flops else ""
     rows = {
         "model": _model(model, num_trained),
-        "device": f"{num_processes} x {device.type}, {config.dtype}, {kernels} kernels",
+        "device": f"{num_processes} x {device.type}, {config.dtype}, {kernels} kernels{_lacks(device)}",
         "layout": layout.describe(),
         "tokens": f"{config.num_tokens:,} ({config.num_tokens / model.num_parameters:.1f} per parameter)",
         "steps": f"{config.num_steps:,} of {batches.batch_tokens:,} tokens: {_shares(config, layout)}",
@@ -50,6 +51,11 @@ def describe_plan(
         rows["validation"] = f"{num_validation_tokens:,} tokens"
     width = max(map(len, rows))
     return "\n".join(f"  {key:<{width}}  {value}" for key, value in rows.items())
+
+
+def _lacks(device: torch.device) -> str:
+    is_pure = device.type == "cpu" and not has_native(device)
+    return "; Lumi is installed without compiled ones, which are faster" if is_pure else ""
 
 
 def _model(model: ModelConfig, num_trained: int | None) -> str:

@@ -21,6 +21,7 @@ from lumi.host.interruption import Interrupted
 from lumi.host.progress import progress_bar
 from lumi.host.storage import sha256_file
 from lumi.host.tensor_files import load_tensors, save_tensors
+from lumi.kernels.wide_float import wide_float
 from lumi.model.transformer import Transformer
 from lumi.parallel.sharding import reshard
 from lumi.parallel.world import World
@@ -63,7 +64,7 @@ def reference_log_probabilities(
         with world.fail_together():
             if world.is_main:
                 _save(folder, key, found)
-    return [found[str(index)].to(world.device) for index in range(len(splits))]
+    return [found[str(index)].to(world.device, wide_float(world.device)) for index in range(len(splits))]
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def _compute(model: Transformer, split: Split, config: BatchConfig, world: World
                 raise Interrupted(max(world.gather(world.stop.received)))
             assert batch.pairs is not None
             losses_BT = model(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, 1.0, True)
-            found[batch.pairs.documents.cpu()] = answer_log_probabilities(losses_BT, batch).cpu()
+            found[batch.pairs.documents.cpu()] = answer_log_probabilities(losses_BT, batch).cpu().double()
             bar.update()
     reshard(model)
     # Each answer was computed by one group of processes, all of which know it.

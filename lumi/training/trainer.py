@@ -14,6 +14,7 @@ from lumi.data.batches import Batch
 from lumi.formats.hf_config import save_tokenizer
 from lumi.host.devices import peak_flops
 from lumi.host.storage import atomic_folder
+from lumi.kernels.wide_float import wide_float
 from lumi.parallel.sharding import gradient_sync, parallelize
 from lumi.parallel.watchdog import Watchdog
 from lumi.parallel.world import World
@@ -145,7 +146,8 @@ class Trainer:
                 self.watchdog.mark(step, f"micro-step {index} of {len(batches)}")
                 sums.append(self.forward_backward(batch, dloss, last=index == len(batches)))
             self.watchdog.mark(step, "optimizer")
-            means = world.sum_on_device(torch.stack(sums).sum(dim=0).double()) / num_targets
+            means = torch.stack(sums).sum(dim=0).to(wide_float(world.device))
+            means = world.sum_on_device(means) / num_targets
             clip = self.optimizer.measure_gradients(state.loss_scale.value)
             # The device judges the step, and the host hears of it later.
             judged = clip.only_if(means[0].isfinite() & (means[0] <= state.spikes.limit))
@@ -327,3 +329,5 @@ def _seed(seed: int, step: int, world: World) -> None:
     torch.default_generator.manual_seed(value)
     if world.device.type == "cuda":
         torch.cuda.manual_seed(value)
+    elif world.device.type == "mps":
+        torch.mps.manual_seed(value)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lumi.kernels.wide_float import wide_float
 from lumi.model.lora import trained_tensors
 from lumi.parallel.tensor_pieces import piece
 
@@ -24,7 +25,7 @@ class WeightAverage:
         self.decay, self.trained = decay, trained_tensors(model)
         self.values = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.trained.items()}
         device = next(iter(self.trained.values())).device
-        self.num_updates = torch.zeros((), dtype=torch.float64, device=device)
+        self.num_updates = torch.zeros((), dtype=wide_float(device), device=device)
 
     @torch.no_grad()
     def update(self, accepted: Tensor) -> None:

@@ -9,16 +9,19 @@ from lumi.kernels.native import has_native, native_device
 CPU = torch.device("cpu")
 
 
-def test_the_cpu_always_has_compiled_code(monkeypatch):
+def test_what_was_compiled_decides(monkeypatch):
     assert has_native(CPU)
     assert not has_native(torch.device("mps"))
-    monkeypatch.setattr(native._csrc, "has_cuda", False)
+    monkeypatch.setattr(native.csrc, "has_cuda", False)
     assert not has_native(torch.device("cuda", 0))
+    monkeypatch.setattr(native, "csrc", None)  # as LUMI_PURE=1 installs it
+    assert not has_native(CPU)
+    assert native_device([torch.zeros(3)]) is None
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((10, 0), True)])
 def test_a_gpu_must_be_new_enough(capability, expected, monkeypatch):
-    monkeypatch.setattr(native._csrc, "has_cuda", True)
+    monkeypatch.setattr(native.csrc, "has_cuda", True)
     monkeypatch.setattr(native, "_capability", lambda index: capability)
     assert has_native(torch.device("cuda", 0)) == expected
 
