@@ -1,18 +1,21 @@
 """The folder that `prepare` writes into: what may be there, and that one run at a time is at work in it."""
 
 import contextlib
+import os
 import re
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 from lumi.config import UserError, to_dict
 from lumi.corpus.cache import SourceCache
 from lumi.corpus.folder import CorpusReader, Manifest, read_manifest
 from lumi.corpus.prepare_config import PrepareConfig
+from lumi.host.locks import lock_file
 from lumi.host.storage import check_output
 
 OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")
@@ -62,19 +65,19 @@ def is_up_to_date(folder: Path, manifest: Manifest, inputs_key: str) -> bool:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """One run at a time in a folder; the kernel drops the lock of a process that was killed."""
-    import fcntl  # not on Windows
-
     (folder / ".cache").mkdir(parents=True, exist_ok=True)
-    with open(folder / ".cache" / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                "--output-dir",
-                "must be used by one run at a time",
-                got=f"{folder}, where another run is at work",
-            ) from error
+    try:
+        descriptor = lock_file(folder / ".cache" / "lock", 0.0, partial(print, file=sys.stderr))
+    except BlockingIOError as error:
+        raise UserError(
+            "--output-dir",
+            "must be used by one run at a time",
+            got=f"{folder}, where another run is at work",
+        ) from error
+    try:
         yield
+    finally:
+        os.close(descriptor)
 
 
 def sweep_cache(folder: Path, in_use: Collection[Path]) -> None:

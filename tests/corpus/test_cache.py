@@ -252,11 +252,14 @@ def _is_alive(process):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    import fcntl
-
     config = PrepareConfig(sources=(jsonl(tmp_path / "a.jsonl", range(3)),))
     (tmp_path / "c" / ".cache").mkdir(parents=True)
-    with open(tmp_path / "c" / ".cache" / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    holds = "import sys; from lumi.host.locks import lock_file; lock_file(sys.argv[1], 0, print)"
+    holds += "; print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(tmp_path / "c" / ".cache" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         with pytest.raises(UserError, match="--output-dir must be used by one run at a time"):
             prepare(config, tmp_path / "c", num_workers=1)
+        other.stdin.close()
+    prepare(config, tmp_path / "c", num_workers=1)
