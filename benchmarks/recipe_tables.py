@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lumi.training.run_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
+RATE = "optimizer.peak_lr"
 HEAD = "| recipe | rate | parameters | tokens | bits per byte, a seed each | mean | against the first |"
 
 
@@ -57,34 +59,41 @@ def _row(sweep: Path, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The table of a sweep: the best setting of each contender, with all its seeds."""
+def table(result: dict[str, Any], first: Sequence[str] = ()) -> str:
+    """The table of a sweep: the best setting of each contender, with all its seeds.
+
+    Args:
+        first: contenders in the order of their rows; those that it does not name follow.
+    """
     best: dict[str, dict[str, Any]] = {}
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=lambda row: [*first, row["contender"]].index(row["contender"])):
         held = best.get(row["contender"])
         if held is None or _rank(row) < _rank(held):
             best[row["contender"]] = row
-    first = statistics.fmean(next(iter(best.values()))["bits_per_byte"])
+    reference = next(iter(best.values()))["bits_per_byte"]
     lines = [HEAD, "| --- " * 7 + "|"]
     for name, row in best.items():
         bits = row["bits_per_byte"]
-        mean, error = statistics.fmean(bits), standard_error(bits)
-        tried = sorted(
-            each["values"]["optimizer.peak_lr"] for each in result["rows"] if each["contender"] == name
-        )
+        rates = [each["values"][RATE] for each in result["rows"] if each["contender"] == name]
+        shares = [100 * (ours / theirs - 1) for ours, theirs in zip(bits, reference, strict=True)]
         cells = [
             name,
-            f"{row['values']['optimizer.peak_lr']:g} of {', '.join(f'{rate:g}' for rate in tried)}",
+            f"{row['values'][RATE]:g} of {', '.join(f'{rate:g}' for rate in sorted(rates))}",
             f"{row['parameters']:,}",
             f"{row['tokens']:,}",
             ", ".join(f"{value:.3f}" for value in bits),
-            f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}"),
-            "" if row is next(iter(best.values())) else f"{mean / first - 1:+.1%}",
+            _mean(bits, ".4f"),
+            "" if bits is reference else f"{_mean(shares, '.1f', '+')} %",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     about = ", ".join(f"{name} {result[name]}" for name in ("torch", "commit"))
     about = f"{result['machine']}, {about}, corpus {result['corpus'][:12]}"
     return "\n".join([*lines, "", f"`benchmarks/recipe/{result['sweep']}.json`; {about}."])
+
+
+def _mean(values: Sequence[float], digits: str, sign: str = "") -> str:
+    error = standard_error(values)
+    return f"{statistics.fmean(values):{sign}{digits}}" + ("" if error is None else f" ± {error:{digits}}")
 
 
 def _rank(row: dict[str, Any]) -> tuple[int, float]:
@@ -105,8 +114,12 @@ def page_with(text: str, tables: dict[str, str]) -> str:
 
 def stored_tables() -> dict[str, str]:
     """The table of each sweep in `results`, by its name."""
-    stored = (json.loads(path.read_text()) for path in sorted(RESULTS.glob("recipe-*.json")))
-    return {result["sweep"]: table(result) for result in stored}
+    tables = {}
+    for path in sorted(RESULTS.glob("recipe-*.json")):
+        result = json.loads(path.read_text())
+        sweep = json.loads((ROOT / "benchmarks" / "recipe" / f"{result['sweep']}.json").read_text())
+        tables[result["sweep"]] = table(result, list(sweep["search"]["grids"]))
+    return tables
 
 
 def main() -> None:

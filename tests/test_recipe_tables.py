@@ -65,7 +65,9 @@ def test_a_table_has_the_best_rate_of_each_recipe_with_all_its_seeds(recipe_tabl
     # 1.8 +- 0.2 / sqrt(3)
     cells = "0.01 of 0.01, 0.02", f"{parameters:,}", "640", "1.600, 1.800, 2.000", "1.8000 ± 0.1155", ""
     assert muon == f"| Muon | {' | '.join(cells)} |"
-    assert adamw.endswith("| 1.8000 ± 0.0000 | +0.0% |")
+    # 1.8/1.6 = +12.5%, 0%, 1.8/2.0 = -10%: the mean and its error by hand
+    assert adamw.endswith("| 1.8000 ± 0.0000 | +0.8 ± 6.5 % |")
+    assert recipe_tables.table(result, ["AdamW"]).splitlines()[2].startswith("| AdamW | 0.03 of 0.03 |")
     assert about.startswith("`benchmarks/recipe/changes.json`; ")
     assert about.endswith("commit 1234567, corpus abcdefabcdef.")
 
