@@ -14,7 +14,6 @@ from lumi.corpus.output_folder import (
     full_disk_refused,
     interruptible,
     is_up_to_date,
-    lock,
     sweep_cache,
 )
 
@@ -33,14 +32,6 @@ def test_a_corpus_is_up_to_date_while_it_is_whole_and_its_inputs_are_the_same(tm
     (tmp_path / "c" / manifest["shards"][0]["file"]).unlink()
     assert not is_up_to_date(tmp_path / "c", manifest, manifest["inputs_key"])
     assert "it is made again" in capsys.readouterr().err
-
-
-def test_one_run_at_a_time(tmp_path):
-    refused = pytest.raises(UserError, match="must be used by one run at a time")
-    with lock(tmp_path / "c"), refused, lock(tmp_path / "c"):
-        pass
-    with lock(tmp_path / "c"):
-        pass
 
 
 def test_caches_that_are_not_in_use_go(tmp_path, capsys):
