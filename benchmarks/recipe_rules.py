@@ -1,10 +1,10 @@
-"""Bowls of learning rates -> the best rate by size, tokens and batch, and the picture of `docs/results.md`.
+"""Bowls of learning rates -> the best rate by size, tokens and batch, and their picture.
 
     python benchmarks/recipe_rules.py
 
-reads `results/recipe-rates.json`. In each bowl a parabola in the logarithm of the rate goes through
-the lowest point and its neighbours. Its minimum is the best rate. The rule is the power law with the
-least squares through those minima.
+reads `results/recipe-rates.json`, of a sweep that is still to be run. In each bowl a parabola in the
+logarithm of the rate goes through the lowest point and its neighbours. Its minimum is the best rate. The
+rule is the power law with the least squares through those minima.
 """
 
 import json
@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import numpy as np
-from recipe_tables import ROOT
+from recipe_tables import RATE, ROOT
 from results import RESULTS
 
 PICTURE = ROOT / "docs" / "results_rates.png"
@@ -29,7 +29,7 @@ def bowls(result: dict[str, Any]) -> list[dict[str, Any]]:
         bowl = found.setdefault(
             row["contender"], {"name": row["contender"], **{name: row[name] for name in NAMES}, "points": []}
         )
-        bowl["points"].append((row["values"]["optimizer.peak_lr"], row["bits_per_byte"][0]))
+        bowl["points"].append((row["values"][RATE], row["bits_per_byte"][0]))
     for bowl in found.values():
         bowl["points"].sort()
         bowl["best"] = bottom(bowl["points"])

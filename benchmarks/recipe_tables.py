@@ -20,6 +20,7 @@ from results import RESULTS, device_name
 
 from lumi.config import load_config, write_json, write_text
 from lumi.sweeps.results import standard_error
+from lumi.sweeps.settings import text_of
 from lumi.training.run_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +46,7 @@ def take_in(sweep: Path, commit: str) -> dict[str, Any]:
 
 
 def _row(sweep: Path, row: dict[str, Any]) -> dict[str, Any]:
-    overrides = [f"{key}={json.dumps(value)}" for key, value in row["values"].items()]
+    overrides = [f"{key}={text_of(value)}" for key, value in row["values"].items()]
     config = load_config(TrainConfig, sweep / "base.json", overrides)
     assert config.model is not None
     return {

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from measure import ROUNDS, interleaved, prepared, ready
 
-from lumi.host.devices import cpu_flags
+from lumi.host.devices import cpu_flags, cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "liger-kernel", "transformers", "litgpt", "trl", "peft")
@@ -72,10 +72,8 @@ def device_name(device: torch.device) -> str:
     """Such as "NVIDIA H200", or "AMD EPYC, 2 cores"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return f"{found[1]}, {os.cpu_count()} cores"
-    return platform.machine()
+    name = cpu_name()
+    return f"{name}, {os.cpu_count()} cores" if name else platform.machine()
 
 
 def slug(device: torch.device) -> str:

@@ -6,7 +6,6 @@ What is needed and does not work is a fault. What only some users need is a rema
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import sys
 import sysconfig
@@ -120,16 +119,17 @@ def _version(name: str) -> str | None:
 def _machine() -> Rows:
     import torch
 
-    from lumi.host.devices import BFLOAT16_FLAGS, cpu_flags
+    from lumi.host.devices import BFLOAT16_FLAGS, cpu_flags, cpu_name
     from lumi.host.memory import free_memory
     from lumi.host.workers import num_cores
 
+    processor = cpu_name() or platform.processor() or platform.machine()
     flags, useful = cpu_flags(), (*VECTORS, *sorted(BFLOAT16_FLAGS))
     has = [flag for flag in useful if flag in flags]
     lacks = [flag for flag in useful if flag not in flags]
     rows = [
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-        ("cpu", f"{_cpu_name()}; {num_cores()} cores for this process, {torch.get_num_threads()} threads"),
+        ("cpu", f"{processor}; {num_cores()} cores for this process, {torch.get_num_threads()} threads"),
         ("instructions", f"{' '.join(has) or 'none known'}{'; not ' + ' '.join(lacks) if lacks else ''}"),
         ("memory", _gibibytes(free_memory(torch.device("cpu")))),
     ]
@@ -143,14 +143,6 @@ def _machine() -> Rows:
     if len(rows) == 4:
         rows.append(("gpu", "none that torch sees"))
     return rows
-
-
-def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:  # not Linux
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _gibibytes(size: int | None) -> str:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 def prepare(argv: list[str]) -> int:
     """raw text -> a corpus folder: cleaned, filtered, de-duplicated"""
     from lumi import corpus
-    from lumi.corpus.scale.prepare import prepare_in_tasks
 
     arguments = parser("lumi prepare", summary(prepare))
     add_config(arguments)
@@ -31,6 +30,8 @@ def prepare(argv: list[str]) -> int:
     executor = _executor(options)
     config = load_config(corpus.PrepareConfig, options.config, options.overrides)
     if executor is not None:
+        from lumi.corpus.scale.prepare import prepare_in_tasks
+
         prepare_in_tasks(config, options.output_dir, executor, use_cache=options.use_cache)
         return 0
     corpus.prepare(
@@ -45,8 +46,6 @@ def prepare(argv: list[str]) -> int:
 
 def _executor(options: argparse.Namespace) -> "Executor | None":
     """The executor that the options of `lumi prepare` name. Raises UserError for those that do not fit."""
-    from lumi.corpus.scale.prepare import Executor
-
     if options.executor is None:
         for name in ("tasks", "sbatch"):
             if getattr(options, name):
@@ -60,6 +59,8 @@ def _executor(options: argparse.Namespace) -> "Executor | None":
             "must be used without --executor: tasks leave their results on disk",
             remedy="take a part of the data, by max_documents of each source",
         )
+    from lumi.corpus.scale.prepare import Executor
+
     return Executor(
         kind=options.executor,
         num_tasks=options.tasks,

@@ -3,9 +3,8 @@
 from contextlib import closing
 from pathlib import Path
 
-from lumi.config import to_dict
 from lumi.corpus import processing
-from lumi.corpus.cache import SourceCache, cache_key
+from lumi.corpus.cache import SourceCache
 from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.corpus.counts import SourceCounts
 from lumi.corpus.deduplication import Deduplicator
@@ -22,7 +21,7 @@ from lumi.corpus.output_folder import (
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.report import data_card, noun, print_made, print_report, print_up_to_date, print_warnings
 from lumi.corpus.selection import check_not_empty, select, summarize
-from lumi.corpus.source_outcomes import open_cache, process_source, source_keys
+from lumi.corpus.source_outcomes import inputs_key, open_cache, process_source, source_keys
 from lumi.corpus.sources import describe
 from lumi.host.progress import progress_bar
 from lumi.host.workers import Workers, num_cores
@@ -86,15 +85,15 @@ def _write(
     old: Manifest | None,
     use_cache: bool,
 ) -> Manifest:
-    inputs_key = cache_key([to_dict(config), keys])
+    inputs = inputs_key(config, keys)
     with lock(folder):
-        if old is not None and is_up_to_date(folder, old, inputs_key):
+        if old is not None and is_up_to_date(folder, old, inputs):
             print_up_to_date(folder, old)
             return old
         if not use_cache:
             discard_caches(folder, caches.values())
         with CorpusWriter(folder, config.shard_bytes, config.holds) as writer:
-            manifest = summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs_key}
+            manifest = summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs}
             print_warnings(manifest)
             check_not_empty(manifest)
             manifest = writer.commit(manifest, data_card(manifest))

@@ -43,6 +43,11 @@ def source_key(source: Source, config: PrepareConfig) -> str:
     return cache_key([CACHE_FORMAT, identify(source), *rules, package_versions(config)])
 
 
+def inputs_key(config: PrepareConfig, keys: dict[str, str]) -> str:
+    """Identifies config and inputs of a corpus; `keys` are those of `source_keys`."""
+    return cache_key([to_dict(config), keys])
+
+
 def package_versions(config: PrepareConfig) -> dict[str, str]:
     """The versions of the packages that decide what a corpus holds."""
     packages = ["ftfy", "rensa", "pyarrow", *(["py3langid"] if config.rules.filters.languages else [])]

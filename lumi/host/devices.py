@@ -76,6 +76,15 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and not BFLOAT16_FLAGS.isdisjoint(cpu_flags())
 
 
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The processor's name, such as "AMD EPYC"; None where it is unknown."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:  # not Linux
+        return None
+    return found[1] if found else None
+
+
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """The CPU's instruction sets by their Linux names, such as "avx2"; empty where they are unknown."""
     try:

@@ -150,7 +150,7 @@ class SweepConfig:
     config: str
     # Which keys are changed, and to what.
     search: GridSearch | RandomSearch | Contenders
-    # Each setting is trained with each of these seeds.
+    # Each setting is trained with each of these seeds; with contenders, only the best of each is.
     seeds: tuple[int, ...] = (0,)
     # What it may cost.
     budget: Budget = field(default_factory=Budget)
@@ -166,12 +166,12 @@ class SweepConfig:
         if trials is not None and trials < len(self.seeds):
             expectation = f"must be at least {len(self.seeds)}, one for each of the seeds"
             raise UserError("budget.trials", expectation, got=trials)
-        for name, value in (("budget.trials", trials), ("halving", self.halving)):
-            if isinstance(self.search, Contenders) and value is not None:
-                got = trials if name == "budget.trials" else "rungs"
-                raise UserError(
-                    name, "must be null with contenders, which are all trained to the end", got=got
-                )
+        if isinstance(self.search, Contenders):
+            expectation = "must be null with contenders, which are all trained to the end"
+            if trials is not None:
+                raise UserError("budget.trials", expectation, got=trials)
+            if self.halving is not None:
+                raise UserError("halving", expectation, got="rungs")
 
     @property
     def num_settings(self) -> int | None:

@@ -141,9 +141,8 @@ class Muon(torch.optim.Optimizer):
         """
         assert self.beta2 is not None
         held = [self.state[parameter]["row_squares"] for parameter in parameters]
-        squares = torch.linalg.vector_norm(
-            updates, dim=2, dtype=parameters[0].dtype
-        ).square()  # (count, rows)
+        dtype = parameters[0].dtype
+        squares = torch.linalg.vector_norm(updates, dim=2, dtype=dtype).square()  # (count, rows)
         means = torch.stack(held)
         taken_in = torch.where(settings["accepted"], squares / updates.shape[2], means)
         means.lerp_(taken_in, 1 - self.beta2)

@@ -3,7 +3,7 @@ import torch
 
 from lumi.config import UserError
 from lumi.host import devices
-from lumi.host.devices import choose_device, cpu_flags, fast_bfloat16, named_peak_flops
+from lumi.host.devices import choose_device, cpu_flags, cpu_name, fast_bfloat16, named_peak_flops
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -58,6 +58,15 @@ def test_bfloat16_on_a_cpu_by_its_flags(fresh, monkeypatch, flags, expected):
 
 def test_other_devices_are_unknown(fresh):
     assert not fresh(torch.device("meta"))
+
+
+def test_the_name_is_read_from_cpuinfo(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    assert cpu_name(cpuinfo) is None
+    cpuinfo.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n")
+    assert cpu_name(cpuinfo) == "AMD EPYC"
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")  # ARM gives no name
+    assert cpu_name(cpuinfo) is None
 
 
 def test_flags_are_read_from_cpuinfo(tmp_path):

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lumi.config import from_dict, read_json, to_dict, write_json
-from lumi.corpus.cache import SourceCache, cache_key
+from lumi.corpus.cache import SourceCache
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.scale.units import Unit, list_units
-from lumi.corpus.source_outcomes import open_cache, source_key
+from lumi.corpus.source_outcomes import inputs_key, open_cache, source_key
 
 
 class Work:
@@ -78,7 +78,7 @@ class Work:
 def plan_work(output: Path, config: PrepareConfig, keys: dict[str, str]) -> Work:
     """Cut the input into pieces. `keys`: of all sources, by name. Raises UserError as `list_units` does."""
     units = [(unit, source_key(unit.source(config.sources), config)) for unit in list_units(config.sources)]
-    return Work(output, config, cache_key([to_dict(config), keys]), units)
+    return Work(output, config, inputs_key(config, keys), units)
 
 
 def load_work(folder: str) -> Work:

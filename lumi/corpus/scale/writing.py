@@ -20,19 +20,19 @@ from lumi.host.storage import remove_folder
 def write_shards(work: Work, rank: int, num_tasks: int) -> None:
     """Write every `num_tasks`-th shard, from `rank` on, unless that is done."""
     work.shards.mkdir(exist_ok=True)
-    for number in range(rank, len(_plan(work)), num_tasks):
+    plan = _plan(work)
+    for number in range(rank, len(plan), num_tasks):
         record = work.shards / f"{number:05d}.json"
         if not record.exists():
-            write_json(record, _write_shard(work, number))
+            write_json(record, _write_shard(work, number, plan))
 
 
 def _plan(work: Work) -> list[dict[str, Any]]:
     return read_json(work.decisions / "shards.json")
 
 
-def _write_shard(work: Work, number: int) -> dict[str, Any]:
+def _write_shard(work: Work, number: int, plan: list[dict[str, Any]]) -> dict[str, Any]:
     """Its entry in the manifest."""
-    plan = _plan(work)
     first, end = ([shard["first"] for shard in plan] + [int(work.offsets[-1])])[number : number + 2]
     folder = work.shards / f"building-{number:05d}"
     writer = CorpusWriter(
