@@ -1,7 +1,7 @@
 """What a corpus is decontaminated against: the texts of evaluation sets, and what identifies the sets."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,6 +98,17 @@ def content_of(location: Location) -> list[str]:
     if isinstance(location, HubDataset):
         return [describe(location)]
     return [sha256_file(path) for path in matching_files(location.paths)]
+
+
+def names_against(manifest: Mapping[str, Any]) -> list[str]:
+    """The names of the evaluation sets that a corpus was decontaminated against, from its manifest."""
+    return [each["name"] for each in manifest.get("evaluation_sets", ())]  # older manifests have none
+
+
+def is_against(manifest: Mapping[str, Any], content: Sequence[str]) -> bool:
+    """Whether a corpus was decontaminated against all of a `content_of`, under whatever name."""
+    known = {part for each in manifest.get("evaluation_sets", ()) for part in each["content"]}
+    return known.issuperset(content)
 
 
 def read_evaluation_sets(config: DecontaminationConfig | None) -> list[EvaluationSet]:

@@ -1,8 +1,8 @@
 """Does a document share text with an evaluation set? The n-grams of all sets, as hashes of 64 bits.
 
-Each known word has a random number. The hash of an n-gram is the sum of its words' numbers, each times a random
-number of its place, modulo 2^64. Of 10^12 words in a corpus, compared with 10^6 n-grams, one has the hash of an
-n-gram by accident with a probability of 5%.
+Each known word has a random number. The hash of an n-gram is the sum of its words' numbers, each times a
+random number of its place, modulo 2^64. In a corpus of 10^12 words, one n-gram has the hash of one of 10^6
+others by accident with a probability of 5%.
 """
 
 from collections.abc import Iterator, Sequence

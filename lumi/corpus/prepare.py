@@ -51,8 +51,8 @@ def prepare(
         The manifest; with `analyze_only` the manifest that a run would write, without shards.
 
     Raises:
-        UserError: a source or an evaluation set cannot be read, the folder holds something else, no document is kept, the disk
-            is full.
+        UserError: a source or an evaluation set cannot be read, the folder holds something else, no document
+            is kept, the disk is full.
     """
     sets = read_evaluation_sets(config.decontamination)
     all_workers = Workers(
