@@ -134,7 +134,7 @@ def evaluate(
     batch_tokens = config.batch_tokens or (16_384 if model.output_weight.is_cuda else 1024)
     config.windows.resolve(model.config.max_positions)
     questions = [read_questions(task, limit) for task in config.tasks]
-    parts = (*config.tasks, *config.texts)
+    parts: list[TaskConfig | TextConfig] = [*config.tasks, *config.texts]
     clean = {part.source: find_decontamination(part.source, trained_on or {}) for part in parts}
     warn([(part.name, clean[part.source]) for part in parts])
     texts = [

@@ -15,8 +15,9 @@ LARGE = ("model", GGUF)
 def training_corpora(pretrained: Pretrained) -> dict[Path, Manifest | None]:
     """The corpora that the weights of a model and its adapter were trained on, by their folders.
 
-    Data must be what was recorded; of weights only the place is compared. Where a chain ends without a corpus,
-    because nothing is recorded or something is missing, damaged or another one now, that place has None.
+    Data must be what was recorded; of weights only the place is compared. Where a chain ends without a
+    corpus, because nothing is recorded or something is missing, damaged or another one now, that place has
+    None.
     """
     found: dict[Path, Manifest | None] = {}
     for folder in (pretrained.adapter, pretrained.folder):
