@@ -32,7 +32,7 @@ class PrepareConfig:
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     filters: FilterConfig | None = None
     conversation_filters: ConversationFilterConfig | None = None
-    # Null: documents may share text with evaluation sets.
+    # Evaluation sets whose text must not be in the corpus; null: documents are not compared with any.
     decontamination: DecontaminationConfig | None = None
     deduplication: DeduplicationConfig = field(default_factory=DeduplicationConfig)
     bytes_per_token: float = 4.2

@@ -422,7 +422,7 @@ def test_corpora_that_were_not_decontaminated_give_one_warning(place, monkeypatc
     boolq = {"name": "yes or no", "source": {"kind": "jsonl", "paths": [str(place / "boolq.jsonl")]}}
     config = {
         "sources": [{"kind": "jsonl", "name": "a", "paths": [str(tmp_path / "a.jsonl")]}],
-        "filters": {name: None for name in OFF},
+        "filters": dict.fromkeys(OFF),
         "decontamination": {"against": [boolq]},
     }
     prepare(from_dict(PrepareConfig, config), tmp_path / "corpus", num_workers=1)

@@ -64,7 +64,10 @@ def test_verify_says_what_a_corpus_was_decontaminated_against(place, change_json
     assert (verify(place / "one").verdict, verify(place / "two").verdict) == ("ok", "ok")
     assert verify(place / "one").detail == "decontaminated against arc, piqa"
     assert verify(place / "two").detail == ""
-    place.joinpath("new").mkdir()
+    for name in ("new", "evaluation"):
+        (place / name).mkdir()
+    (place / "evaluation" / "evaluation_results.json").write_text("{}")
+    write_provenance(place / "evaluation", "evaluation", [read_corpus(place / "one").as_parent], {})
     (place / "one").rename(place / "new" / "one")
-    [moved, _] = verify(place / "base", [place / "new"]).parents
+    [moved] = verify(place / "evaluation", [place / "new"]).parents
     assert (moved.verdict, moved.detail) == ("ok", "it has moved; decontaminated against arc, piqa")
