@@ -48,7 +48,7 @@ def evaluate(argv: list[str]) -> int:
         data_dirs=options.data_dirs or (),
         cache_dir=options.cache_dir,
         limit=options.limit,
-        trained_on=training_corpora(pretrained) if config.tasks or config.texts else None,
+        trained_on=training_corpora(pretrained) if config.parts else None,
     )
     return 0
 

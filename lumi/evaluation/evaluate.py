@@ -75,6 +75,11 @@ class EvaluationConfig:
             if twice := [name for name, count in names.items() if count > 1]:
                 raise ValueError(f"{key} must have different names, got {twice[0]!r} twice")
 
+    @property
+    def parts(self) -> list[TaskConfig | TextConfig]:
+        """Tasks and texts."""
+        return [*self.tasks, *self.texts]
+
 
 class _Text(NamedTuple):
     """Documents to measure under a name: those of a text, or the first `limit` of a split of a token store.
@@ -134,9 +139,8 @@ def evaluate(
     batch_tokens = config.batch_tokens or (16_384 if model.output_weight.is_cuda else 1024)
     config.windows.resolve(model.config.max_positions)
     questions = [read_questions(task, limit) for task in config.tasks]
-    parts: list[TaskConfig | TextConfig] = [*config.tasks, *config.texts]
-    clean = {part.source: find_decontamination(part.source, trained_on or {}) for part in parts}
-    warn([(part.name, clean[part.source]) for part in parts])
+    clean = {part.source: find_decontamination(part.source, trained_on or {}) for part in config.parts}
+    warn([(part.name, clean[part.source]) for part in config.parts])
     texts = [
         *_read_texts(config, tokenizer, limit, clean),
         *_open_stores(folders, tokenizer, cache_dir, limit),
