@@ -6,6 +6,7 @@ from itertools import islice
 
 from lumi.config import from_dict
 from lumi.corpus import PrepareConfig, corpus_writer, deduplication, processing
+from lumi.corpus.evaluation_sets import read_evaluation_sets
 from lumi.corpus.python_docs import read_python_docs
 from lumi.corpus.scale import reading, sharing, signatures
 from lumi.corpus.scale.stages import STAGES, tasks_of_stages
@@ -27,8 +28,9 @@ def make_small(monkeypatch):
 
 def planned(config, output):
     """The work of a config, as its tasks read it."""
-    work = plan_work(output, config, source_keys(config))
-    work.save()
+    sets = read_evaluation_sets(config.decontamination)
+    work = plan_work(output, config, source_keys(config, sets), sets)
+    work.save(sets)
     return load_work(str(work.folder))
 
 

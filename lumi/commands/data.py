@@ -1,12 +1,14 @@
 """Texts become what training reads: `lumi prepare`, `lumi tokenizer`, `lumi tokenize`."""
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
 from lumi.command_line import add_config, given_path, parse, parser, summary
 from lumi.config import UserError, load_config
 
 if TYPE_CHECKING:
+    from lumi.corpus import PrepareConfig
     from lumi.corpus.scale.prepare import Executor
 
 
@@ -21,6 +23,8 @@ def prepare(argv: list[str]) -> int:
     arguments.add_argument("--use-cache", action="store_true", help=cache)
     arguments.add_argument("--analyze-only", action="store_true", help="print the plan, write nothing")
     arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
+    against = "drop documents that share text with the tasks and texts of a config of lumi evaluate"
+    arguments.add_argument("--decontaminate", metavar="EVALUATION", help=against)
     where = "cut the work into tasks: processes here, or array jobs of Slurm (extra `scale`)"
     arguments.add_argument("--executor", choices=("local", "slurm"), help=where)
     arguments.add_argument("--tasks", type=int, metavar="N", help="how many tasks; with --executor")
@@ -29,6 +33,8 @@ def prepare(argv: list[str]) -> int:
     options = parse(arguments, argv)
     executor = _executor(options)
     config = load_config(corpus.PrepareConfig, options.config, options.overrides)
+    if options.decontaminate is not None:
+        config = _decontaminated(config, options.decontaminate)
     if executor is not None:
         from lumi.corpus.scale.prepare import prepare_in_tasks
 
@@ -42,6 +48,22 @@ def prepare(argv: list[str]) -> int:
         num_workers=options.num_workers,
     )
     return 0
+
+
+def _decontaminated(config: "PrepareConfig", evaluation: str) -> "PrepareConfig":
+    """The config with all tasks and texts of an evaluation in its `decontamination`. Raises UserError."""
+    from lumi.corpus.evaluation_sets import DecontaminationConfig, EvaluationSetConfig
+    from lumi.evaluation.evaluate import EvaluationConfig
+
+    if config.decontamination is not None:
+        given = "must be left out where the config has decontamination"
+        raise UserError("--decontaminate", given, got=evaluation)
+    parts = load_config(EvaluationConfig, evaluation).parts
+    try:
+        against = tuple(EvaluationSetConfig(name=part.name, source=part.source) for part in parts)
+        return dataclasses.replace(config, decontamination=DecontaminationConfig(against=against))
+    except ValueError as error:
+        raise UserError(f"--decontaminate {evaluation}: {error}") from error
 
 
 def _executor(options: argparse.Namespace) -> "Executor | None":

@@ -25,6 +25,7 @@ def evaluate(argv: list[str]) -> int:
     """a model -> tasks, perplexity and smoke tests, with the protocol of each figure"""
     from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig
     from lumi.evaluation.evaluate import evaluate as run_evaluation
+    from lumi.provenance.training_corpora import training_corpora
 
     standard, with_data = CONFIGS / "standard.json", CONFIGS / "data_dirs.json"
     data = "token stores, or corpus folders: perplexity on their validation splits"
@@ -39,13 +40,15 @@ def evaluate(argv: list[str]) -> int:
     options = parse(arguments, argv)
     path = options.config or (with_data if options.data_dirs else standard)
     config = load_config(EvaluationConfig, path, options.overrides)
+    pretrained = load_model(options)
     run_evaluation(
         config,
-        load_model(options),
+        pretrained,
         options.output_dir,
         data_dirs=options.data_dirs or (),
         cache_dir=options.cache_dir,
         limit=options.limit,
+        trained_on=training_corpora(pretrained) if config.parts else None,
     )
     return 0
 

@@ -8,7 +8,9 @@ from typing import Any
 from lumi.chat.messages import NO_PLACE_FOR
 
 NUM_EXAMPLES = 5
-# In the order in which a record meets them. Those that begin with NO_PLACE_FOR end with a name from the data.
+SHARES_TEXT_WITH = "shares_text_with_"  # such reasons end with the name of an evaluation set
+# In the order in which a record meets them. Those of OPEN end with a name from the data or the config.
+OPEN = (NO_PLACE_FOR, SHARES_TEXT_WITH)
 REASONS = (
     "malformed_json",
     "invalid_utf8",
@@ -42,6 +44,7 @@ REASONS = (
     "top_ngram",
     "duplicate_ngrams",
     "language",
+    SHARES_TEXT_WITH,
     "exact_duplicate",
     "normalized_duplicate",
     "near_duplicate",
@@ -50,7 +53,7 @@ REASONS = (
 
 def in_order(reasons: Iterable[str]) -> list[str]:
     """Reasons in the order of REASONS."""
-    known = lambda reason: NO_PLACE_FOR if reason.startswith(NO_PLACE_FOR) else reason
+    known = lambda reason: next(filter(reason.startswith, OPEN), reason)
     return sorted(reasons, key=lambda reason: (REASONS.index(known(reason)), reason))
 
 

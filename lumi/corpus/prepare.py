@@ -1,5 +1,6 @@
 """The stage `prepare`: sources -> cleaned, filtered, de-duplicated documents in a corpus folder."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from lumi.corpus.cache import SourceCache
 from lumi.corpus.corpus_writer import CorpusWriter
 from lumi.corpus.counts import SourceCounts
 from lumi.corpus.deduplication import Deduplicator
+from lumi.corpus.evaluation_sets import EvaluationSet, read_evaluation_sets
 from lumi.corpus.folder import Manifest
 from lumi.corpus.output_folder import (
     discard_caches,
@@ -21,7 +23,7 @@ from lumi.corpus.output_folder import (
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.report import data_card, noun, print_made, print_report, print_up_to_date, print_warnings
 from lumi.corpus.selection import check_not_empty, select, summarize
-from lumi.corpus.source_outcomes import inputs_key, open_cache, process_source, source_keys
+from lumi.corpus.source_outcomes import inputs_key, open_cache, process_source, rules_of, source_keys
 from lumi.corpus.sources import describe
 from lumi.host.progress import progress_bar
 from lumi.host.workers import Workers, num_cores
@@ -49,28 +51,31 @@ def prepare(
         The manifest; with `analyze_only` the manifest that a run would write, without shards.
 
     Raises:
-        UserError: a source cannot be read, the folder holds something else, no document is kept, the disk
-            is full.
+        UserError: a source or an evaluation set cannot be read, the folder holds something else, no document
+            is kept, the disk is full.
     """
+    sets = read_evaluation_sets(config.decontamination)
     all_workers = Workers(
-        processing.process_batch, config.rules, num_cores() if num_workers is None else num_workers
+        processing.process_batch, rules_of(config, sets), num_cores() if num_workers is None else num_workers
     )
     folder = Path(output_dir)
-    keys = source_keys(config)
+    keys = source_keys(config, sets)
     caches = {
         source.name: open_cache(folder, source, keys[source.name], writable=not analyze_only)
         for source in config.sources
     }
     with interruptible(writes=not analyze_only), all_workers as workers:
         if analyze_only:
-            return _analyze(config, caches if use_cache else {}, workers)
+            return _analyze(config, sets, caches if use_cache else {}, workers)
         old = earlier_corpus(folder, config, use_cache)
         with full_disk_refused(folder):
-            return _write(config, folder, keys, caches, workers, old if use_cache else None, use_cache)
+            return _write(config, sets, folder, keys, caches, workers, old if use_cache else None, use_cache)
 
 
-def _analyze(config: PrepareConfig, caches: dict[str, SourceCache], workers: Workers) -> Manifest:
-    manifest = summarize(config, _run(config, caches, workers, None))
+def _analyze(
+    config: PrepareConfig, sets: Sequence[EvaluationSet], caches: dict[str, SourceCache], workers: Workers
+) -> Manifest:
+    manifest = summarize(config, _run(config, caches, workers, None), sets)
     print_warnings(manifest)
     print_report(manifest, f"nothing was written; {manifest['documents']:,} {noun(manifest)} would be")
     return manifest
@@ -78,6 +83,7 @@ def _analyze(config: PrepareConfig, caches: dict[str, SourceCache], workers: Wor
 
 def _write(
     config: PrepareConfig,
+    sets: Sequence[EvaluationSet],
     folder: Path,
     keys: dict[str, str],
     caches: dict[str, SourceCache],
@@ -93,7 +99,8 @@ def _write(
         if not use_cache:
             discard_caches(folder, caches.values())
         with CorpusWriter(folder, config.shard_bytes, config.holds) as writer:
-            manifest = summarize(config, _run(config, caches, workers, writer)) | {"inputs_key": inputs}
+            manifest = summarize(config, _run(config, caches, workers, writer), sets)
+            manifest |= {"inputs_key": inputs}
             print_warnings(manifest)
             check_not_empty(manifest)
             manifest = writer.commit(manifest, data_card(manifest))

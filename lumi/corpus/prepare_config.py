@@ -6,6 +6,7 @@ from lumi.corpus.cleaning import CleaningConfig
 from lumi.corpus.conversation_filters import ConversationFilterConfig
 from lumi.corpus.deduplication import DeduplicationConfig
 from lumi.corpus.documents import Kind
+from lumi.corpus.evaluation_sets import DecontaminationConfig
 from lumi.corpus.filters import FilterConfig
 from lumi.corpus.processing import RecordRules
 from lumi.corpus.sources import Source
@@ -31,6 +32,8 @@ class PrepareConfig:
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     filters: FilterConfig | None = None
     conversation_filters: ConversationFilterConfig | None = None
+    # Evaluation sets whose text must not be in the corpus; null: documents are not compared with any.
+    decontamination: DecontaminationConfig | None = None
     deduplication: DeduplicationConfig = field(default_factory=DeduplicationConfig)
     bytes_per_token: float = 4.2
     shard_bytes: int = 256 << 20
@@ -78,7 +81,7 @@ class PrepareConfig:
 
     @property
     def rules(self) -> RecordRules:
-        """The rules for a single record."""
+        """The rules for a single record, without the overlaps, for which evaluation sets must be read."""
         filters = self.filters or self.conversation_filters
         assert filters is not None
         return RecordRules(self.cleaning, filters, self.deduplication)

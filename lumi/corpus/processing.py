@@ -1,4 +1,7 @@
-"""The work on a batch that needs no other batch: cleaning, filters, fingerprints. Worker processes run it."""
+"""The work on a batch that needs no other batch: cleaning, filters, decontamination, fingerprints.
+
+Worker processes run it.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -13,20 +16,26 @@ from lumi.corpus.conversation_filters import (
     find_conversation_fault,
     find_pair_fault,
 )
+from lumi.corpus.counts import SHARES_TEXT_WITH
 from lumi.corpus.deduplication import DeduplicationConfig, Fingerprint, fingerprint
 from lumi.corpus.documents import Document, Record, count_chars, text_of
 from lumi.corpus.filters import FilterConfig, find_fault
+from lumi.corpus.overlaps import Overlaps
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARS = 4_000_000
 
 
 class RecordRules(NamedTuple):
-    """The rules for a single record; the filters judge texts, or conversations and pairs."""
+    """The rules for a single record; the filters judge texts, or conversations and pairs.
+
+    `overlaps`: finds the text of evaluation sets; None: the corpus is not decontaminated.
+    """
 
     cleaning: CleaningConfig
     filters: FilterConfig | ConversationFilterConfig
     deduplication: DeduplicationConfig
+    overlaps: Overlaps | None = None
 
 
 class Outcome(NamedTuple):
@@ -46,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 def process_batch(rules: RecordRules, records: list[Record]) -> list[Outcome]:
-    """Clean, filter and fingerprint; one outcome per record, in order."""
+    """Clean, filter, decontaminate and fingerprint; one outcome per record, in order."""
     outcomes = [_process(record, rules) for record in records]
     kept = [outcome.document for outcome in outcomes if outcome.document is not None]
     fingerprints = iter(fingerprint(kept, rules.deduplication))
@@ -58,8 +67,15 @@ def process_batch(rules: RecordRules, records: list[Record]) -> list[Outcome]:
 
 def _process(record: Record, rules: RecordRules) -> Outcome:
     """The outcome without its fingerprint."""
-    outcome = _judge(record, rules)
+    outcome = _decontaminate(_judge(record, rules), rules.overlaps)
     return outcome._replace(unused=record.unused) if record.unused else outcome
+
+
+def _decontaminate(outcome: Outcome, overlaps: Overlaps | None) -> Outcome:
+    if outcome.document is None or overlaps is None:
+        return outcome
+    name = overlaps.find(text_of(outcome.document))
+    return _drop(SHARES_TEXT_WITH + name) if name else outcome
 
 
 def _judge(record: Record, rules: RecordRules) -> Outcome:

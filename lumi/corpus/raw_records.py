@@ -1,6 +1,6 @@
 """Locations -> raw records in a fixed order: files and datasets are cut into pieces, nothing is interpreted.
 
-The stage `prepare` counts the pieces that cannot be read, `lumi evaluate` refuses them.
+The stage `prepare` counts the pieces that cannot be read. `lumi evaluate` refuses them, by `read_records`.
 """
 
 import json
@@ -42,6 +42,7 @@ class RawRecord(NamedTuple):
     unread: tuple[str, ...] = ()
 
 
+Fields = dict[str, Any]  # of one record
 Piece = RawRecord | Record  # a text, or something that cannot be read, is a Record already
 
 
@@ -58,6 +59,27 @@ def read_pieces(
     if isinstance(location, HubDataset):
         return _read_hub(location, skip)
     return islice(_read_files(location, max_chars), skip, None)
+
+
+def read_records(location: Location, limit: int | None = None) -> list[Fields]:
+    """The first `limit` records of a location (None: all) in its order; a text file is {"text": ...}.
+
+    Raises:
+        UserError: a path matches no file, a file or a line cannot be read (names the line), the hub cannot be
+            reached, or there are no records.
+    """
+    records = list(map(_require, islice(read_pieces(location), limit)))
+    if not records:
+        raise UserError(f"{describe(location)}:", "must hold at least one record", got="none")
+    return records
+
+
+def _require(piece: Piece) -> Fields:
+    if isinstance(piece, RawRecord):
+        return piece.fields
+    if not isinstance(piece.document, str):
+        raise UserError(piece.detail)
+    return {"text": piece.document.replace("\r\n", "\n").replace("\r", "\n")}
 
 
 def _read_hub(dataset: HubDataset, skip: int) -> Iterator[RawRecord]:

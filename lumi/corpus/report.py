@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lumi.corpus.counts import SourceCounts, from_manifest, in_order
+from lumi.corpus.counts import SHARES_TEXT_WITH, SourceCounts, from_manifest, in_order
 
 NAMES_SHOWN = 20  # `manifest.json` has all of them
 
@@ -128,13 +128,30 @@ def data_card(manifest: dict[str, Any]) -> str:
     notes = [f"- {line}" for line in (*manifest["warnings"], *unused_fields(manifest))] + _notes(sources)
     if notes:
         lines += ["## Notes", "", *notes, ""]
-    lines += ["## How it was made", ""]
+    lines += [*_decontamination(manifest, sources), "## How it was made", ""]
     for part in ("cleaning", "filters", "conversation_filters", "deduplication"):
         if config[part] is not None:
             lines.append(f"- {part}: " + ", ".join(f"`{key}` {value}" for key, value in config[part].items()))
     lines.append("- made with " + ", ".join(f"{name} {version}" for name, version in environment.items()))
     lines += ["", "The texts stay under the licences of their sources.", ""]
     return "\n".join(lines)
+
+
+def _decontamination(manifest: dict[str, Any], sources: Sequence[SourceCounts]) -> list[str]:
+    if not manifest["evaluation_sets"]:
+        return []
+    config, what = manifest["config"]["decontamination"], noun(manifest)
+    rule = (
+        f"{what.capitalize()} were dropped that share {config['ngram']} successive words with a text of these"
+        f" sets, or all words of a shorter text of at least {config['min_words']} words, whatever their case"
+        " and punctuation. Those that share text with several count under the first."
+    )
+    lines = ["## Decontamination", "", rule, ""]
+    lines += [f"| evaluation set | from | records | {what} dropped |", "|---|---|---:|---:|"]
+    for each in manifest["evaluation_sets"]:
+        dropped = sum(source.dropped[SHARES_TEXT_WITH + each["name"]] for source in sources)
+        lines.append(f"| {each['name']} | {each['origin']} | {each['records']:,} | {dropped:,} |")
+    return [*lines, ""]
 
 
 def _notes(sources: Sequence[SourceCounts]) -> list[str]:

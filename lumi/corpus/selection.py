@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lumi.config import UserError, to_dict
 from lumi.corpus.counts import SourceCounts
+from lumi.corpus.evaluation_sets import EvaluationSet
 from lumi.corpus.folder import Manifest
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.processing import Outcome
@@ -41,8 +42,10 @@ def select(
             return
 
 
-def summarize(config: PrepareConfig, all_counts: list[SourceCounts]) -> Manifest:
-    """The manifest of a corpus, without its shards."""
+def summarize(
+    config: PrepareConfig, all_counts: Sequence[SourceCounts], sets: Sequence[EvaluationSet] = ()
+) -> Manifest:
+    """The manifest of a corpus, without its shards; `sets` are those of `read_evaluation_sets`."""
     sources = [counts.to_json(config.bytes_per_token) for counts in all_counts]
     warnings = []
     for source, counts in zip(config.sources, all_counts, strict=True):
@@ -54,6 +57,7 @@ def summarize(config: PrepareConfig, all_counts: list[SourceCounts]) -> Manifest
         "estimated_tokens": sum(source["estimated_tokens"] for source in sources),
         "config": to_dict(config),
         "sources": sources,
+        "evaluation_sets": [each.to_json() for each in sets],
         "warnings": warnings,
         "environment": {"python": ".".join(map(str, sys.version_info[:3])), **package_versions(config)},
     }

@@ -1,6 +1,7 @@
 """The words of a text, also in scripts that put no spaces between them."""
 
 import re
+import unicodedata
 
 # Thai, Lao, Tibetan, Myanmar and Khmer; kana, Bopomofo and Han with their marks of repetition.
 _UNSPACED = (
@@ -20,3 +21,28 @@ def split_words(text: str) -> list[str]:
     if text.isascii() or not _CHARACTER.search(text):
         return text.split()  # several times as fast
     return _WORD.findall(text)
+
+
+def plain_words(text: str) -> list[str]:
+    """The words of a text in lower case. Punctuation and symbols separate words as white space does.
+
+    So "well-known", "well @-@ known" and "(Well known)" are the same two words. Compatibility forms such as a
+    ligature count as their letters (Unicode NFKC). Invisible characters count for nothing.
+    """
+    return split_words(unicodedata.normalize("NFKC", text).lower().translate(_PLAIN))
+
+
+class _Plain(dict[int, int | str | None]):
+    """A table for `str.translate`, filled as characters occur."""
+
+    def __missing__(self, code: int) -> int | str | None:
+        character = chr(code)
+        kind = unicodedata.category(character)[0]  # P: punctuation, S: symbols, C: controls and the like
+        if kind in "PS" or character.isspace():
+            self[code] = " "
+        else:
+            self[code] = None if kind == "C" else code
+        return self[code]
+
+
+_PLAIN = _Plain()

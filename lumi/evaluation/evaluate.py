@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +16,11 @@ import torch
 import lumi
 import lumi.configs
 from lumi.config import UserError, to_dict, write_json
-from lumi.corpus.sources import describe
+from lumi.corpus.sources import Location, describe
 from lumi.data.token_cache import check_cache_dir, open_or_tokenize
 from lumi.data.token_store import Split
 from lumi.evaluation.centred_mean import centred_mean
+from lumi.evaluation.contamination import Decontamination, TrainedOn, find_decontamination, warn
 from lumi.evaluation.examples import EXAMPLES_FILE, example_rows, write_examples
 from lumi.evaluation.multiple_choice import (
     Outcome,
@@ -74,12 +75,17 @@ class EvaluationConfig:
             if twice := [name for name, count in names.items() if count > 1]:
                 raise ValueError(f"{key} must have different names, got {twice[0]!r} twice")
 
+    @property
+    def parts(self) -> list[TaskConfig | TextConfig]:
+        """Tasks and texts."""
+        return [*self.tasks, *self.texts]
+
 
 class _Text(NamedTuple):
     """Documents to measure under a name: those of a text, or the first `limit` of a split of a token store.
 
     `format`: of the text, or "store". `source`: where the documents come from, for the report. `store`: that
-    they come from, if they do.
+    they come from, if they do. `decontaminated`: whether the model's corpora were; None: not known.
     """
 
     name: str
@@ -88,6 +94,7 @@ class _Text(NamedTuple):
     limit: int | None
     documents: list[ScoredDocument] | Split
     store: Parent | None = None
+    decontaminated: bool | None = None
 
 
 def evaluate(
@@ -98,6 +105,7 @@ def evaluate(
     data_dirs: Sequence[str | Path] = (),
     cache_dir: str | Path | None = None,
     limit: int | None = None,
+    trained_on: TrainedOn | None = None,
 ) -> dict[str, Any]:
     """Measure a model; write results, a report and examples into `output_dir`, and print a table.
 
@@ -113,6 +121,8 @@ def evaluate(
             measured.
         cache_dir: for the tokens of corpus folders, as in `lumi.data.token_cache.token_cache`.
         limit: how many examples of each task and documents of each text at most.
+        trained_on: the corpora behind the model; one that was not decontaminated against what is measured
+            gives a warning. None: they are not known.
 
     Returns:
         What the results file holds.
@@ -129,7 +139,12 @@ def evaluate(
     batch_tokens = config.batch_tokens or (16_384 if model.output_weight.is_cuda else 1024)
     config.windows.resolve(model.config.max_positions)
     questions = [read_questions(task, limit) for task in config.tasks]
-    texts = [*_read_texts(config, tokenizer, limit), *_open_stores(folders, tokenizer, cache_dir, limit)]
+    clean = {part.source: find_decontamination(part.source, trained_on or {}) for part in config.parts}
+    warn([(part.name, clean[part.source]) for part in config.parts])
+    texts = [
+        *_read_texts(config, tokenizer, limit, clean),
+        *_open_stores(folders, tokenizer, cache_dir, limit),
+    ]
     smoke, tests = config.smoke_tests, None
     if smoke is not None:
         tests = encode_smoke_tests(smoke, read_smoke_tests(smoke), tokenizer, model.config.max_positions)
@@ -142,6 +157,7 @@ def evaluate(
     try:
         for task, asked in zip(config.tasks, questions, strict=True):
             results["tasks"][task.name], found = _run_task(task, asked, pretrained, batch_tokens, limit)
+            results["tasks"][task.name]["decontaminated"] = clean[task.source].value
             results["centred_mean"] = centred_mean(results["tasks"])
             examples += example_rows(task.name, asked, found)
             _save(results, examples, parents, output_dir, started)
@@ -162,10 +178,16 @@ def evaluate(
     return results
 
 
-def _read_texts(config: EvaluationConfig, tokenizer: Tokenizer, limit: int | None) -> Iterator[_Text]:
+def _read_texts(
+    config: EvaluationConfig,
+    tokenizer: Tokenizer,
+    limit: int | None,
+    clean: Mapping[Location, Decontamination],
+) -> Iterator[_Text]:
     for text in config.texts:
         most, documents = tightest(text.limit, limit), text_documents(text, tokenizer, limit)
-        yield _Text(text.name, text.format, describe(text.source), most, documents)
+        source, decontaminated = describe(text.source), clean[text.source].value
+        yield _Text(text.name, text.format, source, most, documents, decontaminated=decontaminated)
 
 
 def _open_stores(
@@ -264,6 +286,7 @@ def _run_text(
         documents, answers_only = text.documents, False
     result = perplexity(pretrained.model, documents, windows, batch_tokens=batch_tokens, name=text.name)
     data = {"format": text.format, "source": text.source, "limit": text.limit, "answers_only": answers_only}
+    data |= {"decontaminated": text.decontaminated}
     return {**data, **dataclasses.asdict(result), "seconds": _seconds(begun)}
 
 

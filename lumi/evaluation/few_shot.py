@@ -11,8 +11,8 @@ from itertools import islice
 from typing import Literal
 
 from lumi.config import UserError
+from lumi.corpus.raw_records import Fields
 from lumi.corpus.sources import HubDataset, JsonFiles, JsonlFiles
-from lumi.evaluation.records import Fields
 
 DELIMITER = "\n\n"  # between examples
 _SEED = 1234

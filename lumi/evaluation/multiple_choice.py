@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lumi.config import UserError
+from lumi.corpus.raw_records import read_records
 from lumi.corpus.sources import describe
 from lumi.evaluation import few_shot
 from lumi.evaluation.likelihood import Scored, encode_request, score
-from lumi.evaluation.records import read_records, tightest
+from lumi.evaluation.records import tightest
 from lumi.evaluation.tasks import TASKS, Question, Task, TaskConfig
 from lumi.host.progress import progress_bar
 from lumi.model.transformer import Transformer

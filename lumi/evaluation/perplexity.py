@@ -19,11 +19,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lumi.config import UserError
+from lumi.corpus.raw_records import read_records
 from lumi.corpus.sources import Location, describe
 from lumi.data.token_store import Split
 from lumi.evaluation import wikitext
 from lumi.evaluation.likelihood import log_probabilities_of
-from lumi.evaluation.records import read_records, text_field, tightest
+from lumi.evaluation.records import text_field, tightest
 from lumi.host.progress import progress_bar
 from lumi.model.transformer import Transformer
 from lumi.tokenizer.tokenizer import Tokenizer

@@ -112,7 +112,7 @@ def _task_protocol(task: Mapping[str, Any]) -> str:
         parts += ["acc: highest log-likelihood"]
     if task["acc_norm"] is not None:
         parts += ["acc_norm: the same per character of the choice"]
-    return "; ".join(parts)
+    return "; ".join([*parts, *_decontamination(task)])
 
 
 def _centred_figures(results: Mapping[str, Any]) -> Iterator[Figure]:
@@ -135,7 +135,8 @@ def _perplexity_figures(texts: Mapping[str, Any]) -> Iterator[Figure]:
         is_wikitext = text["format"] == "wikitext"
         original = "; words and bytes of the file before detokenisation" if is_wikitext else ""
         documents = "the document" if text["documents"] == 1 else f"each of {text['documents']:,} documents"
-        protocol = f"{_data(text, 'document')}; {sizes}, {documents} after BOS; {what}{original}"
+        parts = [_data(text, "document"), f"{sizes}, {documents} after BOS", what + original]
+        protocol = "; ".join([*parts, *_decontamination(text)])
         words = f"{protocol}; words: the pieces between white space"
         units = (
             ("token", text["tokens"], protocol),
@@ -188,6 +189,12 @@ def _data(part: Mapping[str, Any], unit: str) -> str:
     if part["limit"] is None:
         return str(part["source"])
     return f"the first {_count(part['limit'], unit)} of {part['source']}"
+
+
+def _decontamination(part: Mapping[str, Any]) -> list[str]:
+    """Nothing where it is not known, as in results of an earlier version."""
+    known = part.get("decontaminated")
+    return [] if known is None else [f"training data {'' if known else 'NOT '}decontaminated against it"]
 
 
 def _count(number: int, unit: str) -> str:

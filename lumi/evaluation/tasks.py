@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from lumi.config import UserError
+from lumi.corpus.raw_records import Fields
 from lumi.corpus.sources import HubDataset, JsonFiles, JsonlFiles
 from lumi.evaluation.few_shot import FewShotConfig
-from lumi.evaluation.records import Fields, check_unicode, text_field
+from lumi.evaluation.records import check_unicode, text_field
 
 TaskKind = Literal[
     "boolq",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lumi.checkpoint.manifest import MANIFEST, STATE, read_manifest
 from lumi.config import UserError, read_json
+from lumi.corpus.evaluation_sets import names_against
 from lumi.corpus.folder import CorpusReader, is_corpus
 from lumi.corpus.folder import read_manifest as read_corpus_manifest
 from lumi.data.store_manifest import STORE, is_token_store, read_store_manifest
@@ -30,10 +31,12 @@ class Record(NamedTuple):
     Attributes:
         files: size and SHA-256 of its files, by their paths.
         parents: what it was made from; None: that is not recorded.
+        note: what else is worth knowing, in words.
     """
 
     files: Mapping[Path, Mapping[str, Any]]
     parents: tuple[Parent, ...] | None
+    note: str = ""
 
 
 class Artifact(NamedTuple):
@@ -100,9 +103,11 @@ def _read_corpus(folder: Path) -> CorpusReader:
 
 
 def _corpus_record(folder: Path) -> Record:
-    shards = _read_corpus(folder).manifest["shards"]
+    manifest = _read_corpus(folder).manifest
+    shards, names = manifest["shards"], names_against(manifest)
     files = {shard["file"]: {"size": shard["bytes"], "sha256": shard["sha256"]} for shard in shards}
-    return _record(folder, files, ())
+    note = f"decontaminated against {', '.join(names)}" if names else ""
+    return _record(folder, files, ())._replace(note=note)
 
 
 def _store_record(folder: Path) -> Record:

@@ -25,7 +25,7 @@ class Link:
 
     Attributes:
         identity: the SHA-256 that was recorded of it; of the artefact asked about its own, "" if damaged.
-        detail: what is at fault, in words; "" where nothing is.
+        detail: what is at fault, in words; where nothing is, what else is worth knowing.
         repeated: it stands elsewhere in the tree with all that it was made from, which is not repeated here.
     """
 
@@ -111,7 +111,8 @@ class _Walk:
         lost = finding.verdict == "missing" or _is_another(finding, wanted)
         if lost and (elsewhere := self._find(kind, wanted)) is not None:
             path, finding, moved = elsewhere, self._examine(kind, elsewhere, self._all_bytes), "it has moved"
-        link = Link(kind, path, wanted or finding.identity or "", finding.verdict, finding.detail or moved)
+        link = Link(kind, path, wanted or finding.identity or "", finding.verdict)
+        link.detail = "; ".join(filter(None, (moved, finding.detail)))
         if wanted and _is_another(finding, wanted):
             link.verdict = "from another chain"
             link.detail = f"recorded {wanted[:SHORT]}, found {str(finding.identity)[:SHORT]}"
@@ -166,7 +167,7 @@ def examine(kind: str, path: Path, all_bytes: bool = True) -> Finding:
         return Finding("missing", str(error.replace(remedy="")))
     except UserError as error:
         return Finding("changed", str(error.replace(remedy="")))
-    return Finding("not recorded" if record.parents is None else "ok", "", identity, parents)
+    return Finding("not recorded" if record.parents is None else "ok", record.note, identity, parents)
 
 
 def _fault(files: Mapping[Path, Mapping[str, Any]]) -> tuple[Verdict, str] | None:

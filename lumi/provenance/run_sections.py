@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lumi.corpus.counts import from_manifest
+from lumi.corpus.evaluation_sets import names_against
 from lumi.evaluation.report import markdown_table
 from lumi.provenance.run_facts import DataFolder, RunFacts
 
@@ -145,6 +146,9 @@ def _data_folder(folder: DataFolder) -> Iterator[str]:
             amounts = (f"{counts.read:,}", f"{counts.kept:,}", f"{counts.num_bytes / 1e6:,.2f}")
             rows.append((counts.name, _origin(source, counts.origin), *amounts))
     yield from markdown_table(("source", "from", "records read", "kept", "MB kept"), rows)
+    against = [set(names_against(manifest)) if manifest else set() for manifest in folder.corpora]
+    if names := sorted(set.intersection(*against)) if against else []:
+        yield from ("", f"Decontaminated against {', '.join(names)}.")
 
 
 def _origin(source: Mapping[str, Any], origin: str) -> str:

@@ -1,6 +1,6 @@
 import json
 
-from lumi.corpus.counts import NUM_EXAMPLES, SourceCounts, from_manifest, in_order
+from lumi.corpus.counts import NUM_EXAMPLES, SHARES_TEXT_WITH, SourceCounts, from_manifest, in_order
 
 
 def counted():
@@ -45,3 +45,9 @@ def test_reasons_with_a_name_from_the_data_have_their_place_among_the_others():
         "null_content",
     ]
     assert in_order(reasons) == [reasons[4], reasons[3], reasons[1], reasons[2], reasons[0]]
+    shared = [f"{SHARES_TEXT_WITH}{name}" for name in ("arc", "boolq")]
+    assert in_order(["exact_duplicate", *reversed(shared), "language"]) == [
+        "language",
+        *shared,
+        "exact_duplicate",
+    ]

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import random
@@ -412,6 +413,58 @@ def test_cleaning_and_deduplication_of_the_config_are_used(tmp_path):
 def load_config_of(tmp_path, config, overrides):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     return load_config(PrepareConfig, tmp_path / "config.json", overrides)
+
+
+@pytest.fixture
+def contaminated(tmp_path):
+    """Two sources with questions of two exams in some documents."""
+    first, second = prose(1000, 20).rstrip(".\n"), prose(2000, 9).rstrip(".\n")
+    (tmp_path / "exam.jsonl").write_text(json.dumps({"question": first, "choices": {"text": ["no", "yes"]}}))
+    (tmp_path / "quiz.txt").write_text(second)
+    words = first.split()
+    a = [prose(seed) for seed in range(8)]
+    a[2] += "They asked: " + " ".join(words[3:16]).upper() + "? And left."
+    a[5] = f"{second}! {a[5]}"
+    b = [prose(seed) for seed in range(20, 26)]
+    b[0] += "\n".join(words) + f"\n({second})"
+    b[4] += " ".join(words[3:15])  # twelve words are not enough
+    against = [
+        {"name": "exam", "source": {"kind": "jsonl", "paths": [str(tmp_path / "exam.jsonl")]}},
+        {"name": "quiz", "source": {"kind": "text", "paths": [str(tmp_path / "quiz.txt")]}},
+    ]
+    sources = [to_dict(jsonl(tmp_path / f"{name}.jsonl", texts)) for name, texts in (("a", a), ("b", b))]
+    return from_dict(PrepareConfig, {"sources": sources, "decontamination": {"against": against}})
+
+
+def test_documents_with_evaluation_text_are_dropped_and_counted(contaminated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processing, "BATCH_DOCUMENTS", 3)
+    manifest = prepare(contaminated, tmp_path / "one", num_workers=1)
+    assert [source["dropped"] for source in manifest["sources"]] == [
+        {"shares_text_with_exam": 1, "shares_text_with_quiz": 1},
+        {"shares_text_with_exam": 1},  # it holds a question of the quiz, too
+    ]
+    assert [text for text, _ in read_corpus(tmp_path / "one")][:3] == [prose(0), prose(1), prose(3)]
+    assert [each["name"] for each in manifest["evaluation_sets"]] == ["exam", "quiz"]
+    assert "dropped: shares_text_with_quiz" in capsys.readouterr().out
+    assert "| 1 | 2 |\n" in (tmp_path / "one" / "DATA_CARD.md").read_text()
+    assert prepare(contaminated, tmp_path / "two", num_workers=2) == manifest
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    without = prepare(dataclasses.replace(contaminated, decontamination=None), tmp_path / "c", num_workers=1)
+    assert (without["documents"], manifest["documents"]) == (14, 11)
+    assert without["evaluation_sets"] == []
+
+
+def test_another_evaluation_set_makes_another_corpus(contaminated, tmp_path, capsys):
+    first = prepare(contaminated, tmp_path / "c", num_workers=1, use_cache=True)
+    assert prepare(contaminated, tmp_path / "c", num_workers=1, use_cache=True) == first
+    assert "is up to date" in capsys.readouterr().out
+    (tmp_path / "quiz.txt").write_text(" ".join(prose(3).split()[:10]))
+    again = prepare(contaminated, tmp_path / "c", num_workers=1, use_cache=True)
+    assert again["evaluation_sets"][0] == first["evaluation_sets"][0]
+    assert again["evaluation_sets"][1] != first["evaluation_sets"][1]
+    texts = [text for text, _ in read_corpus(tmp_path / "c")]
+    assert prose(3) not in texts
+    assert any(text.endswith(prose(5)) for text in texts)
 
 
 def test_nothing_of_the_user_is_overwritten(mixed, tmp_path):

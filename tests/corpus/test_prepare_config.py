@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_the_filters_that_fit_the_sources_are_set():
     texts = from_dict(PrepareConfig, {"sources": [{"kind": "python_docs", "name": "a"}]})
     assert (texts.filters, texts.conversation_filters) == (FilterConfig(), None)
-    assert texts.rules == (CleaningConfig(), FilterConfig(), DeduplicationConfig())
+    assert texts.rules == (CleaningConfig(), FilterConfig(), DeduplicationConfig(), None)
     chats = from_dict(PrepareConfig, {"sources": [{"kind": "python_questions", "name": "a"}]})
     assert (chats.filters, chats.conversation_filters) == (None, ConversationFilterConfig())
     assert chats.rules.filters == ConversationFilterConfig()

@@ -10,6 +10,8 @@ from lumi.corpus import (
 )
 from lumi.corpus.deduplication import fingerprint
 from lumi.corpus.documents import Record
+from lumi.corpus.evaluation_sets import EvaluationSet
+from lumi.corpus.overlaps import Overlaps
 from lumi.corpus.processing import Outcome, RecordRules, make_batches, process_batch
 
 PROSE = "The fox lives in the forest and hunts at dusk; its den lies under an old oak."
@@ -36,6 +38,18 @@ def test_one_outcome_for_each_text_in_order():
         Outcome(None, None, reason="too_short", unused=("url",)),
         Outcome("Für alle, immer.", second, 17, unused=("id", "url")),
     ]
+
+
+@pytest.mark.parametrize("rules", [TEXTS, CHATS])
+def test_a_document_that_shares_text_with_an_evaluation_set_is_dropped(rules):
+    texts = ["Cold rivers open at noon.", "Cold rivers close at noon, mostly."]
+    if rules is CHATS:
+        texts = [(Message("user", "Cold rivers?"), Message("assistant", text)) for text in texts]
+    found = EvaluationSet("exam", "", [], 1, ["rivers open at noon"])
+    rules = rules._replace(overlaps=Overlaps([found], 13))
+    first, second = process_batch(rules, [Record(texts[0], unused=("id",)), Record(texts[1])])
+    assert first == Outcome(None, None, reason="shares_text_with_exam", unused=("id",))
+    assert (second.document, second.reason) == (texts[1], "")
 
 
 def test_a_conversation_stays_one_and_its_answers_are_its_part():

@@ -28,8 +28,10 @@ def manifest(*sources, **values):
             "cleaning": {"repair_text": True},
             "filters": {"min_chars": 5},
             "conversation_filters": None,
+            "decontamination": {"ngram": 13, "min_words": 8},
             "deduplication": {"exact": True},
         },
+        "evaluation_sets": [],
         "documents": 1004,
         "bytes": 4_030_001,
         "estimated_tokens": 1_007_500,
@@ -91,6 +93,20 @@ def test_the_data_card():
     assert "- dropped of second: malformed_json: b:3: no\n- second: SHA-256 of its documents abc\n" in card
     assert "- filters: `min_chars` 5\n- deduplication: `exact` True\n- made with python 3.11.7\n" in card
     assert "## Notes" not in data_card(manifest(FIRST))
+    assert "## Decontamination" not in card
+
+
+def test_the_data_card_counts_what_was_dropped_for_each_evaluation_set():
+    first = SourceCounts(name="a", origin="", dropped=Counter(shares_text_with_arc=2, too_long=1))
+    second = SourceCounts(name="b", origin="", dropped=Counter(shares_text_with_arc=1))
+    sets = [
+        {"name": "arc", "origin": "jsonl: arc.jsonl", "records": 1172},
+        {"name": "piqa", "origin": "hub: piqa", "records": 9},
+    ]
+    card = data_card(manifest(first, second, evaluation_sets=sets))
+    assert "Documents were dropped that share 13 successive words with a text of these sets" in card
+    assert "| arc | jsonl: arc.jsonl | 1,172 | 3 |\n| piqa | hub: piqa | 9 | 0 |\n" in card
+    assert "dropped: shares_text_with_arc" in card
 
 
 def test_unused_fields_are_named_once_for_each_source_and_a_long_list_is_cut():

@@ -1,6 +1,6 @@
 import pytest
 
-from lumi.corpus.words import split_words
+from lumi.corpus.words import plain_words, split_words
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,19 @@ def test_words_are_separated_by_spaces_or_stand_for_themselves(text, words):
 @pytest.mark.parametrize("character", "漢 ひ カ ㄅ ก ກ ཀ က ក".split())
 def test_each_script_without_spaces_is_known(character):
     assert split_words(character * 3 + "!") == [character] * 3 + ["!"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The well-known\tFOX_trot, 3.5 times!", "the well known fox trot 3 5 times"),
+        ("well @-@ known (Well—known) don’t don't", "well known well known don t don t"),
+        ("ﬁn Ｆｕｌｌ e\u0301t\u00e9 soft\u00adhyphen zero\u200bwidth", "fin full été softhyphen zerowidth"),
+        ("a\ud800b + x\u0007y\n= =", "ab xy"),
+        ("नमस्ते दुनिया", "नमस्ते दुनिया"),  # signs of vowels are no punctuation
+        ("图书馆。", "图 书 馆"),
+        ("... —", ""),
+    ],
+)
+def test_plain_words_have_neither_case_nor_punctuation(text, words):
+    assert plain_words(text) == words.split()

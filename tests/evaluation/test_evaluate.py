@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 import lumi.evaluation.evaluate
 from lumi.cli import dispatch
 from lumi.command_line import run
-from lumi.config import UserError, load_config
+from lumi.config import UserError, from_dict, load_config
+from lumi.corpus import PrepareConfig, prepare, read_corpus
 from lumi.evaluation.evaluate import CONFIGS, EvaluationConfig, evaluate
 from lumi.evaluation.likelihood import encode_request, score
 from lumi.evaluation.tasks import TASKS
@@ -18,12 +20,14 @@ from lumi.formats.adapter_format import save_adapter
 from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.hf_format import save_model
 from lumi.formats.pretrained import Pretrained
+from lumi.host.provenance import write_provenance
 from lumi.model.lora import LoraConfig, adapters, add_lora, merge_lora
 
 BOOLQ = [
     {"question": f"is it stone {i}", "passage": "The river opens. " * (2 * i + 1), "answer": i % 3 > 0}
     for i in range(9)
 ]
+OFF = [f"max_{what}_fraction" for what in ("duplicate_ngram_char", "top_ngram_char")]
 CONFIG = {
     "tasks": [
         {"kind": "boolq", "name": "boolq", "source": {"kind": "jsonl", "paths": ["boolq.jsonl"]}},
@@ -111,6 +115,8 @@ def test_everything_at_once(place, monkeypatch, capsys, opinionated_model, token
     assert (boolq["majority"], boolq["chance"]) == (6 / 9, 0.5)
     assert results["tasks"]["piqa"]["acc_stderr"] is None
     assert (boolq["few_shot"], results["centred_mean"]["tasks"]) == (None, ["boolq", "piqa"])
+    assert boolq["decontaminated"] is results["perplexity"]["river"]["decontaminated"] is None
+    assert "decontaminated" not in (place / "out" / "evaluation_report.md").read_text()
     examples = [json.loads(line) for line in (place / "out" / "evaluation_examples.jsonl").open()]
     assert "evaluation_examples.jsonl" in json.loads((place / "out" / "provenance.json").read_text())["files"]
     assert [row["task"] for row in examples] == ["boolq"] * 9 + ["piqa"]
@@ -408,3 +414,40 @@ def test_nothing_to_do(opinionated_model, tokenizer, tmp_path):
     ):
         evaluate(EvaluationConfig(), Pretrained(opinionated_model, tokenizer, tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_corpora_that_were_not_decontaminated_give_one_warning(place, monkeypatch, capsys, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Nothing that is asked stands here. " * 8}))
+    boolq = {"name": "yes or no", "source": {"kind": "jsonl", "paths": [str(place / "boolq.jsonl")]}}
+    config = {
+        "sources": [{"kind": "jsonl", "name": "a", "paths": [str(tmp_path / "a.jsonl")]}],
+        "filters": dict.fromkeys(OFF),
+        "decontamination": {"against": [boolq]},
+    }
+    prepare(from_dict(PrepareConfig, config), tmp_path / "corpus", num_workers=1)
+    corpus = read_corpus(tmp_path / "corpus")
+    write_provenance(tmp_path / "model", "model", [corpus.as_parent], {})
+    arguments = (
+        "--model-path",
+        tmp_path / "model",
+        "--config",
+        "config.json",
+        "--output-dir",
+        tmp_path / "out",
+    )
+    assert call(place, monkeypatch, *arguments, "--limit", 1, "smoke_tests=null") == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert [line.split(": if")[0] for line in warnings] == [
+        f"lumi: warning: the model was trained on {corpus.folder}, not decontaminated against piqa, river"
+    ]
+    results = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())
+    found = {**results["tasks"], **results["perplexity"]}
+    assert {name: part["decontaminated"] for name, part in found.items()} == {
+        "boolq": True,
+        "piqa": False,
+        "river": False,
+    }
+    report = (tmp_path / "out" / "evaluation_report.md").read_text()
+    assert report.count("; training data NOT decontaminated against it") == 2 + report.count("; words: ")
+    assert report.count("; training data decontaminated against it") == 1

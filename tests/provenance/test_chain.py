@@ -14,9 +14,10 @@ from lumi.evaluation.evaluate import EvaluationConfig, evaluate
 from lumi.formats.export import export_model
 from lumi.formats.fingerprint import weights_fingerprint
 from lumi.formats.gguf_file import write_gguf
-from lumi.formats.pretrained import load_pretrained
+from lumi.formats.pretrained import Pretrained, load_pretrained
 from lumi.host.storage import sha256_file
 from lumi.provenance.chain import verify
+from lumi.provenance.training_corpora import training_corpora
 from lumi.tokenizer.loading import load_tokenizer
 
 CHECKPOINT = "checkpoints/step-00000004"
@@ -63,6 +64,21 @@ def edges(link):
     return {(link.path.resolve(), parent.path.resolve()) for parent in link.parents}.union(
         *map(edges, link.parents)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "corpora"),
+    [
+        ("exported", {"corpus", "chats"}),
+        ("gguf/model-f16.gguf", {"corpus", "chats"}),
+        ("pretrain/final", {"corpus"}),
+        (f"pretrain/{CHECKPOINT}", {"corpus"}),
+    ],
+)
+def test_the_corpora_behind_a_model(chain, name, corpora):
+    found = training_corpora(Pretrained(None, None, chain / name))
+    assert {folder.name for folder in found} == corpora
+    assert None not in found.values()
 
 
 def test_a_whole_chain_that_was_moved_as_a_whole(chain):

@@ -42,6 +42,20 @@ def test_sources_of_all_kinds():
     assert hub_datasets([]) == []
 
 
+def test_what_all_corpora_were_decontaminated_against():
+    first, second = corpus(WEB), corpus(FILES)
+    first["evaluation_sets"] = [{"name": "piqa"}, {"name": "arc"}]
+    second["evaluation_sets"] = [{"name": "arc"}]
+
+    def told(*corpora):
+        lines = data_section([run(DataFolder(weight=1, store=STORE, corpora=corpora))])
+        return [line for line in lines if line.startswith("Decontaminated")]
+
+    assert told(first) == ["Decontaminated against arc, piqa."]
+    assert told(first, second) == ["Decontaminated against arc."]
+    assert told(first, corpus(WEB)) == told(first, None) == told() == []
+
+
 def test_kinds():
     chats = SimpleNamespace(template="chatml")
     assert training_kind(run()) == "pre-training"

@@ -44,7 +44,7 @@ def decide(work: Work, _rank: int, _num_tasks: int) -> None:
             if counts.budget_reached:
                 break
         all_counts.append(counts)
-    manifest = summarize(work.config, all_counts) | {"inputs_key": work.inputs_key}
+    manifest = summarize(work.config, all_counts, work.sets) | {"inputs_key": work.inputs_key}
     check_not_empty(manifest)
     with atomic_folder(work.decisions) as folder:
         np.save(folder / "kept.npy", kept)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lumi.config import UserError
+from lumi.corpus.evaluation_sets import read_evaluation_sets
 from lumi.corpus.folder import Manifest, read_manifest
 from lumi.corpus.output_folder import (
     discard_caches,
@@ -87,7 +88,8 @@ def prepare_in_tasks(
     from lumi.corpus.scale import executors  # needs datatrove, and takes seconds
 
     folder = Path(output_dir).absolute()
-    work = plan_work(folder, config, source_keys(config))
+    sets = read_evaluation_sets(config.decontamination)
+    work = plan_work(folder, config, source_keys(config, sets), sets)
     with interruptible(writes=True), full_disk_refused(folder):
         old = earlier_corpus(folder, config, use_cache)
         with lock(folder):
@@ -96,7 +98,7 @@ def prepare_in_tasks(
                 return old
             if not use_cache:
                 _discard(work)
-            work.save()
+            work.save(sets)
             if executor.kind == "slurm":
                 options = parse_sbatch(executor.sbatch)
                 jobs = executors.submit(work, executor.num_tasks, executor.num_workers, options)

@@ -44,7 +44,7 @@ def read_units(work: Work, rank: int, num_tasks: int) -> None:
 
 
 def _index(work: Work, number: int, folder: Path) -> None:
-    source, rules = work.units[number].source(work.config.sources), work.config.rules
+    source, rules = work.units[number].source(work.config.sources), work.rules
     counts = SourceCounts(name=source.name, origin="")  # takes the facts; the stage that decides counts
     workers = Workers(process_batch, rules, 1)
     parts = []

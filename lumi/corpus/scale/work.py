@@ -4,6 +4,7 @@ Results are whole or absent, so a task that was killed does again only what is n
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy.typing as npt
 
 from lumi.config import from_dict, read_json, to_dict, write_json
 from lumi.corpus.cache import SourceCache
+from lumi.corpus.evaluation_sets import EvaluationSet
 from lumi.corpus.prepare_config import PrepareConfig
+from lumi.corpus.processing import RecordRules
 from lumi.corpus.scale.units import Unit, list_units
-from lumi.corpus.source_outcomes import inputs_key, open_cache, source_key
+from lumi.corpus.source_outcomes import inputs_key, open_cache, rules_of, source_key
 
 
 class Work:
@@ -41,12 +44,23 @@ class Work:
         """The caches of all units."""
         return [self.cache(number) for number in range(len(self.units))]
 
-    def save(self) -> None:
-        """Write the plan, which `load` reads in every task."""
+    def save(self, sets: Sequence[EvaluationSet] = ()) -> None:
+        """Write the plan, which `load_work` reads in every task, and the evaluation sets."""
         self.folder.mkdir(parents=True, exist_ok=True)
         units = [[unit.source_index, unit.path, key] for unit, key in self._units]
         plan = {"config": to_dict(self.config), "inputs_key": self.inputs_key, "units": units}
+        write_json(self.folder / "evaluation_sets.json", sets)
         write_json(self.folder / "plan.json", plan)
+
+    @functools.cached_property
+    def sets(self) -> list[EvaluationSet]:
+        """The evaluation sets, as the call read them that began the run."""
+        return [EvaluationSet(*values) for values in read_json(self.folder / "evaluation_sets.json")]
+
+    @functools.cached_property
+    def rules(self) -> RecordRules:
+        """The rules for a single record."""
+        return rules_of(self.config, self.sets)
 
     def cache(self, number: int) -> SourceCache:
         """The outcomes of a unit, with the documents."""
@@ -75,9 +89,12 @@ class Work:
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def plan_work(output: Path, config: PrepareConfig, keys: dict[str, str]) -> Work:
+def plan_work(
+    output: Path, config: PrepareConfig, keys: dict[str, str], sets: Sequence[EvaluationSet] = ()
+) -> Work:
     """Cut the input into pieces. `keys`: of all sources, by name. Raises UserError as `list_units` does."""
-    units = [(unit, source_key(unit.source(config.sources), config)) for unit in list_units(config.sources)]
+    found = list_units(config.sources)
+    units = [(unit, source_key(unit.source(config.sources), config, sets)) for unit in found]
     return Work(output, config, inputs_key(config, keys), units)
 
 

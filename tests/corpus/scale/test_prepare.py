@@ -49,6 +49,19 @@ def test_any_number_of_tasks_gives_the_files_of_one_process(kind, tmp_path, monk
         assert any(b"reasoning_content" in data for data in expected.values())
 
 
+def test_tasks_find_the_text_of_evaluation_sets_as_one_process_does(tmp_path, monkeypatch):
+    make_small(monkeypatch)
+    texts = real_texts(60)
+    (tmp_path / "exam.txt").write_text(texts[7][100:400])
+    paths = write_files(tmp_path, "a", [{"text": text} for text in texts], 3)
+    against = {"name": "exam", "source": {"kind": "text", "paths": [str(tmp_path / "exam.txt")]}}
+    sources = [{"kind": "jsonl", "name": "a", "paths": paths}]
+    config = from_dict(PrepareConfig, {"sources": sources, "decontamination": {"against": [against]}})
+    manifest = prepare(config, tmp_path / "one", num_workers=1)
+    assert manifest["sources"][0]["dropped"]["shares_text_with_exam"] >= 1
+    assert in_tasks(config, tmp_path / "tasks", 2) == files_of(tmp_path / "one")
+
+
 @pytest.mark.parametrize("off", ["near", "exact"])
 def test_rows_of_keys_that_are_off(off, tmp_path, monkeypatch):
     make_small(monkeypatch)
