@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from lumi.chat.messages import Conversation, Message, contents, find_disorder
 from lumi.chat.pairs import Pair
 from lumi.corpus.cleaning import CleaningConfig, clean_text
-from lumi.corpus.filters import check_languages, check_phrases, classifier
+from lumi.corpus.filters import check_languages, check_phrases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,7 @@ def _clean(messages: Conversation, config: CleaningConfig) -> Conversation:
 
 
 def find_conversation_fault(messages: Conversation, config: ConversationFilterConfig) -> str:
-    """The reason to drop a cleaned conversation, or "" to keep it.
-
-    Raises:
-        UserError: `languages` is given and py3langid is not installed.
-    """
+    """The reason to drop a cleaned conversation, or "" to keep it. `languages` is judged elsewhere, last."""
     disorder = find_disorder(messages)
     if disorder:
         return disorder
@@ -82,14 +78,11 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
     lowered = [contents([message]).lower() for message in messages if message.role == "assistant"]
     if any(phrase.lower() in answer for phrase in config.blocked_phrases for answer in lowered):
         return "blocked_phrase"
-    languages = config.languages
-    if languages is not None and classifier(languages)(contents(messages)) not in languages:
-        return "language"
     return ""
 
 
 def find_pair_fault(pair: Pair, config: ConversationFilterConfig) -> str:
-    """The reason to drop a cleaned pair, or "" to keep it. Raises UserError as `find_conversation_fault`."""
+    """The reason to drop a cleaned pair, or "" to keep it."""
     if _stripped(pair.chosen) == _stripped(pair.rejected):
         return "equal_answers"
     lenient = replace(config, min_answer_chars=1, blocked_phrases=())

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,9 +114,9 @@ class CorpusWriter:
             self.shards = [self._widen(shard) for shard in self.shards]
         return self.shards
 
-    def commit(self, manifest: Manifest, card: str) -> Manifest:
-        """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards."""
-        return publish(self.folder, self.building, self.finish(), self.schema, manifest, card)
+    def commit(self, manifest: Manifest, pages: Mapping[str, str]) -> Manifest:
+        """Move shards and pages into the folder, then the manifest; an earlier corpus goes."""
+        return publish(self.folder, self.building, self.finish(), self.schema, manifest, pages)
 
     def _flush(self) -> None:
         if not self._documents:
@@ -167,14 +168,15 @@ def publish(
     shards: list[dict[str, Any]],
     schema: pa.Schema,
     manifest: Manifest,
-    card: str,
+    pages: Mapping[str, str],
 ) -> Manifest:
-    """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards.
+    """Move shards and pages into the folder, then the manifest; then delete an earlier corpus's shards.
 
     Args:
         building: where the shards lie. Those that an interrupted call has moved are in `folder` already.
         schema: of the shards.
         manifest: without shards.
+        pages: files for people: name -> text.
 
     Returns:
         The whole manifest.
@@ -189,9 +191,9 @@ def publish(
     for shard in shards:
         if (building / shard["file"]).exists():
             os.replace(building / shard["file"], folder / shard["file"])
-    temporary = building / "DATA_CARD.md"
-    temporary.write_text(card, encoding="utf-8")
-    os.replace(temporary, folder / "DATA_CARD.md")
+    for name, text in pages.items():
+        (building / name).write_bytes(text.encode("utf-8", "replace"))
+        os.replace(building / name, folder / name)
     write_json(folder / "manifest.json", manifest)
     names = {shard["file"] for shard in shards}
     for path in folder.glob("shard-*-????????.parquet"):

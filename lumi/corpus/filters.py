@@ -85,11 +85,7 @@ def check_languages(languages: Sequence[str] | None) -> None:
 
 
 def find_fault(text: str, config: FilterConfig) -> str:
-    """The reason to drop a cleaned text, or "" to keep it.
-
-    Raises:
-        UserError: `languages` is given and py3langid is not installed.
-    """
+    """The reason to drop a cleaned text, or "" to keep it. `languages` is judged elsewhere, last."""
     if len(text) < config.min_chars:
         return "too_short"
     if len(text) > config.max_chars:
@@ -101,11 +97,7 @@ def find_fault(text: str, config: FilterConfig) -> str:
     words = text.split()
     if _has_many_symbols(text, words, config.max_symbol_to_word_ratio):
         return "symbol_to_word_ratio"
-    if fault := _find_repetition(text, words, config):
-        return fault
-    if config.languages is not None and classifier(config.languages)(text) not in config.languages:
-        return "language"
-    return ""
+    return _find_repetition(text, words, config)
 
 
 def _has_many_symbols(text: str, words: list[str], ratio: float | None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lumi.corpus.counts import SourceCounts, from_manifest, in_order
 
+CARD, PAGE = "DATA_CARD.md", "DATA_REPORT.html"  # in a corpus folder
 NAMES_SHOWN = 20  # `manifest.json` has all of them
 
 
@@ -29,6 +30,7 @@ def print_made(folder: Path, manifest: dict[str, Any]) -> None:
     shards = "1 shard" if len(manifest["shards"]) == 1 else f"{len(manifest['shards'])} shards"
     made = f"{manifest['documents']:,} {noun(manifest)} in {shards}"
     print_report(manifest, f"{made}: {folder} ({folder}/.cache may be deleted)")
+    print(f"what was dropped, with examples: {folder}/{PAGE}")
 
 
 def print_up_to_date(folder: Path, manifest: dict[str, Any]) -> None:
@@ -41,8 +43,8 @@ def print_report(manifest: dict[str, Any], last_line: str) -> None:
     print("\n".join([summary_table(manifest), *unused_fields(manifest), last_line]))
 
 
-def summary_table(manifest: dict[str, Any]) -> str:
-    """Kept and dropped by reason, a column per source and one for all."""
+def summary_rows(manifest: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Kept and dropped by reason: the header, with a column per source and one for all, and the rows."""
     sources = from_manifest(manifest)
     header = ["", *(source.name for source in sources)]
     rows = [
@@ -57,6 +59,12 @@ def summary_table(manifest: dict[str, Any]) -> str:
     rows.append(_row("estimated tokens", _estimates(manifest, sources)))
     if len(sources) > 1:
         header.append("total")
+    return header, rows
+
+
+def summary_table(manifest: dict[str, Any]) -> str:
+    """The rows as text, in columns."""
+    header, rows = summary_rows(manifest)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join([label.ljust(widths[0]), *map(str.rjust, figures, widths[1:])]).rstrip()

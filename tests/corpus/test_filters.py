@@ -4,8 +4,8 @@ import pytest
 
 from lumi.config import UserError, from_dict
 from lumi.corpus import FilterConfig
-from lumi.corpus import filters as module
 from lumi.corpus.filters import (
+    classifier,
     duplicate_line_fractions,
     duplicate_ngram_char_fraction,
     find_fault,
@@ -90,21 +90,20 @@ def test_fractions_by_hand():
 
 def test_languages():
     german = "Der Fuchs lebt im Wald und jagt in der Dämmerung; sein Bau liegt unter einer alten Eiche."
-    assert fault(PROSE, languages=("en",)) == ""
-    assert fault(german, languages=("en",)) == "language"
-    assert fault(german, languages=("en", "de")) == ""
+    classify = classifier(("en", "de"))
+    assert (classify(PROSE), classify(german)) == ("en", "de")
     with pytest.raises(UserError, match=r"must be among .*en.*got qq"):
-        fault(PROSE, languages=("qq",))
+        classifier(("qq",))
 
 
 def test_languages_without_py3langid(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    module.classifier.cache_clear()
+    classifier.cache_clear()
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"pip install 'lumi-train\[langid\]'"):
-        fault(PROSE, languages=("en",))
+        classifier(("en",))
 
 
 @pytest.mark.parametrize(
