@@ -1,5 +1,6 @@
 """Which conversations are fit to learn from: their order of roles, and limits that the config sets."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from lumi.chat.messages import Conversation, Message, contents, find_disorder
@@ -39,24 +40,27 @@ class ConversationFilterConfig:
         check_languages(self.languages)
 
 
-def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conversation:
+def clean_conversation(
+    messages: Conversation, config: CleaningConfig, replaced: Counter[str] | None = None
+) -> Conversation:
     """Clean every text. Leave out a blank system message and the last messages without an answer."""
-    cleaned = list(_clean(messages, config))
+    cleaned = list(_clean(messages, config, replaced))
     while cleaned and cleaned[-1].role == "user":
         cleaned.pop()
     return tuple(cleaned)
 
 
-def clean_pair(pair: Pair, config: CleaningConfig) -> Pair:
+def clean_pair(pair: Pair, config: CleaningConfig, replaced: Counter[str] | None = None) -> Pair:
     """Clean every text, as `clean_conversation`; the prompt keeps what the user said last."""
-    answers = (clean_conversation(answer, config) for answer in (pair.chosen, pair.rejected))
-    return Pair(_clean(pair.prompt, config), *answers)
+    answers = (clean_conversation(answer, config, replaced) for answer in (pair.chosen, pair.rejected))
+    return Pair(_clean(pair.prompt, config, replaced), *answers)
 
 
-def _clean(messages: Conversation, config: CleaningConfig) -> Conversation:
+def _clean(messages: Conversation, config: CleaningConfig, replaced: Counter[str] | None) -> Conversation:
     cleaned = (
         message._replace(
-            content=clean_text(message.content, config), reasoning=clean_text(message.reasoning, config)
+            content=clean_text(message.content, config, replaced),
+            reasoning=clean_text(message.reasoning, config, replaced),
         )
         for message in messages
     )

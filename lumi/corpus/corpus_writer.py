@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from lumi.chat.pairs import Pair
 from lumi.config import write_json
-from lumi.corpus.documents import Document, Kind, messages_of, to_plain
-from lumi.corpus.folder import FORMAT, KIND, SCHEMAS, WITH_REASONING, Manifest
+from lumi.corpus.documents import Attribution, Document, Kind, messages_of, to_plain
+from lumi.corpus.folder import FORMAT, KIND, SCHEMAS, WITH_REASONING, Manifest, attributed
 from lumi.host.storage import sha256_file
 
 ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
@@ -54,6 +54,7 @@ class CorpusWriter:
         kind: what the documents are.
         first_shard: the number of the first shard.
         with_reasoning: a document of an earlier shard has reasoning.
+        columns: those of an `Attribution` that the shards have.
     """
 
     def __init__(
@@ -64,15 +65,16 @@ class CorpusWriter:
         *,
         first_shard: int = 0,
         with_reasoning: bool = False,
+        columns: Sequence[str] = (),
     ) -> None:
         self.folder, self.building = folder, folder / ".building"
-        self._with_reasoning = WITH_REASONING[kind]
-        self.schema = self._with_reasoning if with_reasoning else SCHEMAS[kind]
+        self._columns = columns
+        self._with_reasoning = attributed(WITH_REASONING[kind], columns)
+        self.schema = self._with_reasoning if with_reasoning else attributed(SCHEMAS[kind], columns)
         self.shards: list[dict[str, Any]] = []
         self._first_shard = first_shard
         self._layout = ShardLayout(shard_bytes)
-        self._documents: list[Document] = []
-        self._sources: list[str] = []
+        self._rows: list[tuple[Any, ...]] = []
         self._file_documents = 0
         self._file: pq.ParquetWriter | None = None
 
@@ -86,15 +88,17 @@ class CorpusWriter:
             self._file.close()
         shutil.rmtree(self.building, ignore_errors=True)
 
-    def add(self, document: Document, source: str, num_bytes: int) -> None:
+    def add(
+        self, document: Document, source: str, num_bytes: int, attribution: Attribution | None = None
+    ) -> None:
         """Append a document whose text has `num_bytes` bytes of UTF-8."""
         if self.schema is not self._with_reasoning and has_reasoning(document):
             self._flush()
             self._close()
             self._layout.begin_shard()
             self.schema = self._with_reasoning
-        self._documents.append(document)
-        self._sources.append(source)
+        labels = (getattr(attribution, name, None) or None for name in self._columns)
+        self._rows.append((*_to_row(document), source, *labels))
         end = self._layout.add(num_bytes)
         if end:
             self._flush()
@@ -119,14 +123,14 @@ class CorpusWriter:
         return publish(self.folder, self.building, self.finish(), self.schema, manifest, pages)
 
     def _flush(self) -> None:
-        if not self._documents:
+        if not self._rows:
             return
         if self._file is None:
             self._file = self._open()
-        columns = list(zip(*map(_to_row, self._documents), strict=True))
-        self._file.write_table(pa.table([*map(list, columns), self._sources], schema=self.schema))
-        self._file_documents += len(self._documents)
-        self._documents, self._sources = [], []
+        columns = list(map(list, zip(*self._rows, strict=True)))
+        self._file.write_table(pa.table(columns, schema=self.schema))
+        self._file_documents += len(self._rows)
+        self._rows = []
 
     def _open(self) -> pq.ParquetWriter:
         return pq.ParquetWriter(self.building / "shard.parquet", self.schema, compression="zstd")

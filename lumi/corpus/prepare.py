@@ -128,7 +128,7 @@ def _write(
             return old
         if not use_cache:
             discard_caches(folder, caches.values())
-        with CorpusWriter(folder, config.shard_bytes, config.holds) as writer:
+        with CorpusWriter(folder, config.shard_bytes, config.holds, columns=config.columns) as writer:
             review = Review()
             manifest = summarize(config, _run(config, caches, workers, writer, review))
             manifest |= {"inputs_key": inputs}
@@ -166,7 +166,8 @@ def _run(
                     document = read(place)
                     assert document is not None
                     if writer is not None:
-                        writer.add(document, source.name, outcomes[place].num_bytes)
+                        outcome = outcomes[place]
+                        writer.add(document, source.name, outcome.num_bytes, outcome.attribution)
                 bar.set_postfix(kept=counts.kept, refresh=False)
                 bar.update(counts.read - before)
                 if counts.budget_reached:

@@ -1,5 +1,6 @@
 """The work on a batch that needs no other batch: cleaning, filters, fingerprints. Worker processes run it."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -14,9 +15,10 @@ from lumi.corpus.conversation_filters import (
     find_pair_fault,
 )
 from lumi.corpus.deduplication import DeduplicationConfig, Fingerprint, fingerprint
-from lumi.corpus.documents import Document, Record, count_chars, messages_of, text_of
+from lumi.corpus.documents import Attribution, Document, Record, count_chars, messages_of, text_of
 from lumi.corpus.filters import FilterConfig, classifier, find_fault
 from lumi.corpus.review import Glimpse, excerpt_of, glimpse_of, wanted
+from lumi.corpus.scrubbing import DETAILS
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARS = 4_000_000
@@ -34,7 +36,8 @@ class Outcome(NamedTuple):
     """What became of one record: the cleaned document, or None with the reason; `detail` as in `Record`.
 
     `num_bytes`: the UTF-8 of its text (of a conversation, of its contents). `shortened`: messages were left
-    out. `unused`: as in `Record`. `glimpse`: what the report needs.
+    out. `unused`, `attribution`: as in `Record`. `replaced`: how many
+    personal details of each of DETAILS. `glimpse`: what the report needs.
     """
 
     document: Document | None
@@ -44,6 +47,8 @@ class Outcome(NamedTuple):
     detail: str = ""
     shortened: bool = False
     unused: tuple[str, ...] = ()
+    replaced: tuple[int, ...] = (0,) * len(DETAILS)
+    attribution: Attribution = Attribution()
     glimpse: Glimpse = Glimpse()
 
 
@@ -67,10 +72,12 @@ def _judge(record: Record, rules: RecordRules) -> Outcome:
     document, filters = record.document, rules.filters
     if document is None:
         return Outcome(None, None, reason=record.reason, detail=record.detail)
-    if count_chars(document) > filters.max_chars:  # before any work, so that a huge document costs nothing
+    if record.reason or count_chars(document) > filters.max_chars:  # a huge document costs no work
         excerpt = clean_text(excerpt_of(document), rules.cleaning)
-        return Outcome(None, None, reason="too_long", glimpse=glimpse_of(document, excerpt))
-    cleaned, language = _clean(document, rules.cleaning), ""
+        reason = record.reason or "too_long"
+        return Outcome(None, None, reason=reason, glimpse=glimpse_of(document, excerpt))
+    replaced: Counter[str] = Counter()
+    cleaned, language = _clean(document, rules.cleaning, replaced), ""
     reason = _find_fault(cleaned, filters)
     if not reason and filters.languages is not None:
         language = _find_language(cleaned, filters.languages)
@@ -79,15 +86,23 @@ def _judge(record: Record, rules: RecordRules) -> Outcome:
     if reason:
         return Outcome(None, None, reason=reason, glimpse=glimpse)
     num_bytes, glimpse = len(text_of(cleaned).encode()), glimpse._replace(excerpt="")
-    return Outcome(cleaned, None, num_bytes, shortened=_is_shortened(document, cleaned), glimpse=glimpse)
+    return Outcome(
+        cleaned,
+        None,
+        num_bytes,
+        shortened=_is_shortened(document, cleaned),
+        replaced=tuple(replaced[detail] for detail in DETAILS),
+        attribution=record.attribution,
+        glimpse=glimpse,
+    )
 
 
-def _clean(document: Document, config: CleaningConfig) -> Document:
+def _clean(document: Document, config: CleaningConfig, replaced: Counter[str]) -> Document:
     if isinstance(document, str):
-        return clean_text(document, config)
+        return clean_text(document, config, replaced)
     if isinstance(document, Pair):
-        return clean_pair(document, config)
-    return clean_conversation(document, config)
+        return clean_pair(document, config, replaced)
+    return clean_conversation(document, config, replaced)
 
 
 def _find_fault(document: Document, filters: FilterConfig | ConversationFilterConfig) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lumi.corpus.counts import SourceCounts, from_manifest, in_order
+from lumi.corpus.scrubbing import DETAILS
 
 CARD, PAGE = "DATA_CARD.md", "DATA_REPORT.html"  # in a corpus folder
 NAMES_SHOWN = 20  # `manifest.json` has all of them
@@ -55,6 +56,9 @@ def summary_rows(manifest: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(_row("kept, but shortened", (source.shortened for source in sources)))
     for reason in in_order({reason for source in sources for reason in source.dropped}):
         rows.append(_row(f"dropped: {reason}", (source.dropped[reason] for source in sources)))
+    for detail in DETAILS:
+        if any(source.replaced[detail] for source in sources):
+            rows.append(_row(f"replaced: {detail}", (source.replaced[detail] for source in sources)))
     rows.append(_row("megabytes kept", (source.num_bytes for source in sources), _megabytes))
     rows.append(_row("estimated tokens", _estimates(manifest, sources)))
     if len(sources) > 1:
@@ -133,6 +137,13 @@ def data_card(manifest: dict[str, Any]) -> str:
         figures = f"{source.kept:,} | {_megabytes(source.num_bytes)} | {tokens:,}"
         lines.append(f"| {source.name} | {source.origin} | {figures} |")
     lines += ["", "## Kept and dropped", "", "```", summary_table(manifest), "```", ""]
+    if any(source.licenses for source in sources):
+        lines += ["## Licences", "", f"| source | licence | {noun(manifest)} |", "|---|---|---:|"]
+        lines += [
+            f"| {source.name} | {_cell(license) or 'not given'} | {count:,} |"
+            for source in sources
+            for license, count in source.licenses.items()
+        ] + [""]
     notes = [f"- {line}" for line in (*manifest["warnings"], *unused_fields(manifest))] + _notes(sources)
     if notes:
         lines += ["## Notes", "", *notes, ""]
@@ -143,6 +154,11 @@ def data_card(manifest: dict[str, Any]) -> str:
     lines.append("- made with " + ", ".join(f"{name} {version}" for name, version in environment.items()))
     lines += ["", "The texts stay under the licences of their sources.", ""]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A text in one cell of a table of Markdown."""
+    return " ".join(text.replace("|", "\\|").replace("<", "\\<").split())
 
 
 def _notes(sources: Sequence[SourceCounts]) -> list[str]:

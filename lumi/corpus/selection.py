@@ -12,6 +12,7 @@ from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.processing import Outcome
 from lumi.corpus.report import find_warnings
 from lumi.corpus.review import Review
+from lumi.corpus.scrubbing import DETAILS
 from lumi.corpus.source_outcomes import package_versions
 from lumi.corpus.sources import Source
 
@@ -40,7 +41,12 @@ def select(
         if reason:
             counts.drop(reason, outcome.detail)
             continue
-        counts.keep(outcome.num_bytes, shortened=outcome.shortened)
+        counts.keep(
+            outcome.num_bytes,
+            shortened=outcome.shortened,
+            license=outcome.attribution.license,
+            replaced=dict(zip(DETAILS, outcome.replaced, strict=True)),
+        )
         yield place
         enough_tokens = (
             source.max_tokens is not None and counts.num_bytes >= source.max_tokens * bytes_per_token

@@ -73,14 +73,16 @@ def _decide_unit(
     begin = first = int(work.offsets[number])
     whole = UnitOutcomes(work, number)
 
-    def read(documents: "npt.NDArray[np.int64]", place: int) -> Document | None:
-        return whole.fetch(int(documents[place]) - begin).document
+    def read(present: "npt.NDArray[np.bool_]", first: int, place: int) -> Document | None:
+        if not present[place]:
+            return None
+        return whole.fetch(first - begin + int(present[:place].sum())).document
 
     for outcomes in read_outcomes(work.index(number)):
         present = np.array([outcome.fingerprint is not None for outcome in outcomes])
         documents = first + np.cumsum(present) - 1  # of those places that have one
         reasons = duplicates.find(outcomes, first)
-        read_place = partial(read, documents)
+        read_place = partial(read, present, first)
         for place in select(
             outcomes, reasons, source, work.config.bytes_per_token, counts, review, read_place
         ):
