@@ -96,7 +96,7 @@ def test_languages():
         classifier(("qq",))
 
 
-CHINESE = (
+TAKEN_FOR_WU = (
     "织田信长（1534年6月23日—1582年6月21日），是日本战国时代至安土桃山时代的武将、大名，战国三英杰之一。"
 )
 
@@ -104,7 +104,7 @@ CHINESE = (
 @pytest.mark.parametrize(
     ("language", "text"),
     [
-        ("zh", CHINESE),
+        ("zh", TAKEN_FOR_WU),
         ("zh", "今天天氣很好，我們去公園散步。孩子們在草地上玩耍，老人們在樹下下棋。這是一個安靜的下午。"),
         (
             "zh",
@@ -131,7 +131,7 @@ def test_languages_without_spaces(language, text):
 
 def test_wu_is_chinese_unless_it_is_asked_for():
     pytest.importorskip("py3langid")
-    assert classifier(("zh", "wuu"))(CHINESE) == "wuu"
+    assert classifier(("zh", "wuu"))(TAKEN_FOR_WU) == "wuu"
 
 
 def test_languages_without_py3langid(monkeypatch):
