@@ -125,6 +125,8 @@ setup(
         "lumi": ["py.typed"],
         "lumi.configs": ["**/*.json"],
         "lumi.kernels": ["*.json"],
+        "lumi.corpus": ["*.jinja"],
+        "lumi.host": ["*.jinja"],
         "lumi.reporting": ["*.jinja"],
         "lumi.server": ["*.html"],
     },

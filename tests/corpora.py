@@ -55,5 +55,5 @@ def _write(folder, documents, sources, kind):
         kept = [
             {"name": name, "origin": "made up", "kept": sources.count(name)} for name in sorted(set(sources))
         ]
-        writer.commit({"documents": len(documents), "sources": kept}, "a card")
+        writer.commit({"documents": len(documents), "sources": kept}, {"DATA_CARD.md": "a card"})
     return folder

@@ -87,23 +87,37 @@ def write_files(folder, name, records, count):
 
 def texts_config(folder):
     """Texts in three sources, two of them with a budget that ends them within a file."""
-    texts = with_duplicates(real_texts(220))
-    records = [{"text": text, f"field{number % 3}": 1} for number, text in enumerate(texts)]
+    texts = with_duplicates([f"{text} me@example.com" for text in real_texts(220)])
+    records = [
+        {"text": text, f"field{number % 3}": 1, "score": number % 7, **_labels(number)}
+        for number, text in enumerate(texts)
+    ]
     third = len(records) // 3
     sources = [
         {"name": "a", "paths": write_files(folder, "a", records[:third], 3), "max_documents": 60},
-        {"name": "b", "paths": write_files(folder, "b", records[third : 2 * third], 1)},
-        {"name": "c", "paths": write_files(folder, "c", records[2 * third :], 4), "max_tokens": 10_000},
+        {"name": "b", "paths": write_files(folder, "b", records[third : 2 * third], 2)}
+        | {"score_field": "score", "min_score": 1, "license_field": "license", "url_field": "url"},
+        {
+            "name": "c",
+            "sample_fraction": 0.9,
+            "paths": write_files(folder, "c", records[2 * third :], 4),
+            "max_tokens": 10_000,
+        },
     ]
     documentation = {"kind": "python_docs", "name": "d", "packages": ["ftfy"], "max_documents": 5}
     return from_dict(
         PrepareConfig,
         {
             "sources": [*({"kind": "jsonl", **source} for source in sources), documentation],
+            "cleaning": {"scrub": ["email", "ip", "phone"]},
             "shard_bytes": 30_000,
             "deduplication": {"normalized": True},
         },
     )
+
+
+def _labels(number):
+    return {"license": ("mit", None, "cc0")[number % 3], "url": f"https://example.com/{number}"}
 
 
 def chats_config(folder):

@@ -22,6 +22,8 @@ def prepare(argv: list[str]) -> int:
     cache = "reuse finished work, go on after an interruption"
     arguments.add_argument("--use-cache", action="store_true", help=cache)
     arguments.add_argument("--analyze-only", action="store_true", help="print the plan, write nothing")
+    page = "the page of lengths, reasons and examples, which a corpus folder holds; with --analyze-only"
+    arguments.add_argument("--report", type=given_path, metavar="FILE", help=page)
     arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
     against = "drop documents that share text with the tasks and texts of a config of lumi evaluate"
     arguments.add_argument("--decontaminate", metavar="EVALUATION", help=against)
@@ -46,6 +48,7 @@ def prepare(argv: list[str]) -> int:
         use_cache=options.use_cache,
         analyze_only=options.analyze_only,
         num_workers=options.num_workers,
+        report=options.report,
     )
     return 0
 
@@ -80,6 +83,14 @@ def _executor(options: argparse.Namespace) -> "Executor | None":
             "--analyze-only",
             "must be used without --executor: tasks leave their results on disk",
             remedy="take a part of the data, by max_documents of each source",
+        )
+    if options.report is not None:
+        remedy = "leave it out: the corpus folder gets DATA_REPORT.html"
+        raise UserError(
+            "--report",
+            "must come with --analyze-only, and without --executor",
+            got=options.report,
+            remedy=remedy,
         )
     from lumi.corpus.scale.prepare import Executor
 

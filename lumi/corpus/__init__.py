@@ -10,6 +10,7 @@ from lumi.corpus.prepare import prepare
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.python_docs import read_entries
 from lumi.corpus.sources import (
+    CsvSource,
     HubDataset,
     HubSource,
     JsonFiles,
@@ -29,6 +30,7 @@ __all__ = [
     "ConversationFilterConfig",
     "CorpusBatch",
     "CorpusReader",
+    "CsvSource",
     "DeduplicationConfig",
     "Entry",
     "FilterConfig",

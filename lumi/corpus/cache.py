@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from lumi.config import UserError, read_json, write_json
 from lumi.corpus.deduplication import Fingerprint
-from lumi.corpus.documents import Document, Kind, from_plain, to_plain
+from lumi.corpus.documents import Attribution, Document, Kind, from_plain, to_plain
 from lumi.corpus.processing import Outcome
+from lumi.corpus.review import Glimpse
 
 PART = re.compile(r"part-(\d{6})-([0-9a-f]{64})\.parquet")  # number and SHA-256
 SCHEMA = pa.schema(
@@ -30,6 +31,13 @@ SCHEMA = pa.schema(
         ("detail", pa.string()),
         ("shortened", pa.bool_()),
         ("unused", pa.list_(pa.string())),
+        ("replaced", pa.list_(pa.int64())),
+        ("license", pa.string()),
+        ("url", pa.string()),
+        ("num_chars", pa.int64()),
+        ("rank", pa.uint64()),
+        ("excerpt", pa.string()),
+        ("language", pa.string()),
     ]
 )
 
@@ -161,6 +169,12 @@ def to_table(outcomes: Sequence[Outcome]) -> pa.Table:
         "detail": [_valid(outcome.detail) for outcome in outcomes],
         "shortened": [outcome.shortened for outcome in outcomes],
         "unused": [[_valid(name) for name in outcome.unused] for outcome in outcomes],
+        "replaced": [outcome.replaced for outcome in outcomes],
+        **{
+            field: [getattr(outcome.attribution, field) for outcome in outcomes]
+            for field in Attribution._fields
+        },
+        **{field: [getattr(outcome.glimpse, field) for outcome in outcomes] for field in Glimpse._fields},
     }
     return pa.Table.from_pydict(columns, schema=SCHEMA)
 
@@ -169,11 +183,13 @@ def from_table(table: pa.Table, kind: Kind) -> list[Outcome]:
     """The outcomes that `to_table` was given; `kind` is what their documents are."""
     rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
     outcomes = []
-    for text, digest, normalized, signature, num_bytes, reason, detail, shortened, unused in rows:
+    for text, digest, normalized, signature, num_bytes, reason, detail, shortened, unused, *more in rows:
         plain = text if text is None or kind == "texts" else json.loads(text)
         document = None if plain is None else from_plain(plain, kind)
         found = None if digest is None else Fingerprint(digest, normalized, signature)
-        outcomes.append(Outcome(document, found, num_bytes, reason, detail, shortened, tuple(unused)))
+        replaced, attribution, glimpse = tuple(more[0]), Attribution(*more[1:3]), Glimpse(*more[3:])
+        named = (tuple(unused), replaced, attribution, glimpse)
+        outcomes.append(Outcome(document, found, num_bytes, reason, detail, shortened, *named))
     return outcomes
 
 

@@ -3,10 +3,13 @@
 import functools
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import ftfy
+
+from lumi.corpus.scrubbing import Detail, scrub
 
 TERMINAL_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Runs of Unicode's category Cc without tab and newline, and the byte order mark.
@@ -20,22 +23,42 @@ OTHER_C1 = re.compile("[\x80-\x84\x86-\x9f]")
 
 @dataclass(frozen=True, kw_only=True)
 class CleaningConfig:
-    """`repair_text`: undo mojibake (ftfy). `unescape_html`: &amp; -> &. `normalization`: the Unicode form."""
+    """`repair_text`: undo mojibake (ftfy). `unescape_html`: &amp; -> &. `normalization`: the Unicode form.
+
+    `scrub`: personal details that become a placeholder: "email" [EMAIL], "ip" [IP], "phone" [PHONE]. IP
+    addresses of private networks stay. Phone numbers need a country code, or the form of North America.
+    """
 
     repair_text: bool = True
     unescape_html: bool = False
     normalization: Literal["none", "NFC", "NFKC"] = "NFC"
+    scrub: tuple[Detail, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.scrub)) < len(self.scrub):
+            raise ValueError(f"scrub must be different details, got {list(self.scrub)}")
 
 
-def clean_text(text: str, config: CleaningConfig) -> str:
-    """Repair a text. Line ends become \\n, as do controls that separate words, such as form feeds.
+def clean_text(text: str, config: CleaningConfig, replaced: Counter[str] | None = None) -> str:
+    """Repair a text, and scrub it.
 
-    Lone surrogates and all other control characters but \\n and \\t go.
+    Line ends become \\n, as do controls that separate words, such as form feeds. Lone surrogates and all
+    other control characters but \\n and \\t go.
 
     Quotes, ligatures, tabs, spaces and line breaks stay, so that code comes out byte for byte.
 
+    Args:
+        replaced: takes how many details of each kind became placeholders.
+
     Source: ftfy (Speer 2019) for the repair of text that was decoded with the wrong encoding.
     """
+    text = _repair(text, config)
+    if not config.scrub:
+        return text
+    return scrub(text, config.scrub, Counter() if replaced is None else replaced)
+
+
+def _repair(text: str, config: CleaningConfig) -> str:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.isascii() and not (config.unescape_html and "&" in text):

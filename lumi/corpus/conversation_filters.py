@@ -1,11 +1,12 @@
 """Which conversations are fit to learn from: their order of roles, and limits that the config sets."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from lumi.chat.messages import Conversation, Message, contents, find_disorder
 from lumi.chat.pairs import Pair
 from lumi.corpus.cleaning import CleaningConfig, clean_text
-from lumi.corpus.filters import check_languages, check_phrases, classifier
+from lumi.corpus.filters import check_languages, check_phrases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,24 +40,27 @@ class ConversationFilterConfig:
         check_languages(self.languages)
 
 
-def clean_conversation(messages: Conversation, config: CleaningConfig) -> Conversation:
+def clean_conversation(
+    messages: Conversation, config: CleaningConfig, replaced: Counter[str] | None = None
+) -> Conversation:
     """Clean every text. Leave out a blank system message and the last messages without an answer."""
-    cleaned = list(_clean(messages, config))
+    cleaned = list(_clean(messages, config, replaced))
     while cleaned and cleaned[-1].role == "user":
         cleaned.pop()
     return tuple(cleaned)
 
 
-def clean_pair(pair: Pair, config: CleaningConfig) -> Pair:
+def clean_pair(pair: Pair, config: CleaningConfig, replaced: Counter[str] | None = None) -> Pair:
     """Clean every text, as `clean_conversation`; the prompt keeps what the user said last."""
-    answers = (clean_conversation(answer, config) for answer in (pair.chosen, pair.rejected))
-    return Pair(_clean(pair.prompt, config), *answers)
+    answers = (clean_conversation(answer, config, replaced) for answer in (pair.chosen, pair.rejected))
+    return Pair(_clean(pair.prompt, config, replaced), *answers)
 
 
-def _clean(messages: Conversation, config: CleaningConfig) -> Conversation:
+def _clean(messages: Conversation, config: CleaningConfig, replaced: Counter[str] | None) -> Conversation:
     cleaned = (
         message._replace(
-            content=clean_text(message.content, config), reasoning=clean_text(message.reasoning, config)
+            content=clean_text(message.content, config, replaced),
+            reasoning=clean_text(message.reasoning, config, replaced),
         )
         for message in messages
     )
@@ -64,11 +68,7 @@ def _clean(messages: Conversation, config: CleaningConfig) -> Conversation:
 
 
 def find_conversation_fault(messages: Conversation, config: ConversationFilterConfig) -> str:
-    """The reason to drop a cleaned conversation, or "" to keep it.
-
-    Raises:
-        UserError: `languages` is given and py3langid is not installed.
-    """
+    """The reason to drop a cleaned conversation, or "" to keep it. `languages` is judged elsewhere, last."""
     disorder = find_disorder(messages)
     if disorder:
         return disorder
@@ -82,14 +82,11 @@ def find_conversation_fault(messages: Conversation, config: ConversationFilterCo
     lowered = [contents([message]).lower() for message in messages if message.role == "assistant"]
     if any(phrase.lower() in answer for phrase in config.blocked_phrases for answer in lowered):
         return "blocked_phrase"
-    languages = config.languages
-    if languages is not None and classifier(languages)(contents(messages)) not in languages:
-        return "language"
     return ""
 
 
 def find_pair_fault(pair: Pair, config: ConversationFilterConfig) -> str:
-    """The reason to drop a cleaned pair, or "" to keep it. Raises UserError as `find_conversation_fault`."""
+    """The reason to drop a cleaned pair, or "" to keep it."""
     if _stripped(pair.chosen) == _stripped(pair.rejected):
         return "equal_answers"
     lenient = replace(config, min_answer_chars=1, blocked_phrases=())

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ import pyarrow.parquet as pq
 
 from lumi.chat.pairs import Pair
 from lumi.config import write_json
-from lumi.corpus.documents import Document, Kind, messages_of, to_plain
-from lumi.corpus.folder import FORMAT, KIND, SCHEMAS, WITH_REASONING, Manifest
+from lumi.corpus.documents import Attribution, Document, Kind, messages_of, to_plain
+from lumi.corpus.folder import FORMAT, KIND, SCHEMAS, WITH_REASONING, Manifest, attributed
 from lumi.host.storage import sha256_file
 
 ROW_GROUP_BYTES = 8 << 20  # of text; what a reader holds in memory
@@ -53,6 +54,7 @@ class CorpusWriter:
         kind: what the documents are.
         first_shard: the number of the first shard.
         with_reasoning: a document of an earlier shard has reasoning.
+        columns: those of an `Attribution` that the shards have.
     """
 
     def __init__(
@@ -63,15 +65,16 @@ class CorpusWriter:
         *,
         first_shard: int = 0,
         with_reasoning: bool = False,
+        columns: Sequence[str] = (),
     ) -> None:
         self.folder, self.building = folder, folder / ".building"
-        self._with_reasoning = WITH_REASONING[kind]
-        self.schema = self._with_reasoning if with_reasoning else SCHEMAS[kind]
+        self._columns = columns
+        self._with_reasoning = attributed(WITH_REASONING[kind], columns)
+        self.schema = self._with_reasoning if with_reasoning else attributed(SCHEMAS[kind], columns)
         self.shards: list[dict[str, Any]] = []
         self._first_shard = first_shard
         self._layout = ShardLayout(shard_bytes)
-        self._documents: list[Document] = []
-        self._sources: list[str] = []
+        self._rows: list[tuple[Any, ...]] = []
         self._file_documents = 0
         self._file: pq.ParquetWriter | None = None
 
@@ -85,15 +88,17 @@ class CorpusWriter:
             self._file.close()
         shutil.rmtree(self.building, ignore_errors=True)
 
-    def add(self, document: Document, source: str, num_bytes: int) -> None:
+    def add(
+        self, document: Document, source: str, num_bytes: int, attribution: Attribution | None = None
+    ) -> None:
         """Append a document whose text has `num_bytes` bytes of UTF-8."""
         if self.schema is not self._with_reasoning and has_reasoning(document):
             self._flush()
             self._close()
             self._layout.begin_shard()
             self.schema = self._with_reasoning
-        self._documents.append(document)
-        self._sources.append(source)
+        labels = (getattr(attribution, name, None) or None for name in self._columns)
+        self._rows.append((*_to_row(document), source, *labels))
         end = self._layout.add(num_bytes)
         if end:
             self._flush()
@@ -113,19 +118,19 @@ class CorpusWriter:
             self.shards = [self._widen(shard) for shard in self.shards]
         return self.shards
 
-    def commit(self, manifest: Manifest, card: str) -> Manifest:
-        """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards."""
-        return publish(self.folder, self.building, self.finish(), self.schema, manifest, card)
+    def commit(self, manifest: Manifest, pages: Mapping[str, str]) -> Manifest:
+        """Move shards and pages into the folder, then the manifest; an earlier corpus goes."""
+        return publish(self.folder, self.building, self.finish(), self.schema, manifest, pages)
 
     def _flush(self) -> None:
-        if not self._documents:
+        if not self._rows:
             return
         if self._file is None:
             self._file = self._open()
-        columns = list(zip(*map(_to_row, self._documents), strict=True))
-        self._file.write_table(pa.table([*map(list, columns), self._sources], schema=self.schema))
-        self._file_documents += len(self._documents)
-        self._documents, self._sources = [], []
+        columns = list(map(list, zip(*self._rows, strict=True)))
+        self._file.write_table(pa.table(columns, schema=self.schema))
+        self._file_documents += len(self._rows)
+        self._rows = []
 
     def _open(self) -> pq.ParquetWriter:
         return pq.ParquetWriter(self.building / "shard.parquet", self.schema, compression="zstd")
@@ -167,14 +172,15 @@ def publish(
     shards: list[dict[str, Any]],
     schema: pa.Schema,
     manifest: Manifest,
-    card: str,
+    pages: Mapping[str, str],
 ) -> Manifest:
-    """Move shards and card into the folder, then the manifest; then delete an earlier corpus's shards.
+    """Move shards and pages into the folder, then the manifest; then delete an earlier corpus's shards.
 
     Args:
         building: where the shards lie. Those that an interrupted call has moved are in `folder` already.
         schema: of the shards.
         manifest: without shards.
+        pages: files for people: name -> text.
 
     Returns:
         The whole manifest.
@@ -189,9 +195,9 @@ def publish(
     for shard in shards:
         if (building / shard["file"]).exists():
             os.replace(building / shard["file"], folder / shard["file"])
-    temporary = building / "DATA_CARD.md"
-    temporary.write_text(card, encoding="utf-8")
-    os.replace(temporary, folder / "DATA_CARD.md")
+    for name, text in pages.items():
+        (building / name).write_bytes(text.encode("utf-8", "replace"))
+        os.replace(building / name, folder / name)
     write_json(folder / "manifest.json", manifest)
     names = {shard["file"] for shard in shards}
     for path in folder.glob("shard-*-????????.parquet"):

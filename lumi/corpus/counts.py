@@ -1,21 +1,25 @@
 """How many records of each source were kept, and how many dropped by reason, from the run to the manifest."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lumi.chat.messages import NO_PLACE_FOR
 
 NUM_EXAMPLES = 5
+MOST_LICENSES = 100  # of a source; a field that holds no names of licences would have one for each document
+OTHER_LICENSES = "(others)"
 SHARES_TEXT_WITH = "shares_text_with_"  # such reasons end with the name of an evaluation set
 # In the order in which a record meets them. Those of OPEN end with a name from the data or the config.
 OPEN = (NO_PLACE_FOR, SHARES_TEXT_WITH)
 REASONS = (
     "malformed_json",
+    "malformed_csv",
     "invalid_utf8",
     "missing_text",
     "wrong_type",
+    "no_score",
     "malformed_messages",
     "two_system_messages",
     "null_content",
@@ -28,6 +32,8 @@ REASONS = (
     "answer_in_train",
     "different_prompts",
     "equal_answers",
+    "not_sampled",
+    "low_score",
     "empty",
     "no_answer",
     "system_not_first",
@@ -65,6 +71,8 @@ class SourceCounts:
         name, origin: of the source.
         shortened: how many of the kept conversations lack messages.
         num_bytes: of UTF-8 text kept.
+        licenses: documents kept of each licence, where the source names a field of it; "" of none.
+        replaced: how many personal details of each kind became placeholders in what is kept.
         dropped: by reason, as in REASONS.
         unused_fields: the names of fields that hold something and that nobody reads.
         examples: the first few malformed records, each with its reason and place.
@@ -79,18 +87,31 @@ class SourceCounts:
     shortened: int = 0
     num_bytes: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    licenses: Counter[str] = field(default_factory=Counter)
+    replaced: Counter[str] = field(default_factory=Counter)
     unused_fields: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     budget_reached: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def keep(self, num_bytes: int, *, shortened: bool) -> None:
-        """Count a record whose document is kept."""
+    def keep(
+        self,
+        num_bytes: int,
+        *,
+        shortened: bool,
+        license: str | None = None,
+        replaced: Mapping[str, int] | None = None,
+    ) -> None:
+        """Count a record whose document is kept. Licences beyond MOST_LICENSES are counted together."""
         self.read += 1
         self.kept += 1
         self.num_bytes += num_bytes
         if shortened:
             self.shortened += 1
+        self.replaced += Counter(replaced)
+        if license is not None:
+            known = license in self.licenses or len(self.licenses) < MOST_LICENSES
+            self.licenses[license if known else OTHER_LICENSES] += 1
 
     def drop(self, reason: str, detail: str) -> None:
         """Count a record that is dropped; `detail` describes a malformed one."""
@@ -116,6 +137,8 @@ class SourceCounts:
             "kept": self.kept,
             "shortened": self.shortened,
             "dropped": {reason: self.dropped[reason] for reason in in_order(self.dropped)},
+            "licenses": dict(sorted(self.licenses.items(), key=lambda item: (-item[1], item[0]))),
+            "replaced": dict(self.replaced),
             "bytes": self.num_bytes,
             "estimated_tokens": self.estimate_tokens(bytes_per_token),
             "budget_reached": self.budget_reached,
@@ -138,6 +161,8 @@ def _from_json(entry: dict[str, Any]) -> SourceCounts:
     return SourceCounts(
         num_bytes=entry.pop("bytes"),
         dropped=Counter(entry.pop("dropped")),
+        replaced=Counter(entry.pop("replaced", {})),
+        licenses=Counter(entry.pop("licenses", {})),
         examples=entry.pop("malformed_examples"),
         **{key: entry.pop(key) for key in SAME_IN_MANIFEST},
         facts=entry,

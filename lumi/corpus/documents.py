@@ -9,16 +9,25 @@ Document = str | Conversation | Pair
 Kind = Literal["texts", "conversations", "pairs"]  # what a corpus holds
 
 
+class Attribution(NamedTuple):
+    """The licence of a document and where it is from. "": its record does not say; None: nobody asked."""
+
+    license: str | None = None
+    url: str | None = None
+
+
 class Record(NamedTuple):
     """A document, or None with the reason; `detail` says where the record stands and what is wrong.
 
-    `unused`: the names of its fields that hold something and that nobody reads.
+    A document with a reason is dropped before any work. `unused`: the names of its fields that hold something
+    and that nobody reads.
     """
 
     document: Document | None
     reason: str = ""
     detail: str = ""
     unused: tuple[str, ...] = ()
+    attribution: Attribution = Attribution()
 
 
 def text_of(document: Document) -> str:

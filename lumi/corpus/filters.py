@@ -45,7 +45,7 @@ class FilterConfig:
     duplicate_ngram_words: int = 5
     # The largest share of characters in repeated n-grams; null: off.
     max_duplicate_ngram_char_fraction: float | None = 0.15
-    # Codes such as `en`; other documents are dropped (needs py3langid); null: off.
+    # Codes such as `en`; other documents are dropped (needs py3langid); `zh` covers `wuu`; null: off.
     languages: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -85,11 +85,7 @@ def check_languages(languages: Sequence[str] | None) -> None:
 
 
 def find_fault(text: str, config: FilterConfig) -> str:
-    """The reason to drop a cleaned text, or "" to keep it.
-
-    Raises:
-        UserError: `languages` is given and py3langid is not installed.
-    """
+    """The reason to drop a cleaned text, or "" to keep it. `languages` is judged elsewhere, last."""
     if len(text) < config.min_chars:
         return "too_short"
     if len(text) > config.max_chars:
@@ -101,11 +97,7 @@ def find_fault(text: str, config: FilterConfig) -> str:
     words = text.split()
     if _has_many_symbols(text, words, config.max_symbol_to_word_ratio):
         return "symbol_to_word_ratio"
-    if fault := _find_repetition(text, words, config):
-        return fault
-    if config.languages is not None and classifier(config.languages)(text) not in config.languages:
-        return "language"
-    return ""
+    return _find_repetition(text, words, config)
 
 
 def _has_many_symbols(text: str, words: list[str], ratio: float | None) -> bool:
@@ -173,6 +165,9 @@ def duplicate_ngram_char_fraction(words: list[str], size: int) -> float:
 def classifier(languages: tuple[str, ...]) -> Callable[[str], str]:
     """text -> the code of its language, the likeliest among all that py3langid knows.
 
+    It goes by letters and not by words, so scripts without spaces need nothing else. But Wu (`wuu`) counts as
+    Chinese (`zh`), unless it is among `languages`.
+
     Raises:
         UserError: py3langid is not installed, or does not know one of `languages`.
     """
@@ -189,4 +184,10 @@ def classifier(languages: tuple[str, ...]) -> Callable[[str], str]:
     unknown = sorted(set(languages) - known)
     if unknown:
         raise UserError("languages", f"must be among {', '.join(sorted(known))}", got=", ".join(unknown))
-    return lambda text: str(py3langid.classify(text[:LANGUAGE_CHARS])[0])
+    same = {} if "wuu" in languages else {"wuu": "zh"}  # it takes much of written Chinese for Wu
+
+    def classify(text: str) -> str:
+        code = str(py3langid.classify(text[:LANGUAGE_CHARS])[0])
+        return same.get(code, code)
+
+    return classify

@@ -1,11 +1,12 @@
 """The corpus folder: Parquet shards and `manifest.json`, verified when read. `corpus_writer` writes it.
 
 A corpus holds texts, conversations or pairs. Its columns are `text`, or `messages`, or `prompt`, `chosen` and
-`rejected`; and `source`.
+`rejected`; and `source`. Where a source names fields for them, there are `license` and `url`, which may be
+null.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from lumi.chat.messages import Conversation
 from lumi.chat.pairs import Pair
 from lumi.config import UserError, read_json
-from lumi.corpus.documents import Document, Kind, from_plain, text_of
+from lumi.corpus.documents import Attribution, Document, Kind, from_plain, text_of
 from lumi.host.provenance import Parent
 from lumi.host.storage import sha256_file
 
@@ -40,6 +41,16 @@ SCHEMAS = _schemas("role", "content")
 WITH_REASONING = _schemas("role", "content", "reasoning_content")
 
 Manifest = dict[str, Any]
+
+
+def attributed(schema: pa.Schema, columns: Iterable[str]) -> pa.Schema:
+    """The schema of shards that also have these columns of an `Attribution`."""
+    return pa.schema([*schema, *((name, pa.string()) for name in columns)])
+
+
+def own_columns(columns: Sequence[str]) -> list[str]:
+    """The columns of a corpus without those of an `Attribution`."""
+    return [name for name in columns if name not in Attribution._fields]
 
 
 class CorpusBatch(NamedTuple):
@@ -92,7 +103,8 @@ class CorpusReader:
     @property
     def holds(self) -> Kind:
         """What its documents are."""
-        return next(kind for kind, schema in SCHEMAS.items() if schema.names == self.manifest["columns"])
+        columns = own_columns(self.manifest["columns"])
+        return next(kind for kind, schema in SCHEMAS.items() if schema.names == columns)
 
     def iter_batches(self, batch_documents: int = 1024) -> Iterator[CorpusBatch]:
         """All documents in order, at most `batch_documents` at a time.
@@ -156,7 +168,9 @@ class CorpusReader:
         shard, kind = self.manifest["shards"][index], self.holds
         _check_shard(self.folder, shard, read=True)
         with pq.ParquetFile(self.folder / shard["file"]) as file:
-            for batch in file.iter_batches(batch_size=batch_documents, columns=self.manifest["columns"]):
+            for batch in file.iter_batches(
+                batch_size=batch_documents, columns=own_columns(self.manifest["columns"])
+            ):
                 *parts, sources = (column.to_pylist() for column in batch.columns)
                 yield [_from_row(row, kind) for row in zip(*parts, strict=True)], sources
 
@@ -214,9 +228,10 @@ def read_manifest(folder: Path) -> Manifest | None:
     shards = manifest.get("shards")
     if not isinstance(manifest.get("documents"), int) or not isinstance(shards, list):
         raise UserError(f"{path}:", "must hold documents and shards", remedy=f"the file is damaged, {remake}")
-    if manifest.get("columns") not in [schema.names for schema in SCHEMAS.values()]:
+    columns = manifest.get("columns")
+    if not isinstance(columns, list) or own_columns(columns) not in [each.names for each in SCHEMAS.values()]:
         expected = " or ".join(", ".join(schema.names) for schema in SCHEMAS.values())
-        raise UserError(f"{path}: columns", f"must be {expected}", got=manifest.get("columns"), remedy=remake)
+        raise UserError(f"{path}: columns", f"must be {expected}", got=columns, remedy=remake)
     if not all(map(_is_shard, shards)):
         raise UserError(
             f"{path}: shards", f"must hold {', '.join(SHARD_KEYS)}", remedy=f"the file is damaged, {remake}"

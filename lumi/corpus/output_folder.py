@@ -18,7 +18,10 @@ from lumi.corpus.prepare_config import PrepareConfig
 from lumi.host.locks import lock_file
 from lumi.host.storage import check_output
 
-OURS = re.compile(r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|manifest\.json\.tmp-\d+|\.cache|\.building")
+OURS = re.compile(
+    r"shard-\d+-[0-9a-f]{8}\.parquet|DATA_CARD\.md|DATA_REPORT\.html|manifest\.json\.tmp-\d+"
+    r"|\.cache|\.building"
+)
 
 
 def earlier_corpus(folder: Path, config: PrepareConfig, use_cache: bool) -> Manifest | None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from lumi.corpus.cleaning import CleaningConfig
 from lumi.corpus.conversation_filters import ConversationFilterConfig
 from lumi.corpus.deduplication import DeduplicationConfig
-from lumi.corpus.documents import Kind
+from lumi.corpus.documents import Attribution, Kind
 from lumi.corpus.evaluation_sets import DecontaminationConfig
 from lumi.corpus.filters import FilterConfig
 from lumi.corpus.processing import RecordRules
-from lumi.corpus.sources import Source
+from lumi.corpus.sources import RecordSource, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,16 @@ class PrepareConfig:
     def holds(self) -> Kind:
         """What the sources give."""
         return self.sources[0].holds
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of an `Attribution` that the corpus has: those of which a source names the field."""
+        records = [source for source in self.sources if isinstance(source, RecordSource)]
+        return [
+            name
+            for name in Attribution._fields
+            if any(getattr(source, f"{name}_field") is not None for source in records)
+        ]
 
     @property
     def rules(self) -> RecordRules:

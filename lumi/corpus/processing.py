@@ -3,10 +3,11 @@
 Worker processes run it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from lumi.chat.messages import Conversation, contents
+from lumi.chat.messages import contents
 from lumi.chat.pairs import Pair
 from lumi.corpus.cleaning import CleaningConfig, clean_text
 from lumi.corpus.conversation_filters import (
@@ -18,9 +19,11 @@ from lumi.corpus.conversation_filters import (
 )
 from lumi.corpus.counts import SHARES_TEXT_WITH
 from lumi.corpus.deduplication import DeduplicationConfig, Fingerprint, fingerprint
-from lumi.corpus.documents import Document, Record, count_chars, text_of
-from lumi.corpus.filters import FilterConfig, find_fault
+from lumi.corpus.documents import Attribution, Document, Record, count_chars, messages_of, text_of
+from lumi.corpus.filters import FilterConfig, classifier, find_fault
 from lumi.corpus.overlaps import Overlaps
+from lumi.corpus.review import Glimpse, excerpt_of, glimpse_of, wanted
+from lumi.corpus.scrubbing import DETAILS
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARS = 4_000_000
@@ -42,7 +45,8 @@ class Outcome(NamedTuple):
     """What became of one record: the cleaned document, or None with the reason; `detail` as in `Record`.
 
     `num_bytes`: the UTF-8 of its text (of a conversation, of its contents). `shortened`: messages were left
-    out. `unused`: as in `Record`.
+    out. `unused`, `attribution`: as in `Record`. `replaced`: how many
+    personal details of each of DETAILS. `glimpse`: what the report needs.
     """
 
     document: Document | None
@@ -52,75 +56,90 @@ class Outcome(NamedTuple):
     detail: str = ""
     shortened: bool = False
     unused: tuple[str, ...] = ()
+    replaced: tuple[int, ...] = (0,) * len(DETAILS)
+    attribution: Attribution = Attribution()
+    glimpse: Glimpse = Glimpse()
 
 
 def process_batch(rules: RecordRules, records: list[Record]) -> list[Outcome]:
     """Clean, filter, decontaminate and fingerprint; one outcome per record, in order."""
-    outcomes = [_process(record, rules) for record in records]
+    outcomes = [_judge(record, rules)._replace(unused=record.unused) for record in records]
     kept = [outcome.document for outcome in outcomes if outcome.document is not None]
     fingerprints = iter(fingerprint(kept, rules.deduplication))
+    examples = wanted((outcome.reason, outcome.glimpse) for outcome in outcomes)
     return [
-        outcome if outcome.document is None else outcome._replace(fingerprint=next(fingerprints))
-        for outcome in outcomes
+        outcome._replace(
+            fingerprint=None if outcome.document is None else next(fingerprints),
+            glimpse=outcome.glimpse if is_example else outcome.glimpse._replace(excerpt=""),
+        )
+        for outcome, is_example in zip(outcomes, examples, strict=True)
     ]
 
 
-def _process(record: Record, rules: RecordRules) -> Outcome:
-    """The outcome without its fingerprint."""
-    outcome = _decontaminate(_judge(record, rules), rules.overlaps)
-    return outcome._replace(unused=record.unused) if record.unused else outcome
-
-
-def _decontaminate(outcome: Outcome, overlaps: Overlaps | None) -> Outcome:
-    if outcome.document is None or overlaps is None:
-        return outcome
-    name = overlaps.find(text_of(outcome.document))
-    return _drop(SHARES_TEXT_WITH + name) if name else outcome
-
-
 def _judge(record: Record, rules: RecordRules) -> Outcome:
+    """The outcome without its fingerprint and unused fields."""
     document, filters = record.document, rules.filters
     if document is None:
-        return _drop(record.reason, record.detail)
-    if count_chars(document) > filters.max_chars:  # before any work, so that a huge document costs nothing
-        return _drop("too_long")
+        return Outcome(None, None, reason=record.reason, detail=record.detail)
+    if record.reason or count_chars(document) > filters.max_chars:  # a huge document costs no work
+        excerpt = clean_text(excerpt_of(document), rules.cleaning)
+        reason = record.reason or "too_long"
+        return Outcome(None, None, reason=reason, glimpse=glimpse_of(document, excerpt))
+    replaced: Counter[str] = Counter()
+    cleaned, language = _clean(document, rules.cleaning, replaced), ""
+    reason = _find_fault(cleaned, filters)
+    if not reason and filters.languages is not None:
+        language = _find_language(cleaned, filters.languages)
+        reason = "" if language in filters.languages else "language"
+    if not reason and rules.overlaps is not None and (name := rules.overlaps.find(text_of(cleaned))):
+        reason = SHARES_TEXT_WITH + name
+    glimpse = glimpse_of(cleaned, excerpt_of(cleaned), language)
+    if reason:
+        return Outcome(None, None, reason=reason, glimpse=glimpse)
+    num_bytes, glimpse = len(text_of(cleaned).encode()), glimpse._replace(excerpt="")
+    return Outcome(
+        cleaned,
+        None,
+        num_bytes,
+        shortened=_is_shortened(document, cleaned),
+        replaced=tuple(replaced[detail] for detail in DETAILS),
+        attribution=record.attribution,
+        glimpse=glimpse,
+    )
+
+
+def _clean(document: Document, config: CleaningConfig, replaced: Counter[str]) -> Document:
+    if isinstance(document, str):
+        return clean_text(document, config, replaced)
+    if isinstance(document, Pair):
+        return clean_pair(document, config, replaced)
+    return clean_conversation(document, config, replaced)
+
+
+def _find_fault(document: Document, filters: FilterConfig | ConversationFilterConfig) -> str:
     if isinstance(document, str):
         assert isinstance(filters, FilterConfig)
-        return _process_text(document, rules.cleaning, filters)
+        return "empty" if not document or document.isspace() else find_fault(document, filters)
     assert isinstance(filters, ConversationFilterConfig)
     if isinstance(document, Pair):
-        return _process_pair(document, rules.cleaning, filters)
-    return _process_conversation(document, rules.cleaning, filters)
+        return find_pair_fault(document, filters)
+    return find_conversation_fault(document, filters)
 
 
-def _process_text(text: str, cleaning: CleaningConfig, filters: FilterConfig) -> Outcome:
-    text = clean_text(text, cleaning)
-    reason = "empty" if not text or text.isspace() else find_fault(text, filters)
-    return _drop(reason) if reason else Outcome(text, None, len(text.encode()))
+def _find_language(document: Document, languages: tuple[str, ...]) -> str:
+    """The code of a document's language; of a pair the first of its two that is none of `languages`."""
+    if isinstance(document, Pair):
+        texts = [contents((*document.prompt, *answer)) for answer in (document.chosen, document.rejected)]
+    else:
+        texts = [text_of(document)]
+    found = list(map(classifier(languages), texts))
+    return next((code for code in found if code not in languages), found[0])
 
 
-def _process_conversation(
-    original: Conversation, cleaning: CleaningConfig, filters: ConversationFilterConfig
-) -> Outcome:
-    messages = clean_conversation(original, cleaning)
-    reason = find_conversation_fault(messages, filters)
-    if reason:
-        return _drop(reason)
-    shortened = len(messages) < len(original)
-    return Outcome(messages, None, len(contents(messages).encode()), shortened=shortened)
-
-
-def _process_pair(original: Pair, cleaning: CleaningConfig, filters: ConversationFilterConfig) -> Outcome:
-    pair = clean_pair(original, cleaning)
-    reason = find_pair_fault(pair, filters)
-    if reason:
-        return _drop(reason)
-    shortened = len(pair.messages) < len(original.messages)
-    return Outcome(pair, None, len(text_of(pair).encode()), shortened=shortened)
-
-
-def _drop(reason: str, detail: str = "") -> Outcome:
-    return Outcome(None, None, reason=reason, detail=detail)
+def _is_shortened(original: Document, cleaned: Document) -> bool:
+    if isinstance(original, str) or isinstance(cleaned, str):
+        return False
+    return len(messages_of(cleaned)) < len(messages_of(original))
 
 
 def make_batches(records: Iterable[Record]) -> Iterator[list[Record]]:

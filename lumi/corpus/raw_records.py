@@ -3,7 +3,10 @@
 The stage `prepare` counts the pieces that cannot be read. `lumi evaluate` refuses them, by `read_records`.
 """
 
+import csv
+import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ from lumi.config import UserError, unique_keys
 from lumi.corpus.compression import ERRORS, find_compression, open_file
 from lumi.corpus.documents import Record
 from lumi.corpus.sources import (
+    CsvSource,
     Files,
     HubDataset,
     JsonFiles,
@@ -29,6 +33,7 @@ from lumi.host.file_patterns import matching_files
 CHUNK_BYTES = 1 << 20
 UNLIMITED = 1 << 40
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BROKEN = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are not UTF-8
 
 
 class RawRecord(NamedTuple):
@@ -47,7 +52,7 @@ Piece = RawRecord | Record  # a text, or something that cannot be read, is a Rec
 
 
 def read_pieces(
-    location: Location | ParquetSource, *, max_chars: int = UNLIMITED, skip: int = 0
+    location: Location | ParquetSource | CsvSource, *, max_chars: int = UNLIMITED, skip: int = 0
 ) -> Iterator[Piece]:
     """What stands at a location, piece by piece, after the first `skip` pieces.
 
@@ -110,6 +115,8 @@ def _read_files(files: Files, max_chars: int) -> Iterator[Piece]:
                 yield from _read_json(path)
             elif isinstance(files, ParquetSource):
                 yield from _read_parquet(path, files)
+            elif isinstance(files, CsvSource):
+                yield from _read_csv(path, files, max_chars + CHUNK_BYTES)
             else:
                 separator = files.separator if isinstance(files, TextSource) else None
                 yield from _read_text(path, separator, 4 * max_chars)
@@ -186,26 +193,29 @@ def _read_parquet(path: str, source: ParquetSource) -> Iterator[Piece]:
         raise UserError(path, "must be a plain Parquet file", got=f"one in {how}", remedy="unpack it first")
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
+        fields = {"score_field": source.score_field, "license_field": source.license_field}
+        fields |= {"url_field": source.url_field}
         if source.conversation is None:
-            if source.text_field not in names:
-                raise UserError(
-                    "text_field",
-                    f"must be a column of {path} ({', '.join(names)})",
-                    got=repr(source.text_field),
-                )
-            used = [source.text_field]
+            fields["text_field"] = source.text_field
+        for key, name in fields.items():
+            if name is not None and name not in names:
+                raise UserError(key, f"must be a column of {path} ({', '.join(names)})", got=repr(name))
+        if source.conversation is None:
+            used = [source.text_field, *source.more_fields]
         else:
             required, optional = source.conversation.required, source.conversation.optional
             if not set(required) <= set(names):
                 raise UserError(
                     path, f"must have the columns {', '.join(required)}", got=", ".join(names) or "none"
                 )
-            used = [name for name in names if name in required + optional]
+            used = [name for name in names if name in required + optional + source.more_fields]
         if twice := _named_twice([field for field in file.schema_arrow if field.name in used]):
             got = f"{' and '.join(map(repr, twice))} more than once"
             raise UserError(path, "must have columns of different names", got=got, remedy="rename one")
-        unread = tuple(name for name in names if name not in used)
         if source.conversation is None:
+            _check_strings(file, path, source.text_field)
+        unread = tuple(name for name in names if name not in used)
+        if used == [source.text_field]:
             yield from _read_column(file, path, source.text_field, unread)
         else:
             yield from _read_columns(file, path, used, unread)
@@ -220,12 +230,19 @@ def _named_twice(fields: Sequence[pa.Field]) -> list[str]:
     return twice
 
 
-def _read_column(file: pq.ParquetFile, path: str, name: str, unread: tuple[str, ...]) -> Iterator[Record]:
-    kind = file.schema_arrow.field(name).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+def _check_strings(file: pq.ParquetFile, path: str, name: str) -> None:
+    kind = _kind_of(file, name)
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise UserError(f"column {name!r} of {path}", "must hold strings", got=kind)
-    row = 0
+
+
+def _kind_of(file: pq.ParquetFile, name: str) -> pa.DataType:
+    kind = file.schema_arrow.field(name).type
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _read_column(file: pq.ParquetFile, path: str, name: str, unread: tuple[str, ...]) -> Iterator[Record]:
+    kind, row = _kind_of(file, name), 0
     for batch in file.iter_batches(batch_size=256, columns=[name]):
         # As bytes: Arrow does not check that a string column is UTF-8.
         for value in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
@@ -255,6 +272,49 @@ def _decode(data: bytes, place: str) -> Record:
         return Record(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Record(None, "invalid_utf8", f"{place}: invalid UTF-8 at byte {error.start}")
+
+
+def _read_csv(path: str, source: CsvSource, limit: int) -> Iterator[Piece]:
+    """`limit`: of a field, in characters. The library keeps it for the whole process."""
+    csv.field_size_limit(limit)
+    with open_file(path) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        rows = csv.reader(iter(lambda: text.readline(limit), ""), delimiter=source.delimiter, strict=True)
+        names = _read_header(path, rows, source)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Record(None, "malformed_csv", f"{path}:{rows.line_num}: {error}")
+                continue
+            place = f"{path}:{rows.line_num}"
+            if not row:
+                continue
+            if len(row) != len(names):
+                detail = f"{place}: {len(row)} fields, the header has {len(names)}"
+                yield Record(None, "malformed_csv", detail)
+            elif any(map(BROKEN.search, row)):
+                yield Record(None, "invalid_utf8", f"{place}: invalid UTF-8 in the row that ends here")
+            else:
+                yield RawRecord(dict(zip(names, row, strict=True)), place)
+
+
+def _read_header(path: str, rows: Iterator[list[str]], source: CsvSource) -> list[str]:
+    try:
+        names = next(rows, [])
+    except csv.Error as error:
+        raise UserError(path, "must begin with the names of its columns", got=error) from error
+    wanted = source.conversation.required if source.conversation else (source.text_field,)
+    missing = [name for name in (*wanted, *source.more_fields) if name not in names]
+    if missing:
+        got = f"{', '.join(names)[:200] or 'nothing'} in its first line"
+        raise UserError(path, f"must have the columns {', '.join(missing)}", got=got)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        got = f"{', '.join(map(repr, twice))} more than once"
+        raise UserError(path, "must have columns of different names", got=got, remedy="rename one")
+    return names
 
 
 def _read_text(path: str, separator: str | None, limit: int) -> Iterator[Record]:

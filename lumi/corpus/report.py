@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lumi.corpus.counts import SHARES_TEXT_WITH, SourceCounts, from_manifest, in_order
+from lumi.corpus.scrubbing import DETAILS
 
+CARD, PAGE = "DATA_CARD.md", "DATA_REPORT.html"  # in a corpus folder
 NAMES_SHOWN = 20  # `manifest.json` has all of them
 
 
@@ -29,6 +31,7 @@ def print_made(folder: Path, manifest: dict[str, Any]) -> None:
     shards = "1 shard" if len(manifest["shards"]) == 1 else f"{len(manifest['shards'])} shards"
     made = f"{manifest['documents']:,} {noun(manifest)} in {shards}"
     print_report(manifest, f"{made}: {folder} ({folder}/.cache may be deleted)")
+    print(f"what was dropped, with examples: {folder}/{PAGE}")
 
 
 def print_up_to_date(folder: Path, manifest: dict[str, Any]) -> None:
@@ -41,8 +44,8 @@ def print_report(manifest: dict[str, Any], last_line: str) -> None:
     print("\n".join([summary_table(manifest), *unused_fields(manifest), last_line]))
 
 
-def summary_table(manifest: dict[str, Any]) -> str:
-    """Kept and dropped by reason, a column per source and one for all."""
+def summary_rows(manifest: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Kept and dropped by reason: the header, with a column per source and one for all, and the rows."""
     sources = from_manifest(manifest)
     header = ["", *(source.name for source in sources)]
     rows = [
@@ -53,10 +56,19 @@ def summary_table(manifest: dict[str, Any]) -> str:
         rows.append(_row("kept, but shortened", (source.shortened for source in sources)))
     for reason in in_order({reason for source in sources for reason in source.dropped}):
         rows.append(_row(f"dropped: {reason}", (source.dropped[reason] for source in sources)))
+    for detail in DETAILS:
+        if any(source.replaced[detail] for source in sources):
+            rows.append(_row(f"replaced: {detail}", (source.replaced[detail] for source in sources)))
     rows.append(_row("megabytes kept", (source.num_bytes for source in sources), _megabytes))
     rows.append(_row("estimated tokens", _estimates(manifest, sources)))
     if len(sources) > 1:
         header.append("total")
+    return header, rows
+
+
+def summary_table(manifest: dict[str, Any]) -> str:
+    """The rows as text, in columns."""
+    header, rows = summary_rows(manifest)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join([label.ljust(widths[0]), *map(str.rjust, figures, widths[1:])]).rstrip()
@@ -125,6 +137,13 @@ def data_card(manifest: dict[str, Any]) -> str:
         figures = f"{source.kept:,} | {_megabytes(source.num_bytes)} | {tokens:,}"
         lines.append(f"| {source.name} | {source.origin} | {figures} |")
     lines += ["", "## Kept and dropped", "", "```", summary_table(manifest), "```", ""]
+    if any(source.licenses for source in sources):
+        lines += ["## Licences", "", f"| source | licence | {noun(manifest)} |", "|---|---|---:|"]
+        lines += [
+            f"| {source.name} | {_cell(license) or 'not given'} | {count:,} |"
+            for source in sources
+            for license, count in source.licenses.items()
+        ] + [""]
     notes = [f"- {line}" for line in (*manifest["warnings"], *unused_fields(manifest))] + _notes(sources)
     if notes:
         lines += ["## Notes", "", *notes, ""]
@@ -152,6 +171,11 @@ def _decontamination(manifest: dict[str, Any], sources: Sequence[SourceCounts]) 
         dropped = sum(source.dropped[SHARES_TEXT_WITH + each["name"]] for source in sources)
         lines.append(f"| {each['name']} | {each['origin']} | {each['records']:,} | {dropped:,} |")
     return [*lines, ""]
+
+
+def _cell(text: str) -> str:
+    """A text in one cell of a table of Markdown."""
+    return " ".join(text.replace("|", "\\|").replace("<", "\\<").split())
 
 
 def _notes(sources: Sequence[SourceCounts]) -> list[str]:

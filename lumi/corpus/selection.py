@@ -1,15 +1,19 @@
 """Which documents a corpus keeps, decided in their order: duplicates, budgets, and what is counted."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from lumi.config import UserError, to_dict
 from lumi.corpus.counts import SourceCounts
+from lumi.corpus.documents import Document
 from lumi.corpus.evaluation_sets import EvaluationSet
 from lumi.corpus.folder import Manifest
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.processing import Outcome
 from lumi.corpus.report import find_warnings
+from lumi.corpus.review import Review
+from lumi.corpus.scrubbing import DETAILS
 from lumi.corpus.source_outcomes import package_versions
 from lumi.corpus.sources import Source
 
@@ -20,19 +24,30 @@ def select(
     source: Source,
     bytes_per_token: float,
     counts: SourceCounts,
+    review: Review,
+    read: Callable[[int], Document | None],
 ) -> Iterator[int]:
     """Count a batch, up to the document that reaches the budget; the places in it of those that are kept.
 
     Args:
         duplicates: for each outcome the reason of the `Deduplicator`; no more are taken than are needed.
         bytes_per_token: the estimate behind budgets.
+        review: takes the documents that are counted.
+        read: gives the document at a place of the batch, if it passed the filters; for few of them.
     """
     for place, (outcome, duplicate) in enumerate(zip(outcomes, duplicates, strict=True)):
         counts.note_unused(outcome.unused)
-        if outcome.reason or duplicate:
-            counts.drop(outcome.reason or duplicate, outcome.detail)
+        reason = outcome.reason or duplicate
+        review.add(source.name, reason, outcome.glimpse, outcome.detail, partial(read, place))
+        if reason:
+            counts.drop(reason, outcome.detail)
             continue
-        counts.keep(outcome.num_bytes, shortened=outcome.shortened)
+        counts.keep(
+            outcome.num_bytes,
+            shortened=outcome.shortened,
+            license=outcome.attribution.license,
+            replaced=dict(zip(DETAILS, outcome.replaced, strict=True)),
+        )
         yield place
         enough_tokens = (
             source.max_tokens is not None and counts.num_bytes >= source.max_tokens * bytes_per_token

@@ -18,7 +18,7 @@ from lumi.corpus.reading import open_source
 from lumi.corpus.sources import Source, identify
 from lumi.host.workers import Workers
 
-CACHE_FORMAT = 5  # raise it when cleaning, filters or fingerprints change their results
+CACHE_FORMAT = 6  # raise it when cleaning, filters or fingerprints change their results
 
 
 def open_cache(folder: Path, source: Source, key: str, *, writable: bool) -> SourceCache:

@@ -18,6 +18,7 @@ from lumi.corpus.conversations import (
     MessagesFormat,
     PromptResponseFormat,
     ShareGptFormat,
+    check_names,
 )
 from lumi.corpus.documents import Kind
 from lumi.corpus.oasst import OasstFormat, OasstMessagesFormat
@@ -72,10 +73,10 @@ class HubDataset(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Checked):
-    """Local files: `paths` holds paths and glob patterns. gzip, bzip2, xz and zstd are unpacked."""
+    """Local files: `paths` holds paths, glob patterns and folders. gzip, bzip2, xz and zstd are unpacked."""
 
     kind: str
-    # Files, or patterns such as `data/*.jsonl`.
+    # Files, patterns such as `data/*.jsonl`, or folders, which mean all files in them that are not hidden.
     paths: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -114,6 +115,8 @@ class NamedSource(Checked):
     max_tokens: int | None = None
     # Stop when this many documents are kept; null: read all.
     max_documents: int | None = None
+    # The share of the documents that a hash of each one picks, in (0, 1]; null: all.
+    sample_fraction: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +126,10 @@ class NamedSource(Checked):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, or null for all, got {value}")
+        if self.sample_fraction is not None and not 0 < self.sample_fraction <= 1:
+            raise ValueError(
+                f"sample_fraction must be within (0, 1], or null for all, got {self.sample_fraction}"
+            )
 
     @property
     def holds(self) -> Kind:
@@ -138,15 +145,39 @@ class RecordSource(NamedSource):
     text_field: str = "text"
     # How a record is read as a conversation; null: it is a text.
     conversation: ConversationFormat | None = None
+    # The field of a record with its score of quality, a number; null: there is none.
+    score_field: str | None = None
+    # A record with a lower score is dropped; null: `score_field` is null too.
+    min_score: float | None = None
+    # The field of a record with its licence, kept in the column `license` of the corpus; null: none is kept.
+    license_field: str | None = None
+    # The field of a record with its address, kept in the column `url` of the corpus; null: none is kept.
+    url_field: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_names(score_field=self.score_field, license_field=self.license_field, url_field=self.url_field)
+        if (self.score_field is None) != (self.min_score is None):
+            given = "score_field" if self.min_score is None else "min_score"
+            raise ValueError(f"score_field and min_score must be given together, got {given} alone")
+        if isinstance(self.conversation, OasstMessagesFormat) and self.more_fields:
+            names = ", ".join(self.more_fields)
+            raise ValueError(
+                f"score_field, license_field and url_field must be null with oasst_messages, whose rows are"
+                f" parts of a tree, got {names}"
+            )
         if self.text_field == "":
             raise ValueError('text_field must be a name, got ""')
         if self.conversation is not None and self.text_field != "text":
             raise ValueError(
                 f"text_field must be left out where conversation is given, got {self.text_field!r}"
             )
+
+    @property
+    def more_fields(self) -> tuple[str, ...]:
+        """The fields that are read beside those of the text or the conversation."""
+        names = (self.score_field, self.license_field, self.url_field)
+        return tuple(name for name in names if name is not None)
 
     @property
     def holds(self) -> Kind:
@@ -178,6 +209,22 @@ class ParquetSource(Files, RecordSource):
     """Parquet files with a column of text, or with the columns of a conversation."""
 
     kind: Literal["parquet"] = "parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvSource(Files, RecordSource):
+    """CSV files with a first line that names the columns; all values are texts."""
+
+    kind: Literal["csv"] = "csv"
+    # What stands between two fields: one character, for example a tab.
+    delimiter: str = ","
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
+            raise ValueError(
+                f"delimiter must be one character, no quote and no line end, got {self.delimiter!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +296,7 @@ Source = (
     | JsonlSource
     | JsonSource
     | ParquetSource
+    | CsvSource
     | TextSource
     | PythonDocsSource
     | PythonQuestionsSource

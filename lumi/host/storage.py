@@ -105,7 +105,9 @@ def check_output(folder: str | Path, *, renamed: bool, option: str = "--output-d
     raise UserError(option, expectation, got=f"{folder}, {why}", remedy=remedy)
 
 
-def check_output_file(path: str | Path, expected: str, may_replace: Callable[[Path], bool]) -> None:
+def check_output_file(
+    path: str | Path, expected: str, may_replace: Callable[[Path], bool], option: str = "--output"
+) -> None:
     """Check, before the work, that a file can be written, and that nothing of the user's is lost by it.
 
     Args:
@@ -115,7 +117,7 @@ def check_output_file(path: str | Path, expected: str, may_replace: Callable[[Pa
     Raises:
         UserError: it is a folder, something else is there, or its folder is missing or takes no files.
     """
-    option, path, real = "--output", Path(path), _real(path)
+    path, real = Path(path), _real(path)
     if path.is_dir():
         raise UserError(option, "must be a file", got=f"the folder {path}")
     if os.path.lexists(real) and not (real.exists() and may_replace(real)):  # also a link to itself

@@ -1,23 +1,22 @@
-"""`lumi report`: runs -> one HTML page that needs nothing else. The template escapes all text of runs."""
+"""`lumi report`: runs -> one HTML page that needs nothing else."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lumi import __version__
-from lumi.host.storage import TEMPORARY_PREFIX, check_output_file
+from lumi.host.page import is_page, template, write_page
+from lumi.host.storage import check_output_file
 from lumi.reporting import charts
 from lumi.reporting.evaluations import find_evaluations
 from lumi.reporting.recorded_run import RecordedRun, check_runs, read_runs
 from lumi.training.metrics import human
 
 _UNKNOWN = "–"
-_MARK = '<meta name="generator" content="lumi report">'  # as in the template
+_GENERATOR = "lumi report"
 _ABSENT = object()
 
 
@@ -35,11 +34,13 @@ def write_report(runs: Sequence[Path], output: Path, evaluations: Sequence[Path]
         OSError: the disk is full.
     """
     check_runs(runs)
-    check_output_file(output, "new, or a page that `lumi report` wrote", _is_page)
+    check_output_file(
+        output, "new, or a page that `lumi report` wrote", partial(is_page, generator=_GENERATOR)
+    )
     recorded = read_runs(runs)
     found, faults = find_evaluations([run.path for run in recorded], evaluations)
-    template = _environment().get_template("report.html.jinja")
-    page = template.render(
+    page = template(Path(__file__).with_name("report.html.jinja")).render(
+        generator=_GENERATOR,
         title=f"Training report: {', '.join(run.name for run in recorded)}",
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, Lumi {__version__}",
         runs=recorded,
@@ -51,33 +52,8 @@ def write_report(runs: Sequence[Path], output: Path, evaluations: Sequence[Path]
         configs=[json.dumps(run.config, indent=2, ensure_ascii=False) for run in recorded],
         evaluations=found,
     )
-    real = Path(os.path.realpath(output))  # a link stays one
-    temporary = real.with_name(f"{TEMPORARY_PREFIX}report-{os.getpid()}")
-    try:
-        temporary.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(temporary, real)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_page(output, page)
     return [f"{run.name}: {note}" for run in recorded for note in run.notes] + faults
-
-
-def _is_page(file: Path) -> bool:
-    """Whether a file is a page of ours, by how it begins. What people wrote is not replaced."""
-    if not file.is_file():
-        return False
-    with open(file, "rb") as opened:
-        head = opened.read(512)
-    return head.startswith(b"<!DOCTYPE html>") and _MARK.encode() in head
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _summary(runs: Sequence[RecordedRun]) -> Iterator[tuple[str, list[str]]]:

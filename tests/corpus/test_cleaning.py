@@ -1,4 +1,5 @@
 import unicodedata
+from collections import Counter
 
 import pytest
 
@@ -23,6 +24,20 @@ MARKDOWN = (
 
 def clean(text, **options):
     return clean_text(text, CleaningConfig(**options))
+
+
+def test_details_are_scrubbed_after_the_repair():
+    replaced = Counter()
+    config = CleaningConfig(unescape_html=True, scrub=("email",))
+    assert (
+        clean_text("Frag me&#64;example.com, 8.8.8.8 schÃ¶n", config, replaced)
+        == "Frag [EMAIL], 8.8.8.8 schön"
+    )
+    assert replaced == Counter(email=1)
+    assert clean("me@example.com\x00") == "me@example.com"
+    assert clean("8.8.8.8", scrub=("ip",)) == "[IP]"
+    with pytest.raises(ValueError, match="scrub must be different details"):
+        CleaningConfig(scrub=("ip", "ip"))
 
 
 @pytest.mark.parametrize(

@@ -93,16 +93,6 @@ def test_limits():
     assert fault(talk(("u", "a"), ("a", "I, as an AI language model, decline")), blocked_phrases=()) == ""
 
 
-def test_languages():
-    pytest.importorskip("py3langid")
-    german = "Das ist eine Frage, die niemand so recht beantworten kann, und das weiß auch jeder."
-    english = "This is a question that nobody can answer, and everybody knows that it is so."
-    messages = talk(("u", german), ("a", german))
-    assert fault(messages, languages=("en",)) == "language"
-    assert fault(messages, languages=("en", "de")) == ""
-    assert fault(talk(("u", english), ("a", english)), languages=("en",)) == ""
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -13,7 +13,7 @@ def write(folder, documents, shard_bytes=1 << 20, **options):
     with CorpusWriter(folder, shard_bytes, **options) as writer:
         for index, document in enumerate(documents):
             writer.add(document, f"s{index % 2}", len(text_of(document).encode()))
-        return writer.commit({"documents": len(documents)}, "# card\n")
+        return writer.commit({"documents": len(documents)}, {"DATA_CARD.md": "# card\n"})
 
 
 CONVERSATIONS = [

@@ -1,6 +1,14 @@
 import json
 
-from lumi.corpus.counts import NUM_EXAMPLES, SHARES_TEXT_WITH, SourceCounts, from_manifest, in_order
+from lumi.corpus.counts import (
+    MOST_LICENSES,
+    NUM_EXAMPLES,
+    OTHER_LICENSES,
+    SHARES_TEXT_WITH,
+    SourceCounts,
+    from_manifest,
+    in_order,
+)
 
 
 def counted():
@@ -13,6 +21,21 @@ def counted():
     for number in range(NUM_EXAMPLES + 2):
         counts.drop("malformed_json", f"a.txt:{number}")
     return counts
+
+
+def test_licences_and_details_of_what_is_kept():
+    counts = SourceCounts(name="x", origin="")
+    for license in ("mit", "", "cc0", "cc0"):
+        counts.keep(1, shortened=False, license=license, replaced={"email": 2, "ip": 0})
+    entry = counts.to_json(4.0)
+    assert list(entry["licenses"].items()) == [("cc0", 2), ("", 1), ("mit", 1)]
+    assert entry["replaced"] == {"email": 8}
+    assert from_manifest({"sources": [entry]}) == [counts]
+    for number in range(2 * MOST_LICENSES):
+        counts.keep(1, shortened=False, license=f"text {number}")
+    assert len(counts.licenses) == MOST_LICENSES + 1
+    assert counts.licenses.total() == counts.kept
+    assert counts.licenses[OTHER_LICENSES] == MOST_LICENSES + 3
 
 
 def test_every_record_is_counted_once_and_the_first_malformed_ones_are_kept():

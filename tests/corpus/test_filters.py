@@ -4,8 +4,8 @@ import pytest
 
 from lumi.config import UserError, from_dict
 from lumi.corpus import FilterConfig
-from lumi.corpus import filters as module
 from lumi.corpus.filters import (
+    classifier,
     duplicate_line_fractions,
     duplicate_ngram_char_fraction,
     find_fault,
@@ -90,21 +90,58 @@ def test_fractions_by_hand():
 
 def test_languages():
     german = "Der Fuchs lebt im Wald und jagt in der Dämmerung; sein Bau liegt unter einer alten Eiche."
-    assert fault(PROSE, languages=("en",)) == ""
-    assert fault(german, languages=("en",)) == "language"
-    assert fault(german, languages=("en", "de")) == ""
+    classify = classifier(("en", "de"))
+    assert (classify(PROSE), classify(german)) == ("en", "de")
     with pytest.raises(UserError, match=r"must be among .*en.*got qq"):
-        fault(PROSE, languages=("qq",))
+        classifier(("qq",))
+
+
+TAKEN_FOR_WU = (
+    "织田信长（1534年6月23日—1582年6月21日），是日本战国时代至安土桃山时代的武将、大名，战国三英杰之一。"
+)
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("zh", TAKEN_FOR_WU),
+        ("zh", "今天天氣很好，我們去公園散步。孩子們在草地上玩耍，老人們在樹下下棋。這是一個安靜的下午。"),
+        (
+            "zh",
+            "本教程使用 Python 的 asyncio 实现异步客户端，然后创建 session。",
+        ),
+        ("yue", "我哋今日去咗公園行街，啲細路喺草地度玩，佢哋好開心。"),
+        (
+            "ja",
+            "織田信長（おだ のぶなが）は、日本の戦国時代から安土桃山時代にかけての武将・大名。尾張国出身。",
+        ),
+        ("ja", "このチュートリアルでは、Python の asyncio を使って、非同期クライアントを実装します。"),
+        ("th", "กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทย"),
+        ("lo", "ນະຄອນຫຼວງວຽງຈັນເປັນເມືອງຫຼວງຂອງສາທາລະນະລັດປະຊາທິປະໄຕປະຊາຊົນລາວ"),
+        ("km", "ភ្នំពេញគឺជារាជធានីនៃព្រះរាជាណាចក្រកម្ពុជា"),
+        ("my", "ရန်ကုန်မြို့သည် မြန်မာနိုင်ငံ၏ အကြီးဆုံးမြို့ဖြစ်သည်။"),
+        ("ko", "오늘은 날씨가 좋아서 공원으로 산책을 갔습니다."),
+    ],
+)
+def test_languages_without_spaces(language, text):
+    pytest.importorskip("py3langid")
+    assert classifier(("en",))(text) == language
+    assert classifier(("en",))(text * 20) == language
+
+
+def test_wu_is_chinese_unless_it_is_asked_for():
+    pytest.importorskip("py3langid")
+    assert classifier(("zh", "wuu"))(TAKEN_FOR_WU) == "wuu"
 
 
 def test_languages_without_py3langid(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    module.classifier.cache_clear()
+    classifier.cache_clear()
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UserError, match=r"pip install 'lumi-train\[langid\]'"):
-        fault(PROSE, languages=("en",))
+        classifier(("en",))
 
 
 @pytest.mark.parametrize(

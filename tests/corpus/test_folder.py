@@ -1,12 +1,13 @@
 import json
 
+import pyarrow.parquet as pq
 import pytest
 
 from lumi.chat.messages import Message
 from lumi.config import UserError
 from lumi.corpus import ConversationBatch, CorpusBatch, is_corpus, read_corpus
 from lumi.corpus.corpus_writer import CorpusWriter
-from lumi.corpus.documents import text_of
+from lumi.corpus.documents import Attribution, text_of
 
 
 def write(folder, documents, shard_bytes=1 << 20, **options):
@@ -14,10 +15,27 @@ def write(folder, documents, shard_bytes=1 << 20, **options):
     with CorpusWriter(folder, shard_bytes, **options) as writer:
         for index, document in enumerate(documents):
             writer.add(document, f"s{index % 2}", len(text_of(document).encode()))
-        return writer.commit({"documents": len(documents)}, "# card\n")
+        return writer.commit({"documents": len(documents)}, {"DATA_CARD.md": "# card\n"})
 
 
 TEXTS = [f"document {index}\n\tmit Ümlaut 😀\n" for index in range(25)]
+
+
+def test_licences_and_addresses_stand_beside_the_documents(tmp_path):
+    labels = [Attribution("mit", "https://a"), Attribution("", ""), Attribution(None, None)]
+    with CorpusWriter(tmp_path, 1 << 20, columns=["license", "url"]) as writer:
+        for text, label in zip("abc", labels, strict=True):
+            writer.add(text, "s", 1, label)
+        manifest = writer.commit({"documents": 3}, {})
+    assert manifest["columns"] == ["text", "source", "license", "url"]
+    rows = pq.read_table(tmp_path / manifest["shards"][0]["file"]).to_pylist()
+    assert [(row["license"], row["url"]) for row in rows] == [
+        ("mit", "https://a"),
+        (None, None),
+        (None, None),
+    ]
+    reader = read_corpus(tmp_path)
+    assert (reader.holds, list(reader)) == ("texts", [(text, "s") for text in "abc"])
 
 
 def test_documents_come_back_in_order_with_their_sources(tmp_path):

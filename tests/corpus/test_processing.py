@@ -1,6 +1,7 @@
 import pytest
 
 from lumi.chat.messages import Message
+from lumi.chat.pairs import Pair
 from lumi.corpus import (
     CleaningConfig,
     ConversationFilterConfig,
@@ -13,6 +14,7 @@ from lumi.corpus.documents import Record
 from lumi.corpus.evaluation_sets import EvaluationSet
 from lumi.corpus.overlaps import Overlaps
 from lumi.corpus.processing import Outcome, RecordRules, make_batches, process_batch
+from lumi.corpus.review import NUM_EXAMPLES, Glimpse
 
 PROSE = "The fox lives in the forest and hunts at dusk; its den lies under an old oak."
 DEDUPLICATION = DeduplicationConfig()
@@ -30,7 +32,8 @@ def test_one_outcome_for_each_text_in_order():
         Record("Für alle, immer.", unused=("id", "url")),
     ]
     first, second = fingerprint([PROSE + "\n", "Für alle, immer."], DEDUPLICATION)
-    assert process_batch(TEXTS, records) == [
+    outcomes = process_batch(TEXTS, records)
+    assert [outcome._replace(glimpse=Glimpse()) for outcome in outcomes] == [
         Outcome(PROSE + "\n", first, len(PROSE) + 1),
         Outcome(None, None, reason="malformed_json", detail="a.jsonl:2: no"),
         Outcome(None, None, reason="too_long"),
@@ -38,6 +41,9 @@ def test_one_outcome_for_each_text_in_order():
         Outcome(None, None, reason="too_short", unused=("url",)),
         Outcome("Für alle, immer.", second, 17, unused=("id", "url")),
     ]
+    seen = [outcome.glimpse for outcome in outcomes]
+    assert [glimpse.num_chars for glimpse in seen] == [len(PROSE) + 1, 0, 101, 2, 5, 16]
+    assert [glimpse.excerpt for glimpse in seen] == ["", "", "x" * 101, "", "short", ""]
 
 
 @pytest.mark.parametrize("rules", [TEXTS, CHATS])
@@ -62,7 +68,8 @@ def test_a_conversation_stays_one_and_its_answers_are_its_part():
     kept, too_long, disordered = process_batch(CHATS, records)
     cleaned = (question._replace(content="Für wen?"), answer)
     (expected,) = fingerprint([cleaned], DEDUPLICATION)
-    assert kept == Outcome(cleaned, expected, 9 + 1 + 10, shortened=True)
+    assert kept._replace(glimpse=Glimpse()) == Outcome(cleaned, expected, 9 + 1 + 10, shortened=True)
+    assert disordered.glimpse.excerpt == "assistant: Für alle."  # the question behind it has no answer
     assert (too_long.document, too_long.reason) == (None, "too_long")
     assert (disordered.document, disordered.reason) == (None, "roles_do_not_alternate")
 
@@ -74,6 +81,45 @@ def test_reasoning_is_cleaned_and_counted_with_its_answer():
     assert kept.num_bytes == 9 + 1 + 4 + 1 + 10
     (too_long,) = process_batch(CHATS, [Record((chat[0], chat[1]._replace(reasoning="x" * 61)))])
     assert too_long.reason == "too_long"
+
+
+def test_excerpts_of_a_huge_record_are_short_and_clean():
+    (text,) = process_batch(TEXTS, [Record("a\x00\ud800" + "é" * 5_000)])
+    assert text.glimpse.excerpt == "a\ufffd" + "é" * 997 + " …"
+    (chat,) = process_batch(
+        CHATS, [Record((Message("user", "é" * 5_000), Message("assistant", "x" * 5_000)))]
+    )
+    assert chat.glimpse.excerpt == "user: " + "é" * 994 + " …"
+
+
+def test_few_excerpts_of_a_batch_travel():
+    outcomes = process_batch(TEXTS, [Record(f"{number}") for number in range(500)])
+    num_excerpts = sum(bool(outcome.glimpse.excerpt) for outcome in outcomes)
+    assert NUM_EXAMPLES < num_excerpts < 100
+
+
+def test_languages():
+    pytest.importorskip("py3langid")
+    german = "Der Fuchs lebt im Wald und jagt in der Dämmerung; sein Bau liegt unter einer Eiche."
+    rules = TEXTS._replace(filters=FilterConfig(min_chars=10, languages=("en",)))
+    outcomes = process_batch(rules, [Record(PROSE), Record(german), Record("Kurz.")])
+    assert [outcome.reason for outcome in outcomes] == ["", "language", "too_short"]
+    assert [outcome.glimpse.language for outcome in outcomes] == ["en", "de", ""]
+
+
+def test_languages_of_conversations_and_pairs():
+    pytest.importorskip("py3langid")
+    german = "Das ist eine Frage, die niemand so recht beantworten kann, und das weiß auch jeder."
+    english = "This is a question that nobody can answer, and everybody knows that it is so."
+    chat = lambda text: (Message("user", text), Message("assistant", text))
+    pair = lambda prompt, chosen, rejected: Pair(
+        (Message("user", prompt),), (Message("assistant", chosen),), (Message("assistant", rejected * 3),)
+    )
+    rules = CHATS._replace(filters=ConversationFilterConfig(languages=("en",)))
+    records = [chat(german), chat(english), pair(english, english, german), pair(english, english, english)]
+    outcomes = process_batch(rules, list(map(Record, records)))
+    assert [outcome.reason for outcome in outcomes] == ["language", "", "language", ""]
+    assert [outcome.glimpse.language for outcome in outcomes] == ["de", "en", "de", "en"]
 
 
 @pytest.mark.parametrize(("name", "limit"), [("BATCH_DOCUMENTS", 3), ("BATCH_CHARS", 30)])

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lumi.config import UserError
-from lumi.corpus import HubDataset, JsonFiles, JsonlFiles, ParquetSource, TextFiles, TextSource
+from lumi.corpus import CsvSource, HubDataset, JsonFiles, JsonlFiles, ParquetSource, TextFiles, TextSource
 from lumi.corpus.conversations import MessagesFormat, PromptResponseFormat
 from lumi.corpus.documents import Record
 from lumi.corpus.raw_records import CHUNK_BYTES, RawRecord, read_pieces, read_records
@@ -152,6 +152,56 @@ def test_a_glob_of_plain_and_compressed_files_loses_none(tmp_path, ending):
     path.write_bytes(whole[:-4])
     with pytest.raises(UserError, match=rf"b.jsonl{ending} must be a readable jsonl file, got \w"):
         read(location)
+
+
+def csv_source(tmp_path, data, **options):
+    path = tmp_path / "data.csv"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return CsvSource(name="x", paths=(str(path),), **options), str(path)
+
+
+def test_csv(tmp_path):
+    data = b'\xef\xbb\xbftext,id\r\n"a ""quoted"", one\nof two lines",1\r\n\r\n'
+    data += b'\xff,2\nb,3,4\n"c"d,5\n,6\n"open,7\n'
+    source, path = csv_source(tmp_path, data)
+    assert read(source) == [
+        RawRecord({"text": 'a "quoted", one\nof two lines', "id": "1"}, f"{path}:3"),
+        Record(None, "invalid_utf8", f"{path}:5: invalid UTF-8 in the row that ends here"),
+        Record(None, "malformed_csv", f"{path}:6: 3 fields, the header has 2"),
+        Record(None, "malformed_csv", f"{path}:7: ',' expected after '\"'"),
+        RawRecord({"text": "", "id": "6"}, f"{path}:8"),
+        Record(None, "malformed_csv", f"{path}:9: unexpected end of data"),
+    ]
+
+
+def test_csv_with_tabs_compressed(tmp_path):
+    source, _ = csv_source(
+        tmp_path, gzip.compress(b"body\turl\na, b\tc\n"), text_field="body", delimiter="\t"
+    )
+    assert [piece.fields for piece in read(source)] == [{"body": "a, b", "url": "c"}]
+
+
+def test_a_field_of_csv_that_is_huge_is_not_held(tmp_path):
+    huge = "x" * (3 * CHUNK_BYTES)
+    source, _ = csv_source(tmp_path, f'text\nbefore\n"{huge}"\n{"y" * 50}\nafter\n')
+    pieces = read(source, max_chars=100)
+    assert (pieces[0].fields, pieces[-1].fields) == ({"text": "before"}, {"text": "after"})
+    assert pieces[1].reason == "malformed_csv"
+    assert "field larger than field limit" in pieces[1].detail
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("", "must have the columns text, got nothing in its first line"),
+        ("body,id\n", "must have the columns text, got body, id in its first line"),
+        ("text,id,id\n", "must have columns of different names, got 'id' more than once"),
+        ('"text\n', "must begin with the names of its columns, got unexpected end of data"),
+    ],
+)
+def test_a_header_of_csv_that_does_not_fit_is_refused(header, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(csv_source(tmp_path, header)[0])
 
 
 def test_text_is_a_document_per_file_or_per_separator(tmp_path):

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lumi.config import UserError
-from lumi.corpus import HubSource, JsonlSource, JsonSource, ParquetSource
-from lumi.corpus.conversations import AlpacaFormat, MessagesFormat
+from lumi.corpus import CsvSource, HubSource, JsonlSource, JsonSource, ParquetSource
+from lumi.corpus.conversations import AlpacaFormat, MessagesFormat, PromptResponseFormat
 from lumi.corpus.oasst import OasstMessagesFormat
 from lumi.corpus.reading import open_source
 
@@ -113,6 +113,85 @@ def test_parquet(tmp_path):
     path.write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"data.parquet must be a readable parquet file"):
         read(ParquetSource(name="x", paths=(str(path),)))
+
+
+LABELLED = [
+    {"text": "a", "score": 3, "license": "mit", "url": "https://a"},
+    {"text": "b", "score": "2.5", "license": ["mit", " cc0 "], "url": None},
+    {"text": "c", "score": 1.9},
+    {"text": "d", "score": True},
+    {"text": "e", "score": "nan"},
+    {"text": "f", "score": 9, "license": 5},
+]
+OPTIONS = {"score_field": "score", "min_score": 2.5, "license_field": "license", "url_field": "url"}
+
+
+def test_scores_licences_and_addresses(tmp_path):
+    source = jsonl(tmp_path, *map(json.dumps, LABELLED), **OPTIONS)
+    records = read(source)
+    assert [(record.document, record.reason) for record in records] == [
+        ("a", ""),
+        ("b", ""),
+        ("c", "low_score"),
+        (None, "no_score"),
+        (None, "no_score"),
+        (None, "wrong_type"),
+    ]
+    assert [record.attribution for record in records[:3]] == [
+        ("mit", "https://a"),
+        ("mit, cc0", ""),
+        ("", ""),
+    ]
+    assert {record.unused for record in records} == {()}
+    assert records[3].detail.endswith(":4: 'score' must be a number, got True")
+    (plain, *_) = read(jsonl(tmp_path, *map(json.dumps, LABELLED)))
+    assert (plain.attribution, plain.unused) == ((None, None), ("score", "license", "url"))
+
+
+def test_scores_licences_and_addresses_of_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"id": 1, **row, "score": float(row["score"]), "license": "mit"} for row in LABELLED[:3]]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    records = read(ParquetSource(name="x", paths=(str(path),), **OPTIONS))
+    assert [(record.document, record.reason) for record in records] == [
+        ("a", ""),
+        ("b", ""),
+        ("c", "low_score"),
+    ]
+    assert [record.attribution for record in records] == [("mit", "https://a"), ("mit", ""), ("mit", "")]
+    assert records[0].unused == ("id",)
+    with pytest.raises(UserError, match=r"score_field must be a column of .*, got 'quality'"):
+        read(ParquetSource(name="x", paths=(str(path),), score_field="quality", min_score=1))
+    with pytest.raises(UserError, match=r"column 'score' of .* must hold strings"):
+        read(ParquetSource(name="x", paths=(str(path),), text_field="score", url_field="url"))
+
+
+def test_csv_records(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response,score,note\nWhy?,So.,4,x\nWho?,Me.,1,\n")
+    format = PromptResponseFormat()
+    source = CsvSource(name="x", paths=(str(path),), conversation=format, score_field="score", min_score=2)
+    kept, dropped = read(source)
+    assert (said(kept), kept.unused, dropped.reason) == (["Why?", "So."], ("note",), "low_score")
+
+
+def test_a_sample_depends_on_the_documents_alone(tmp_path):
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(2_000)] + ["{"]
+    source = jsonl(tmp_path, *lines, sample_fraction=0.25)
+    sample = {record.document for record in read(source) if not record.reason}
+    assert 425 < len(sample) < 575  # four standard deviations around 500
+    again = [
+        record for record in read(jsonl(tmp_path, *lines[::-1], sample_fraction=0.25)) if not record.reason
+    ]
+    assert {record.document for record in again} == sample
+    larger = {
+        record.document for record in read(jsonl(tmp_path, *lines, sample_fraction=0.5)) if not record.reason
+    }
+    assert sample < larger
+    reasons = [record.reason for record in read(source, skip=1_000)]
+    assert set(reasons[:-1]) == {"", "not_sampled"}
+    assert (len(reasons), reasons[-1]) == (1_001, "malformed_json")
+    assert len(read(jsonl(tmp_path, '{"text": "\\ud800"}', sample_fraction=1.0))) == 1
 
 
 def test_json_is_one_array(tmp_path):

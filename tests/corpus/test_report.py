@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 from lumi.corpus.counts import SourceCounts
 from lumi.corpus.report import data_card, find_warnings, summary_table, unused_fields
@@ -83,6 +84,15 @@ def test_warnings():
     (warning,) = find_warnings(FIRST, has_budget=True, bytes_per_token=4.0)
     assert warning == "source 'first' ended before its budget: 1,000,000 estimated tokens"
     assert find_warnings(FIRST, has_budget=False, bytes_per_token=4.0) == []
+
+
+def test_licences_and_replaced_details():
+    source = replace(FIRST, licenses=Counter({"mit|<b>": 990, "": 10}), replaced=Counter(ip=3))
+    card = data_card(manifest(source, SECOND))
+    assert "| first | mit\\|\\<b> | 990 |\n| first | not given | 10 |\n\n" in card
+    assert "## Licences" not in data_card(manifest(FIRST))
+    (row,) = [row for row in summary_table(manifest(source, SECOND)).splitlines() if "replaced" in row]
+    assert row.split() == ["replaced:", "ip", "3", "0", "3"]
 
 
 def test_the_data_card():

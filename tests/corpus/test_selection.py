@@ -7,14 +7,15 @@ from lumi.corpus import JsonlSource, PrepareConfig
 from lumi.corpus.counts import SourceCounts
 from lumi.corpus.processing import Outcome
 from lumi.corpus.report import print_warnings
+from lumi.corpus.review import Glimpse, Review
 from lumi.corpus.selection import check_not_empty, select, summarize
 
 OUTCOMES = [
-    Outcome("a", None, 10, unused=("id",)),
+    Outcome("a", None, 10, unused=("id",), glimpse=Glimpse(1, 1)),
     Outcome(None, None, reason="malformed_json", detail="f:2: no", unused=("id", "url")),
-    Outcome("b", None, 10),
-    Outcome("c", None, 10, shortened=True),
-    Outcome("d", None, 10),
+    Outcome("b", None, 10, glimpse=Glimpse(1, 2)),
+    Outcome("c", None, 10, shortened=True, glimpse=Glimpse(1, 3)),
+    Outcome("d", None, 10, glimpse=Glimpse(1, 4)),
 ]
 
 
@@ -28,7 +29,13 @@ def selected(**budget):
             yield reason
 
     source = JsonlSource(name="s", paths=("x",), **budget)
-    return list(select(OUTCOMES, duplicates(), source, 2.0, counts)), counts, len(taken)
+    review = Review()
+    read = lambda place: OUTCOMES[place].document
+    places = list(select(OUTCOMES, duplicates(), source, 2.0, counts, review, read))
+    examples = {reason: [each.text for each in review.examples(reason)] for reason in ("", "near_duplicate")}
+    assert {*examples[""]} == {OUTCOMES[place].document for place in places}
+    assert examples["near_duplicate"] == ["b"]
+    return places, counts, len(taken)
 
 
 def test_what_is_neither_dropped_nor_a_duplicate_is_kept():

@@ -53,7 +53,28 @@ def test_identity_follows_the_files_but_not_name_and_budget(tmp_path):
         ),
         ({"kind": "python_docs", "name": "x", "packages": []}, "packages must be a list of different names"),
         ({"kind": "python_docs", "name": "x", "packages": ["../x"]}, "packages must be names such as"),
-        ({"kind": "csv", "name": "x"}, 'sources.0.kind must be one of "hub", "jsonl", "json", .*, got "csv"'),
+        ({"kind": "tsv", "name": "x"}, 'sources.0.kind must be one of "hub", "jsonl", "json", .*, got "tsv"'),
+        ({"kind": "csv", "name": "x", "paths": ["x"], "delimiter": ""}, "delimiter must be one character"),
+        ({"kind": "csv", "name": "x", "paths": ["x"], "delimiter": '"'}, "delimiter must be one character"),
+        (
+            {"kind": "text", "name": "x", "paths": ["x"], "sample_fraction": 0.0},
+            r"sample_fraction must be within \(0, 1\], or null for all, got 0.0",
+        ),
+        (
+            {"kind": "json", "name": "x", "paths": ["x"], "min_score": 1.0},
+            "score_field and min_score must be given together, got min_score alone",
+        ),
+        ({"kind": "json", "name": "x", "paths": ["x"], "url_field": ""}, "url_field must be a name"),
+        (
+            {
+                "kind": "json",
+                "name": "x",
+                "paths": ["x"],
+                "url_field": "u",
+                "conversation": {"kind": "oasst_messages"},
+            },
+            "must be null with oasst_messages, .* got u",
+        ),
     ],
 )
 def test_impossible_sources_are_refused(source, message):

@@ -23,6 +23,8 @@ def folder(tmp_path, monkeypatch):
         (["c.json", "*.txt", "a.*"], ["c.json", "a.txt", "b.txt"]),  # the order of the patterns, none twice
         (["**/*.txt"], ["a.txt", "b.txt", "deep/er/d.txt"]),
         (["*"], ["a.txt", "b.txt", "c.json"]),  # no folders
+        (["deep"], ["deep/er/d.txt"]),
+        (["."], ["./a.txt", "./b.txt", "./c.json", "./deep/er/d.txt"]),
     ],
 )
 def test_patterns_match_files(folder, paths, expected):
@@ -33,7 +35,7 @@ def test_a_tilde_is_the_home_folder(folder):
     assert matching_files(["~/a.txt"]) == [str(folder / "a.txt")]
 
 
-@pytest.mark.parametrize("pattern", ["*.parquet", "deep", "no.txt"])
+@pytest.mark.parametrize("pattern", ["*.parquet", "deep/*.txt", "no.txt"])
 def test_a_pattern_without_files_is_refused(folder, pattern):
     with pytest.raises(UserError) as caught:
         matching_files(["a.txt", pattern])

@@ -52,7 +52,7 @@ def corpus(tmp_path_factory):
     with CorpusWriter(folder, 1 << 20) as writer:
         for text in map(document, range(40)):
             writer.add(text, "synthetic", len(text.encode()))
-        writer.commit({"documents": 40, "sources": []}, "a card")
+        writer.commit({"documents": 40, "sources": []}, {"DATA_CARD.md": "a card"})
     return folder
 
 

@@ -5,9 +5,11 @@ It leaves a folder with
     kept.npy        (documents,) bool
     shards.json     the first document of each shard, and whether reasoning has occurred before its end
     manifest.json   the manifest of the corpus, without shards
+    DATA_REPORT.html
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,13 @@ from lumi.config import write_json
 from lumi.corpus.corpus_writer import ShardLayout
 from lumi.corpus.counts import SourceCounts
 from lumi.corpus.deduplication import Deduplicator, Fingerprint
+from lumi.corpus.documents import Document
 from lumi.corpus.processing import Outcome
+from lumi.corpus.report import PAGE
+from lumi.corpus.report_page import report_page
+from lumi.corpus.review import Review
 from lumi.corpus.scale.keys import count_bands, hash_fields
-from lumi.corpus.scale.reading import read_outcomes
+from lumi.corpus.scale.reading import UnitOutcomes, read_outcomes
 from lumi.corpus.scale.sharing import SharedKeys
 from lumi.corpus.scale.signatures import Signatures
 from lumi.corpus.scale.work import Work
@@ -33,14 +39,14 @@ def decide(work: Work, _rank: int, _num_tasks: int) -> None:
     if work.decisions.exists():
         return
     kept, plan = np.zeros(work.offsets[-1], dtype=bool), ShardPlan(work.config.shard_bytes)
-    duplicates = _Duplicates(work)
+    duplicates, review = _Duplicates(work), Review()
     all_counts = []
     for index, source in enumerate(work.config.sources):
         counts = SourceCounts(name=source.name, origin=describe(source))
         units = [number for number, unit in enumerate(work.units) if unit.source_index == index]
         for number in units:
             counts.facts |= work.facts(number)["facts"]
-            _decide_unit(work, number, counts, duplicates, kept, plan)
+            _decide_unit(work, number, counts, duplicates, review, kept, plan)
             if counts.budget_reached:
                 break
         all_counts.append(counts)
@@ -50,6 +56,7 @@ def decide(work: Work, _rank: int, _num_tasks: int) -> None:
         np.save(folder / "kept.npy", kept)
         write_json(folder / "shards.json", plan.shards)
         write_json(folder / "manifest.json", manifest)
+        (folder / PAGE).write_bytes(report_page(manifest, review).encode("utf-8", "replace"))
 
 
 def _decide_unit(
@@ -57,17 +64,28 @@ def _decide_unit(
     number: int,
     counts: SourceCounts,
     duplicates: "_Duplicates",
+    review: Review,
     kept: "npt.NDArray[np.bool_]",
     plan: "ShardPlan",
 ) -> None:
     source = work.config.sources[work.units[number].source_index]
     reasoning = np.fromfile(work.index(number) / "reasoning", dtype=bool)
     begin = first = int(work.offsets[number])
+    whole = UnitOutcomes(work, number)
+
+    def read(present: "npt.NDArray[np.bool_]", first: int, place: int) -> Document | None:
+        if not present[place]:
+            return None
+        return whole.fetch(first - begin + int(present[:place].sum())).document
+
     for outcomes in read_outcomes(work.index(number)):
         present = np.array([outcome.fingerprint is not None for outcome in outcomes])
         documents = first + np.cumsum(present) - 1  # of those places that have one
         reasons = duplicates.find(outcomes, first)
-        for place in select(outcomes, reasons, source, work.config.bytes_per_token, counts):
+        read_place = partial(read, present, first)
+        for place in select(
+            outcomes, reasons, source, work.config.bytes_per_token, counts, review, read_place
+        ):
             document = int(documents[place])
             kept[document] = True
             plan.add(document, outcomes[place].num_bytes, has_reasoning=bool(reasoning[document - begin]))

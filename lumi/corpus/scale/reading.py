@@ -118,3 +118,20 @@ def read_outcomes(folder: Path) -> Iterator[list[Outcome]]:
     with pq.ParquetFile(folder / "outcomes") as file:
         for group in range(file.num_row_groups):
             yield from_table(file.read_row_group(group), "texts")
+
+
+class UnitOutcomes:
+    """The outcomes of a unit with their documents, from its cache; one part of it is in memory."""
+
+    def __init__(self, work: Work, number: int) -> None:
+        self._cache = work.cache(number)
+        self._ends = np.cumsum(work.facts(number)["parts"])
+        self._part, self._outcomes = -1, list[Outcome]()
+
+    def fetch(self, index: int) -> Outcome:
+        """That of the document with this number, counted from 0 in the unit."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        if part != self._part:
+            found = self._cache.read_part(part)
+            self._part, self._outcomes = part, [each for each in found if each.document is not None]
+        return self._outcomes[index - int(self._ends[part])]

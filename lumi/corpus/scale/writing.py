@@ -9,10 +9,11 @@ import numpy as np
 
 from lumi.config import read_json, write_json
 from lumi.corpus.corpus_writer import CorpusWriter, publish
-from lumi.corpus.documents import Document
-from lumi.corpus.folder import SCHEMAS, WITH_REASONING
+from lumi.corpus.folder import SCHEMAS, WITH_REASONING, attributed
 from lumi.corpus.output_folder import sweep_cache
-from lumi.corpus.report import data_card
+from lumi.corpus.processing import Outcome
+from lumi.corpus.report import CARD, PAGE, data_card
+from lumi.corpus.scale.reading import UnitOutcomes
 from lumi.corpus.scale.work import Work
 from lumi.host.storage import remove_folder
 
@@ -41,31 +42,27 @@ def _write_shard(work: Work, number: int, plan: list[dict[str, Any]]) -> dict[st
         work.config.holds,
         first_shard=number,
         with_reasoning=plan[number]["with_reasoning"],
+        columns=work.config.columns,
     )
     with writer:
-        for document, source, num_bytes in _kept_documents(work, first, end):
-            writer.add(document, source, num_bytes)
+        for outcome, source in _kept_documents(work, first, end):
+            assert outcome.document is not None
+            writer.add(outcome.document, source, outcome.num_bytes, outcome.attribution)
         (shard,) = writer.finish(with_reasoning=plan[-1]["with_reasoning"])
         os.replace(writer.building / shard["file"], work.shards / shard["file"])
     shutil.rmtree(folder)
     return shard
 
 
-def _kept_documents(work: Work, first: int, end: int) -> Iterator[tuple[Document, str, int]]:
-    """(document, name of its source, bytes) of what is kept between the documents `first` and `end`."""
+def _kept_documents(work: Work, first: int, end: int) -> Iterator[tuple[Outcome, str]]:
+    """(outcome, name of its source) of what is kept between the documents `first` and `end`."""
     kept = np.load(work.decisions / "kept.npy", mmap_mode="r")
-    units = np.searchsorted(work.offsets, [first, end - 1], side="right") - 1
-    for unit in range(units[0], units[1] + 1):
-        cache, source = work.cache(unit), work.config.sources[work.units[unit].source_index]
-        begin = int(work.offsets[unit])
-        for part, count in enumerate(work.facts(unit)["parts"]):
-            if begin < end and begin + count > first:
-                outcomes = [each for each in cache.read_part(part) if each.document is not None]
-                for document, outcome in enumerate(outcomes, start=begin):
-                    if first <= document < end and kept[document]:
-                        assert outcome.document is not None
-                        yield outcome.document, source.name, outcome.num_bytes
-            begin += count
+    documents = first + np.flatnonzero(kept[first:end])
+    units = np.searchsorted(work.offsets, documents, side="right") - 1
+    for unit in np.unique(units).tolist():
+        source, outcomes = work.config.sources[work.units[unit].source_index], UnitOutcomes(work, unit)
+        for index in (documents[units == unit] - work.offsets[unit]).tolist():
+            yield outcomes.fetch(index), source.name
 
 
 def publish_corpus(work: Work, _rank: int, _num_tasks: int) -> None:
@@ -73,7 +70,10 @@ def publish_corpus(work: Work, _rank: int, _num_tasks: int) -> None:
     plan = _plan(work)
     shards = [read_json(work.shards / f"{number:05d}.json") for number in range(len(plan))]
     schemas = WITH_REASONING if plan[-1]["with_reasoning"] else SCHEMAS
+    schema = attributed(schemas[work.config.holds], work.config.columns)
     manifest = read_json(work.decisions / "manifest.json")
-    publish(work.output, work.shards, shards, schemas[work.config.holds], manifest, data_card(manifest))
+    page = (work.decisions / PAGE).read_bytes().decode()
+    pages = {CARD: data_card(manifest), PAGE: page}
+    publish(work.output, work.shards, shards, schema, manifest, pages)
     remove_folder(work.folder)
     sweep_cache(work.output, [work.logs, *(cache.folder for cache in work.caches)])

@@ -42,7 +42,10 @@ def test_any_number_of_tasks_gives_the_files_of_one_process(kind, tmp_path, monk
     assert {"malformed_json", "exact_duplicate"} <= dropped
     assert "near_duplicate" in dropped or kind == "pairs"
     if kind == "texts":
-        assert "normalized_duplicate" in dropped
+        assert {"normalized_duplicate", "low_score", "not_sampled"} <= dropped
+        assert sum(manifest["sources"][1]["licenses"].values()) == manifest["sources"][1]["kept"]
+        assert manifest["sources"][0]["replaced"]["email"] > 1
+        assert manifest["columns"] == ["text", "source", "license", "url"]
         assert [source["budget_reached"] for source in manifest["sources"]] == [True, False, True, True]
         assert b"reasoning" not in expected["manifest.json"]
     if kind == "conversations":

@@ -14,7 +14,7 @@ def test_a_plan_that_is_read_again_is_the_same(tmp_path):
     assert (again.output, again.config, again.inputs_key) == (work.output, config, work.inputs_key)
     assert again.units == work.units
     assert [cache.folder for cache in again.caches] == [cache.folder for cache in work.caches]
-    assert len({cache.folder for cache in again.caches}) == len(work.units) == 9
+    assert len({cache.folder for cache in again.caches}) == len(work.units) == 10
 
 
 def test_the_key_of_the_inputs_is_that_of_one_process(tmp_path):
