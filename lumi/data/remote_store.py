@@ -10,7 +10,6 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -40,19 +39,18 @@ def open_remote_store(
     *,
     tokenizer_fingerprint: str | None = None,
     vocab_size: int | None = None,
-    verify: Literal["size", "hash"] = "hash",
     cache_dir: str | Path | None = None,
     cache_bytes: int,
+    quiet: bool = False,
 ) -> TokenStore:
     """Open the token store behind a URL; its folder is the place in the cache of what comes whole.
 
     Args:
         url: of a folder that `lumi tokenize` made and somebody copied.
         tokenizer_fingerprint, vocab_size: as in `TokenStore.open`.
-        verify: "hash" reads offsets and masks that are in the cache already, for their SHA-256; "size" trusts
-            those of the right size. What is fetched is always compared.
         cache_dir: None: the user's cache folder.
         cache_bytes: that the blocks of tokens in that folder may take, those of other stores too.
+        quiet: say nothing of a cache that is too small for the store.
 
     Raises:
         UserError: as `TokenStore.open`; a file cannot be fetched; the store has no hashes of blocks.
@@ -69,24 +67,22 @@ def open_remote_store(
             tokenizer_fingerprint=tokenizer_fingerprint,
             vocab_size=vocab_size,
             verify="size",
-            open_file=_RemoteFiles(remote, manifest, cache, check_hash=verify == "hash").open,
+            open_file=_RemoteFiles(remote, manifest, cache).open,
         )
     except UserError as error:
         raise error if error.subject.startswith(remote.url) else error.within(remote.url) from error
     whole = {name: file for name, file in manifest.files.items() if not name.endswith(".tokens")}
     write_provenance(home, STORE, None, whole | {MANIFEST_FILE: file_record(home / MANIFEST_FILE)})
     size = sum(file["size"] for name, file in manifest.files.items() if name.endswith(".tokens"))
-    if size > cache_bytes and verify == "hash":
+    if size > cache_bytes and not quiet:
         too_small = f"its {size / 1e9:.2g} GB of tokens are more than the cache's {cache_bytes / 1e9:.2g} GB"
         print(f"{remote.url}: {too_small}; blocks will be fetched again and again", file=sys.stderr)
     return store
 
 
 class _RemoteFiles:
-    def __init__(
-        self, remote: RemoteFolder, manifest: StoreManifest, cache: BlockCache, *, check_hash: bool
-    ) -> None:
-        self._remote, self._manifest, self._cache, self._check_hash = remote, manifest, cache, check_hash
+    def __init__(self, remote: RemoteFolder, manifest: StoreManifest, cache: BlockCache) -> None:
+        self._remote, self._manifest, self._cache = remote, manifest, cache
 
     def open(self, path: Path, file: FileRecord, dtype: np.dtype, length: int, remedy: str) -> FlatArray:
         """The array in a file of the store."""
@@ -106,10 +102,10 @@ class _RemoteFiles:
         return RemoteArray(self._remote, path.name, file, hashes.read_bytes(), dtype, length, self._cache)
 
     def _bring(self, path: Path, file: FileRecord) -> None:
-        """Fetch a whole file, unless it is here."""
+        """Fetch a whole file, unless it is here. An earlier store of the URL may have left another one."""
         record = asdict(file)
         try:
-            check_file(path, record, remedy="", check_hash=self._check_hash)
+            check_file(path, record, remedy="")
         except DamagedError:
             self._remote.fetch(path.name, path, lambda copy: check_file(copy, record, remedy=""))
 

@@ -79,7 +79,7 @@ def open_or_tokenize(
         validation_fraction, num_workers: for a corpus folder, as in `tokenize`.
         cache_dir: as in `token_cache`; for what comes from a URL None is the user's cache folder.
         cache_bytes: as in `open_remote_store`; None: 64 GB.
-        verify: as in `TokenStore.open`.
+        verify: as in `TokenStore.open`. What comes from a URL is compared by its hashes in any case.
 
     Raises:
         UserError: `data_dir` is none of these, was made with another tokenizer, or is damaged; or there is no
@@ -90,9 +90,9 @@ def open_or_tokenize(
             str(data_dir),
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
-            verify=verify,
             cache_dir=cache_dir,
             cache_bytes=DEFAULT_BYTES if cache_bytes is None else cache_bytes,
+            quiet=verify == "size",
         )
     folder = Path(data_dir)
     if not is_token_store(folder):

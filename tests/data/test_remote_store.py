@@ -176,6 +176,14 @@ def test_a_store_that_was_replaced_is_fetched_anew(url, local, tmp_path):
     assert opened(url).split("train").tokens[:].tolist() == list(range(100))
 
 
+def test_offsets_of_another_store_of_the_same_size_are_not_taken(url, local):
+    home = opened(url).folder
+    offsets = np.fromfile(home / "train.offsets", "<u8")
+    offsets[1] += 1
+    offsets.tofile(home / "train.offsets")
+    assert_same(opened(url, quiet=True), local)
+
+
 def test_what_it_records_is_the_url(url, local, tmp_path):
     parent = opened(url).as_parent
     assert parent.identity == read_store_manifest(local).fingerprint
