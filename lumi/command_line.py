@@ -80,8 +80,20 @@ def add_device(arguments: argparse.ArgumentParser) -> None:
 
 def add_cache_dir(arguments: argparse.ArgumentParser) -> None:
     """Add `--cache-dir`, for commands that take a corpus folder as data."""
-    text = "for the tokens of corpus folders; default: in them, or ~/.cache/lumi where they are read-only"
+    text = "for tokens of corpus folders (default: in them) and what comes from URLs (default: ~/.cache/lumi)"
     arguments.add_argument("--cache-dir", type=given_path, metavar="DIR", help=text)
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of a size such as "2GB" (2 * 10**9, as in transformers), "500MiB" or "1000". Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    if size < 1:
+        raise UserError(option, "must be a size such as 2GB, 500MB or 1GiB", got=repr(text))
+    return size
 
 
 def add_numbers(arguments: argparse.ArgumentParser, defaults: Any, texts: Mapping[str, str]) -> None:

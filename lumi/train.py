@@ -9,7 +9,16 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     del sys.path[0]  # a script's own folder comes first: lumi/data would be everybody's `import data`
 
-from lumi.command_line import add_cache_dir, add_config, add_device, given_path, parse, parser, run
+from lumi.command_line import (
+    add_cache_dir,
+    add_config,
+    add_device,
+    given_path,
+    parse,
+    parse_size,
+    parser,
+    run,
+)
 from lumi.config import UserError, load_config
 from lumi.training.run import train
 from lumi.training.run_config import Paths, TrainConfig
@@ -21,9 +30,8 @@ def main(argv: list[str]) -> int:
         "train.py", "Train a language model; start with torchrun, or plain python for one process."
     )
     add_config(arguments)
-    arguments.add_argument(
-        "--data-dirs", nargs="+", required=True, metavar="DIR", help="token stores, or corpus folders"
-    )
+    data = "token stores, also behind a URL such as s3://bucket/tokens, or corpus folders"
+    arguments.add_argument("--data-dirs", nargs="+", required=True, metavar="DIR", help=data)
     arguments.add_argument(
         "--data-weights",
         nargs="+",
@@ -43,6 +51,8 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--output-dir", required=True, type=given_path, help="the run folder")
     arguments.add_argument("--resume-from-checkpoint", metavar="auto|PATH", help="go on with a run")
     add_cache_dir(arguments)
+    size = "for the tokens of stores behind a URL; default: 64GB"
+    arguments.add_argument("--cache-size", metavar="SIZE", help=size)
     add_device(arguments)
     options = parse(arguments, argv)
     try:
@@ -59,6 +69,9 @@ def main(argv: list[str]) -> int:
         resume=options.resume_from_checkpoint,
         model_path=options.model_path,
         cache_dir=options.cache_dir,
+        cache_bytes=parse_size("--cache-size", options.cache_size)
+        if options.cache_size is not None
+        else None,
     )
     return train(config, paths, options.device)
 

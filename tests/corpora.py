@@ -48,8 +48,13 @@ def write_pairs(folder, pairs):
     return _write(folder, pairs, ["pairs"] * len(pairs), kind="pairs")
 
 
-def _write(folder, documents, sources, kind):
-    with CorpusWriter(folder, 1 << 20, kind=kind) as writer:
+def write_shards(folder, documents, kind):
+    """A corpus folder of several shards; the source of all documents has the folder's name."""
+    return _write(folder, documents, [folder.name] * len(documents), kind, shard_bytes=3000)
+
+
+def _write(folder, documents, sources, kind, shard_bytes=1 << 20):
+    with CorpusWriter(folder, shard_bytes, kind=kind) as writer:
         for document, source in zip(documents, sources, strict=True):
             writer.add(document, source, len(text_of(document).encode()))
         kept = [

@@ -36,7 +36,7 @@ def planned(config, output):
 
 def run_stages(work, num_tasks, stages=STAGES):
     """The tasks of some stages, the last first: none needs another of its stage."""
-    for name, count in tasks_of_stages(work, num_tasks).items():
+    for name, count in tasks_of_stages(STAGES, work, num_tasks).items():
         for rank in reversed(range(count)) if name in stages else ():
             STAGES[name].run(load_work(str(work.folder)), rank, count)
 

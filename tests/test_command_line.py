@@ -4,7 +4,16 @@ from dataclasses import dataclass
 import pytest
 
 from lumi.cli import dispatch
-from lumi.command_line import add_config, add_numbers, from_options, normalize, parse, parser, run
+from lumi.command_line import (
+    add_config,
+    add_numbers,
+    from_options,
+    normalize,
+    parse,
+    parse_size,
+    parser,
+    run,
+)
 from lumi.config import UserError
 
 
@@ -120,3 +129,17 @@ def test_an_empty_path_is_not_the_current_folder(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         dispatch(arguments)
     assert capsys.readouterr().err.endswith(": must be a path, got an empty text\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GB", 2 * 10**9), ("1.5 gib", 3 * 2**29), ("500MB", 5 * 10**8), ("100KiB", 102_400), ("7", 7)],
+)
+def test_sizes(text, size):
+    assert parse_size("--max-shard-size", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2 TB", "-1GB", "0", "1e3", "2GB2"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match="--max-shard-size must be a size such as 2GB, 500MB or 1GiB, got "):
+        parse_size("--max-shard-size", text)

@@ -10,6 +10,7 @@ from lumi.config import UserError, load_config
 if TYPE_CHECKING:
     from lumi.corpus import PrepareConfig
     from lumi.corpus.scale.prepare import Executor
+    from lumi.data.store_manifest import StoreManifest
 
 
 def prepare(argv: list[str]) -> int:
@@ -27,11 +28,7 @@ def prepare(argv: list[str]) -> int:
     arguments.add_argument("--num-workers", type=int, help="processes; default: one per core")
     against = "drop documents that share text with the tasks and texts of a config of lumi evaluate"
     arguments.add_argument("--decontaminate", metavar="EVALUATION", help=against)
-    where = "cut the work into tasks: processes here, or array jobs of Slurm (extra `scale`)"
-    arguments.add_argument("--executor", choices=("local", "slurm"), help=where)
-    arguments.add_argument("--tasks", type=int, metavar="N", help="how many tasks; with --executor")
-    sbatch = 'options for --executor slurm: "--partition=P --time=8:00:00 ..."'
-    arguments.add_argument("--sbatch", default="", metavar="OPTIONS", help=sbatch)
+    _add_executor(arguments)
     options = parse(arguments, argv)
     executor = _executor(options)
     config = load_config(corpus.PrepareConfig, options.config, options.overrides)
@@ -69,8 +66,16 @@ def _decontaminated(config: "PrepareConfig", evaluation: str) -> "PrepareConfig"
         raise UserError(f"--decontaminate {evaluation}: {error}") from error
 
 
+def _add_executor(arguments: argparse.ArgumentParser) -> None:
+    where = "cut the work into tasks: processes here, or array jobs of Slurm (extra `scale`)"
+    arguments.add_argument("--executor", choices=("local", "slurm"), help=where)
+    arguments.add_argument("--tasks", type=int, metavar="N", help="how many tasks; with --executor")
+    sbatch = 'options for --executor slurm: "--partition=P --time=8:00:00 ..."'
+    arguments.add_argument("--sbatch", default="", metavar="OPTIONS", help=sbatch)
+
+
 def _executor(options: argparse.Namespace) -> "Executor | None":
-    """The executor that the options of `lumi prepare` name. Raises UserError for those that do not fit."""
+    """The executor that the options of `_add_executor` name. Raises UserError for those that do not fit."""
     if options.executor is None:
         for name in ("tasks", "sbatch"):
             if getattr(options, name):
@@ -78,7 +83,7 @@ def _executor(options: argparse.Namespace) -> "Executor | None":
         return None
     if options.tasks is None:
         raise UserError("--executor", f"must come with --tasks N, got {options.executor} alone")
-    if options.analyze_only:
+    if getattr(options, "analyze_only", False):
         raise UserError(
             "--analyze-only",
             "must be used without --executor: tasks leave their results on disk",
@@ -130,7 +135,7 @@ def tokenize(argv: list[str]) -> int:
         "corpora": "hold out these corpora instead, whole",
         "template": "layout of conversations; default: the tokenizer's",
         "max_tokens": "end conversations at the last answer within so many tokens; drop longer pairs",
-        "workers": "threads; default: one per core",
+        "workers": "threads, or with --executor tasks at a time; default: one per core",
     }
     arguments = parser("lumi tokenize", summary(tokenize))
     arguments.add_argument("--corpus-dirs", nargs="+", required=True, metavar="DIR")
@@ -141,17 +146,38 @@ def tokenize(argv: list[str]) -> int:
     arguments.add_argument("--template", choices=tuple(TEMPLATES), help=texts["template"])
     arguments.add_argument("--max-tokens", type=int, metavar="N", help=texts["max_tokens"])
     arguments.add_argument("--num-workers", type=int, help=texts["workers"])
+    _add_executor(arguments)
     options = arguments.parse_args(argv)
-    manifest = tokenization.tokenize(
-        options.corpus_dirs,
-        load_tokenizer(local_folder(options.tokenizer_dir, weights=False)),
-        options.output_dir,
-        validation_fraction=options.validation_fraction,
-        validation_corpus_dirs=options.validation_corpus_dirs or (),
-        template=TEMPLATES[options.template] if options.template else None,
-        max_tokens=options.max_tokens,
-        num_workers=options.num_workers,
-    )
+    executor = _executor(options)
+    tokenizer_dir = local_folder(options.tokenizer_dir, weights=False)
+    settings = {
+        "validation_fraction": options.validation_fraction,
+        "validation_corpus_dirs": options.validation_corpus_dirs or (),
+        "max_tokens": options.max_tokens,
+    }
+    manifest: StoreManifest | None
+    if executor is None:
+        manifest = tokenization.tokenize(
+            options.corpus_dirs,
+            load_tokenizer(tokenizer_dir),
+            options.output_dir,
+            template=TEMPLATES[options.template] if options.template else None,
+            num_workers=options.num_workers,
+            **settings,
+        )
+    else:
+        from lumi.data.tokenize_tasks import tokenize_in_tasks
+
+        manifest = tokenize_in_tasks(
+            options.corpus_dirs,
+            tokenizer_dir,
+            options.output_dir,
+            executor,
+            template=options.template,
+            **settings,
+        )
+        if manifest is None:
+            return 0
     for name, split in manifest.splits.items():
         print(f"{name}: {split.describe(manifest.pairs)}")
     return 0

@@ -9,7 +9,7 @@ def sweep(argv: list[str]) -> int:
 
     texts = {
         "sweep": "JSON config of the search",
-        "data": "token stores, or corpus folders",
+        "data": "token stores, also behind a URL, or corpus folders",
         "processes": "trainings at a time; default: one for each GPU, or else for each core",
     }
     arguments = parser("lumi sweep", summary(sweep))

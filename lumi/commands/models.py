@@ -28,7 +28,7 @@ def evaluate(argv: list[str]) -> int:
     from lumi.provenance.training_corpora import training_corpora
 
     standard, with_data = CONFIGS / "standard.json", CONFIGS / "data_dirs.json"
-    data = "token stores, or corpus folders: perplexity on their validation splits"
+    data = "token stores, also behind a URL, or corpus folders: perplexity on their validation splits"
     limit = "at most so many examples of each task and documents of each text"
     arguments = parser("lumi evaluate", summary(evaluate))
     add_config(arguments, f"{standard}, or {with_data.name} beside it where --data-dirs is given")

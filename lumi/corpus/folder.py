@@ -125,7 +125,7 @@ class CorpusReader:
                 remedy="`lumi tokenize` and `lumi tokenizer` take it,"
                 " or prepare sources without `conversation`",
             )
-        for documents, sources in self._read_shard(index, batch_documents):
+        for documents, sources in self.iter_documents_of(index, batch_documents):
             yield CorpusBatch(documents, sources)
 
     def iter_conversations(self, batch_documents: int = 1024) -> Iterator[ConversationBatch]:
@@ -151,7 +151,7 @@ class CorpusReader:
             UserError: a shard is damaged: which, what was expected, what came.
         """
         for index in range(self.num_shards):
-            yield from self._read_shard(index, batch_documents)
+            yield from self.iter_documents_of(index, batch_documents)
 
     def iter_texts(self, batch_documents: int = 1024) -> Iterator[str]:
         """The text of every document in order: what messages say has a line end between.
@@ -162,7 +162,10 @@ class CorpusReader:
         for documents, _ in self.iter_documents(batch_documents):
             yield from map(text_of, documents)
 
-    def _read_shard(self, index: int, batch_documents: int) -> Iterator[tuple[list[Any], list[str]]]:
+    def iter_documents_of(
+        self, index: int, batch_documents: int = 1024
+    ) -> Iterator[tuple[list[Any], list[str]]]:
+        """Those of shard `index` (from 0), as `iter_documents` gives all."""
         if batch_documents < 1:
             raise ValueError(f"batch_documents must be at least 1, got {batch_documents}")
         shard, kind = self.manifest["shards"][index], self.holds

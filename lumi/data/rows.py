@@ -12,8 +12,9 @@ where a row cannot hold both whole.
 
 import bisect
 import functools
+import threading
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from lumi.config import UserError
 from lumi.data.token_store import Split
 
 _OPEN_ROWS = 256  # rows that packing still adds to; with all of them open, padding shrinks by hardly a token
+
+
+Order = TypeVar("Order")
 
 
 class TokenRow(NamedTuple):
@@ -58,7 +62,7 @@ class TextRows:
                 f"must hold more than sequence_length = {length} training tokens",
                 got=self.num_tokens,
             )
-        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
+        self._epoch = _last_two(self._shuffle)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The epoch's order of documents, where each of them ends in its stream, and its order of rows."""
@@ -110,7 +114,7 @@ class ConversationRows:
         if split.pairs:
             self.rows = [[place for pair in row for place in (2 * pair, 2 * pair + 1)] for row in self.rows]
         self.rows_per_epoch = len(self.rows)
-        self._epoch = functools.lru_cache(maxsize=2)(
+        self._epoch = _last_two(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(self.rows_per_epoch)
         )
 
@@ -239,6 +243,17 @@ def pack(lengths: np.ndarray, order: Iterable[int], capacity: int) -> list[list[
         if len(spaces) > _OPEN_ROWS:
             spaces.pop(0)  # the fullest
     return rows
+
+
+def _last_two(shuffle: Callable[[int], Order]) -> Callable[[int], Order]:
+    """The same function of an epoch, which keeps two results. Threads wait for the one that computes."""
+    lock, kept = threading.Lock(), functools.lru_cache(maxsize=2)(shuffle)
+
+    def order(epoch: int) -> Order:
+        with lock:
+            return kept(epoch)
+
+    return order
 
 
 def _lengths_that_fit(split: Split, trained_N: np.ndarray, stored: np.ndarray, capacity: int) -> np.ndarray:

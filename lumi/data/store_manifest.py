@@ -13,6 +13,9 @@ from lumi.config import UserError, from_dict, read_json
 MANIFEST_FILE = "manifest.json"
 KIND: Literal["lumi-token-store"] = "lumi-token-store"
 FORMAT = 1
+BLOCK_BYTES = (
+    1 << 20
+)  # of tokens; `<split>.blocks` has the SHA-256 of each, by which a part of the file can be read
 STORE = "token store"  # as the kind of a parent
 SPLITS = ("train", "validation")
 TOKENIZE_COMMAND = "lumi tokenize --corpus-dirs CORPUS --tokenizer-dir TOKENIZER --output-dir"
@@ -51,7 +54,8 @@ class SplitManifest:
 
     Three fields describe conversations: `trained_tokens` (None: all tokens, as in texts); `dropped`, the
     conversations without a trained token, and the pairs, by reason; `truncated`, the number that lost answers
-    to `max_tokens`.
+    to `max_tokens`. `blocks` is the file `<split>.blocks`, None in stores of earlier versions; it follows
+    from the tokens, so it is none of `files`.
     """
 
     documents: int
@@ -62,6 +66,7 @@ class SplitManifest:
     truncated: int = 0
     max_token_id: int
     files: dict[str, FileRecord]
+    blocks: FileRecord | None = None
     sources: dict[str, Counts]
 
     def describe(self, pairs: bool = False) -> str:

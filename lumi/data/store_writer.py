@@ -1,5 +1,6 @@
 """The token store on disk, as it is written: documents are appended to splits, the manifest comes last."""
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
@@ -8,6 +9,7 @@ import numpy as np
 
 from lumi.config import UserError, to_dict, write_json
 from lumi.data.store_manifest import (
+    BLOCK_BYTES,
     MANIFEST_FILE,
     SPLITS,
     Counts,
@@ -153,5 +155,15 @@ class _SplitWriter:
             truncated=truncated,
             max_token_id=self.max_token_id,
             files={path.name: FileRecord(**file_record(path)) for path in self.paths.values()},
+            blocks=_write_blocks(self.paths["tokens"]),
             sources=dict(sorted(self.sources.items())),
         )
+
+
+def _write_blocks(tokens: Path) -> FileRecord:
+    """Write the SHA-256 of each block of a file of tokens, 32 bytes each, beside it."""
+    path = tokens.with_suffix(".blocks")
+    with tokens.open("rb") as source, path.open("wb") as target:
+        while block := source.read(BLOCK_BYTES):
+            target.write(hashlib.sha256(block).digest())
+    return FileRecord(**file_record(path))

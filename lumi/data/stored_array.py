@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,33 @@ from lumi.config import UserError
 _seeking = threading.Lock()
 
 
-class StoredArray:
+class FlatArray(ABC):
+    """Values one after another, read piece by piece: `array[start:stop]` gives some of them, `array[:]` all.
+
+    Args:
+        dtype, length: type and number of the values.
+    """
+
+    def __init__(self, dtype: np.dtype, length: int) -> None:
+        self.dtype, self.length = dtype, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        """The values [start, stop), read-only. Raises UserError where they cannot be read."""
+        start, stop, step = places.indices(self.length)
+        if step != 1:
+            raise ValueError(f"places must be a slice of step 1, got {places}")
+        width = self.dtype.itemsize
+        return np.frombuffer(self._read(start * width, max(0, stop - start) * width), dtype=self.dtype)
+
+    @abstractmethod
+    def _read(self, offset: int, size: int) -> bytes:
+        """The bytes [offset, offset + size), which lie in the array."""
+
+
+class StoredArray(FlatArray):
     """The values of a file, one after another. `array[start:stop]` reads some of them, `array[:]` all.
 
     The file stays open: if it is removed or replaced, the array still reads the old one.
@@ -29,22 +56,13 @@ class StoredArray:
     """
 
     def __init__(self, path: str | Path, dtype: np.dtype, length: int, *, remedy: str) -> None:
-        self.path, self.dtype, self.length, self.remedy = path, dtype, length, remedy
+        super().__init__(dtype, length)
+        self.path, self.remedy = path, remedy
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._descriptor)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, places: slice) -> np.ndarray:
-        """The values [start, stop), read-only. Raises UserError: the file was truncated, the disk fails."""
-        start, stop, step = places.indices(self.length)
-        if step != 1:
-            raise ValueError(f"places must be a slice of step 1, got {places}")
-        width = self.dtype.itemsize
-        return np.frombuffer(self._read(start * width, max(0, stop - start) * width), dtype=self.dtype)
-
     def _read(self, offset: int, size: int) -> bytes:
+        """Raises UserError: the file was truncated, the disk fails."""
         data = b""
         while len(data) < size:  # one read gives at most 2 GiB
             try:

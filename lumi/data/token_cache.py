@@ -1,10 +1,11 @@
-"""A corpus folder as training data: it is tokenized at its first use.
+"""Whatever `--data-dirs` names as training data: token stores here or behind a URL, and corpus folders.
+
+A corpus folder is tokenized at its first use.
 
 The tokens lie in the corpus folder, where every run finds them. Where it cannot be written to, they lie in
 the user's cache folder; `--cache-dir` names another place.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from lumi.chat.rendering import template_of
 from lumi.config import UserError
 from lumi.corpus import is_corpus, read_corpus
 from lumi.corpus.folder import CorpusReader
+from lumi.data.block_cache import DEFAULT_BYTES
+from lumi.data.remote_store import open_remote_store
 from lumi.data.store_manifest import is_token_store, read_store_manifest
 from lumi.data.token_store import TokenStore
 from lumi.data.tokenization import DEFAULT_VALIDATION_FRACTION, tokenize
 from lumi.host.storage import check_output, is_writable, remove_folder
+from lumi.host.user_cache import is_url, user_cache
 from lumi.tokenizer.tokenizer import Tokenizer
 
 
@@ -36,14 +40,20 @@ def token_cache(corpus: CorpusReader, tokenizer: Tokenizer, cache_dir: str | Pat
         parent = inside.parent if inside.parent.exists() else corpus.folder
         if is_writable(parent) or (is_token_store(inside) and _is_current(inside, corpus)):
             return inside
-        cache_dir = _user_cache() / "tokens"
+        cache_dir = user_cache() / "tokens"
     return Path(cache_dir) / f"{corpus.fingerprint[:16]}-{name}"
 
 
-def check_cache_dir(cache_dir: str | Path | None, data_dirs: Sequence[str | Path]) -> None:
-    """Raises UserError where `--cache-dir` has no effect, because nothing is to be tokenized."""
-    if cache_dir is not None and all(is_token_store(Path(folder)) for folder in data_dirs):
-        expectation = "must come with a corpus folder among --data-dirs"
+def check_cache_options(
+    cache_dir: str | Path | None, data_dirs: Sequence[str | Path], cache_bytes: int | None = None
+) -> None:
+    """Raises UserError where `--cache-dir` or `--cache-size` has no effect: nothing is to be cached."""
+    here = [folder for folder in data_dirs if not is_url(folder)]
+    if cache_bytes is not None and len(here) == len(data_dirs):
+        expectation, got = "must come with a URL among --data-dirs", "folders of this machine"
+        raise UserError("--cache-size", expectation, got=got, remedy="leave it out")
+    if cache_dir is not None and len(here) == len(data_dirs) and all(map(is_token_store, here)):
+        expectation = "must come with a corpus folder or a URL among --data-dirs"
         raise UserError(
             "--cache-dir", expectation, got="token stores" if data_dirs else "none", remedy="leave it out"
         )
@@ -56,23 +66,34 @@ def open_or_tokenize(
     validation_fraction: float = DEFAULT_VALIDATION_FRACTION,
     num_workers: int | None = None,
     cache_dir: str | Path | None = None,
+    cache_bytes: int | None = None,
     verify: Literal["size", "hash"] = "hash",
 ) -> TokenStore:
-    """Open a token store, or the tokens of a corpus folder, which are made at the first call.
+    """Open a token store, here or behind a URL, or a corpus folder's tokens, made at the first call.
 
     In a run of several processes one calls it first and the others wait, so that the work is done once.
 
     Args:
-        data_dir: made by `lumi tokenize` or `lumi prepare`.
+        data_dir: made by `lumi tokenize` or `lumi prepare`; or the URL of what `lumi tokenize` made.
         tokenizer: must have made the ids. Its chat template lays out the conversations of a corpus folder.
         validation_fraction, num_workers: for a corpus folder, as in `tokenize`.
-        cache_dir: as in `token_cache`.
-        verify: as in `TokenStore.open`.
+        cache_dir: as in `token_cache`; for what comes from a URL None is the user's cache folder.
+        cache_bytes: as in `open_remote_store`; None: 64 GB.
+        verify: as in `TokenStore.open`. What comes from a URL is compared by its hashes in any case.
 
     Raises:
-        UserError: `data_dir` is neither, was made with another tokenizer, or is damaged; or there is no
+        UserError: `data_dir` is none of these, was made with another tokenizer, or is damaged; or there is no
             place for its tokens.
     """
+    if is_url(data_dir):
+        return open_remote_store(
+            str(data_dir),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            cache_dir=cache_dir,
+            cache_bytes=DEFAULT_BYTES if cache_bytes is None else cache_bytes,
+            quiet=verify == "size",
+        )
     folder = Path(data_dir)
     if not is_token_store(folder):
         if not is_corpus(folder):
@@ -110,12 +131,6 @@ def _tokenized(
 
 def _is_current(cache: Path, corpus: CorpusReader) -> bool:
     return read_store_manifest(cache).inputs["corpus 0"] == corpus.fingerprint
-
-
-def _user_cache() -> Path:
-    """Lumi's folder in the user's cache folder, as freedesktop.org's base directories say."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "lumi"
 
 
 def _what_is_there(path: Path) -> str:

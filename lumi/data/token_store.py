@@ -6,12 +6,14 @@ be a pair. All files are little-endian:
 - `<split>.offsets`: uint64, where each document begins in the tokens, and last the number of tokens.
 - `<split>.mask`: one bit per token, the first in the highest bit of the first byte. Absent where every token
   is trained.
+- `<split>.blocks`: the SHA-256 of each MiB of the tokens, for those who do not read all of them.
 - `manifest.json`, written last.
 
 The store knows no sequence length: `lumi.data.rows` cuts or packs the documents.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,16 +24,19 @@ from lumi.data.store_manifest import (
     MANIFEST_FILE,
     STORE,
     TOKENIZE_COMMAND,
+    FileRecord,
     SplitManifest,
     StoreManifest,
     read_store_manifest,
     token_dtype,
 )
-from lumi.data.stored_array import StoredArray
+from lumi.data.stored_array import FlatArray, StoredArray
 from lumi.host.provenance import Parent
 from lumi.host.storage import check_file
 
 _CHECK_TOKENS = 1 << 24  # read at a time for the largest id
+
+OpenFile = Callable[[Path, FileRecord, np.dtype, int, str], FlatArray]
 
 
 @dataclass
@@ -39,14 +44,14 @@ class Split:
     """One split of a token store.
 
     Attributes:
-        tokens: (num_tokens,) uint16 or uint32; a StoredArray reads `tokens[start:stop]` when it is asked for.
+        tokens: (num_tokens,) uint16 or uint32; a FlatArray reads `tokens[start:stop]` when it is asked for.
         offsets: (num_documents + 1,) uint64, where each document begins in `tokens`.
         mask: (ceil(num_tokens / 8),) uint8, the packed loss mask; None where every token is trained.
         num_bytes: UTF-8 bytes of the trained text.
         pairs: whether documents 2i and 2i + 1 are the chosen and the rejected conversation of a pair.
     """
 
-    tokens: np.ndarray | StoredArray
+    tokens: np.ndarray | FlatArray
     offsets: np.ndarray
     mask: np.ndarray | None
     num_bytes: int
@@ -89,6 +94,7 @@ class TokenStore:
         tokenizer_fingerprint: str | None = None,
         vocab_size: int | None = None,
         verify: Literal["size", "hash"] = "hash",
+        open_file: OpenFile | None = None,
     ) -> "TokenStore":
         """Open a token store and check that its files are what was written.
 
@@ -98,6 +104,8 @@ class TokenStore:
             verify: "hash" reads every byte once, for its SHA-256 and the largest id (about 1 s per GB).
                 "size" trusts the content of files of the right size. In a run, "hash" in one process is
                 enough.
+            open_file: (path, record, dtype, length, remedy) -> the array of a file that does not lie in
+                `folder`. None: all of them do.
 
         Raises:
             UserError: no token store; another tokenizer; a file that is missing, truncated or corrupt; ids
@@ -116,7 +124,7 @@ class TokenStore:
             )
         num_ids = manifest.vocab_size if vocab_size is None else min(vocab_size, manifest.vocab_size)
         splits = {
-            name: _open_split(folder, name, manifest, num_ids, check_content=verify == "hash")
+            name: _open_split(folder, name, manifest, num_ids, verify == "hash", open_file)
             for name in manifest.splits
         }
         return cls(folder, manifest, splits)
@@ -143,11 +151,22 @@ class TokenStore:
 
 
 def _open_split(
-    folder: Path, name: str, manifest: StoreManifest, num_ids: int, *, check_content: bool
+    folder: Path,
+    name: str,
+    manifest: StoreManifest,
+    num_ids: int,
+    check_content: bool,
+    open_file: OpenFile | None,
 ) -> Split:
     record = manifest.splits[name]
     remedy = f"copy the store again, or remove it and run `{TOKENIZE_COMMAND} {folder}`"
-    arrays = _open_arrays(folder, name, record, token_dtype(manifest.vocab_size), remedy, check_content)
+    if open_file is None:
+
+        def open_file(path: Path, file: FileRecord, dtype: np.dtype, length: int, remedy: str) -> FlatArray:
+            check_file(path, asdict(file), remedy=remedy, check_hash=check_content)
+            return StoredArray(path, dtype, length, remedy=remedy)
+
+    arrays = _open_arrays(folder, name, record, token_dtype(manifest.vocab_size), remedy, open_file)
     tokens, offsets = arrays["tokens"], arrays["offsets"][:]
     if offsets[0] != 0 or offsets[-1] != record.tokens or (offsets[1:] <= offsets[:-1]).any():
         raise UserError(
@@ -166,10 +185,10 @@ def _open_split(
 
 
 def _open_arrays(
-    folder: Path, name: str, record: SplitManifest, dtype: np.dtype, remedy: str, check_hash: bool
-) -> dict[str, StoredArray]:
+    folder: Path, name: str, record: SplitManifest, dtype: np.dtype, remedy: str, open_file: OpenFile
+) -> dict[str, FlatArray]:
     """Check the files of a split; returns the arrays "tokens", "offsets" and perhaps "mask"."""
-    arrays: dict[str, StoredArray] = {}
+    arrays: dict[str, FlatArray] = {}
     for kind, array_dtype, length in (
         ("tokens", dtype, record.tokens),
         ("offsets", np.dtype("<u8"), record.documents + 1),
@@ -186,11 +205,10 @@ def _open_arrays(
                 got=file.size,
                 remedy=remedy,
             )
-        check_file(path, {"size": file.size, "sha256": file.sha256}, remedy=remedy, check_hash=check_hash)
-        arrays[kind] = StoredArray(path, array_dtype, length, remedy=remedy)
+        arrays[kind] = open_file(path, file, array_dtype, length, remedy)
     return arrays
 
 
-def _highest_id(tokens: StoredArray) -> int:
+def _highest_id(tokens: FlatArray) -> int:
     starts = range(0, len(tokens), _CHECK_TOKENS)
     return max(int(tokens[start : start + _CHECK_TOKENS].max()) for start in starts)

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lumi.chat.foreign_rendering import ForeignTemplate
 from lumi.chat.rendering import check_controls, template_of
@@ -67,6 +68,43 @@ def tokenize(
             something else.
     """
     output_dir = Path(output_dir)
+    plan = plan_store(
+        corpus_dirs,
+        tokenizer,
+        validation_fraction=validation_fraction,
+        validation_corpus_dirs=validation_corpus_dirs,
+        template=template,
+        max_tokens=max_tokens,
+    )
+    if (existing := begin_store(output_dir, plan)) is not None:
+        return existing
+    encoded = _encode(plan, num_cores() if num_workers is None else num_workers)
+    with closing(encoded):  # an exception ends the threads too
+        return write_store(output_dir, encoded, plan)
+
+
+class StorePlan(NamedTuple):
+    """What goes into a store: corpora, those that are held out, and how documents become tokens.
+
+    `inputs`: what decides the content besides the tokenizer.
+    """
+
+    readers: Sequence[CorpusReader]
+    validation_readers: Sequence[CorpusReader]
+    settings: EncodingSettings
+    inputs: dict[str, str]
+
+
+def plan_store(
+    corpus_dirs: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    validation_fraction: float | None = None,
+    validation_corpus_dirs: Sequence[str | Path] = (),
+    template: Template | None = None,
+    max_tokens: int | None = None,
+) -> StorePlan:
+    """Arguments and errors as those of `tokenize`."""
     if validation_fraction is None:
         validation_fraction = 0.0 if validation_corpus_dirs else DEFAULT_VALIDATION_FRACTION
     _check_fraction(validation_fraction, bool(validation_corpus_dirs))
@@ -80,7 +118,12 @@ def tokenize(
         template=_choose_template([*readers, *validation_readers], tokenizer, template, max_tokens),
         max_tokens=max_tokens,
     )
-    inputs = _inputs(settings, readers, validation_readers)
+    return StorePlan(readers, validation_readers, settings, _inputs(settings, readers, validation_readers))
+
+
+def begin_store(output_dir: Path, plan: StorePlan) -> StoreManifest | None:
+    """The manifest of the planned store if it is there; None: it can be made. Errors as in `tokenize`."""
+    tokenizer, inputs = plan.settings.tokenizer, plan.inputs
     if (existing := _existing_store(output_dir, tokenizer, inputs)) is not None:
         kept = "already holds these documents in tokens of this tokenizer; kept"
         print(f"{output_dir}: {kept}", file=sys.stderr)
@@ -89,17 +132,18 @@ def tokenize(
     if tokenizer.loss is not None:
         print(f"the tokenizer does not keep every text as it is: {tokenizer.loss}", file=sys.stderr)
     sweep_dead(output_dir)
-    encoded = _encode(
-        readers, validation_readers, settings, num_cores() if num_workers is None else num_workers
-    )
+    return None
+
+
+def write_store(output_dir: Path, encoded: Iterable[dict[str, Encoded]], plan: StorePlan) -> StoreManifest:
+    """Write what was encoded, in the order of the plan. Raises UserError: a split is empty."""
     try:
-        with closing(encoded):  # an exception ends the threads too
-            return _write_store(output_dir, encoded, settings, inputs, readers, validation_readers)
+        return _write_store(output_dir, encoded, plan)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         # Another process may have finished the same store meanwhile. The first one stays.
-        if (existing := _existing_store(output_dir, tokenizer, inputs)) is None:
+        if (existing := _existing_store(output_dir, plan.settings.tokenizer, plan.inputs)) is None:
             raise
         return existing
 
@@ -191,15 +235,15 @@ def _existing_store(output_dir: Path, tokenizer: Tokenizer, inputs: dict[str, st
     return manifest
 
 
-def _encode(
-    readers: Sequence[CorpusReader],
-    validation_readers: Sequence[CorpusReader],
-    settings: EncodingSettings,
-    num_workers: int,
-) -> Generator[dict[str, Encoded], None, None]:
-    yield from encode_all(_read_batches(readers), settings, num_workers)
-    all_validation = replace(settings, validation_fraction=1.0)
-    yield from encode_all(_read_batches(validation_readers), all_validation, num_workers)
+def _encode(plan: StorePlan, num_workers: int) -> Generator[dict[str, Encoded], None, None]:
+    yield from encode_all(_read_batches(plan.readers), plan.settings, num_workers)
+    held_out = held_out_settings(plan.settings)
+    yield from encode_all(_read_batches(plan.validation_readers), held_out, num_workers)
+
+
+def held_out_settings(settings: EncodingSettings) -> EncodingSettings:
+    """Those for corpora that are held out whole."""
+    return replace(settings, validation_fraction=1.0)
 
 
 def _read_batches(readers: Sequence[CorpusReader]) -> Iterator[Documents]:
@@ -212,14 +256,8 @@ def _read_batches(readers: Sequence[CorpusReader]) -> Iterator[Documents]:
                 progress.update(len(documents))
 
 
-def _write_store(
-    output_dir: Path,
-    encoded: Iterable[dict[str, Encoded]],
-    settings: EncodingSettings,
-    inputs: dict[str, str],
-    readers: Sequence[CorpusReader],
-    validation_readers: Sequence[CorpusReader],
-) -> StoreManifest:
+def _write_store(output_dir: Path, encoded: Iterable[dict[str, Encoded]], plan: StorePlan) -> StoreManifest:
+    readers, validation_readers, settings, inputs = plan
     fingerprint, vocab_size = settings.tokenizer.fingerprint, settings.tokenizer.vocab_size
     with atomic_folder(output_dir) as folder:
         writer = StoreWriter(folder, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)

@@ -17,7 +17,7 @@ import lumi
 import lumi.configs
 from lumi.config import UserError, to_dict, write_json
 from lumi.corpus.sources import Location, describe
-from lumi.data.token_cache import check_cache_dir, open_or_tokenize
+from lumi.data.token_cache import check_cache_options, open_or_tokenize
 from lumi.data.token_store import Split
 from lumi.evaluation.centred_mean import centred_mean
 from lumi.evaluation.contamination import Decontamination, TrainedOn, find_decontamination, warn
@@ -46,6 +46,7 @@ from lumi.formats.pretrained import Pretrained
 from lumi.host.hub_cache import name_of
 from lumi.host.provenance import Parent, write_provenance
 from lumi.host.storage import check_output, file_record
+from lumi.host.user_cache import is_url
 from lumi.tokenizer.tokenizer import Tokenizer
 
 CONFIGS = Path(lumi.configs.__file__).parent / "evaluation"
@@ -117,9 +118,9 @@ def evaluate(
         config: what to measure.
         pretrained: the model, its tokenizer and its folder.
         output_dir: is made; results of an earlier evaluation in it are replaced.
-        data_dirs: token stores or corpus folders of the model's tokenizer; their validation splits are
-            measured.
-        cache_dir: for the tokens of corpus folders, as in `lumi.data.token_cache.token_cache`.
+        data_dirs: token stores, also behind URLs, or corpus folders, of the model's tokenizer; their
+            validation splits are measured.
+        cache_dir: as in `lumi.data.token_cache.open_or_tokenize`.
         limit: how many examples of each task and documents of each text at most.
         trained_on: the corpora behind the model; one that was not decontaminated against what is measured
             gives a warning. None: they are not known.
@@ -132,9 +133,10 @@ def evaluate(
             is not finite.
     """
     started = time.monotonic()
-    output_dir, folders = Path(output_dir), list(map(Path, data_dirs))
+    output_dir = Path(output_dir)
+    folders = [str(folder) if is_url(folder) else Path(folder) for folder in data_dirs]
     _check(config, output_dir, folders, limit)
-    check_cache_dir(cache_dir, folders)
+    check_cache_options(cache_dir, folders)
     model, tokenizer = pretrained.model, pretrained.tokenizer
     batch_tokens = config.batch_tokens or (16_384 if model.output_weight.is_cuda else 1024)
     config.windows.resolve(model.config.max_positions)
@@ -191,7 +193,7 @@ def _read_texts(
 
 
 def _open_stores(
-    folders: Sequence[Path], tokenizer: Tokenizer, cache_dir: str | Path | None, limit: int | None
+    folders: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path | None, limit: int | None
 ) -> Iterator[_Text]:
     for folder in folders:
         store = open_or_tokenize(folder, tokenizer, cache_dir=cache_dir)
@@ -206,14 +208,17 @@ def _open_stores(
         yield _Text(str(folder), "store", f"store: {folder} / validation", limit, split, store.as_parent)
 
 
-def _check(config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[Path], limit: int | None) -> None:
+def _check(
+    config: EvaluationConfig, output_dir: Path, data_dirs: Sequence[str | Path], limit: int | None
+) -> None:
     """Refuse what can be refused before anything is read."""
     if limit is not None and limit < 1:
         raise UserError("--limit", "must be at least 1", got=limit)
     if not (config.tasks or config.texts or config.smoke_tests or data_dirs):
         expectation = "must name at least one of tasks, texts and smoke_tests"
         raise UserError("the config", expectation, got="none", remedy="or pass --data-dirs")
-    if len({folder.resolve() for folder in data_dirs}) < len(data_dirs):
+    places = {folder.resolve() if isinstance(folder, Path) else folder for folder in data_dirs}
+    if len(places) < len(data_dirs):
         got = " ".join(map(str, data_dirs))
         raise UserError("--data-dirs", "must be different folders", got=got, remedy="leave one out")
     names = Counter([*(text.name for text in config.texts), *map(str, data_dirs)])

@@ -1,22 +1,11 @@
 """The options of `lumi export` and `lumi merge` -> what they write."""
 
-import re
-
+from lumi.command_line import parse_size
 from lumi.config import UserError
 from lumi.formats.export_form import ExportForm, HuggingFaceFolder
 from lumi.formats.gguf_export import GgufFolder
 
 FORMATS = ("hf", "gguf")
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "2GB" (2 * 10**9, as in transformers), "500MiB" or "1000". Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
-    if size < 1:
-        raise UserError("--max-shard-size", "must be a size such as 2GB, 500MB or 1GiB", got=repr(text))
-    return size
 
 
 def form_of(
@@ -42,4 +31,5 @@ def form_of(
             raise UserError(option, expectation, got=f"--format {file_format}", remedy=remedy)
     if file_format == "gguf":
         return GgufFolder(quantize or "f32", licence)
-    return HuggingFaceFolder(dtype or "float32", parse_size(max_shard_size) if max_shard_size else None)
+    size = parse_size("--max-shard-size", max_shard_size) if max_shard_size is not None else None
+    return HuggingFaceFolder(dtype or "float32", size)

@@ -1,6 +1,7 @@
 """`provenance.json`: what a folder was made from, and the hashes of its files. `lumi verify` reads it.
 
-Paths are relative to the folder that holds the file; what came from the hub has its name, `org/name@commit`.
+Paths are relative to the folder that holds the file; what came from the hub has its name, `org/name@commit`,
+and what came from a URL has that.
 So equal work gives equal files, and folders that move together keep their links. Nothing in it depends on the
 time.
 """
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from lumi.config import UserError, read_json, write_json
 from lumi.host.hub_cache import folder_of, origin_of
 from lumi.host.storage import file_record
+from lumi.host.user_cache import home_of, is_url, url_of
 
 PROVENANCE_FILE = "provenance.json"
 FORMAT = 1
@@ -96,13 +98,18 @@ def from_plain(values: Any, folder: Path) -> tuple[Parent, ...] | None:
             f"{folder}: parents", "must each have kind, path and identity", got=repr(values)[:60]
         ) from error
     return tuple(
-        Parent(kind, folder_of(path) or Path(os.path.normpath(folder.resolve() / path)), identity)
-        for kind, path, identity in fields
+        Parent(kind, folder_of(path) or _folder_at(path, folder), identity) for kind, path, identity in fields
     )
 
 
+def _folder_at(place: str, folder: Path) -> Path:
+    return home_of(place) if is_url(place) else Path(os.path.normpath(folder.resolve() / place))
+
+
 def _place(path: Path, folder: Path) -> str:
-    """By what a folder is found again: relative to another one, or by its name on the hub."""
+    """By what a folder is found again: relative to another one, by its name on the hub, or by its URL."""
+    if (url := url_of(path)) is not None:
+        return url
     if (origin := origin_of(path)) is not None:
         return str(origin)
     real = path.resolve()

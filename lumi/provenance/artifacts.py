@@ -111,10 +111,9 @@ def _corpus_record(folder: Path) -> Record:
 
 
 def _store_record(folder: Path) -> Record:
-    record = _recorded(STORE)(folder)
-    if record.parents is None:  # of an earlier version
+    if read_provenance(folder) is None:  # of an earlier version
         return _record(folder, read_store_manifest(folder).files, None)
-    return record
+    return _recorded(STORE)(folder)
 
 
 def _checkpoint_record(folder: Path) -> Record:

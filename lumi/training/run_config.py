@@ -124,7 +124,10 @@ class Paths:
         resume: None, "auto", or a checkpoint folder.
         tokenizer_dir, model_path: folders, or `org/name` on the hub until `resolve_run` has fetched it. The
             run begins with the model; None: random weights.
-        cache_dir: for the tokens of corpus folders; None: as in `lumi.data.token_cache.token_cache`.
+        data_dirs: folders, or URLs of token stores.
+        cache_dir: for the tokens of corpus folders, and for what comes from URLs; None: as in
+            `lumi.data.token_cache.open_or_tokenize`.
+        cache_bytes: for the tokens that come from URLs; None: 64 GB.
     """
 
     data_dirs: Sequence[str]
@@ -134,3 +137,4 @@ class Paths:
     resume: str | None = None
     model_path: Path | None = None
     cache_dir: Path | None = None
+    cache_bytes: int | None = None

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lumi.chat.rendering import template_of
 from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError
 from lumi.data.batches import Batch, Batches, prefetch
+from lumi.data.reading_ahead import reading_ahead
 from lumi.data.rows import ConversationRows, make_rows, validation_rows
-from lumi.data.token_cache import check_cache_dir, open_or_tokenize
+from lumi.data.token_cache import check_cache_options, open_or_tokenize
 from lumi.data.token_store import TokenStore
 from lumi.formats.hf_format import ends_of
 from lumi.formats.pretrained import locate
 from lumi.host.provenance import Parent
+from lumi.host.user_cache import is_url
 from lumi.parallel.world import World
 from lumi.tokenizer.loading import load_tokenizer
 from lumi.tokenizer.tokenizer import Tokenizer
@@ -45,16 +47,14 @@ class RunData:
     def __init__(self, config: TrainConfig, paths: Paths, world: World):
         self.folders = paths.data_dirs
         with world.fail_together():
-            check_cache_dir(paths.cache_dir, self.folders)
+            check_cache_options(paths.cache_dir, self.folders, paths.cache_bytes)
             tokenizer = load_tokenizer(paths.tokenizer_dir)
             if paths.model_path is not None:
                 tokenizer = tokenizer.with_ends(ends_of(locate(paths.model_path)))
         stores: list[TokenStore] = []
         with world.fail_together(interruptible=True):
             if world.is_main:
-                stores += [
-                    open_or_tokenize(folder, tokenizer, cache_dir=paths.cache_dir) for folder in self.folders
-                ]
+                stores += self._stores(paths, tokenizer, "hash")
         with world.fail_together():
             self._open(config, paths, tokenizer, stores)
 
@@ -62,10 +62,7 @@ class RunData:
         self, config: TrainConfig, paths: Paths, tokenizer: Tokenizer, stores: list[TokenStore]
     ) -> None:
         """What each process does by itself; `stores` are those that the main one has opened already."""
-        self.stores = stores or [
-            open_or_tokenize(folder, tokenizer, cache_dir=paths.cache_dir, verify="size")
-            for folder in self.folders
-        ]
+        self.stores = stores or self._stores(paths, tokenizer, "size")
         self._check_pairs(config.dpo is not None)
         self.tokenizer = self._in_template(tokenizer)
         self._check_rows(config.batches.sequence_length, config.validation_tokens)
@@ -80,10 +77,26 @@ class RunData:
                 'config.final must be "last" where no data folder has a validation split, got "best"'
             )
 
+    def _stores(
+        self, paths: Paths, tokenizer: Tokenizer, verify: Literal["size", "hash"]
+    ) -> list[TokenStore]:
+        return [
+            open_or_tokenize(
+                folder,
+                tokenizer,
+                cache_dir=paths.cache_dir,
+                cache_bytes=paths.cache_bytes,
+                verify=verify,
+            )
+            for folder in self.folders
+        ]
+
     def inputs(
         self, steps: Iterable[int], rows: Sequence[tuple[int, int]], prepare: Callable[[Batch], Batch]
     ) -> Iterator[StepInput]:
         """The inputs of steps. A thread reads the next one while the loop computes this one.
+
+        Where data lies behind a URL, threads fetch what further steps read.
 
         Args:
             rows: [start, stop) of each micro-batch within a step.
@@ -96,6 +109,9 @@ class RunData:
             except (UserError, OSError) as error:
                 return [], error
 
+        if any(map(is_url, self.folders)):
+            mine = [row for span in rows for row in range(*span)]
+            steps = reading_ahead(steps, mine, lambda step, row: self.batches.rows(step, row, row + 1))
         return (StepInput(step, *loaded) for step, loaded in prefetch(read, steps))
 
     def identity(self) -> dict[str, Any]:

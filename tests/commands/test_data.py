@@ -7,6 +7,7 @@ from lumi.command_line import run
 from lumi.corpus import read_corpus
 
 PREPARE = ["prepare", "--config", "none.json", "--output-dir", "x"]
+TOKENIZE = ["tokenize", "--corpus-dirs", "none", "--tokenizer-dir", "none", "--output-dir", "x"]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,14 @@ PREPARE = ["prepare", "--config", "none.json", "--output-dir", "x"]
         (
             [*PREPARE, "--executor", "slurm", "--tasks", "0"],
             "--tasks must be at least 1, got 0",
+        ),
+        (
+            [*TOKENIZE, "--tasks", "2"],
+            "--tasks must come with --executor, got 2",
+        ),
+        (
+            [*TOKENIZE, "--executor", "slurm", "--tasks", "2"],
+            "--sbatch must hold --partition=... and --time=..., got ''",
         ),
         (
             ["tokenize", "--corpus-dirs", "none", "--tokenizer-dir", "none", "--output-dir", "x"],

@@ -1,8 +1,10 @@
+import hashlib
+
 import numpy as np
 import pytest
 
 from lumi.config import UserError
-from lumi.data.store_manifest import Counts
+from lumi.data.store_manifest import Counts, FileRecord
 from lumi.data.store_writer import StoreWriter
 from lumi.data.token_store import TokenStore
 
@@ -40,6 +42,19 @@ def test_loss_masks_are_bits_across_batches(tmp_path):
     (tmp_path / "train.mask").write_bytes(b"1234")
     with pytest.raises(UserError, match=r"train.mask: must be 5 bytes, got 4"):
         TokenStore.open(tmp_path)
+
+
+def test_each_block_of_the_tokens_has_its_hash(tmp_path):
+    writer = StoreWriter(tmp_path, tokenizer_fingerprint="f", vocab_size=50_000)
+    tokens = np.random.default_rng(0).integers(0, 50_000, 600_000)  # 1.2 MB
+    counts = {"a": Counts(documents=1, tokens=len(tokens))}
+    writer.append("train", tokens, np.array([len(tokens)]), counts)
+    split = writer.finish({}).splits["train"]
+    data = tokens.astype("<u2").tobytes()
+    hashes = b"".join(hashlib.sha256(block).digest() for block in (data[: 1 << 20], data[1 << 20 :]))
+    assert (tmp_path / "train.blocks").read_bytes() == hashes
+    assert split.blocks == FileRecord(size=64, sha256=hashlib.sha256(hashes).hexdigest())
+    assert split.files.keys() == {"train.tokens", "train.offsets"}
 
 
 def test_the_writer_refuses_what_does_not_add_up(tmp_path):

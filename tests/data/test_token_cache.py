@@ -9,7 +9,7 @@ from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError
 from lumi.corpus import read_corpus
 from lumi.data import tokenization
-from lumi.data.token_cache import check_cache_dir, open_or_tokenize, token_cache
+from lumi.data.token_cache import check_cache_options, open_or_tokenize, token_cache
 from lumi.host.interruption import Interrupted
 
 FRACTION = 0.25
@@ -107,11 +107,14 @@ def test_the_user_s_cache_is_an_absolute_folder(tokenizer, tmp_path, monkeypatch
 
 
 def test_a_cache_folder_must_have_a_use(finished, tmp_path):
-    check_cache_dir(None, [finished])
-    check_cache_dir(tmp_path, [finished, tmp_path])
+    check_cache_options(None, [finished])
+    check_cache_options(tmp_path, [finished, tmp_path])
+    check_cache_options(tmp_path, [finished, "s3://bucket/tokens"], 10**9)
     for data_dirs, got in (([finished], "token stores"), ([], "none")):
         with pytest.raises(UserError, match=f"--cache-dir must come with a corpus folder .*, got {got}"):
-            check_cache_dir(tmp_path, data_dirs)
+            check_cache_options(tmp_path, data_dirs)
+    with pytest.raises(UserError, match="--cache-size must come with a URL among --data-dirs, got folders"):
+        check_cache_options(None, [finished, tmp_path], 10**9)
 
 
 def test_data_dirs_of_neither_kind(tokenizer, other_tokenizer, finished, tmp_path):

@@ -73,7 +73,13 @@ def test_the_layout_on_disk(tmp_path, tokenizer):
     corpus = write_corpus(tmp_path / "corpus", ["", "\0"], ["a", "a"])
     tokenize([corpus], tokenizer, tmp_path / "tokens", validation_fraction=0, num_workers=1)
     files = file_bytes(tmp_path / "tokens")
-    assert files.keys() == {"manifest.json", "provenance.json", "train.offsets", "train.tokens"}
+    assert files.keys() == {
+        "manifest.json",
+        "provenance.json",
+        "train.blocks",
+        "train.offsets",
+        "train.tokens",
+    }
     assert files["train.tokens"] == bytes([1, 0, 2, 0, 1, 0, 6, 0, 2, 0])  # BOS EOS, BOS <0x00> EOS
     assert files["train.offsets"] == b"".join(value.to_bytes(8, "little") for value in (0, 2, 5))
 

@@ -233,6 +233,17 @@ def test_data_dirs_alone(place, monkeypatch, capsys, store_dir):
     assert results["smoke_tests"]["prompts"] == 20
 
 
+def test_a_store_behind_a_url(place, monkeypatch, store_dir, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = []
+    for output, data in (("here", store_dir), ("there", f"file://{store_dir}")):
+        arguments = ("--model-path", "model", "--output-dir", output, "--data-dirs", data)
+        assert call(place, monkeypatch, *arguments) == 0
+        results = json.loads((place / output / "evaluation_results.json").read_text())
+        found.append(results["perplexity"][str(data)])
+    assert found[0]["bits_per_byte"] == found[1]["bits_per_byte"]
+
+
 def test_an_adapter_on_its_base(place, monkeypatch, capsys, opinionated_model, tokenizer):
     """The same figures as the merged model's, and others than the base's."""
     model, lora = copy.deepcopy(opinionated_model), LoraConfig(rank=2)

@@ -20,7 +20,7 @@ from lumi.corpus.output_folder import (
 )
 from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.report import print_made, print_up_to_date, print_warnings
-from lumi.corpus.scale.work import Work, plan_work
+from lumi.corpus.scale.work import Work, load_work, plan_work
 from lumi.corpus.source_outcomes import source_keys
 from lumi.host.workers import num_cores
 
@@ -86,6 +86,7 @@ def prepare_in_tasks(
         UserError: as there; datatrove is not installed; a dataset of the hub has a budget; sbatch refuses.
     """
     from lumi.corpus.scale import executors  # needs datatrove, and takes seconds
+    from lumi.corpus.scale.stages import STAGES
 
     folder = Path(output_dir).absolute()
     sets = read_evaluation_sets(config.decontamination)
@@ -101,10 +102,13 @@ def prepare_in_tasks(
             work.save(sets)
             if executor.kind == "slurm":
                 options = parse_sbatch(executor.sbatch)
-                jobs = executors.submit(work, executor.num_tasks, executor.num_workers, options)
+                jobs = executors.submit(
+                    work, STAGES, load_work, executor.num_tasks, executor.num_workers, options
+                )
                 print(f"Slurm has jobs {', '.join(jobs)}; the last makes {folder}; logs: {work.logs}")
                 return None
-            executors.run_locally(work, executor.num_tasks, executor.num_workers or num_cores())
+            num_workers = executor.num_workers or num_cores()
+            executors.run_locally(work, STAGES, load_work, executor.num_tasks, num_workers)
     manifest = read_manifest(folder)
     assert manifest is not None
     print_warnings(manifest)

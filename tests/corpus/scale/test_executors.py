@@ -13,6 +13,9 @@ from lumi.config import UserError
 from lumi.corpus import prepare
 from lumi.corpus.scale import stages
 from lumi.corpus.scale.prepare import Executor, prepare_in_tasks
+from lumi.data.tokenization import tokenize
+from lumi.data.tokenize_tasks import tokenize_in_tasks
+from lumi.tokenizer.loading import load_tokenizer
 
 pytest.importorskip("datatrove")
 
@@ -94,6 +97,16 @@ def test_a_job_whose_task_fails_ends_with_an_error(play, tmp_path):
     Path(config.sources[0].paths[0].replace("*", "[1]")).unlink()
     assert start_job(play, 1) != [0]
     assert "paths must match at least one file" in (play / "1.0.log").read_text()
+
+
+def test_jobs_of_slurm_tokenize_as_one_process(play, corpus_dir, tokenizer_dir, tmp_path, capsys):
+    tokenize([corpus_dir], load_tokenizer(tokenizer_dir), tmp_path / "one", num_workers=1)
+    executor = Executor(kind="slurm", num_tasks=2, sbatch=OPTIONS)
+    assert tokenize_in_tasks([corpus_dir], tokenizer_dir, tmp_path / "tasks", executor) is None
+    assert f"Slurm has jobs 1, 2; the last makes {tmp_path}/tasks; logs: " in capsys.readouterr().out
+    for number in (1, 2):
+        assert set(start_job(play, number)) == {0}, (play / f"{number}.0.log").read_text()
+    assert files_of(tmp_path / "tasks") == files_of(tmp_path / "one")
 
 
 def test_sbatch_that_is_missing_or_refuses_is_an_error(play, tmp_path, monkeypatch):
