@@ -352,9 +352,8 @@ def main(argv: Sequence[str]) -> int:
     results = Results("loop", torch.device(choose_device(args.device)), args.output_dir)
     batches = {"batch_tokens": args.batch_tokens, "micro_batch_size": 2}
     config = run_config(args.quick, args.num_steps, batches=batches)
-    saving = run_config(
-        args.quick, args.num_saves * SAVE_EVERY, batches=batches, optimizer={"kind": "adamw", "peak_lr": 1e-3}
-    )
+    optimizer = {"kind": "adamw", "peak_lr": 1e-3, "muon_beta2": None}
+    saving = run_config(args.quick, args.num_saves * SAVE_EVERY, batches=batches, optimizer=optimizer)
     with tempfile.TemporaryDirectory() as temporary:
         data = random_data(Path(temporary), args.num_steps * args.batch_tokens)
         with results.case("loop"):

@@ -148,8 +148,7 @@ def sweep(
         arguments = ["--config", str(output_dir / "base.json"), *paths]
         whole = Sweep(config, settings, output_dir)
         num_trials = len(settings) * len(config.seeds)
-        counts = _count(len(settings), "setting"), _count(len(config.seeds), "seed")
-        print(f"{' x '.join(counts)}, {min(processes, num_trials)} at a time")
+        print(f"{_plan(config, len(settings))}, {min(processes, num_trials)} at a time")
 
         def report(trial: Trial, event: str) -> None:
             print(f"{trial.folder.name}  {trial.setting.name}  {event}", flush=True)
@@ -228,6 +227,14 @@ def _finish(whole: Sweep, runner: TrialRunner) -> int:
         print(f"the {whole.config.budget.minutes:g} minutes are over; the same command goes on")
         return 0
     return 0 if any(row.bits_per_byte is not None for row in rows) else 1
+
+
+def _plan(config: SweepConfig, num_settings: int) -> str:
+    settings, num_seeds = _count(num_settings, "setting"), len(config.seeds)
+    if not isinstance(config.search, Contenders):
+        return f"{settings} x {_count(num_seeds, 'seed')}"
+    plan = f"{settings} of {_count(len(config.search.grids), 'contender')} x 1 seed"
+    return plan if num_seeds == 1 else f"{plan}, then the best of each x {num_seeds - 1} more"
 
 
 def _count(number: int, noun: str) -> str:

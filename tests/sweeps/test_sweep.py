@@ -56,8 +56,10 @@ class TestOfTrialsThatPretend:
     def test_the_best_setting_of_each_contender_gets_the_other_seeds(self, sweep_file, swept):
         grids = {"a": {"optimizer.peak_lr": [0.1, 0.01]}, "b": {"optimizer.peak_lr": [0.0001, 0.001, 1e9]}}
         file = sweep_file(seeds=[0, 1, 2], search={"kind": "contenders", "grids": grids})
-        code, rows, _ = swept(file)
+        code, rows, printed = swept(file)
         assert code == 0
+        plan = "5 settings of 2 contenders x 1 seed, then the best of each x 2 more, 2 at a time"
+        assert printed.startswith(plan)
         assert [(row["contender"], len(row["trials"])) for row in rows] == [
             *(("a", 3), ("b", 3), ("a", 1), ("b", 1), ("b", 1))
         ]
