@@ -1,10 +1,9 @@
-"""Bowls of learning rates -> the best rate by size, tokens and batch, and their picture.
+"""Bowls of learning rates: the best rate of each beside that of the rule, and their picture.
 
     python benchmarks/recipe_rules.py
 
-reads `results/recipe-rates.json`, of a sweep that is still to be run. In each bowl a parabola in the
-logarithm of the rate goes through the lowest point and its neighbours. Its minimum is the best rate. The
-rule is the power law with the least squares through those minima.
+reads `results/recipe-rates.json`. In each bowl a parabola in the logarithm of the rate goes through the
+lowest point and its neighbours. Its minimum is the best rate. The rule is that of `lumi.planning.recipe`.
 """
 
 import json
@@ -15,14 +14,16 @@ import numpy as np
 from recipe_tables import RATE, ROOT
 from results import RESULTS
 
+from lumi.planning.recipe import best_rate
+
 PICTURE = ROOT / "docs" / "results_rates.png"
-NAMES = ("parameters", "tokens", "batch_tokens")  # what the best rate depends on
+NAMES = ("parameters", "tokens", "batch_tokens")
 
 
 def bowls(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each contender: its name, size, tokens and batch, the rates with their losses, and the minimum.
+    """Of each contender: its name, size, tokens, batch, its rates and losses, the best rate, the rule's.
 
-    The minimum is None where the lowest point is the first or the last one: then the bowl has no bottom.
+    The best one is None where the lowest point is the first or the last one: then the bowl has no bottom.
     """
     found: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
@@ -33,6 +34,7 @@ def bowls(result: dict[str, Any]) -> list[dict[str, Any]]:
     for bowl in found.values():
         bowl["points"].sort()
         bowl["best"] = bottom(bowl["points"])
+        bowl["rule"] = best_rate(bowl["parameters"], bowl["batch_tokens"])
     return list(found.values())
 
 
@@ -44,24 +46,6 @@ def bottom(points: list[tuple[float, float]]) -> float | None:
     rates, losses = zip(*points[lowest - 1 : lowest + 2], strict=True)
     square, slope, _ = np.polyfit(np.log(rates), losses, 2)
     return math.exp(-slope / (2 * square))
-
-
-def fit(found: list[dict[str, Any]]) -> dict[str, float]:
-    """The rule rate = factor x parameters^a x tokens^b x batch_tokens^c, by least squares of logarithms."""
-    whole = [bowl for bowl in found if bowl["best"] is not None]
-    left = np.array([[1.0, *(math.log(bowl[name]) for name in NAMES)] for bowl in whole])
-    right = np.array([math.log(bowl["best"]) for bowl in whole])
-    if np.linalg.matrix_rank(left) < left.shape[1]:
-        raise SystemExit(
-            f"error: {len(whole)} bowls with a bottom are too few, or too alike, for three exponents"
-        )
-    (constant, *exponents), *_ = np.linalg.lstsq(left, right, rcond=None)
-    errors = right - left @ [constant, *exponents]
-    return {
-        "factor": math.exp(constant),
-        **dict(zip(NAMES, exponents, strict=True)),
-        "rms": float(np.std(errors)),
-    }
 
 
 def draw(found: list[dict[str, Any]]) -> None:
@@ -82,13 +66,11 @@ def draw(found: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Print the bowls and the rule, and draw the picture."""
+    """Print the bowls, and draw the picture."""
     found = bowls(json.loads((RESULTS / "recipe-rates.json").read_text()))
     for bowl in found:
         best = "at an end" if bowl["best"] is None else f"{bowl['best']:.4g}"
-        print(f"{bowl['name']:<50} best rate {best}")
-    for name, value in fit(found).items():
-        print(f"{name:<14} {value:.4g}")
+        print(f"{bowl['name']:<50} best rate {best}, the rule's {bowl['rule']:.4g}")
     draw(found)
 
 

@@ -1,6 +1,7 @@
 """`benchmarks/recipe_rules.py`: the best rate out of bowls."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -44,28 +45,22 @@ CASES = (
 )
 
 
-def test_the_rule_that_made_the_bowls_is_found(recipe_rules):
+def test_the_bottoms_of_the_bowls_are_found(recipe_rules):
     found = recipe_rules.bowls({"rows": [row for case in CASES for row in reversed(bowl(*case))]})
     assert [each["best"] for each in found] == pytest.approx([best(*case[1:]) for case in CASES])
-    rule = recipe_rules.fit(found)
-    expected = {"factor": 3.0, "parameters": -0.4, "tokens": -0.1, "batch_tokens": 0.3}
-    assert {name: rule[name] for name in expected} == pytest.approx(expected)
-    assert rule["rms"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_bowl_without_a_bottom_has_no_best_rate_and_no_part_in_the_rule(recipe_rules):
-    rows = [row for case in CASES for row in bowl(*case)] + bowl("f", 9e6, 1e6, 64, rates=(2.0, 4.0, 8.0))
-    found = recipe_rules.bowls({"rows": rows})
-    assert found[-1]["best"] is None
-    assert recipe_rules.fit(found)["tokens"] == pytest.approx(-0.1)
+def test_a_bowl_without_a_bottom_has_no_best_rate(recipe_rules):
+    (found,) = recipe_rules.bowls({"rows": bowl("f", 9e6, 1e6, 64, rates=(2.0, 4.0, 8.0))})
+    assert found["best"] is None
 
 
-def test_too_few_bowls_are_refused(recipe_rules):
-    found = recipe_rules.bowls({"rows": [row for case in CASES[:3] for row in bowl(*case)]})
-    with pytest.raises(
-        SystemExit, match="3 bowls with a bottom are too few, or too alike, for three exponents"
-    ):
-        recipe_rules.fit(found)
+def test_the_rule_lies_near_the_bottoms_that_were_measured(recipe_rules):
+    result = json.loads((FOLDER / "results" / "recipe-rates.json").read_text())
+    whole = [each for each in recipe_rules.bowls(result) if each["best"] is not None]
+    assert len({each["parameters"] for each in whole}) >= 3
+    for each in whole:
+        assert each["rule"] == pytest.approx(each["best"], rel=0.35), each["name"]
 
 
 def test_the_picture_shows_each_bowl_from_its_lowest_point(recipe_rules, monkeypatch, tmp_path):

@@ -37,7 +37,7 @@ def test_every_stage_has_a_config(tmp_path):
     corpus = load_config(PrepareConfig, tmp_path / "new" / "corpus.json")
     assert sum(source.max_tokens for source in corpus.sources) == pytest.approx(1.08 * 50e6, rel=1e-6)
     for reason in (
-        "3,011,904 parameters",
+        "3,012,288 parameters",
         "65% fineweb_edu",
         f"lumi prepare --config {tmp_path}/new/corpus.json",
     ):

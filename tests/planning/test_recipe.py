@@ -2,15 +2,17 @@
 
 import pytest
 
-from lumi.config import UserError, load_config, to_dict, write_json
+from lumi.config import UserError, load_config, read_json, to_dict, write_json
 from lumi.model.transformer import ModelConfig
 from lumi.planning.new_project import SHIPPED
 from lumi.planning.recipe import (
-    ANCHOR_BATCH,
-    ANCHOR_PARAMETERS,
-    ANCHOR_RATE,
-    ANCHOR_TOKENS,
+    BATCH,
+    BATCH_TOKENS,
     NAMED,
+    RATE,
+    RATE_BATCH,
+    RATE_PARAMETERS,
+    TOKENS_PER_PARAMETER,
     best_batch,
     best_rate,
     choose_training,
@@ -28,9 +30,11 @@ def test_the_named_sizes_have_the_parameters_of_their_names():
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_the_named_sizes_are_the_shipped_models(name):
-    shipped = load_config(TrainConfig, SHIPPED / "pretrain" / f"{name}.json")
-    assert ModelConfig(**model_of(name)) == shipped.model
+def test_the_shipped_configs_are_what_the_dial_chooses(name):
+    """`lumi new --size NAME` writes `configs/pretrain/NAME.json`."""
+    model = model_of(name)
+    chosen = choose_training(model, TOKENS_PER_PARAMETER * ModelConfig(**model).num_parameters)
+    assert read_json(SHIPPED / "pretrain" / f"{name}.json") == chosen.config
 
 
 @pytest.mark.parametrize("size", [0.8e6, 3e6, 23e6, 59e6, 61e6, 135e6, 1.1e9, 7e9])
@@ -50,18 +54,11 @@ def test_a_size_without_a_shape_is_refused(size):
 
 def test_the_rules_go_through_their_anchors():
     """And by their exponents, counted by hand."""
-    assert best_batch(ANCHOR_TOKENS) == ANCHOR_BATCH
-    assert best_batch(10 * ANCHOR_TOKENS) == pytest.approx(2.3988 * ANCHOR_BATCH, rel=1e-4)  # 10^0.38
-    assert best_rate(ANCHOR_PARAMETERS) == ANCHOR_RATE
-    assert best_rate(10 * ANCHOR_PARAMETERS) == pytest.approx(0.3981 * ANCHOR_RATE, rel=1e-4)  # 10^-0.4
-
-
-@pytest.mark.parametrize(
-    "path", ["pretrain/micro", "pretrain/small", "pretrain/medium", "pretrain/base", "demo/pretrain_small"]
-)
-def test_the_rate_is_near_those_of_the_shipped_configs(path):
-    config = load_config(TrainConfig, SHIPPED / f"{path}.json")
-    assert best_rate(config.model.num_parameters) == pytest.approx(config.optimizer.peak_lr, rel=0.25)
+    assert best_batch(BATCH_TOKENS) == BATCH
+    assert best_batch(10 * BATCH_TOKENS) == pytest.approx(3.71535 * BATCH, rel=1e-4)  # 10^0.57
+    assert best_rate(RATE_PARAMETERS, RATE_BATCH) == RATE
+    assert best_rate(10 * RATE_PARAMETERS, RATE_BATCH) == pytest.approx(0.199526 * RATE, rel=1e-4)  # 10^-0.7
+    assert best_rate(RATE_PARAMETERS, 4 * RATE_BATCH) == pytest.approx(2 * RATE)
 
 
 @pytest.mark.parametrize("num_tokens", [100, 100_000, 3_000_000, 10**9, 10**12])
@@ -81,4 +78,5 @@ def test_more_tokens_mean_larger_batches_and_larger_models_lower_rates():
     few, many = (choose_training(model_of("tiny"), n).config for n in (10**7, 10**10))
     assert few["batches"]["batch_tokens"] < many["batches"]["batch_tokens"]
     small, large = (choose_training(model_of(name), 10**9).config for name in ("micro", "base"))
+    assert small["batches"] == large["batches"] | {"sequence_length": 1024}
     assert small["optimizer"]["peak_lr"] > large["optimizer"]["peak_lr"]
