@@ -49,12 +49,12 @@ def bottom(points: list[tuple[float, float]]) -> float | None:
 
 
 def draw(found: list[dict[str, Any]]) -> None:
-    """All bowls: how far each point lies above the lowest one of its bowl."""
+    """All bowls of at least three rates: how far each point lies above the lowest one of its bowl."""
     import matplotlib.figure  # here: it takes longer to import than everything else
 
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for bowl in found:
+    for bowl in (each for each in found if len(each["points"]) > 2):
         rates, losses = zip(*bowl["points"], strict=True)
         lowest = min(losses)
         axes.plot(rates, [loss / lowest - 1 for loss in losses], "o-", label=bowl["name"])
