@@ -29,8 +29,7 @@ WORST_FIT = 0.05  # of the parameters that were asked for
 BATCH, BATCH_TOKENS, BATCH_EXPONENT = 2048, 1.84e6, 0.57
 RATE, RATE_PARAMETERS, RATE_EXPONENT = 7e-3, 0.92e6, 0.7
 RATE_BATCH, RATE_BATCH_EXPONENT = 4096, 0.5
-OPTIMIZER = {"weight_decay": 0.1, "beta2": 0.98, "muon_beta2": 0.95}  # NorMuon
-TIED_EMBEDDING_RATIO = 3.0
+OPTIMIZER = {"embedding_lr_ratio": 3.0, "weight_decay": 0.1, "beta2": 0.98, "muon_beta2": 0.95}  # NorMuon
 DECAY_FRACTION = 0.8
 LEAST_WARMUP, WARMUP_SHARE = 20, 0.02
 SHORT_ROWS_BELOW = 20e6  # tokens of a run
@@ -86,14 +85,13 @@ def choose_training(model: dict[str, Any], num_tokens: int) -> Choice:
     batch_tokens = max(length, 2 ** round(math.log2(best_batch(num_tokens))))
     num_steps = -(-num_tokens // batch_tokens)
     rate = float(f"{best_rate(parameters, batch_tokens):.2g}")
-    embedding = {"embedding_lr_ratio": TIED_EMBEDDING_RATIO} if model.get("tied_embeddings") else {}
     warmup = min(max(LEAST_WARMUP, round(WARMUP_SHARE * num_steps)), int((1 - DECAY_FRACTION) * num_steps))
     every = max(1, min(250, num_steps // 4))
     config: dict[str, Any] = {
         "model": model,
         "batches": {"sequence_length": length, "batch_tokens": batch_tokens, "micro_batch_size": "auto"},
         "optimizer": {
-            "kind": "muon", "peak_lr": rate, **embedding, **OPTIMIZER,
+            "kind": "muon", "peak_lr": rate, **OPTIMIZER,
             "schedule": {"kind": "wsd", "warmup_steps": warmup, "decay_fraction": DECAY_FRACTION},
         },
         "num_steps": num_steps,
