@@ -30,6 +30,7 @@ def prepare(argv: list[str]) -> int:
     arguments.add_argument("--decontaminate", metavar="EVALUATION", help=against)
     _add_executor(arguments)
     options = parse(arguments, argv)
+    _check_analysis(options)
     executor = _executor(options)
     config = load_config(corpus.PrepareConfig, options.config, options.overrides)
     if options.decontaminate is not None:
@@ -74,6 +75,22 @@ def _add_executor(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--sbatch", default="", metavar="OPTIONS", help=sbatch)
 
 
+def _check_analysis(options: argparse.Namespace) -> None:
+    """Raises UserError where `lumi prepare` is to analyze, or to report, in tasks."""
+    if options.executor is None:
+        return
+    if options.analyze_only:
+        raise UserError(
+            "--analyze-only",
+            "must be used without --executor: tasks leave their results on disk",
+            remedy="take a part of the data, by max_documents of each source",
+        )
+    if options.report is not None:
+        remedy = "leave it out: the corpus folder gets DATA_REPORT.html"
+        expectation = "must come with --analyze-only, and without --executor"
+        raise UserError("--report", expectation, got=options.report, remedy=remedy)
+
+
 def _executor(options: argparse.Namespace) -> "Executor | None":
     """The executor that the options of `_add_executor` name. Raises UserError for those that do not fit."""
     if options.executor is None:
@@ -83,20 +100,6 @@ def _executor(options: argparse.Namespace) -> "Executor | None":
         return None
     if options.tasks is None:
         raise UserError("--executor", f"must come with --tasks N, got {options.executor} alone")
-    if getattr(options, "analyze_only", False):
-        raise UserError(
-            "--analyze-only",
-            "must be used without --executor: tasks leave their results on disk",
-            remedy="take a part of the data, by max_documents of each source",
-        )
-    if options.report is not None:
-        remedy = "leave it out: the corpus folder gets DATA_REPORT.html"
-        raise UserError(
-            "--report",
-            "must come with --analyze-only, and without --executor",
-            got=options.report,
-            remedy=remedy,
-        )
     from lumi.corpus.scale.prepare import Executor
 
     return Executor(

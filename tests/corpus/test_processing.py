@@ -54,7 +54,9 @@ def test_a_document_that_shares_text_with_an_evaluation_set_is_dropped(rules):
     found = EvaluationSet("exam", "", [], 1, ["rivers open at noon"])
     rules = rules._replace(overlaps=Overlaps([found], 13))
     first, second = process_batch(rules, [Record(texts[0], unused=("id",)), Record(texts[1])])
-    assert first == Outcome(None, None, reason="shares_text_with_exam", unused=("id",))
+    dropped = Outcome(None, None, reason="shares_text_with_exam", unused=("id",), glimpse=first.glimpse)
+    assert first == dropped
+    assert "Cold rivers open at noon." in first.glimpse.excerpt
     assert (second.document, second.reason) == (texts[1], "")
 
 
