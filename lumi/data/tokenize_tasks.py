@@ -17,13 +17,12 @@ import numpy as np
 from lumi.chat.templates import TEMPLATES
 from lumi.config import UserError, read_json, write_json
 from lumi.corpus import CorpusReader
-from lumi.corpus.scale.prepare import Executor, parse_sbatch
+from lumi.corpus.scale.prepare import Executor
 from lumi.corpus.scale.stages import Stage
 from lumi.data.encoding import Documents, Encoded, encode_all
 from lumi.data.store_manifest import Counts, StoreManifest, read_store_manifest
 from lumi.data.tokenization import StorePlan, begin_store, held_out_settings, plan_store, write_store
 from lumi.host.storage import atomic_folder, make_folder, remove_folder
-from lumi.host.workers import num_cores
 from lumi.tokenizer.loading import load_tokenizer
 
 
@@ -182,12 +181,7 @@ def tokenize_in_tasks(
             remove_folder(other)
     make_folder(work.folder)
     write_json(work.folder / "plan.json", call | {"key": key})
-    num_tasks, num_workers = executor.num_tasks, executor.num_workers
-    if executor.kind == "slurm":
-        options = parse_sbatch(executor.sbatch)
-        jobs = executors.submit(work, STAGES, load_work, num_tasks, num_workers, options)
-        print(f"Slurm has jobs {', '.join(jobs)}; the last makes {output}; logs: {work.logs}")
+    if not executors.run_stages(work, STAGES, load_work, executor, output):
         return None
-    executors.run_locally(work, STAGES, load_work, num_tasks, num_workers or num_cores())
     remove_folder(work.folder)
     return read_store_manifest(output)

@@ -16,9 +16,10 @@ from typing import Any, Protocol, TextIO
 
 from lumi.command_line import extra
 from lumi.config import UserError
+from lumi.corpus.scale.prepare import Executor, parse_sbatch
 from lumi.corpus.scale.stages import Stage, tasks_of_stages
 from lumi.host.progress import progress_bar
-from lumi.host.workers import Workers
+from lumi.host.workers import Workers, num_cores
 
 with extra("scale"), open(os.devnull, "w") as _nowhere, contextlib.redirect_stderr(_nowhere):
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
@@ -72,6 +73,22 @@ class _LocalTask(LocalPipelineExecutor):
 
     def run(self) -> None:
         self._run_for_rank(self.local_rank_offset)
+
+
+def run_stages(
+    work: TaskWork, stages: Mapping[str, Stage], load: Load, executor: Executor, output: Path
+) -> bool:
+    """Run all stages, which make `output`. Returns False if they were submitted to Slurm, and says so.
+
+    Arguments and errors as those of `run_locally` and `submit`.
+    """
+    num_tasks, num_workers = executor.num_tasks, executor.num_workers
+    if executor.kind == "slurm":
+        jobs = submit(work, stages, load, num_tasks, num_workers, parse_sbatch(executor.sbatch))
+        print(f"Slurm has jobs {', '.join(jobs)}; the last makes {output}; logs: {work.logs}")
+        return False
+    run_locally(work, stages, load, num_tasks, num_workers or num_cores())
+    return True
 
 
 def run_locally(

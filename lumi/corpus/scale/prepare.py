@@ -22,7 +22,6 @@ from lumi.corpus.prepare_config import PrepareConfig
 from lumi.corpus.report import print_made, print_up_to_date, print_warnings
 from lumi.corpus.scale.work import Work, load_work, plan_work
 from lumi.corpus.source_outcomes import source_keys
-from lumi.host.workers import num_cores
 
 
 def parse_sbatch(options: str) -> dict[str, str]:
@@ -100,15 +99,8 @@ def prepare_in_tasks(
             if not use_cache:
                 _discard(work)
             work.save(sets)
-            if executor.kind == "slurm":
-                options = parse_sbatch(executor.sbatch)
-                jobs = executors.submit(
-                    work, STAGES, load_work, executor.num_tasks, executor.num_workers, options
-                )
-                print(f"Slurm has jobs {', '.join(jobs)}; the last makes {folder}; logs: {work.logs}")
+            if not executors.run_stages(work, STAGES, load_work, executor, folder):
                 return None
-            num_workers = executor.num_workers or num_cores()
-            executors.run_locally(work, STAGES, load_work, executor.num_tasks, num_workers)
     manifest = read_manifest(folder)
     assert manifest is not None
     print_warnings(manifest)
