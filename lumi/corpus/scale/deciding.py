@@ -31,6 +31,7 @@ from lumi.corpus.scale.signatures import Signatures
 from lumi.corpus.scale.work import Work
 from lumi.corpus.selection import check_not_empty, select, summarize
 from lumi.corpus.sources import describe
+from lumi.host.page import write_page
 from lumi.host.storage import atomic_folder
 
 
@@ -56,7 +57,7 @@ def decide(work: Work, _rank: int, _num_tasks: int) -> None:
         np.save(folder / "kept.npy", kept)
         write_json(folder / "shards.json", plan.shards)
         write_json(folder / "manifest.json", manifest)
-        (folder / PAGE).write_bytes(report_page(manifest, review).encode("utf-8", "replace"))
+        write_page(folder / PAGE, report_page(manifest, review))
 
 
 def _decide_unit(
